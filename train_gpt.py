@@ -29,11 +29,14 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import inspect
+import io
 import json
 import lzma
 import math
 import os
 import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -43,7 +46,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -101,124 +104,124 @@ class ConfigError(UserError):
     """A variable with a wrong name or value."""
 
 
-def var(default: Any, meaning: str, *choices: str, group: str = "") -> Any:
-    """A configuration field; a group holds for the fields after it, until the next."""
-    return field(default=default, metadata=dict(meaning=meaning, choices=choices, group=group))
-
-
 @dataclass(frozen=True)
 class Config:
     """Everything a run depends on; field `x_y` is environment variable `X_Y`."""
 
-    record: str = var("", "folder under records/ with a config.env", group="Run")
-    run_id: str = var("", "folder under runs/; default <config>_seed<SEED>")
-    seed: int = var(1337, "of the initial weights")
-    device: str = var("auto", "where to run", "auto", "cuda", "cpu")
-    attn_impl: str = var("auto", "attention kernel", "auto", "sdpa", "fa3", "fa4")
-    compile: str = var("auto", "torch.compile; auto: on CUDA", "auto", "0", "1")
-    dry_run: bool = var(False, "print configuration and byte budget, then stop")
-    eval_only: str = var("", "score this artifact instead of training")
-    overwrite: bool = var(False, "run again into a finished run folder")
-    resume: str = var("0", "auto: go on with the run folder", "0", "auto")
-    checkpoint_every: str = var("0", "steps (10) or minutes (10m); 0: never")
-    author: str = var("", "for submission.json")
-    github_id: str = var("", "for submission.json")
+    # Run
+    record: str = ""  # folder under records/ with a config.env
+    run_id: str = ""  # folder under runs/; default <config>_seed<SEED>
+    seed: int = 1337  # of the initial weights
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
+    attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
+    dry_run: bool = False  # print configuration and byte budget, then stop
+    eval_only: str = ""  # score this artifact instead of training
+    overwrite: bool = False  # run again into a finished run folder
+    resume: Literal["0", "auto"] = "0"  # auto: go on with the run folder
+    checkpoint_every: str = "0"  # steps (10) or minutes (10m); 0: never
+    author: str = ""  # for submission.json
+    github_id: str = ""  # for submission.json
 
-    data_path: str = var("", "folder of *_train_*.bin and *_val_*.bin shards", group="Data")
-    tokenizer_path: str = var("", "default tokenizer.model beside the shards")
-    vocab_size: int = var(0, "0: the tokenizer's")
-    train_batch_tokens: int = var(786_432, "in one step, all ranks together")
-    train_seq_len: int = var(2048, "tokens in a training sequence")
-    grad_accum_steps: int = var(0, "micro-batches; 0: 8 // ranks on CUDA, 1 on CPU")
+    # Data
+    data_path: str = ""  # folder of *_train_*.bin and *_val_*.bin shards
+    tokenizer_path: str = ""  # default tokenizer.model beside the shards
+    vocab_size: int = 0  # 0: the tokenizer's
+    train_batch_tokens: int = 786_432  # in one step, all ranks together
+    train_seq_len: int = 2048  # tokens in a training sequence
+    grad_accum_steps: int = 0  # micro-batches; 0: 8 // ranks on CUDA, 1 on CPU
 
-    num_layers: int = var(11, "the first half feeds U-Net skips to the second", group="Model")
-    model_dim: int = var(512, "width of the residual stream")
-    num_heads: int = var(8, "query heads")
-    num_kv_heads: int = var(4, "key/value heads")
-    mlp_mult: float = var(3.0, "MLP width over MODEL_DIM")
-    leaky_slope: float = var(0.5, "MLP is leaky_relu(x, slope)^2; 0: relu^2")
-    tied_embed_init_std: float = var(0.005, "of the token embedding, also the head")
-    logit_softcap: float = var(30.0, "logits are c tanh(z / c)")
-    qk_gain_init: float = var(1.5, "gain of each query head")
-    rope_base: float = var(10_000.0, "rotary base")
-    rope_dims: int = var(16, "rotated dimensions of a head; 0: all")
-    rope_train_seq_len: int = var(1024, "longer sequences stretch the base (NTK)")
-    ln_scale: bool = var(True, "normed inputs times 1/sqrt(layer + 1)")
-    xsa_last_n: int = var(11, "last layers with exclusive self-attention")
-    value_residual: bool = var(False, "mix the first layer's values into the others'")
-    gated_attention: bool = var(False, "sigmoid gate on each head's output")
-    smear_gate: bool = var(True, "blend in the previous token's embedding")
-    bos_reset: bool = var(True, "smear and bigram stop at a document's start")
-    bigram_vocab_size: int = var(2048, "rows of the hashed bigram embedding; 0: none")
-    bigram_dim: int = var(128, "its width")
-    ve_enabled: bool = var(True, "second token embedding, added to values")
-    ve_dim: int = var(128, "its width")
-    ve_layers: tuple = var((-2, -1), "layers that have it; negative: from the end")
+    # Model
+    num_layers: int = 11  # the first half feeds U-Net skips to the second
+    model_dim: int = 512  # width of the residual stream
+    num_heads: int = 8  # query heads
+    num_kv_heads: int = 4  # key/value heads
+    mlp_mult: float = 3.0  # MLP width over MODEL_DIM
+    leaky_slope: float = 0.5  # MLP is leaky_relu(x, slope)^2; 0: relu^2
+    tied_embed_init_std: float = 0.005  # of the token embedding, also the head
+    logit_softcap: float = 30.0  # logits are c tanh(z / c)
+    qk_gain_init: float = 1.5  # gain of each query head
+    rope_base: float = 10_000.0  # rotary base
+    rope_dims: int = 16  # rotated dimensions of a head; 0: all
+    rope_train_seq_len: int = 1024  # longer sequences stretch the base (NTK)
+    ln_scale: bool = True  # normed inputs times 1/sqrt(layer + 1)
+    xsa_last_n: int = 11  # last layers with exclusive self-attention
+    value_residual: bool = False  # mix the first layer's values into the others'
+    gated_attention: bool = False  # sigmoid gate on each head's output
+    smear_gate: bool = True  # blend in the previous token's embedding
+    bos_reset: bool = True  # smear and bigram stop at a document's start
+    bigram_vocab_size: int = 2048  # rows of the hashed bigram embedding; 0: none
+    bigram_dim: int = 128  # its width
+    ve_enabled: bool = True  # second token embedding, added to values
+    ve_dim: int = 128  # its width
+    ve_layers: tuple[int, ...] = (-2, -1)  # layers that have it; negative: from the end
 
-    iterations: int = var(20_000, "steps, unless the clock ends them", group="Training")
-    max_wallclock_seconds: float = var(600.0, "of training; 0: no cap")
-    warmup_steps: int = var(20, "untimed compile warm-up, leaves no trace")
-    warmdown_iters: int = var(3500, "last steps, in which the rate falls to 0")
-    matrix_lr: float = var(0.025, "Muon: the banks")
-    scalar_lr: float = var(0.025, "AdamW: gains, gates, small projections")
-    tied_embed_lr: float = var(0.035, "AdamW: embeddings")
-    muon_momentum: float = var(0.99, "after its warm-up")
-    muon_momentum_warmup_start: float = var(0.92, "at step 0")
-    muon_momentum_warmup_steps: int = var(1500, "steps from one to the other")
-    muon_backend_steps: int = var(5, "Newton-Schulz iterations")
-    muon_wd: float = var(0.04, "decoupled weight decay of the banks")
-    adam_wd: float = var(0.04, "decoupled weight decay of the rest")
-    beta1: float = var(0.9, "AdamW")
-    beta2: float = var(0.95, "AdamW")
-    adam_eps: float = var(1e-8, "AdamW")
-    grad_clip_norm: float = var(0.3, "largest gradient norm; 0: any")
-    clip: str = var("global", "norm of the averaged or each rank's gradient", "global", "local")
-    val_loss_every: int = var(4000, "steps between validations; 0: never")
-    train_log_every: int = var(500, "steps between log lines")
+    # Training
+    iterations: int = 20_000  # steps, unless the clock ends them
+    max_wallclock_seconds: float = 600.0  # of training; 0: no cap
+    warmup_steps: int = 20  # untimed compile warm-up, leaves no trace
+    warmdown_iters: int = 3500  # last steps, in which the rate falls to 0
+    matrix_lr: float = 0.025  # Muon: the banks
+    scalar_lr: float = 0.025  # AdamW: gains, gates, small projections
+    tied_embed_lr: float = 0.035  # AdamW: embeddings
+    muon_momentum: float = 0.99  # after its warm-up
+    muon_momentum_warmup_start: float = 0.92  # at step 0
+    muon_momentum_warmup_steps: int = 1500  # steps from one to the other
+    muon_backend_steps: int = 5  # Newton-Schulz iterations
+    muon_wd: float = 0.04  # decoupled weight decay of the banks
+    adam_wd: float = 0.04  # decoupled weight decay of the rest
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    adam_eps: float = 1e-8  # AdamW
+    grad_clip_norm: float = 0.3  # largest gradient norm; 0: any
+    clip: Literal["global", "local"] = "global"  # norm of the averaged or each rank's gradient
+    val_loss_every: int = 4000  # steps between validations; 0: never
+    train_log_every: int = 500  # steps between log lines
 
-    ema_enabled: bool = var(True, "exponential mean of the weights", group="Averaging and QAT")
-    ema_decay: float = var(0.997, "weight of the past in a step")
-    ema_warmup: bool = var(True, "decay min(EMA_DECAY, (1 + s) / (10 + s))")
-    swa_enabled: bool = var(True, "mean of snapshots at rate factors below 0.2")
-    swa_every: int = var(50, "steps between snapshots")
-    swa_source: str = var("raw", "what a snapshot is of", "raw", "ema")
-    swa_weight: float = var(0.5, "share of SWA beside EMA")
-    late_qat: bool = var(True, "train on the export's grid near the end")
-    late_qat_threshold: float = var(0.15, "from this rate factor down")
-    qat_every: int = var(50, "steps between searches of that grid")
+    # Averaging and QAT
+    ema_enabled: bool = True  # exponential mean of the weights
+    ema_decay: float = 0.997  # weight of the past in a step
+    ema_warmup: bool = True  # decay min(EMA_DECAY, (1 + s) / (10 + s))
+    swa_enabled: bool = True  # mean of snapshots at rate factors below 0.2
+    swa_every: int = 50  # steps between snapshots
+    swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
+    swa_weight: float = 0.5  # share of SWA beside EMA
+    late_qat: bool = True  # train on the export's grid near the end
+    late_qat_threshold: float = 0.15  # from this rate factor down
+    qat_every: int = 50  # steps between searches of that grid
 
-    quant_per: str = var("row", "unit of a clip", "row", "matrix", group="Artifact")
-    clip_quantiles: tuple = var(
-        (0.999, 0.9995, 0.9999, 0.99999, 1.0), "candidates, of |w| in a row"
-    )
-    quant_floor: bool = var(False, "no scale below 1/31 (int6), 1/127 (int8), as published")
-    embed_coding: str = var("int8", "token embedding", "int6", "int8", "fp16")
-    table_coding: str = var("int8", "bigram and value embedding", "int6", "int8", "fp16")
-    control_coding: str = var("fp16", "gains, gates and scalars", "fp16", "fp32")
-    compressor: str = var("zstd", "of the integers", "zstd", "lzma")
+    # Artifact
+    quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
+    clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
+    quant_floor: bool = False  # no scale below 1/31 (int6), 1/127 (int8), as published
+    embed_coding: Literal["int6", "int8", "fp16"] = "int8"  # token embedding
+    table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram and value embedding
+    control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates and scalars
+    compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
 
-    eval_seq_len: int = var(0, "window in tokens; 0: TRAIN_SEQ_LEN", group="Scoring")
-    eval_stride: int = var(64, "new targets in a sliding window")
-    eval_batch_seqs: int = var(32, "windows in a forward pass")
-    scorer: str = var("sliding", "feeds the mixture", "sliding", "documents")
-    save_scores: bool = var(False, "write scores.npz")
-    ttt_enabled: bool = var(False, "score-first test-time training")
-    codec_tokens: int = var(0, "targets coded and decoded as proof; -1: all")
+    # Scoring
+    eval_seq_len: int = 0  # window in tokens; 0: TRAIN_SEQ_LEN
+    eval_stride: int = 64  # new targets in a sliding window
+    eval_batch_seqs: int = 32  # windows in a forward pass
+    scorer: Literal["sliding", "documents"] = "sliding"  # feeds the mixture
+    save_scores: bool = False  # write scores.npz
+    ttt_enabled: bool = False  # score-first test-time training
+    codec_tokens: int = 0  # targets coded and decoded as proof; -1: all
 
-    ngram_enabled: bool = var(True, "score-first n-gram evaluator", group="N-gram")
-    ngram_mixer: str = var("blend", "what val_bpb is", "blend", "cascade", "none")
-    ngram_min_order: int = var(2, "shortest n-gram")
-    ngram_max_order: int = var(9, "longest n-gram")
-    ngram_min_count: int = var(2, "cascade: least count of a context")
-    ngram_alpha_min: float = var(0.05, "cascade: least weight of the counts")
-    ngram_alpha_max: float = var(0.60, "cascade: largest weight of the counts")
-    ngram_entropy_center: float = var(3.0, "cascade: centre of the sigmoid in nats")
-    ngram_entropy_scale: float = var(2.0, "cascade: its steepness")
-    ngram_scheme: str = var("", "published pseudo-score to print too", "", "pr864")
-    ngram_buckets: int = var(4_194_304, "hashed: counters in a table")
-    ngram_chunk_tokens: int = var(65_536, "hashed: targets between updates")
-    ngram_caches: int = var(1, "hashed: independent caches, as of so many ranks")
-    pseudo_weights: str = var("artifact", "hashed: model it runs on", "artifact", "ema")
+    # N-gram
+    ngram_enabled: bool = True  # score-first n-gram evaluator
+    ngram_mixer: Literal["blend", "cascade", "none"] = "blend"  # what val_bpb is
+    ngram_min_order: int = 2  # shortest n-gram
+    ngram_max_order: int = 9  # longest n-gram
+    ngram_min_count: int = 2  # cascade: least count of a context
+    ngram_alpha_min: float = 0.05  # cascade: least weight of the counts
+    ngram_alpha_max: float = 0.60  # cascade: largest weight of the counts
+    ngram_entropy_center: float = 3.0  # cascade: centre of the sigmoid in nats
+    ngram_entropy_scale: float = 2.0  # cascade: its steepness
+    ngram_scheme: Literal["", "pr864"] = ""  # published pseudo-score to print too
+    ngram_buckets: int = 4_194_304  # hashed: counters in a table
+    ngram_chunk_tokens: int = 65_536  # hashed: targets between updates
+    ngram_caches: int = 1  # hashed: independent caches, as of so many ranks
+    pseudo_weights: Literal["artifact", "ema"] = "artifact"  # hashed: model it runs on
 
     origin: dict = field(default_factory=dict, compare=False, repr=False)
     notes: tuple = field(default=(), compare=False, repr=False)
@@ -244,9 +247,14 @@ class Config:
 
     def check(self) -> "Config":
         """Refuse values that cannot work together."""
-        for name in POSITIVE:
-            if getattr(self, name.lower()) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name.lower())}: must be above 0")
+        for name in VARIABLES:
+            value = getattr(self, name.lower())
+            most = 1 if name in FRACTIONS else 2**62
+            if not isinstance(value, (int, float)) or name == "CODEC_TOKENS":
+                continue
+            if not 0 <= value <= most or (not value and name in POSITIVE):
+                least = "above 0" if name in POSITIVE else "at least 0"
+                raise ConfigError(f"{name}={value}: must be {least} and at most {most}")
         layers, head = self.num_layers, self.model_dim // self.num_heads
         for name, broken, wanted in (
             ("NUM_LAYERS", layers < 2, "at least 2"),
@@ -254,7 +262,7 @@ class Config:
             ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
             ("ROPE_DIMS", not 0 <= self.rope_dims <= head or self.rope_dims % 2, "even, <= a head"),
             ("TRAIN_SEQ_LEN", self.train_seq_len > 2**20, "at most 1,048,576"),
-            ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size in (-1, 1), "0 or at least 2"),
+            ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
             ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), "layer numbers"),
             ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
             ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
@@ -263,6 +271,9 @@ class Config:
                 not 2 <= self.ngram_min_order <= self.ngram_max_order,
                 ">= minimum",
             ),
+            ("BETA1", self.beta1 == 1, "below 1"),
+            ("BETA2", self.beta2 == 1, "below 1"),
+            ("CHECKPOINT_EVERY", not re.fullmatch(r"\d+m?", self.checkpoint_every), "10 or 10m"),
             ("SCORER", self.scorer == "documents", "sliding (documents comes later)"),
         ):
             if broken:
@@ -280,35 +291,35 @@ class Config:
         return [i % self.num_layers for i in self.ve_layers] if self.ve_enabled else []
 
 
-VARIABLES = {f.name.upper(): f for f in fields(Config) if f.metadata}
+VARIABLES = {f.name.upper(): f for f in fields(Config) if f.compare}
 POSITIVE = """MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN EVAL_STRIDE
  EVAL_BATCH_SEQS SWA_EVERY QAT_EVERY TRAIN_LOG_EVERY LOGIT_SOFTCAP BIGRAM_DIM VE_DIM ITERATIONS
- MUON_BACKEND_STEPS ROPE_TRAIN_SEQ_LEN NGRAM_BUCKETS NGRAM_CHUNK_TOKENS NGRAM_CACHES""".split()
+ MUON_BACKEND_STEPS ROPE_BASE ROPE_TRAIN_SEQ_LEN NGRAM_BUCKETS NGRAM_CHUNK_TOKENS NGRAM_CACHES
+ ADAM_EPS""".split()
+FRACTIONS = """BETA1 BETA2 EMA_DECAY SWA_WEIGHT MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START
+ NGRAM_ALPHA_MIN NGRAM_ALPHA_MAX""".split()
 MODEL_FIELDS = """vocab_size train_seq_len num_layers model_dim num_heads num_kv_heads mlp_mult
  leaky_slope tied_embed_init_std logit_softcap qk_gain_init rope_base rope_dims rope_train_seq_len
  ln_scale xsa_last_n value_residual gated_attention smear_gate bos_reset bigram_vocab_size
- bigram_dim ve_enabled ve_dim ve_layers""".split()
+ bigram_dim ve_enabled ve_dim ve_layers embed_coding table_coding control_coding
+ compressor""".split()
 
 
 def parse(name: str, text: str) -> Any:
     """Text of a variable -> value of its type."""
-    spec = VARIABLES[name]
-    kind, choices = spec.type, spec.metadata["choices"]
-    if kind is bool:
-        kind, choices = {"0": False, "1": True, "False": False, "True": True}.get, ("0", "1")
-        choices += ("False", "True")
-    if choices and text not in choices:
-        raise ConfigError(f"{name}={text!r}: must be one of {', '.join(map(repr, choices))}")
-    if kind is tuple:
-        one = type(spec.default[0])
-        kind = lambda listed: tuple(map(one, listed.split(",")))  # noqa: E731
+    kind, choices = VARIABLES[name].type, get_args(VARIABLES[name].type)
+    if kind is bool or get_origin(kind) is Literal:
+        choices = choices or ("0", "1")
+        if text not in choices:
+            raise ConfigError(f"{name}={text!r}: must be one of {', '.join(map(repr, choices))}")
+        return text == "1" if kind is bool else text
     try:
-        value = kind(text)
+        value = tuple(map(choices[0], text.split(","))) if choices else kind(text)
         if value in (math.inf, -math.inf) or value != value:
             raise ValueError
     except ValueError:
-        form = "numbers" if spec.type is tuple else f"a number ({spec.type.__name__})"
-        raise ConfigError(f"{name}={text!r}: must be {form} such as {show(spec.default)}") from None
+        wanted = f"{kind.__name__}, such as {show(VARIABLES[name].default)}"
+        raise ConfigError(f"{name}={text!r}: must be {wanted}") from None
     return value
 
 
@@ -333,8 +344,10 @@ def canonical_names(environ: Mapping[str, str]) -> tuple[dict[str, str], list[st
 def refuse_misspelt(names: Mapping[str, str]) -> None:
     """Stop on names near ours or of one of our families; leave the rest of the environment be."""
     for name in sorted(names.keys() - VARIABLES.keys()):
-        distance, near = min((edit_distance(name, ours), ours) for ours in VARIABLES)
-        if distance <= 2 or name.startswith(FAMILIES):
+        family = next((prefix for prefix in FAMILIES if name.startswith(prefix)), "")
+        known = [ours for ours in VARIABLES.keys() | ALIASES if ours.startswith(family)]
+        distance, near = min((edit_distance(name, ours), ours) for ours in known)
+        if family or 2 * distance <= min(4, len(name)):  # CI is no misspelt CLIP
             raise ConfigError(f"{name}={names[name]!r} is not a variable; did you mean {near}?")
 
 
@@ -393,26 +406,26 @@ def resolve_paths(cfg: Config) -> Config:
     return replace(cfg, data_path=str(data), tokenizer_path=tokenizer, run_id=run_id)
 
 
-def variables_by_group() -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name, spec in VARIABLES.items():
-        title = spec.metadata["group"] or title  # noqa: F821 (the first field has one)
-        groups.setdefault(title, []).append(name)
+def describe_variables() -> dict[str, dict[str, str]]:
+    """group -> {name -> meaning}, as the comments of Config say."""
+    groups: dict[str, dict[str, str]] = {}
+    for line in inspect.getsource(Config).splitlines():
+        if line.startswith("    # "):
+            groups[line[6:]] = group = {}
+        elif found := re.match(r"    (\w+): .* = .*  # (.+)", line):
+            group[found[1].upper()] = found[2]
     return groups
 
 
-def describe_variables() -> str:
-    """The table that --help prints."""
-    row = "{:<28}{:<7}{:<36}{}".format
-    lines = [row("variable", "type", "default", "meaning")]
-    for group, names in variables_by_group().items():
-        lines.append(f"\n{group}")
-        for spec in map(VARIABLES.get, names):
-            choices = "|".join(spec.metadata["choices"])
-            meaning = spec.metadata["meaning"] + (f" [{choices}]" if choices else "")
-            default = show(spec.default) or "-"
-            lines.append(row(spec.name.upper(), spec.type.__name__, default, meaning))
-    return "\n".join(lines)
+def print_help() -> None:
+    print(__doc__)
+    for group, meanings in describe_variables().items():
+        print(f"\n{group}")
+        for name, meaning in meanings.items():
+            kind, default = VARIABLES[name].type, show(VARIABLES[name].default) or "-"
+            choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else ""
+            kind = "str" if choices else getattr(kind, "__name__", kind)
+            print(f"{name:<28}{kind:<8}{default:<34}{meaning}", f"[{choices}]" if choices else "")
 
 
 # -----------------------------------------------------------------------------
@@ -774,7 +787,7 @@ def rotary_tables(cfg: Config, length: int) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first 2 * cos.shape[-1] dimensions of each head, half-split. (B, H, T, d)"""
     half = cos.shape[-1]
-    a, b, rest = x.tensor_split((half, 2 * half), dim=-1)
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
 
 
@@ -801,7 +814,7 @@ class Pass:
 
     def __init__(self, model: "GPT", ids: Tensor, x: Tensor) -> None:
         self.x0, T = x, ids.shape[1]
-        self.qo, self.kv, self.up, self.down = map(model.bank, BANKS)
+        self.qo, self.kv, self.up, self.down = (model.bank(name).unbind() for name in BANKS)
         self.rope = model.rope_cos[:T], model.rope_sin[:T]
         self.first_values = self.value_embedding = None
         if model.cfg.value_layers:
@@ -854,7 +867,7 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> softcapped (..., V), at any selection of positions"""
         cap = self.cfg.logit_softcap
-        return cap * torch.tanh(F.linear(hidden, self.tok_emb) / cap)
+        return cap * torch.tanh(F.linear(hidden / cap, self.tok_emb))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token + bigram embedding, norm, smear. (B, T) -> (B, T, D)"""
@@ -955,7 +968,7 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 
 
 class Bank:
-    """A bank's buffers on this rank, which owns `share` of its matrices (the last may be padding)."""
+    """A bank's buffers on this rank, which owns `share` of its matrices (padding at the end)."""
 
     def __init__(self, weight: nn.Parameter, rt: Runtime) -> None:
         n, *matrix = weight.shape
@@ -1006,7 +1019,7 @@ class ParallelMuon:
             if self.rt.world_size == 1:
                 bank.padded, bank.pending = update, None
             else:
-                bank.pending = gather(bank.padded, update, async_op=True)
+                bank.pending = gather(bank.padded, update.contiguous(), async_op=True)
             self.apply(last, rate)
             last = bank
         self.apply(last, rate)
@@ -1132,12 +1145,11 @@ class Averages:
 # 9. Quantisation and artifact
 # Averaged weights become integers on a searched grid, a compressed container, and weights again.
 
-INT6_MAX, INT8_MAX = 31, 127
-INT8_QUANTILE = 0.9999984
-MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 1
-SHA_BYTES = 32
-MAX_PAYLOAD = 2**31  # bytes; refuses a decompression bomb before it is unpacked
-CONTAINERS = ("zstd", "lzma")
+LARGEST = {"int6": 31, "int8": 127}  # integers -largest .. largest
+FLOATS = {"fp16": "<f2", "fp32": "<f4"}
+INT6_MAX, INT8_QUANTILE = LARGEST["int6"], 0.9999984
+MAGIC, ARTIFACT_VERSION, SHA_BYTES = b"PGOLFGPT", 1, 32
+MAX_PAYLOAD = 2**31  # bytes; a header that claims more is refused before anything is unpacked
 
 
 class ArtifactError(UserError):
@@ -1161,7 +1173,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
 def search_grid(weight: Tensor, coding: str, cfg: Config) -> Tensor:
     """GPTQ-lite: of the candidate clips the one with the least squared error, per row or per
     matrix. fp32 (..., r, c) -> scales (..., r, 1)"""
-    largest = {"int6": INT6_MAX, "int8": INT8_MAX}[coding]
+    largest = LARGEST[coding]
     quantiles = cfg.clip_quantiles if coding == "int6" else [INT8_QUANTILE]
     ordered = weight.abs().sort(dim=-1).values
     best_error = torch.full((*weight.shape[:-1], 1), math.inf, device=weight.device)
@@ -1185,108 +1197,95 @@ def update_qat_grids(model: GPT, cfg: Config) -> None:
 
 
 def pack_tensor(weight: Tensor, coding: str, cfg: Config) -> bytes:
-    """One tensor as bytes: fp16 scales then int8 integers, or fp16 / fp32 values; little-endian."""
-    if not coding.startswith("int"):
-        return weight.cpu().numpy().astype({"fp16": "<f2", "fp32": "<f4"}[coding]).tobytes()
+    """fp16 scales of the rows, then int8 integers; or fp16 / fp32 values. Little-endian."""
+    if coding in FLOATS:
+        return weight.cpu().numpy().astype(FLOATS[coding]).tobytes()
     scale = search_grid(weight, coding, cfg)
-    integers = round_to_grid(weight, scale, INT6_MAX if coding == "int6" else INT8_MAX)
-    parts = scale.cpu().numpy().astype("<f2"), integers.cpu().numpy().astype("i1")
-    return b"".join(part.tobytes() for part in parts)
+    integers = round_to_grid(weight, scale, LARGEST[coding]).cpu().numpy().astype("i1")
+    return scale.cpu().numpy().astype("<f2").tobytes() + integers.tobytes()
 
 
-def packed_bytes(shape: tuple[int, ...], coding: str) -> int:
+def packed_bytes(spec: Spec) -> int:
     """Length of pack_tensor's result."""
-    elements = math.prod(shape)
-    if coding.startswith("int"):
-        return elements + 2 * math.prod(shape[:-1])
-    return elements * {"fp16": 2, "fp32": 4}[coding]
+    if spec.coding in FLOATS:
+        return math.prod(spec.shape) * np.dtype(FLOATS[spec.coding]).itemsize
+    return math.prod(spec.shape) + 2 * math.prod(spec.shape[:-1])
 
 
-def unpack_tensor(packed: memoryview, shape: tuple[int, ...], coding: str) -> Tensor:
-    if not coding.startswith("int"):
-        values = np.frombuffer(packed, {"fp16": "<f2", "fp32": "<f4"}[coding])
-        return torch.from_numpy(values.astype(np.float32)).view(shape)
-    rows = math.prod(shape[:-1])
-    scale = torch.from_numpy(np.frombuffer(packed[: 2 * rows], "<f2").astype(np.float32))
-    integers = torch.from_numpy(np.frombuffer(packed[2 * rows :], "i1").astype(np.float32))
-    return integers.view(shape) * scale.view(*shape[:-1], 1)
+def unpack_tensor(packed: bytes, spec: Spec) -> Tensor:
+    def floats(part: bytes, kind: str) -> Tensor:
+        return torch.from_numpy(np.frombuffer(part, kind).astype(np.float32))
+
+    if spec.coding in FLOATS:
+        return floats(packed, FLOATS[spec.coding]).view(spec.shape)
+    split = 2 * math.prod(spec.shape[:-1])
+    scale = floats(packed[:split], "<f2").view(*spec.shape[:-1], 1)
+    return floats(packed[split:], "i1").view(spec.shape) * scale
 
 
 def compress(payload: bytes, how: str) -> bytes:
-    if how == "zstd":
-        return backend("zstandard").ZstdCompressor(level=22).compress(payload)
-    return lzma.compress(payload, preset=6)
+    if how == "lzma":
+        return lzma.compress(payload, preset=6)
+    return backend("zstandard").ZstdCompressor(level=22).compress(payload)
 
 
 def decompress(data: bytes, how: str, size: int) -> bytes:
-    """Raises ArtifactError unless exactly `size` bytes come out; never allocates more."""
+    """Raises ArtifactError unless exactly `size` bytes come out; never holds more."""
+    opener = lzma.open if how == "lzma" else backend("zstandard").open
     try:
-        if how == "zstd":
-            zstd = backend("zstandard")
-            if zstd.frame_content_size(data) != size:
-                raise ArtifactError("the payload's length is not what the header says")
-            return zstd.ZstdDecompressor().decompress(data, max_output_size=size)
-        decoder = lzma.LZMADecompressor()
-        payload = decoder.decompress(data, size + 1)
-    except UserError:
-        raise
-    except Exception as error:  # each library has its own exceptions
+        with opener(io.BytesIO(data)) as file:
+            payload = file.read(size + 1)
+    except Exception as error:  # each library has its own
         raise ArtifactError(f"the payload does not decompress ({error})") from error
-    if len(payload) != size or not decoder.eof:
+    if len(payload) != size:
         raise ArtifactError("the payload's length is not what the header says")
     return payload
 
 
+def artifact_header(cfg: Config) -> dict[str, Any]:
+    """Model configuration and each tensor's name, shape, coding and offset; nothing of the run."""
+    tensors, offset = [], 0
+    for name, spec in parameter_specs(cfg).items():
+        entry = dict(name=name, shape=list(spec.shape), coding=spec.coding, offset=offset)
+        tensors.append(entry)
+        offset += packed_bytes(spec)
+    model = {name: show(getattr(cfg, name)) for name in MODEL_FIELDS}
+    return dict(model=model, tensors=tensors, size=offset)
+
+
 def pack_artifact(weights: Mapping[str, Tensor], cfg: Config) -> bytes:
     """Quantise and pack: magic, version, header length, JSON header, payload, sha256 of all that.
-
-    The header holds the model configuration, the compressor and each tensor's name, shape, coding
-    and offset; nothing of the run, so that the same weights give the same bytes. No pickle.
-    """
-    entries, parts, offset = [], [], 0
-    for name, spec in parameter_specs(cfg).items():
-        parts.append(pack_tensor(weights[name].detach().float(), spec.coding, cfg))
-        entries.append(dict(name=name, shape=spec.shape, coding=spec.coding, offset=offset))
-        offset += len(parts[-1])
-    model = {name: show(getattr(cfg, name)) for name in MODEL_FIELDS}
-    header = dict(model=model, compressor=cfg.compressor, tensors=entries, size=offset)
-    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    body = MAGIC + struct.pack("<II", ARTIFACT_VERSION, len(text)) + text
+    The same weights give the same bytes; no pickle."""
+    specs = parameter_specs(cfg)
+    parts = [pack_tensor(weights[n].detach().float(), s.coding, cfg) for n, s in specs.items()]
+    header = json.dumps(artifact_header(cfg), separators=(",", ":")).encode()
+    body = MAGIC + struct.pack("<II", ARTIFACT_VERSION, len(header)) + header
     body += compress(b"".join(parts), cfg.compressor)
     return body + hashlib.sha256(body).digest()
 
 
-def read_header(data: bytes) -> tuple[dict, bytes]:
-    """Check container and digest first, then -> (header, compressed payload)."""
-    start = len(MAGIC) + 8
-    if len(data) < start + SHA_BYTES or not data.startswith(MAGIC):
-        raise ArtifactError("not an artifact of this program (magic)")
-    body, digest = data[:-SHA_BYTES], data[-SHA_BYTES:]
-    if hashlib.sha256(body).digest() != digest:
-        raise ArtifactError("damaged: the sha256 at its end does not fit its bytes")
+def open_container(data: bytes) -> tuple[Config, bytes]:
+    """Check magic, digest and version, then the header against what this program would write for
+    its model -> (configuration, compressed payload)"""
+    start, body = len(MAGIC) + 8, data[:-SHA_BYTES]
+    if len(body) < start or not data.startswith(MAGIC):
+        raise ArtifactError("not an artifact of this program")
+    if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
+        raise ArtifactError("damaged, its sha256 does not fit its bytes")
     version, length = struct.unpack("<II", body[len(MAGIC) : start])
     if version != ARTIFACT_VERSION:
         raise ArtifactError(f"version {version}, this program reads {ARTIFACT_VERSION}")
     try:
         header = json.loads(body[start : start + length])
-        if set(header) != {"model", "compressor", "tensors", "size"}:
-            raise ValueError(f"its keys are {sorted(header)}")
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(f"the header is broken ({error})") from error
-    return header, body[start + length :]
-
-
-def artifact_config(model: Any) -> Config:
-    """The model configuration of a header, parsed and checked as the environment is."""
-    if not isinstance(model, dict) or set(model) != set(MODEL_FIELDS):
-        raise ArtifactError("the header's model configuration has other fields")
-    try:
-        values = {name: parse(name.upper(), str(text)) for name, text in model.items()}
-        if not 4 <= values["vocab_size"] <= 65_536:
-            raise ConfigError(f"VOCAB_SIZE={values['vocab_size']}: must be 4 to 65,536")
-        return Config(**values, eval_stride=1).check()
-    except ConfigError as error:
-        raise ArtifactError(f"the header's model configuration: {error}") from error
+        values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
+        cfg = Config(**values, eval_stride=1).check()
+        if not 4 <= cfg.vocab_size <= 65_536 or header["size"] > MAX_PAYLOAD:
+            raise ValueError("vocabulary or size out of range")
+        if header != artifact_header(cfg):
+            raise ValueError("it does not describe its model")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"broken header: {error}") from error
+    return cfg, body[start + length :]
 
 
 def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) -> GPT:
@@ -1296,37 +1295,19 @@ def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) ->
     Raises ArtifactError for anything wrong: missing, damaged, or not what its header says.
     """
     try:
-        header, compressed = read_header(Path(path).read_bytes())
-        cfg = artifact_config(header["model"])
-        weights = unpack_payload(header, compressed, cfg)
+        cfg, compressed = open_container(Path(path).read_bytes())
+        specs = parameter_specs(cfg)
+        payload = io.BytesIO(
+            decompress(compressed, cfg.compressor, sum(map(packed_bytes, specs.values())))
+        )
     except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}") from error
+        raise ArtifactError(f"{path}: {error.strerror}; fix: name an artifact.bin") from error
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}; fix: train or download it again") from error
     model = GPT(cfg, max_length)
+    weights = {n: unpack_tensor(payload.read(packed_bytes(s)), s) for n, s in specs.items()}
     model.load_state_dict(weights)
     return model.to(device).eval().requires_grad_(False)
-
-
-def unpack_payload(header: dict, compressed: bytes, cfg: Config) -> dict[str, Tensor]:
-    """The tensors the configuration asks for, each exactly where and what the header says."""
-    specs, entries, offset = parameter_specs(cfg), header["tensors"], 0
-    if not isinstance(entries, list) or len(entries) != len(specs):
-        raise ArtifactError("the header lists other tensors than its model has")
-    for (name, spec), entry in zip(specs.items(), entries, strict=True):
-        coding = entry.get("coding") if isinstance(entry, dict) else None
-        wanted = dict(name=name, shape=list(spec.shape), coding=coding, offset=offset)
-        if entry != wanted or coding not in ("int6", "int8", "fp16", "fp32"):
-            raise ArtifactError(f"the header's entry of {name} is not what its model has")
-        offset += packed_bytes(spec.shape, coding)
-    if header["size"] != offset or offset > MAX_PAYLOAD or header["compressor"] not in CONTAINERS:
-        raise ArtifactError("the header's size or compressor is wrong")
-    payload = memoryview(decompress(compressed, header["compressor"], offset))
-    ends = [entry["offset"] for entry in entries[1:]] + [offset]
-    return {
-        e["name"]: unpack_tensor(payload[e["offset"] : end], tuple(e["shape"]), e["coding"])
-        for e, end in zip(entries, ends, strict=True)
-    }
 
 
 # -----------------------------------------------------------------------------
@@ -1508,10 +1489,13 @@ OUTPUTS = """log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model con
 BLOCK_TARGETS = 1024
 
 
+def finished(rt: Runtime) -> bool:
+    return (rt.folder / "submission.json").exists()
+
+
 def open_run_folder(rt: Runtime) -> None:
     """runs/<RUN_ID>/, cleared of an unfinished run; a finished one is not touched unasked."""
-    finished = (rt.folder / "submission.json").exists()
-    if finished and not rt.cfg.overwrite:
+    if finished(rt) and not rt.cfg.overwrite:
         fix = "OVERWRITE=1 or another RUN_ID"
         raise ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {rt.folder} is finished; fix: {fix}")
     if rt.rank == 0:
@@ -1533,7 +1517,7 @@ def announce(rt: Runtime, cfg: Config) -> None:
     """Where, with what, and every value with its origin."""
     for note in cfg.notes:
         rt.log("note", note)
-    for group, names in variables_by_group().items():
+    for group, names in describe_variables().items():
         pairs = ((n, show(getattr(cfg, n.lower())), cfg.origin.get(n, "default")) for n in names)
         rt.log("config", group, **{name: f"{value}({origin})" for name, value, origin in pairs})
     found = {name: int(importlib.util.find_spec(name) is not None) for name in BACKENDS}
@@ -1552,7 +1536,7 @@ def dry_run(rt: Runtime, cfg: Config) -> None:
     for group, (names, rate, decay) in optimizer_groups(cfg).items():
         rt.log("optimizer_group", group, rate=rate, decay=decay, parameters=",".join(names))
     specs, code = parameter_specs(cfg).values(), Path(__file__).stat().st_size
-    payload = sum(packed_bytes(spec.shape, spec.coding) for spec in specs)
+    payload = sum(map(packed_bytes, specs))
     spare = sum(math.prod(spec.shape) for spec in specs if spec.coding == "int6") // 4
     rt.log(
         "byte_budget", code=code, payload=payload, at_6_bits=code + payload - spare, cap=CAP_BYTES
@@ -1633,6 +1617,8 @@ def run(cfg: Config) -> None:
     rt = Runtime(cfg)
     if cfg.dry_run:
         return dry_run(rt, cfg)
+    if cfg.resume == "auto" and finished(rt):
+        return rt.log("note", f"{rt.folder} is finished")
     micro_batches(cfg, rt)
     open_run_folder(rt)
     rt.start()
@@ -1643,6 +1629,7 @@ def run(cfg: Config) -> None:
         cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_FIELDS})
     cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
     text, path = ValidationText(cfg), rt.folder / "artifact.bin"
+    rt.log("val_text", tokens=len(text.targets), bytes=int(text.bytes.sum()))
     packed = Path(cfg.eval_only).read_bytes() if cfg.eval_only else train_model(rt, cfg, text)
     if rt.rank == 0:
         keep_sources(rt, cfg)
@@ -1655,13 +1642,12 @@ def run(cfg: Config) -> None:
     if rt.rank == 0:
         report.budget()
         report.write(scores, final)
-        rt.close()
         report.finish()
 
 
 def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
-        return print(__doc__, describe_variables(), sep="\n")
+        return print_help()
     try:
         run(Config.from_env(os.environ))
     except UserError as error:
