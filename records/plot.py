@@ -28,6 +28,8 @@ STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.parse_math": False,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-6, 9),
     "text.color": INK,
     "axes.edgecolor": "#B0B0B0",
     "axes.labelcolor": GREY,
@@ -108,7 +110,9 @@ def draw_loss(ax: Any, runs: list[Run]) -> str:
     ax.grid(axis="y")
     if len(runs) == 1:
         annotate_loss(ax, runs[0])
-    return "nats per token" + leave_out_start(ax, runs, last)
+    circles = any(run.folder.steps("val_loss") for run in runs)
+    unit = "nats per token" + ", circles: validation" * circles
+    return unit + leave_out_start(ax, runs, last)
 
 
 def leave_out_start(ax: Any, runs: list[Run], last: int) -> str:
@@ -133,9 +137,6 @@ def annotate_loss(ax: Any, run: Run) -> None:
         look = dict(color=GREY, size=8.5, va="center", ha="right", bbox=BLANK, **place)
         top = ax.get_xaxis_transform()
         ax.annotate(f"late QAT from step {qat:,}", (qat, 0.94), (-5, 0), xycoords=top, **look)
-    if run.folder.steps("val_loss"):
-        ax.plot([], [], "o", color=run.colour, mfc="white", ms=4.5, label="validation")
-        ax.legend(frameon=False, loc="center right", labelcolor=GREY, fontsize=8.5)
     seconds = line["train_time_ms"] / 1000
     ax.set_xlabel(f"step  ({duration(seconds)}, {line['step_avg_ms']:,.0f} ms a step)")
 
@@ -184,7 +185,6 @@ def zoom_axis(ax: Any, values: list[float]) -> None:
     pad = max(0.12 * (high - low), 0.005 * high)
     ax.set_xlim(low - pad, high + pad)
     ax.locator_params(axis="x", nbins=5)
-    ax.ticklabel_format(axis="x", useOffset=False)
     ax.set_xlabel(f"zoomed in: the axis begins at {low - pad:.2f}, not at 0")
 
 
