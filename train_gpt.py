@@ -4,28 +4,31 @@ The task: least bits per byte (bpb) on FineWeb validation; code + weights <= 16,
 minutes of training and 10 of evaluation on 8xH100. Every number printed as val_bpb is the code
 length of a normalised, causal distribution of the artifact re-read from disk.
 
-    python train_gpt.py                                          # laptop: `tiny` on embedded text
-    RECORD=pr864 python train_gpt.py                             # one GPU, a published system
-    torchrun --standalone --nproc_per_node=8 train_gpt.py        # 8 GPUs, the record configuration
+    python train_gpt.py                                     # laptop: `tiny` on embedded text
+    RECORD=pr864 python train_gpt.py                        # one GPU, a published system
+    torchrun --standalone --nproc_per_node=8 train_gpt.py   # 8 GPUs, the record configuration
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-        --rdzv_endpoint=HOST:29500 train_gpt.py                  # two hosts, the same on each
-    DRY_RUN=1 RECORD=pr864 python train_gpt.py                   # what would run, no data needed
+        --rdzv_endpoint=HOST:29500 train_gpt.py             # two hosts, the same on each
     EVAL_ONLY=runs/tiny_seed1337/artifact.bin python train_gpt.py
 
-Configuration is environment variables (`python train_gpt.py --help`). Results go to runs/<RUN_ID>/.
-The file follows the life of a token:
+Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
 
-    1 imports and back-ends     5 model                          10 neural scoring
-    2 configuration             6 optimizers and schedules       11 n-gram scoring
-    3 runtime                   7 weight averaging               13 training loop
-    4 data                      9 quantisation and artifact      14 report and main
+    1 imports          5 model                       9 quantisation and artifact
+    2 configuration    6 optimizers and schedules   10 neural scoring   13 training loop
+    3 runtime, 4 data  7 weight averaging           11 n-gram scoring   14 report and main
 """
 
 # -----------------------------------------------------------------------------
 # 1. Imports and optional back-ends
 # torch and numpy are enough to import this file; a stage asks for the rest when it runs.
 
+import os
+
+if __name__ == "__main__":  # waiting threads that spin make every step slow on a shared CPU
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # libgomp reads it when torch is loaded
+
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -34,7 +37,6 @@ import io
 import json
 import lzma
 import math
-import os
 import platform
 import re
 import shutil
@@ -46,7 +48,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -54,11 +56,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent
+CODE = Path(__file__).resolve()
+ROOT = CODE.parent
 BACKENDS = {  # optional package -> what needs it
     "sentencepiece": "byte accounting",
     "zstandard": "COMPRESSOR=zstd",
-    "numba": "n-gram counts on the CPU",
+    "numba": "fast n-gram counts on the CPU",
     "matplotlib": "report.png",
 }
 
@@ -67,7 +70,11 @@ class UserError(ValueError):
     """Something the user can mend; main prints it as one line and exits with status 2."""
 
 
-def backend(name: str) -> Any:
+def has_backend(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def backend(name):
     """Import an optional package, or say what needs it and how to get it."""
     try:
         return importlib.import_module(name)
@@ -84,20 +91,22 @@ SAMPLE_DATA = ROOT / "data/datasets/sample_en"
 FINEWEB_DATA = ROOT / "data/datasets/fineweb10B_sp1024"
 FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
 # What the sibling scripts call the same thing -> our name; accepted, with a note.
-ALIASES = dict(
-    pair.split("=")
-    for pair in """USE_EMA=EMA_ENABLED USE_LATE_QAT=LATE_QAT USE_VALUE_RESIDUAL=VALUE_RESIDUAL
-    USE_GATED_ATTENTION=GATED_ATTENTION GATED_ATTN=GATED_ATTENTION USE_SMEARGATE=SMEAR_GATE
-    USE_TTT=TTT_ENABLED NGRAM_EVAL=NGRAM_ENABLED NGRAM_CACHE=NGRAM_ENABLED
-    NGRAM_ORDER=NGRAM_MAX_ORDER NGRAM_EVAL_ORDER=NGRAM_MAX_ORDER
-    NGRAM_EVAL_MIN_ORDER=NGRAM_MIN_ORDER NGRAM_EVAL_BUCKETS=NGRAM_BUCKETS
-    NGRAM_EVAL_MIN_COUNT=NGRAM_MIN_COUNT NGRAM_EVAL_ALPHA_MIN=NGRAM_ALPHA_MIN
-    NGRAM_EVAL_ALPHA_MAX=NGRAM_ALPHA_MAX NGRAM_EVAL_ENTROPY_CENTER=NGRAM_ENTROPY_CENTER
-    NGRAM_EVAL_ENTROPY_SCALE=NGRAM_ENTROPY_SCALE""".split()
-)
+ALIASES = """USE_EMA=EMA_ENABLED USE_LATE_QAT=LATE_QAT USE_VALUE_RESIDUAL=VALUE_RESIDUAL
+ USE_GATED_ATTENTION=GATED_ATTENTION GATED_ATTN=GATED_ATTENTION USE_SMEARGATE=SMEAR_GATE
+ USE_TTT=TTT_ENABLED NGRAM_EVAL=NGRAM_ENABLED NGRAM_CACHE=NGRAM_ENABLED NGRAM_ORDER=NGRAM_MAX_ORDER
+ NGRAM_EVAL_ORDER=NGRAM_MAX_ORDER"""
+ALIASES = dict(pair.split("=") for pair in ALIASES.split())
+for name in "MIN_ORDER BUCKETS MIN_COUNT ALPHA_MIN ALPHA_MAX ENTROPY_CENTER ENTROPY_SCALE".split():
+    ALIASES[f"NGRAM_EVAL_{name}"] = f"NGRAM_{name}"
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
 PLANNED = ("CHECKPOINT_EVERY", "CODEC_TOKENS", "TTT_ENABLED")  # known, and said to have no effect
+IDLE = (None, False, 0, "0")
 PATHS = ("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "RECORD", "RUN_ID")  # not in a config.env
+
+
+Count = Annotated[int, 1, 2**62]  # bounds; without them a number is at least 0
+Positive = Annotated[float, 1e-30, 1e30]
+Fraction = Annotated[float, 0, 1]
 
 
 class ConfigError(UserError):
@@ -109,103 +118,103 @@ class Config:
     """Everything a run depends on; field `x_y` is environment variable `X_Y`."""
 
     # Run
-    record: str = ""  # folder under records/ with a config.env
-    run_id: str = ""  # folder under runs/; default <config>_seed<SEED>
+    record: str = ""  # folder under records/
+    run_id: str = ""  # default <config>_seed<SEED>
     seed: int = 1337  # of the initial weights
     device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
     attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
-    dry_run: bool = False  # print configuration and byte budget, then stop
-    eval_only: str = ""  # score this artifact instead of training
-    overwrite: bool = False  # run again into a finished run folder
-    resume: Literal["0", "auto"] = "0"  # auto: go on with the run folder
+    dry_run: bool = False  # only print the configuration
+    eval_only: str = ""  # artifact to score, no training
+    overwrite: bool = False  # of a finished run folder
+    resume: Literal["0", "auto"] = "0"  # auto: go on with a run
     checkpoint_every: str = "0"  # steps (10) or minutes (10m); 0: never
     author: str = ""  # for submission.json
     github_id: str = ""  # for submission.json
 
     # Data
-    data_path: str = ""  # folder of *_train_*.bin and *_val_*.bin shards
-    tokenizer_path: str = ""  # default tokenizer.model beside the shards
-    vocab_size: int = 0  # 0: the tokenizer's
-    train_batch_tokens: int = 786_432  # in one step, all ranks together
-    train_seq_len: int = 2048  # tokens in a training sequence
-    grad_accum_steps: int = 0  # micro-batches; 0: 8 // ranks on CUDA, 1 on CPU
+    data_path: str = ""  # folder of token shards
+    tokenizer_path: str = ""  # default: beside the shards
+    train_batch_tokens: Count = 786_432  # in one step, all ranks together
+    grad_accum_steps: int = 0  # 0: 8 // ranks on CUDA, 1 on CPU
 
     # Model
-    num_layers: int = 11  # the first half feeds U-Net skips to the second
-    model_dim: int = 512  # width of the residual stream
-    num_heads: int = 8  # query heads
-    num_kv_heads: int = 4  # key/value heads
-    mlp_mult: float = 3.0  # MLP width over MODEL_DIM
-    leaky_slope: float = 0.5  # MLP is leaky_relu(x, slope)^2; 0: relu^2
-    tied_embed_init_std: float = 0.005  # of the token embedding, also the head
-    logit_softcap: float = 30.0  # logits are c tanh(z / c)
+    vocab_size: int = 0  # 0: the tokenizer's
+    train_seq_len: Count = 2048  # tokens in a training sequence
+    num_layers: int = 11  # U-Net skips join the halves
+    model_dim: Count = 512  # width of the residual stream
+    num_heads: Count = 8  # query heads
+    num_kv_heads: Count = 4  # key/value heads
+    mlp_mult: Positive = 3.0  # MLP width over MODEL_DIM
+    leaky_slope: float = 0.5  # of leaky_relu(x)^2; 0: relu^2
+    tied_embed_init_std: float = 0.005  # of the token embedding
+    logit_softcap: Positive = 30.0  # logits are c tanh(z / c)
     qk_gain_init: float = 1.5  # gain of each query head
-    rope_base: float = 10_000.0  # rotary base
+    rope_base: Positive = 10_000.0  # rotary base
     rope_dims: int = 16  # rotated dimensions of a head; 0: all
-    rope_train_seq_len: int = 1024  # longer sequences stretch the base (NTK)
-    ln_scale: bool = True  # normed inputs times 1/sqrt(layer + 1)
-    xsa_last_n: int = 11  # last layers with exclusive self-attention
-    value_residual: bool = False  # mix the first layer's values into the others'
+    rope_train_seq_len: Count = 1024  # longer ones stretch the base
+    ln_scale: bool = True  # inputs times 1/sqrt(layer + 1)
+    xsa_last_n: int = 11  # exclusive self-attention
+    value_residual: bool = False  # mix in the first layer's values
     gated_attention: bool = False  # sigmoid gate on each head's output
-    smear_gate: bool = True  # blend in the previous token's embedding
-    bos_reset: bool = True  # smear and bigram stop at a document's start
-    bigram_vocab_size: int = 2048  # rows of the hashed bigram embedding; 0: none
-    bigram_dim: int = 128  # its width
-    ve_enabled: bool = True  # second token embedding, added to values
-    ve_dim: int = 128  # its width
-    ve_layers: tuple[int, ...] = (-2, -1)  # layers that have it; negative: from the end
-
-    # Training
-    iterations: int = 20_000  # steps, unless the clock ends them
-    max_wallclock_seconds: float = 600.0  # of training; 0: no cap
-    warmup_steps: int = 20  # untimed compile warm-up, leaves no trace
-    warmdown_iters: int = 3500  # last steps, in which the rate falls to 0
-    matrix_lr: float = 0.025  # Muon: the banks
-    scalar_lr: float = 0.025  # AdamW: gains, gates, small projections
-    tied_embed_lr: float = 0.035  # AdamW: embeddings
-    muon_momentum: float = 0.99  # after its warm-up
-    muon_momentum_warmup_start: float = 0.92  # at step 0
-    muon_momentum_warmup_steps: int = 1500  # steps from one to the other
-    muon_backend_steps: int = 5  # Newton-Schulz iterations
-    muon_wd: float = 0.04  # decoupled weight decay of the banks
-    adam_wd: float = 0.04  # decoupled weight decay of the rest
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
-    adam_eps: float = 1e-8  # AdamW
-    grad_clip_norm: float = 0.3  # largest gradient norm; 0: any
-    clip: Literal["global", "local"] = "global"  # norm of the averaged or each rank's gradient
-    val_loss_every: int = 4000  # steps between validations; 0: never
-    train_log_every: int = 500  # steps between log lines
-
-    # Averaging and QAT
-    ema_enabled: bool = True  # exponential mean of the weights
-    ema_decay: float = 0.997  # weight of the past in a step
-    ema_warmup: bool = True  # decay min(EMA_DECAY, (1 + s) / (10 + s))
-    swa_enabled: bool = True  # mean of snapshots at rate factors below 0.2
-    swa_every: int = 50  # steps between snapshots
-    swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
-    swa_weight: float = 0.5  # share of SWA beside EMA
-    late_qat: bool = True  # train on the export's grid near the end
-    late_qat_threshold: float = 0.15  # from this rate factor down
-    qat_every: int = 50  # steps between searches of that grid
+    smear_gate: bool = True  # blend in the previous token
+    bos_reset: bool = True  # smear, bigram stay in a document
+    bigram_vocab_size: int = 2048  # rows; 0: no bigram embedding
+    bigram_dim: Count = 128  # its width
+    ve_enabled: bool = True  # embedding added to values
+    ve_dim: Count = 128  # its width
+    ve_layers: tuple[int, ...] = (-2, -1)  # its layers; -1: the last
 
     # Artifact
-    quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
-    clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
-    quant_floor: bool = False  # no scale below 1/31 (int6), 1/127 (int8), as published
     embed_coding: Literal["int6", "int8", "fp16"] = "int8"  # token embedding
     table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram and value embedding
     control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates and scalars
     compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
+    quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
+    clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
+    quant_floor: bool = False  # published rule: scale >= 1 / largest
+
+    # Training
+    iterations: Count = 20_000  # steps, unless the clock ends them
+    max_wallclock_seconds: float = 600.0  # of training; 0: no cap
+    warmup_steps: int = 20  # untimed, leave no trace
+    warmdown_iters: int = 3500  # last steps, the rate falls to 0
+    matrix_lr: float = 0.025  # Muon: the banks
+    scalar_lr: float = 0.025  # AdamW: gains, projections
+    tied_embed_lr: float = 0.035  # AdamW: embeddings
+    muon_momentum: Fraction = 0.99  # after its warm-up
+    muon_momentum_warmup_start: Fraction = 0.92  # at step 0
+    muon_momentum_warmup_steps: int = 1500  # steps from one to the other
+    muon_backend_steps: Count = 5  # Newton-Schulz iterations
+    muon_wd: float = 0.04  # weight decay of the banks
+    adam_wd: float = 0.04  # weight decay of the rest
+    beta1: Fraction = 0.9  # AdamW
+    beta2: Fraction = 0.95  # AdamW
+    adam_eps: Positive = 1e-8  # AdamW
+    grad_clip_norm: float = 0.3  # largest gradient norm; 0: any
+    clip: Literal["global", "local"] = "global"  # averaged or each rank's gradient
+    val_loss_every: int = 4000  # steps between validations; 0: never
+    train_log_every: Count = 500  # steps between log lines
+
+    # Averaging and QAT
+    ema_enabled: bool = True  # exponential mean of the weights
+    ema_decay: Fraction = 0.997  # weight of the past in a step
+    ema_warmup: bool = True  # decay min(EMA_DECAY, (1 + s) / (10 + s))
+    swa_enabled: bool = True  # mean of late snapshots
+    swa_every: Count = 50  # steps between snapshots
+    swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
+    swa_weight: Fraction = 0.5  # share of SWA beside EMA
+    late_qat: bool = True  # train on the export's grid
+    late_qat_threshold: float = 0.15  # from this rate factor down
+    qat_every: Count = 50  # steps between searches of that grid
 
     # Scoring
     eval_seq_len: int = 0  # window in tokens; 0: TRAIN_SEQ_LEN
-    eval_stride: int = 64  # new targets in a sliding window
-    eval_batch_seqs: int = 32  # windows in a forward pass
+    eval_stride: Count = 64  # new targets in a sliding window
+    eval_batch_seqs: Count = 32  # windows in a forward pass
     scorer: Literal["sliding", "documents"] = "sliding"  # feeds the mixture
     save_scores: bool = False  # write scores.npz
     ttt_enabled: bool = False  # score-first test-time training
-    codec_tokens: int = 0  # targets coded and decoded as proof; -1: all
+    codec_tokens: Annotated[int, -1, 2**62] = 0  # targets to prove; -1: all
 
     # N-gram
     ngram_enabled: bool = True  # score-first n-gram evaluator
@@ -213,14 +222,16 @@ class Config:
     ngram_min_order: int = 2  # shortest n-gram
     ngram_max_order: int = 9  # longest n-gram
     ngram_min_count: int = 2  # cascade: least count of a context
-    ngram_alpha_min: float = 0.05  # cascade: least weight of the counts
-    ngram_alpha_max: float = 0.60  # cascade: largest weight of the counts
+    ngram_alpha_min: Fraction = 0.05  # cascade: least weight of the counts
+    ngram_alpha_max: Fraction = 0.60  # cascade: largest weight of the counts
     ngram_entropy_center: float = 3.0  # cascade: centre of the sigmoid in nats
+    ngram_center_slope: float = 0.25  # cascade: its fall per order
+    ngram_multipliers: tuple[float, ...] = (0.3, 0.3, 0.97, 2.0)  # of alpha, orders 2, 3, ...
     ngram_entropy_scale: float = 2.0  # cascade: its steepness
-    ngram_scheme: Literal["", "pr864"] = ""  # published pseudo-score to print too
-    ngram_buckets: int = 4_194_304  # hashed: counters in a table
-    ngram_chunk_tokens: int = 65_536  # hashed: targets between updates
-    ngram_caches: int = 1  # hashed: independent caches, as of so many ranks
+    ngram_scheme: Literal["", "pr864"] = ""  # pseudo-score to print too
+    ngram_buckets: Count = 4_194_304  # hashed: counters in a table
+    ngram_chunk_tokens: Count = 65_536  # hashed: targets between updates
+    ngram_caches: Count = 1  # hashed: as of so many ranks
     pseudo_weights: Literal["artifact", "ema"] = "artifact"  # hashed: model it runs on
 
     origin: dict = field(default_factory=dict, compare=False, repr=False)
@@ -238,42 +249,28 @@ class Config:
         texts = {name: (text, f"RECORD={record}") for name, text in read_record(record).items()}
         texts |= {name: (text, "env") for name, text in given.items() if name in VARIABLES}
         values = {name: parse(name, text) for name, (text, _) in texts.items()}
-        notes += why + [
-            f"{n} has no effect yet" for n in PLANNED if values.get(n, "0") not in (0, "0")
-        ]
+        notes += why + [f"{n} has no effect yet" for n in PLANNED if values.get(n) not in IDLE]
         cfg = Config(**{name.lower(): value for name, value in values.items()})
         origin = {name: source for name, (_, source) in texts.items()}
         return resolve_paths(replace(cfg, record=record, origin=origin, notes=tuple(notes))).check()
 
-    def check(self) -> "Config":
+    def check(self):
         """Refuse values that cannot work together."""
-        for name in VARIABLES:
-            value = getattr(self, name.lower())
-            most = 1 if name in FRACTIONS else 2**62
-            if not isinstance(value, (int, float)) or name == "CODEC_TOKENS":
-                continue
-            if not 0 <= value <= most or (not value and name in POSITIVE):
-                least = "above 0" if name in POSITIVE else "at least 0"
-                raise ConfigError(f"{name}={value}: must be {least} and at most {most}")
-        layers, head = self.num_layers, self.model_dim // self.num_heads
+        layers, longest = self.num_layers, self.ngram_max_order
+        head = self.model_dim // self.num_heads
         for name, broken, wanted in (
             ("NUM_LAYERS", layers < 2, "at least 2"),
             ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
             ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
-            ("ROPE_DIMS", not 0 <= self.rope_dims <= head or self.rope_dims % 2, "even, <= a head"),
+            ("ROPE_DIMS", self.rope_dims > head or self.rope_dims % 2, "even, <= a head"),
             ("TRAIN_SEQ_LEN", self.train_seq_len > 2**20, "at most 1,048,576"),
             ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
-            ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), "layer numbers"),
+            ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), f"< {layers}"),
             ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
             ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
-            (
-                "NGRAM_MAX_ORDER",
-                not 2 <= self.ngram_min_order <= self.ngram_max_order,
-                ">= minimum",
-            ),
-            ("BETA1", self.beta1 == 1, "below 1"),
-            ("BETA2", self.beta2 == 1, "below 1"),
+            ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
             ("CHECKPOINT_EVERY", not re.fullmatch(r"\d+m?", self.checkpoint_every), "10 or 10m"),
+            ("PSEUDO_WEIGHTS", self.eval_only and self.pseudo_weights == "ema", "artifact here"),
             ("SCORER", self.scorer == "documents", "sliding (documents comes later)"),
         ):
             if broken:
@@ -281,33 +278,25 @@ class Config:
         return self
 
     @property
-    def window(self) -> int:
-        """Tokens in a scoring window."""
+    def window(self):
         return self.eval_seq_len or self.train_seq_len
 
     @property
-    def value_layers(self) -> list[int]:
-        """Layers with a value embedding, from 0."""
+    def value_layers(self):
         return [i % self.num_layers for i in self.ve_layers] if self.ve_enabled else []
 
 
 VARIABLES = {f.name.upper(): f for f in fields(Config) if f.compare}
-POSITIVE = """MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN EVAL_STRIDE
- EVAL_BATCH_SEQS SWA_EVERY QAT_EVERY TRAIN_LOG_EVERY LOGIT_SOFTCAP BIGRAM_DIM VE_DIM ITERATIONS
- MUON_BACKEND_STEPS ROPE_BASE ROPE_TRAIN_SEQ_LEN NGRAM_BUCKETS NGRAM_CHUNK_TOKENS NGRAM_CACHES
- ADAM_EPS""".split()
-FRACTIONS = """BETA1 BETA2 EMA_DECAY SWA_WEIGHT MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START
- NGRAM_ALPHA_MIN NGRAM_ALPHA_MAX""".split()
-MODEL_FIELDS = """vocab_size train_seq_len num_layers model_dim num_heads num_kv_heads mlp_mult
- leaky_slope tied_embed_init_std logit_softcap qk_gain_init rope_base rope_dims rope_train_seq_len
- ln_scale xsa_last_n value_residual gated_attention smear_gate bos_reset bigram_vocab_size
- bigram_dim ve_enabled ve_dim ve_layers embed_coding table_coding control_coding
- compressor""".split()
+NAMES = [name.lower() for name in VARIABLES]
+MODEL_FIELDS = NAMES[NAMES.index("vocab_size") : NAMES.index("compressor") + 1]  # in the artifact
 
 
-def parse(name: str, text: str) -> Any:
-    """Text of a variable -> value of its type."""
-    kind, choices = VARIABLES[name].type, get_args(VARIABLES[name].type)
+def parse(name, text):
+    """Text of a variable -> value of its type, within its bounds."""
+    kind, least, most = VARIABLES[name].type, 0, 2**62
+    if get_origin(kind) is Annotated:
+        kind, least, most = get_args(kind)
+    choices = get_args(kind)
     if kind is bool or get_origin(kind) is Literal:
         choices = choices or ("0", "1")
         if text not in choices:
@@ -315,22 +304,22 @@ def parse(name: str, text: str) -> Any:
         return text == "1" if kind is bool else text
     try:
         value = tuple(map(choices[0], text.split(","))) if choices else kind(text)
-        if value in (math.inf, -math.inf) or value != value:
+        if isinstance(value, (int, float)) and not least <= value <= most:
             raise ValueError
     except ValueError:
-        wanted = f"{kind.__name__}, such as {show(VARIABLES[name].default)}"
-        raise ConfigError(f"{name}={text!r}: must be {wanted}") from None
+        wanted = f"{getattr(kind, '__name__', kind)}, {least} to {most:g}"
+        example = show(VARIABLES[name].default)
+        raise ConfigError(f"{name}={text!r}: must be {wanted}, such as {example}") from None
     return value
 
 
-def show(value: Any) -> str:
-    """A value as a config.env writes it."""
+def show(value):
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(int(value) if isinstance(value, bool) else value)
 
 
-def canonical_names(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+def canonical_names(environ):
     """Replace sibling names by ours; two names of one thing with different values are an error."""
     given, notes = {k: v for k, v in environ.items() if k not in ALIASES}, []
     for alias in sorted(ALIASES.keys() & environ.keys()):
@@ -341,7 +330,7 @@ def canonical_names(environ: Mapping[str, str]) -> tuple[dict[str, str], list[st
     return given, notes
 
 
-def refuse_misspelt(names: Mapping[str, str]) -> None:
+def refuse_misspelt(names):
     """Stop on names near ours or of one of our families; leave the rest of the environment be."""
     for name in sorted(names.keys() - VARIABLES.keys()):
         family = next((prefix for prefix in FAMILIES if name.startswith(prefix)), "")
@@ -351,8 +340,7 @@ def refuse_misspelt(names: Mapping[str, str]) -> None:
             raise ConfigError(f"{name}={names[name]!r} is not a variable; did you mean {near}?")
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance, in single-character edits."""
+def edit_distance(a, b):
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -361,7 +349,7 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def choose_record(given: Mapping[str, str]) -> tuple[str, list[str]]:
+def choose_record(given):
     """-> (record, or "" for the defaults; why it was chosen where nobody asked)."""
     if given.get("RECORD"):
         return given["RECORD"], []
@@ -374,7 +362,7 @@ def choose_record(given: Mapping[str, str]) -> tuple[str, list[str]]:
     return "tiny", [f"no RECORD: tiny, since there is {missing}"]
 
 
-def read_record(name: str) -> dict[str, str]:
+def read_record(name):
     """The NAME=value lines of records/**/<name>*/config.env; {} for no record."""
     if not name:
         return {}
@@ -393,7 +381,7 @@ def read_record(name: str) -> dict[str, str]:
     return pairs
 
 
-def resolve_paths(cfg: Config) -> Config:
+def resolve_paths(cfg):
     """Fill in the data folder, the tokenizer and the run's name."""
     real = FINEWEB_DATA.is_dir() and cfg.record != "tiny"
     data = Path(cfg.data_path or (FINEWEB_DATA if real else SAMPLE_DATA))
@@ -406,26 +394,16 @@ def resolve_paths(cfg: Config) -> Config:
     return replace(cfg, data_path=str(data), tokenizer_path=tokenizer, run_id=run_id)
 
 
-def describe_variables() -> dict[str, dict[str, str]]:
-    """group -> {name -> meaning}, as the comments of Config say."""
-    groups: dict[str, dict[str, str]] = {}
+def print_help():
+    """Name, type, default and meaning of each variable, as the source of Config says."""
+    print(__doc__)
     for line in inspect.getsource(Config).splitlines():
         if line.startswith("    # "):
-            groups[line[6:]] = group = {}
-        elif found := re.match(r"    (\w+): .* = .*  # (.+)", line):
-            group[found[1].upper()] = found[2]
-    return groups
-
-
-def print_help() -> None:
-    print(__doc__)
-    for group, meanings in describe_variables().items():
-        print(f"\n{group}")
-        for name, meaning in meanings.items():
-            kind, default = VARIABLES[name].type, show(VARIABLES[name].default) or "-"
-            choices = "|".join(get_args(kind)) if get_origin(kind) is Literal else ""
-            kind = "str" if choices else getattr(kind, "__name__", kind)
-            print(f"{name:<28}{kind:<8}{default:<34}{meaning}", f"[{choices}]" if choices else "")
+            print(f"\n{line[6:]}")
+        elif found := re.match(r"    (\w+): (.*) = .*  # (.+)", line):
+            name, kind = found[1].upper(), re.sub(r"(Literal|Annotated)|[\[\]\",]", "", found[2])
+            default = show(VARIABLES[name].default) or "-"
+            print(f"{name:<28}{default:<34}{found[3]} ({kind.strip().replace(' ', '|')})")
 
 
 # -----------------------------------------------------------------------------
@@ -441,24 +419,24 @@ class Line:
     value: Any
     values: dict[str, Any]
 
-    def text(self) -> str:
+    def text(self):
         head = self.key if self.value is None else f"{self.key}:{self.value}"
         return " ".join([head, *(self.render(*item) for item in self.values.items())])
 
-    def render(self, name: str, value: Any) -> str:
+    def render(self, name, value):
         short, unit = name.removesuffix("_ms"), "ms" if name.endswith("_ms") else ""
         if isinstance(value, float) and not self.key.startswith("final_"):
             value = f"{value:.2f}" if unit else f"{value:.4f}"
         return f"{short}:{value}{unit}"
 
-    def json(self) -> str:
+    def json(self):
         return json.dumps({"key": self.key, "value": self.value} | self.values)
 
 
 class Runtime:
     """This process among its ranks: rank, world_size, device, run folder, log, stage clocks."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path("runs") / cfg.run_id
         self.rank, self.world_size, local = (
             int(os.environ.get(n, d))
@@ -468,9 +446,10 @@ class Runtime:
         if cfg.device == "cuda" and not self.cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; fix: DEVICE=cpu")
         self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
+        self.finished = (self.folder / "submission.json").exists()
         self.seconds, self.files = {"train": 0.0, "eval": 0.0}, []
 
-    def start(self) -> None:
+    def start(self):
         """Threads, seed, kernels, process group; rank 0 opens the run folder's log."""
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
@@ -487,7 +466,7 @@ class Runtime:
             paths = [self.folder / name for name in ("log.txt", "metrics.jsonl")]
             self.files = [open(path, "w", encoding="utf-8") for path in paths]
 
-    def log(self, key: str, value: Any = None, **values: Any) -> None:
+    def log(self, key, value=None, **values):
         """Rank 0 prints the line and appends it to log.txt and metrics.jsonl."""
         if self.rank == 0:
             line = Line(key, value, values)
@@ -495,37 +474,35 @@ class Runtime:
             for file, text in zip(self.files, (line.text(), line.json()), strict=False):
                 print(text, file=file, flush=True)
 
-    def any(self, flag: bool) -> bool:
+    def any(self, flag):
         """True on every rank if true on one; through gloo, without waiting for the device."""
         return bool(self.sum(np.array([int(flag)]))[0])
 
-    def sum(self, array: np.ndarray) -> np.ndarray:
+    def sum(self, array):
         """Elementwise sum over ranks, in place. Exact where one rank holds each element."""
         if self.world_size > 1:
             dist.all_reduce(torch.from_numpy(array))
         return array
 
-    def barrier(self) -> None:
+    def barrier(self):
         self.any(False)
 
     @contextlib.contextmanager
-    def clock(self, stage: str) -> Iterator[None]:
+    def clock(self, stage):
         """Add the block's wall seconds to a budget, "train" or "eval"."""
         began = time.perf_counter()
         yield
-        if self.cuda:
-            torch.cuda.synchronize()
         self.seconds[stage] += time.perf_counter() - began
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self):
         """bf16 on CUDA; fp32 on the CPU, where bf16 is slower."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
 
-    def compile(self, function: Any, **how: Any) -> Any:
+    def compile(self, function, **how):
         return torch.compile(function, dynamic=False, **how) if self.cuda else function
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path, write):
     """What `write(path)` writes appears under its name whole or not at all."""
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     write(partial)
@@ -544,20 +521,19 @@ class DataError(UserError):
     """A missing or broken shard or tokenizer."""
 
 
-def read_shard(path: Path, vocab_size: int) -> np.ndarray:
+def read_shard(path, vocab_size):
     """Map one shard: a header of 256 int32 (magic, version, count), then uint16 tokens."""
     size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 3) if size >= SHARD_HEADER_BYTES else np.zeros(3, "<i4")
+    header = np.fromfile(path, "<i4", 3) if size >= SHARD_HEADER_BYTES else (0, 0, 0)
     magic, version, count = map(int, header)
-    expected = SHARD_HEADER_BYTES + 2 * count
-    for broken, problem in (
-        (size < SHARD_HEADER_BYTES, "shorter than its 1,024-byte header"),
-        (magic != SHARD_MAGIC, f"magic {magic} instead of {SHARD_MAGIC}, not a token shard"),
-        (version != SHARD_VERSION, f"version {version} instead of {SHARD_VERSION}"),
-        (count <= 0, f"the header counts {count} tokens"),
-        (size != expected, f"length {size} bytes instead of {expected}"),
+    for right, problem in (
+        (size >= SHARD_HEADER_BYTES, "shorter than its 1,024-byte header"),
+        (magic == SHARD_MAGIC, f"magic {magic} instead of {SHARD_MAGIC}, not a token shard"),
+        (version == SHARD_VERSION, f"version {version} instead of {SHARD_VERSION}"),
+        (count > 0, f"the header counts {count} tokens"),
+        (size == SHARD_HEADER_BYTES + 2 * count, f"length {size} bytes for {count} tokens"),
     ):
-        if broken:
+        if not right:
             raise DataError(f"{path}: {problem}; fix: write or download it again")
     tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
     if tokens.max() >= vocab_size:
@@ -566,8 +542,7 @@ def read_shard(path: Path, vocab_size: int) -> np.ndarray:
     return tokens
 
 
-def find_shards(folder: str, split: str) -> list[Path]:
-    """The shards of "train" or "val", in their order."""
+def find_shards(folder, split):
     shards = sorted(Path(folder).glob(f"*_{split}_*.bin"))
     if not shards:
         fix = f"python data/prepare_text.py --input TEXT --out {folder}"
@@ -579,38 +554,32 @@ class TokenLoader:
     """Consecutive tokens of the training shards, around and around.
 
     In each step every rank reads the same TRAIN_BATCH_TOKENS + 1 tokens and takes its own rows, so
-    a batch does not depend on the number of ranks. The last target is the next first input.
+    a batch does not depend on their number. The last target is the next step's first input.
     """
 
-    def __init__(self, shards: list[Path], vocab_size: int) -> None:
+    def __init__(self, shards, vocab_size):
         self.shards, self.vocab_size, self.shard = shards, vocab_size, None
         self.restore({"shard": 0, "offset": 0})
 
-    def state(self) -> dict[str, int]:
+    def state(self):
         return {"shard": self.shard, "offset": self.offset}
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state):
         if self.shard != state["shard"]:
             self.tokens = read_shard(self.shards[state["shard"]], self.vocab_size)
         self.shard, self.offset = state["shard"], state["offset"]
 
-    def take(self, count: int) -> np.ndarray:
-        """The next `count` tokens, int64."""
-        parts = []
-        while count:
+    def rows(self, cfg, rt):
+        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
+        parts, missing = [], cfg.train_batch_tokens + 1
+        while missing:
             if self.offset == len(self.tokens):
                 self.restore({"shard": (self.shard + 1) % len(self.shards), "offset": 0})
-            parts.append(self.tokens[self.offset : self.offset + count])
+            parts.append(self.tokens[self.offset : self.offset + missing])
             self.offset += len(parts[-1])
-            count -= len(parts[-1])
-        return np.concatenate(parts).astype(np.int64)
-
-    def rows(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
-        body = self.take(cfg.train_batch_tokens)
-        after = self.state()
-        tokens = torch.from_numpy(np.concatenate([body, self.take(1)]))
-        self.restore(after)
+            missing -= len(parts[-1])
+        self.offset -= 1
+        tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         inputs, targets = (t.view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
         share = len(inputs) // rt.world_size
         mine = slice(rt.rank * share, (rt.rank + 1) * share)
@@ -624,7 +593,7 @@ class TokenBytes(NamedTuple):
     leading_space: np.ndarray  # bool
     swallows_space: np.ndarray  # bool: after this token a leading space stands for no byte
 
-    def count(self, targets: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    def count(self, targets, previous):
         """UTF-8 bytes each target adds to the text, int64."""
         space = self.leading_space[targets] & ~self.swallows_space[previous]
         return self.base_bytes[targets] + space
@@ -659,20 +628,20 @@ def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
 class ValidationText:
     """The validation stream: an implied BOS where it lacks one, then targets and their bytes."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg):
         shards = find_shards(cfg.data_path, "val")
         tokens = np.concatenate([read_shard(path, cfg.vocab_size) for path in shards])
         implied = int(tokens[0] != BOS)  # 1: the first token is a target too, predicted from BOS
         self.stream = np.concatenate([np.full(implied, BOS, tokens.dtype), tokens])
         self.targets = self.stream[1:]  # (N,)
-        if not len(self.targets):
-            raise DataError(f"DATA_PATH={cfg.data_path!r}: validation is one BOS; fix: longer text")
         tables = token_bytes(cfg.tokenizer_path, cfg.vocab_size)
         self.bytes = tables.count(self.targets, self.stream[:-1])
         self.positions = np.arange(len(self.targets)) + 1 - implied  # in the shards
+        if not self.bytes.sum():
+            raise DataError(f"DATA_PATH={cfg.data_path!r}: no text to validate on; fix: more text")
 
 
-def prepare_sample(rt: Runtime, cfg: Config) -> None:
+def prepare_sample(rt, cfg):
     """Tokenise the embedded text on its first use; rank 0 works, the others wait."""
     if Path(cfg.data_path) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
         if rt.rank == 0:
@@ -700,18 +669,18 @@ class Spec(NamedTuple):
     coding: str  # "int6", "int8", "fp16" or "fp32"
 
 
-def constant(value: float) -> Initialiser:
+def constant(value):
     return lambda weight: weight.fill_(value)
 
 
-def normal(std: float) -> Initialiser:
+def normal(std):
     return lambda weight: weight.normal_(std=std)
 
 
-def orthogonal(count: int | None = None) -> Initialiser:
+def orthogonal(count=None):
     """The first `count` matrices of a bank orthogonal, the rest (output projections) zero."""
 
-    def fill(weight: Tensor) -> None:
+    def fill(weight):
         weight.zero_()
         for matrix in weight.view(-1, *weight.shape[-2:])[:count]:
             nn.init.orthogonal_(matrix)
@@ -719,12 +688,12 @@ def orthogonal(count: int | None = None) -> Initialiser:
     return fill
 
 
-def parameter_specs(cfg: Config) -> dict[str, Spec]:
+def parameter_specs(cfg):
     """Name -> Spec of every parameter that this configuration has."""
     L, D, H, V = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.vocab_size
     KV, F_ = D // H * cfg.num_kv_heads, int(cfg.mlp_mult * D)
 
-    def control(init: float | Initialiser, *shape: int) -> Spec:
+    def control(init, *shape):
         fill = init if callable(init) else constant(init)
         return Spec(shape, fill, "scalar", cfg.control_coding)
 
@@ -760,20 +729,20 @@ def parameter_specs(cfg: Config) -> dict[str, Spec]:
     return specs
 
 
-def count_parameters(cfg: Config) -> int:
+def count_parameters(cfg):
     return sum(math.prod(spec.shape) for spec in parameter_specs(cfg).values())
 
 
-def rms_norm(x: Tensor) -> Tensor:
+def rms_norm(x):
     return F.rms_norm(x, x.shape[-1:])
 
 
-def shift_right(x: Tensor) -> Tensor:
+def shift_right(x):
     """x_{t-1} at t, zeros first. (B, T, ...)"""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
-def rotary_tables(cfg: Config, length: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(cfg, length):
     """cos, sin (length, rope_dims / 2). Training sequences longer than rope_train_seq_len stretch
     the base (NTK rule), for scoring as for training."""
     dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
@@ -784,14 +753,14 @@ def rotary_tables(cfg: Config, length: int) -> tuple[Tensor, Tensor]:
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x, cos, sin):
     """Rotate the first 2 * cos.shape[-1] dimensions of each head, half-split. (B, H, T, d)"""
     half = cos.shape[-1]
     a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
 
 
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+def exclude_self(y, v):
     """Exclusive self-attention: take from each head's output its part along the position's own
     value. y (B, H, T, d), v (B, H_kv, T, d)"""
     own = F.normalize(v, dim=-1).unsqueeze(2)  # (B, H_kv, 1, T, d)
@@ -799,7 +768,7 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
 
 
-def fake_quantize(weight: Tensor, scale: Tensor) -> Tensor:
+def fake_quantize(weight, scale):
     """Weights on the int6 grid with a straight-through gradient; unchanged where scale is 0.
 
     The switch is a tensor's value: a compiled graph can neither freeze it, as the published
@@ -812,7 +781,7 @@ def fake_quantize(weight: Tensor, scale: Tensor) -> Tensor:
 class Pass:
     """What the blocks of one forward pass share."""
 
-    def __init__(self, model: "GPT", ids: Tensor, x: Tensor) -> None:
+    def __init__(self, model, ids, x):
         self.x0, T = x, ids.shape[1]
         self.qo, self.kv, self.up, self.down = (model.bank(name).unbind() for name in BANKS)
         self.rope = model.rope_cos[:T], model.rope_sin[:T]
@@ -825,7 +794,7 @@ class Pass:
 class GPT(nn.Module):
     """The stack of PR #549 with its siblings' switches."""
 
-    def __init__(self, cfg: Config, max_length: int = 0) -> None:
+    def __init__(self, cfg, max_length=0):
         super().__init__()
         self.cfg = cfg
         for name, spec in parameter_specs(cfg).items():
@@ -838,21 +807,21 @@ class GPT(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     @torch.no_grad()
-    def initialise(self) -> "GPT":
+    def initialise(self):
         for name, spec in parameter_specs(self.cfg).items():
             spec.init(getattr(self, name))
             assert getattr(self, name).isfinite().all(), f"nobody initialised {name}"
         return self
 
-    def bank(self, name: str) -> Tensor:
+    def bank(self, name):
         return fake_quantize(getattr(self, name), getattr(self, f"{name}_grid"))
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ids, targets):
         """Mean cross-entropy in nats of targets given ids, both int64 (B, T)."""
         logits = self.logits(self.hidden(ids))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids):
         """(B, T) -> normed output of the last block (B, T, D)"""
         x = self.embed(ids)
         shared, skips, half = Pass(self, ids, x), [], self.cfg.num_layers // 2
@@ -864,12 +833,12 @@ class GPT(nn.Module):
                 skips.append(x)
         return rms_norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden):
         """(..., D) -> softcapped (..., V), at any selection of positions"""
         cap = self.cfg.logit_softcap
         return cap * torch.tanh(F.linear(hidden / cap, self.tok_emb))
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids):
         """Token + bigram embedding, norm, smear. (B, T) -> (B, T, D)"""
         x = F.embedding(ids, self.tok_emb)
         starts = (ids == BOS) & self.cfg.bos_reset  # a document does not see the one before
@@ -882,14 +851,14 @@ class GPT(nn.Module):
             x = torch.lerp(x, before, torch.sigmoid(self.smear).type_as(x))
         return x
 
-    def bigram_index(self, ids: Tensor, starts: Tensor) -> Tensor:
+    def bigram_index(self, ids, starts):
         """Hash of (previous, current) id, the last row at a start; wraps as int32 upstream."""
         last, ids = self.cfg.bigram_vocab_size - 1, ids.int()
         index = ((36313 * ids) ^ (27191 * shift_right(ids))) % last
         first = torch.arange(ids.shape[1], device=ids.device) == 0
         return index.masked_fill(starts | first, last)
 
-    def block(self, i: int, x: Tensor, shared: Pass) -> Tensor:
+    def block(self, i, x, shared):
         """(B, T, D) -> (B, T, D)"""
         scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
         x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * shared.x0
@@ -898,7 +867,7 @@ class GPT(nn.Module):
         activation = F.leaky_relu(up, self.cfg.leaky_slope).square()
         return x + self.mlp_scale[i] * F.linear(activation, shared.down[i])
 
-    def attention(self, i: int, h: Tensor, shared: Pass) -> Tensor:
+    def attention(self, i, h, shared):
         """Causal grouped-query attention; normed queries and keys, partly rotated."""
         cfg, L = self.cfg, self.cfg.num_layers
         v = self.values(i, h, shared)
@@ -914,11 +883,11 @@ class GPT(nn.Module):
             y = y * torch.sigmoid(gate).transpose(1, 2).unsqueeze(-1)
         return F.linear(y.transpose(1, 2).flatten(2), shared.qo[L + i])
 
-    def heads(self, x: Tensor) -> Tensor:
+    def heads(self, x):
         """(B, T, H * d) -> (B, H, T, d)"""
         return x.unflatten(-1, (-1, self.cfg.model_dim // self.cfg.num_heads)).transpose(1, 2)
 
-    def values(self, i: int, h: Tensor, shared: Pass) -> Tensor:
+    def values(self, i, h, shared):
         """Projection + value embedding, mixed with the first layer's values. (B, H_kv, T, d)"""
         v = F.linear(h, shared.kv[self.cfg.num_layers + i])
         if i in self.cfg.value_layers:
@@ -935,10 +904,13 @@ class GPT(nn.Module):
 # 6. Optimizers and schedules
 # Parallel Muon for the banks, AdamW for the rest; every schedule is a pure function.
 
+# torch 2.13 renamed the collectives; 2.11 has the old names only
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values towards 1
 
 
-def lr_factor(step: int, elapsed_seconds: float, cfg: Config) -> float:
+def lr_factor(step, elapsed_seconds, cfg):
     """Rate factor in [0, 1]: 1, then linear to 0 over the last WARMDOWN_ITERS steps. Under a
     wall-clock cap the steps left are those that fit at the mean step time so far."""
     if cfg.max_wallclock_seconds <= 0:
@@ -949,12 +921,12 @@ def lr_factor(step: int, elapsed_seconds: float, cfg: Config) -> float:
     return 1.0 if left_seconds >= warmdown_seconds else left_seconds / warmdown_seconds
 
 
-def muon_momentum(step: int, cfg: Config) -> float:
+def muon_momentum(step, cfg):
     done = min(1.0, step / max(1, cfg.muon_momentum_warmup_steps))
     return (1 - done) * cfg.muon_momentum_warmup_start + done * cfg.muon_momentum
 
 
-def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+def newton_schulz(matrices, steps):
     """Orthogonalise a batch: singular values to about 1, zero matrices stay zero. (n, r, c), the
     dtype of the input. Jordan 2024, https://kellerjordan.github.io/posts/muon"""
     a, b, c = NEWTON_SCHULZ
@@ -970,7 +942,7 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 class Bank:
     """A bank's buffers on this rank, which owns `share` of its matrices (padding at the end)."""
 
-    def __init__(self, weight: nn.Parameter, rt: Runtime) -> None:
+    def __init__(self, weight, rt):
         n, *matrix = weight.shape
         share = -(-n // rt.world_size)
         dtype = torch.bfloat16 if rt.cuda else torch.float32
@@ -985,23 +957,21 @@ class ParallelMuon:
     """Muon with momentum and Newton-Schulz sharded over ranks (PR #399): `reduce` starts the
     reduce-scatters, `step` overlaps each bank's all-gather with the next bank's arithmetic."""
 
-    def __init__(self, weights: list[nn.Parameter], rt: Runtime, cfg: Config) -> None:
+    def __init__(self, weights, rt, cfg):
         weights = sorted(weights, key=Tensor.numel, reverse=True)  # the longest transfer first
         self.banks, self.rt, self.cfg = [Bank(w, rt) for w in weights], rt, cfg
 
-    def reduce(self) -> None:
+    def reduce(self):
         """Start averaging the gradients: each rank gets its share of every bank."""
-        # 2.13 renamed the collectives; 2.11 has the old names only
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         for bank in self.banks:
             torch.div(bank.weight.grad, self.rt.world_size, out=bank.padded[: len(bank.weight)])
             bank.padded[len(bank.weight) :].zero_()
             if self.rt.world_size == 1:
                 bank.gradient, bank.pending = bank.padded, None
             else:
-                bank.pending = scatter(bank.gradient, bank.padded, async_op=True)
+                bank.pending = reduce_scatter(bank.gradient, bank.padded, async_op=True)
 
-    def wait(self) -> list[Tensor]:
+    def wait(self):
         """The averaged gradients of this rank's share of every bank."""
         for bank in self.banks:
             if bank.pending:
@@ -1009,8 +979,7 @@ class ParallelMuon:
         return [bank.gradient for bank in self.banks]
 
     @torch.no_grad()
-    def step(self, rate: float, momentum: float) -> None:
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    def step(self, rate, momentum):
         last = None
         for bank in self.banks:
             bank.momentum.mul_(momentum).add_(bank.gradient)
@@ -1019,12 +988,12 @@ class ParallelMuon:
             if self.rt.world_size == 1:
                 bank.padded, bank.pending = update, None
             else:
-                bank.pending = gather(bank.padded, update.contiguous(), async_op=True)
+                bank.pending = all_gather(bank.padded, update.contiguous(), async_op=True)
             self.apply(last, rate)
             last = bank
         self.apply(last, rate)
 
-    def apply(self, bank: Bank | None, rate: float) -> None:
+    def apply(self, bank, rate):
         if bank is None:
             return
         if bank.pending:
@@ -1033,7 +1002,7 @@ class ParallelMuon:
         bank.weight.add_(bank.padded[: len(bank.weight)], alpha=-rate * bank.scale)
 
 
-def optimizer_groups(cfg: Config) -> dict[str, tuple[list[str], float, float]]:
+def optimizer_groups(cfg):
     """group -> (parameter names, rate, weight decay); every parameter is in exactly one."""
     groups = {
         "muon": ([], cfg.matrix_lr, cfg.muon_wd),
@@ -1048,7 +1017,7 @@ def optimizer_groups(cfg: Config) -> dict[str, tuple[list[str], float, float]]:
 class Optimizers:
     """Averaging over ranks, clipping and update: Muon for the banks, AdamW for the rest."""
 
-    def __init__(self, model: GPT, rt: Runtime, cfg: Config) -> None:
+    def __init__(self, model, rt, cfg):
         self.rt, self.cfg, groups = rt, cfg, optimizer_groups(cfg)
         banks = [getattr(model, name) for name in groups.pop("muon")[0]]
         self.muon = ParallelMuon(banks, rt, cfg)
@@ -1062,7 +1031,7 @@ class Optimizers:
         self.weights = self.small + banks
 
     @torch.no_grad()
-    def step(self, step: int, factor: float) -> Tensor:
+    def step(self, step, factor):
         """Average the gradients over ranks, clip, update, clear. -> gradient norm (scalar)"""
         if self.cfg.clip == "local":  # before averaging, as the published scripts do
             norm = self.clip([w.grad for w in self.weights], [])
@@ -1080,7 +1049,7 @@ class Optimizers:
             weight.grad = None
         return norm
 
-    def average_small(self) -> None:
+    def average_small(self):
         """One all-reduce for the gradients of everything that is not a bank."""
         if self.rt.world_size > 1:
             flat = torch.cat([w.grad.flatten() for w in self.small])
@@ -1089,7 +1058,7 @@ class Optimizers:
             for weight, part in zip(self.small, parts, strict=True):
                 weight.grad = part.view_as(weight)
 
-    def clip(self, gradients: list[Tensor], shards: list[Tensor]) -> Tensor:
+    def clip(self, gradients, shards):
         """Scale to a norm of at most GRAD_CLIP_NORM -> norm before. Shards add up over ranks."""
         square = sum(
             ((s.float() ** 2).sum() for s in shards), torch.zeros((), device=self.rt.device)
@@ -1113,13 +1082,13 @@ SWA_FACTOR = 0.2  # snapshots are taken while the rate factor is below this
 class Averages:
     """fp32 averages of every parameter, on its device."""
 
-    def __init__(self, model: GPT, cfg: Config) -> None:
+    def __init__(self, model, cfg):
         self.cfg, self.names = cfg, [name for name, _ in model.named_parameters()]
         self.weights = [p.data for p in model.parameters()]
         self.ema = [w.clone() for w in self.weights] if cfg.ema_enabled else None
         self.swa, self.snapshots = None, 0
 
-    def update(self, step: int, factor: float) -> None:
+    def update(self, step, factor):
         """After optimizer step `step` (from 0)."""
         cfg = self.cfg
         if self.ema:
@@ -1132,7 +1101,7 @@ class Averages:
             self.swa = self.swa or [torch.zeros_like(w) for w in self.weights]
             torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
 
-    def final(self) -> dict[str, Tensor]:
+    def final(self):
         """Name -> weights to export: (1 - SWA_WEIGHT) EMA + SWA_WEIGHT SWA, or the one there is."""
         if self.ema and self.swa:
             mixed = torch._foreach_lerp(self.ema, self.swa, self.cfg.swa_weight)
@@ -1156,7 +1125,7 @@ class ArtifactError(UserError):
     """An artifact that is damaged, foreign or of another configuration; nothing was loaded."""
 
 
-def candidate_scale(sorted_abs: Tensor, quantile: float, largest: int, floor: bool) -> Tensor:
+def candidate_scale(sorted_abs, quantile, largest, floor):
     """Step of the grid whose end is a quantile of |w| in each row, rounded as it is stored (fp16).
     (..., r, c) ascending -> (..., r, 1)"""
     place = quantile * (sorted_abs.shape[-1] - 1)
@@ -1166,11 +1135,11 @@ def candidate_scale(sorted_abs: Tensor, quantile: float, largest: int, floor: bo
     return scale.clamp_min(smallest).half().float()
 
 
-def round_to_grid(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
+def round_to_grid(weight, scale, largest):
     return (weight / scale).round().clamp(-largest, largest)
 
 
-def search_grid(weight: Tensor, coding: str, cfg: Config) -> Tensor:
+def search_grid(weight, coding, cfg):
     """GPTQ-lite: of the candidate clips the one with the least squared error, per row or per
     matrix. fp32 (..., r, c) -> scales (..., r, 1)"""
     largest = LARGEST[coding]
@@ -1190,13 +1159,13 @@ def search_grid(weight: Tensor, coding: str, cfg: Config) -> Tensor:
 
 
 @torch.no_grad()
-def update_qat_grids(model: GPT, cfg: Config) -> None:
+def update_qat_grids(model, cfg):
     """Late QAT trains on the grid that the export would choose for the present weights."""
     for name in BANKS:
         getattr(model, f"{name}_grid").copy_(search_grid(getattr(model, name), "int6", cfg))
 
 
-def pack_tensor(weight: Tensor, coding: str, cfg: Config) -> bytes:
+def pack_tensor(weight, coding, cfg):
     """fp16 scales of the rows, then int8 integers; or fp16 / fp32 values. Little-endian."""
     if coding in FLOATS:
         return weight.cpu().numpy().astype(FLOATS[coding]).tobytes()
@@ -1205,15 +1174,14 @@ def pack_tensor(weight: Tensor, coding: str, cfg: Config) -> bytes:
     return scale.cpu().numpy().astype("<f2").tobytes() + integers.tobytes()
 
 
-def packed_bytes(spec: Spec) -> int:
-    """Length of pack_tensor's result."""
+def packed_bytes(spec):
     if spec.coding in FLOATS:
         return math.prod(spec.shape) * np.dtype(FLOATS[spec.coding]).itemsize
     return math.prod(spec.shape) + 2 * math.prod(spec.shape[:-1])
 
 
-def unpack_tensor(packed: bytes, spec: Spec) -> Tensor:
-    def floats(part: bytes, kind: str) -> Tensor:
+def unpack_tensor(packed, spec):
+    def floats(part, kind):
         return torch.from_numpy(np.frombuffer(part, kind).astype(np.float32))
 
     if spec.coding in FLOATS:
@@ -1223,26 +1191,31 @@ def unpack_tensor(packed: bytes, spec: Spec) -> Tensor:
     return floats(packed[split:], "i1").view(spec.shape) * scale
 
 
-def compress(payload: bytes, how: str) -> bytes:
+def compress(payload, how):
     if how == "lzma":
         return lzma.compress(payload, preset=6)
     return backend("zstandard").ZstdCompressor(level=22).compress(payload)
 
 
-def decompress(data: bytes, how: str, size: int) -> bytes:
-    """Raises ArtifactError unless exactly `size` bytes come out; never holds more."""
-    opener = lzma.open if how == "lzma" else backend("zstandard").open
+def decompress(data, how, size):
+    """Raises ArtifactError unless `data` is one whole stream of exactly `size` bytes."""
     try:
-        with opener(io.BytesIO(data)) as file:
-            payload = file.read(size + 1)
+        if how == "lzma":
+            stream = lzma.LZMADecompressor()
+            payload = stream.decompress(data, size + 1)
+        else:
+            zstd = backend("zstandard")
+            claimed = zstd.frame_content_size(data)
+            stream = zstd.ZstdDecompressor().decompressobj()
+            payload = stream.decompress(data) if claimed == size else b""
     except Exception as error:  # each library has its own
         raise ArtifactError(f"the payload does not decompress ({error})") from error
-    if len(payload) != size:
+    if len(payload) != size or not stream.eof or stream.unused_data:
         raise ArtifactError("the payload's length is not what the header says")
     return payload
 
 
-def artifact_header(cfg: Config) -> dict[str, Any]:
+def artifact_header(cfg):
     """Model configuration and each tensor's name, shape, coding and offset; nothing of the run."""
     tensors, offset = [], 0
     for name, spec in parameter_specs(cfg).items():
@@ -1253,7 +1226,7 @@ def artifact_header(cfg: Config) -> dict[str, Any]:
     return dict(model=model, tensors=tensors, size=offset)
 
 
-def pack_artifact(weights: Mapping[str, Tensor], cfg: Config) -> bytes:
+def pack_artifact(weights, cfg):
     """Quantise and pack: magic, version, header length, JSON header, payload, sha256 of all that.
     The same weights give the same bytes; no pickle."""
     specs = parameter_specs(cfg)
@@ -1264,7 +1237,7 @@ def pack_artifact(weights: Mapping[str, Tensor], cfg: Config) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
-def open_container(data: bytes) -> tuple[Config, bytes]:
+def open_container(data):
     """Check magic, digest and version, then the header against what this program would write for
     its model -> (configuration, compressed payload)"""
     start, body = len(MAGIC) + 8, data[:-SHA_BYTES]
@@ -1316,13 +1289,13 @@ def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) ->
 
 
 class Scores(NamedTuple):
-    """Per target, float64 (N,), nats; final for all ranks."""
+    """Per target, float64 (N,), nats."""
 
     log_prob: np.ndarray
     entropy: np.ndarray
 
 
-def bits_per_byte(log_prob: np.ndarray, token_bytes: np.ndarray) -> float:
+def bits_per_byte(log_prob, token_bytes):
     return float(-log_prob.sum() / math.log(2) / token_bytes.sum())
 
 
@@ -1334,41 +1307,388 @@ class WindowScorer:
     number of ranks changes a value.
     """
 
-    def __init__(self, model: GPT, rt: Runtime, cfg: Config) -> None:
+    def __init__(self, model, rt, cfg):
         self.model, self.rt = model, rt
         self.batch, self.length = cfg.eval_batch_seqs, cfg.window
         self.forward = rt.compile(self.score_rows)
 
-    def score_rows(self, ids: Tensor, targets: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, T), targets (B, S) at rows first (B,).. -> log p, entropy, float64 (B, S)"""
+    def log_probs(self, ids, first, count):
+        """ids (B, T) -> log-probabilities at `count` rows from first (B,): float64 (B, count, V)"""
         with self.rt.autocast():
-            index = first.unsqueeze(1) + torch.arange(targets.shape[1], device=first.device)
+            index = first.unsqueeze(1) + torch.arange(count, device=first.device)
             hidden = self.model.hidden(ids)
             hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
             logits = self.model.logits(hidden)
-        log_probs = logits.double().log_softmax(-1)
+        return logits.double().log_softmax(-1)
+
+    def score_rows(self, ids, first, targets):
+        """-> log p of targets (B, S), entropy; float64 (B, S)"""
+        log_probs = self.log_probs(ids, first, targets.shape[1])
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
+    def windows(self, stream, ends, stride):
+        """Inputs (B, T), first scored row (B,) and targets (B, S) of the windows whose last target
+        is the `ends`-th; beyond the stream's end lies a constant."""
+        starts = np.maximum(ends - self.length, 0)
+        inputs = starts[:, None] + np.arange(self.length)
+        goals = ends[:, None] - stride + np.arange(stride) + 1
+        ids, targets = (stream.take(i, mode="clip").astype(np.int64) for i in (inputs, goals))
+        ids[inputs >= len(stream) - 1] = 0
+        arrays = ids, ends - stride - starts, targets
+        return [torch.from_numpy(array).to(self.rt.device) for array in arrays]
+
     @torch.no_grad()
-    def score(self, stream: np.ndarray, stride: int) -> Scores:
+    def score(self, stream, stride):
         """stream: N + 1 tokens -> Scores of the last N."""
-        count, length = len(stream) - 1, self.length
-        padded = np.concatenate([stream, np.zeros(length + stride, stream.dtype)]).astype(np.int64)
-        ends = np.arange(0, count, stride) + stride  # one window scores targets end - stride .. end
-        starts = np.maximum(ends - length, 0)
-        batches = -(-len(ends) // self.batch)
-        result = np.zeros((2, len(ends) * stride))
-        for b in range(self.rt.rank, batches, self.rt.world_size):
-            real = np.arange(b * self.batch, min((b + 1) * self.batch, len(ends)))
+        ends = np.arange(stride, len(stream) - 1 + stride, stride)
+        result = np.zeros((2, len(ends), stride))
+        for b in range(self.rt.rank * self.batch, len(ends), self.rt.world_size * self.batch):
+            real = range(b, min(b + self.batch, len(ends)))
             window = np.resize(real, self.batch)  # the last batch repeats windows to keep its shape
-            ids = padded[starts[window, None] + np.arange(length)]
-            span = ends[window, None] - stride + np.arange(stride)
-            arrays = ids, padded[span + 1], ends[window] - stride - starts[window]
-            scored = self.forward(*(torch.from_numpy(a).to(self.rt.device) for a in arrays))
-            for row, values in zip(result, scored, strict=True):
-                row[span[: len(real)]] = values[: len(real)].cpu().numpy()
-        return Scores(*self.rt.sum(result)[:, :count])
+            scored = self.forward(*self.windows(stream, ends[window], stride))
+            result[:, real] = torch.stack(scored)[:, : len(real)].cpu().numpy()
+        return Scores(*self.rt.sum(result).reshape(2, -1)[:, : len(stream) - 1])
+
+    @torch.no_grad()
+    def distribution(self, stream, stride, target):
+        """p over the vocabulary for one target (from 0), as `score` sees it: float64 (V,)"""
+        ends = np.full(self.batch, target // stride * stride + stride)
+        ids, first, _ = self.windows(stream, ends, stride)
+        return self.log_probs(ids, first + target % stride, 1)[0, 0].exp().cpu().numpy()
+
+
+# -----------------------------------------------------------------------------
+# 11. n-gram scoring
+# Exact causal counts by sorting; the published backoff, a learned mixture, #864's hashed tables.
+
+KEY_BITS = 63  # of a packed int64 sort key: context group, token, position
+LONG_ORDERS = (12, 16, 24)  # repeats beyond the model's window
+PROBES = 32  # targets at which the whole vocabulary is scored
+
+
+def ngram_counts(
+    tokens: Any, vocab_size: int, max_order: int, *, device: Any = "cpu", times: Any = None,
+    starts: Any = None,
+) -> Iterator[tuple]:  # fmt: skip
+    """Yields (order, context_count, target_count, types, singletons), orders 1..max_order.
+
+    Four int32 (N,), fresh for each order: at t, how often the context (order - 1 tokens) and
+    context + token t came before, its distinct continuations, and those seen once. tokens: (N,)
+    integers below vocab_size, else ValueError. starts: (N,) bool, tokens with an empty context
+    (documents). times, with starts: (N,) integers, the step that codes each token, one after its
+    predecessor's; equal times do not see each other.
+    """
+    tokens, size, unsort, successor = np.asarray(tokens), len(tokens), None, None
+    valid = not size or 0 <= tokens.min() <= tokens.max() < vocab_size
+    if tokens.dtype.kind not in "iu" or not valid:
+        raise ValueError(f"tokens must be integers in 0..{vocab_size - 1}, not {tokens.dtype}")
+    tokens = tokens.astype(np.int32)
+    if starts is not None:
+        times = np.arange(size) if times is None else np.asarray(times, np.int64)
+        unsort = np.argsort(times, kind="stable")  # in coding order a rank is causal
+        successor = np.append(np.where(starts, -1, np.argsort(unsort)), -1)[unsort + 1]
+        tokens, times = tokens[unsort], times[unsort]
+    bits = max(1, (size - 1).bit_length())
+    # Where 63 bits do not suffice, group numbers wrap at `capacity`: keys are made in order of
+    # group, so the pieces between wraps are sorted one by one. With two groups or more a piece,
+    # neighbours differ across a cut.
+    code = bits, vocab_size, max(2, (1 << KEY_BITS - bits) // vocab_size)
+    keys = tokens.astype(np.int64) << bits
+    keys |= np.arange(size)
+    fast = torch.device(device).type == "cpu" and has_backend("numba")
+    orders = (numba_orders if fast else torch_orders)(
+        keys, code, (tokens, times, successor), device
+    )
+    for order in range(1, max_order + 1):
+        stats = next(orders)
+        if unsort is not None:
+            stats[unsort] = stats.copy()
+        yield order, *stats.T
+        del stats
+
+
+def sort_pieces(keys, cuts, sort, join):
+    pieces = [sort(keys[a:b]) for a, b in zip(cuts, [*cuts[1:], len(keys)], strict=True)]
+    return pieces[0] if len(pieces) == 1 else join(pieces)
+
+
+def numba_orders(keys, code, stream, device):
+    """Statistics int32 (N, 4) of one order after the other: a sort and two compiled scans each."""
+    scan_ngrams, scan_contexts = compiled_scans()
+    (tokens, times, successor), cuts = stream, [0]
+    while True:
+        packed = sort_pieces(keys, cuts, np.sort, np.concatenate)
+        stats = np.zeros((len(tokens), 4), np.int32)
+        following, cuts = scan_ngrams(packed, code, tokens, times, successor, stats)
+        del packed
+        scan_contexts(keys, code, times, stats)
+        yield stats
+        keys = following
+        del stats, following
+
+
+@functools.cache
+def compiled_scans():
+    return [backend("numba").njit(scan) for scan in (scan_ngrams, scan_contexts)]
+
+
+def scan_ngrams(packed, code, tokens, times, successor, stats):
+    """Target counts (column 1), ranks among equal n-grams (column 0), next order's keys."""
+    (bits, vocab_size, capacity), mask, cuts = code, (1 << code[0]) - 1, [0]
+    out, size, group, base = np.empty_like(packed), 0, -1, 0
+    first = block = 0
+    fresh = alone = True
+    for i in range(packed.size):
+        t, key = packed[i] & mask, packed[i] >> bits
+        if i == 0 or key != packed[i - 1] >> bits:
+            first, block, fresh = i, i, True
+            alone = i + 1 == packed.size or key != packed[i + 1] >> bits
+        elif times is None or times[t] != times[packed[i - 1] & mask]:
+            block = i
+        stats[t, 0], stats[t, 1] = i - first, block - first
+        t = t + 1 if successor is None else successor[t]
+        if alone or t < 0 or t >= tokens.size:  # a context that never recurs counts nothing
+            continue
+        if fresh:
+            group, base, fresh = group + 1, base + vocab_size, False
+            if group % capacity == 0:
+                base = 0
+                if size:
+                    cuts.append(size)
+        out[size] = (base + np.int64(tokens[t])) << bits | t
+        size += 1
+    return out[:size], cuts
+
+
+def scan_contexts(keys, code, times, stats):
+    """The other columns; keys lie grouped by context and in coding order."""
+    (bits, vocab_size, _), mask, base, last = code, (1 << code[0]) - 1, -1, 0
+    first = block = types = singles = block_types = block_singles = 0
+    for i in range(keys.size):
+        t, key = keys[i] & mask, keys[i] >> bits
+        new = base < 0 or not base <= key < base + vocab_size
+        if new:
+            base, first, types, singles = key // vocab_size * vocab_size, i, 0, 0
+        if new or times is None or times[t] != times[last]:
+            block, block_types, block_singles = i, types, singles
+        rank, last = stats[t, 0], t
+        types += rank == 0
+        singles += (rank == 0) - (rank == 1)
+        stats[t, 0], stats[t, 2], stats[t, 3] = block - first, block_types, block_singles
+
+
+def torch_orders(keys, code, stream, device):
+    """The same by sort, cumsum and scatter: CUDA, or a machine without numba."""
+    (bits, vocab_size, capacity), keys, cuts = code, torch.from_numpy(keys).to(device), [0]
+    index = torch.arange(len(keys) + 1, device=device)
+    tokens, times, successor = (
+        default if a is None else torch.from_numpy(a.astype(np.int64)).to(device)
+        for a, default in zip(stream, (None, index, index[1:]), strict=True)
+    )
+
+    def runs(group, t):  # of each place: new group?, start of its group, start of its step there
+        new, step = torch.ones((2, len(t)), dtype=torch.bool, device=device)
+        new[1:] = group[1:] != group[:-1]
+        step[1:] = new[1:] | (times[t[1:]] != times[t[:-1]])
+        return new, *(torch.where(b, index[: len(t)], 0).cummax(0).values for b in (new, step))
+
+    while True:
+        stats = torch.zeros((len(tokens), 4), dtype=torch.int32, device=device)
+        packed = sort_pieces(keys, cuts, lambda k: k.sort().values, torch.cat)
+        t = packed & (1 << bits) - 1
+        new, first, block = runs(packed >> bits, t)
+        stats[t, 0], stats[t, 1] = (index[: len(t)] - first).int(), (block - first).int()
+        run, follow, again = new.cumsum(0), successor[t], ~new
+        again[:-1] |= again[1:].clone()  # n-grams seen twice or more
+        keep = again & (follow >= 0) & (follow < len(tokens))
+        run, follow = run[keep], follow[keep]
+        group = torch.zeros_like(run)
+        group[1:] = (run[1:] != run[:-1]).cumsum(0)
+
+        t = keys & (1 << bits) - 1
+        _, first, block = runs((keys >> bits) // vocab_size, t)
+        new, again = stats[t, 0] == 0, stats[t, 0] == 1
+        stats[t, 0] = (block - first).int()
+        for column, change in ((2, new.int()), (3, new.int() - again.int())):
+            before = change.cumsum(0) - change
+            stats[t, column] = (before[block] - before[first]).int()
+        yield stats.cpu().numpy()
+        keys = (group % capacity * vocab_size + tokens[follow]) << bits | follow
+        cuts = [0, *(torch.nonzero(torch.diff(group // capacity))[:, 0] + 1).tolist()]
+
+
+def backoff_match(counts, cfg):
+    """Order (0: none), n and c of the longest context seen NGRAM_MIN_COUNT times: int32 (3, N)"""
+    best = None
+    for order, n, c, *_ in counts:
+        best = np.zeros((3, len(n)), np.int32) if best is None else best
+        if cfg.ngram_min_order <= order <= cfg.ngram_max_order:
+            usable = n >= cfg.ngram_min_count
+            for row, value in zip(best, (order, n, c), strict=True):
+                np.copyto(row, value, where=usable)
+    return best
+
+
+def backoff_alpha(order, entropy, cfg):
+    """Weight (N,) of the counts, from the matched order and the model's entropy (N,) in nats; 0
+    without a match. The multipliers act on it: on the probability they would create mass."""
+    low, high, scale = cfg.ngram_alpha_min, cfg.ngram_alpha_max, cfg.ngram_entropy_scale
+    centre = cfg.ngram_entropy_center - cfg.ngram_center_slope * (order - 2.0)
+    alpha = low + (high - low) / (1 + np.exp(-scale * (entropy - centre)))
+    alpha = alpha * np.take(cfg.ngram_multipliers, np.maximum(order - 2, 0), mode="clip")
+    return np.where(order > 0, alpha.clip(0, 0.95), 0.0)
+
+
+def backoff_log_prob(scores, match, cfg, floor=0.0):
+    """The published mixture (PR #864) over given counts: (N,), nats."""
+    order, n, c = match
+    alpha, p_model = backoff_alpha(order, scores.entropy, cfg), np.exp(scores.log_prob)
+    p = (1 - alpha) * np.maximum(p_model, floor) + alpha * (c / np.maximum(n, 1))
+    return np.log(np.maximum(p, floor))
+
+
+class CountStore:
+    """Counts of some orders at the targets (positions 1 on), kept where the context was seen."""
+
+    def __init__(self, orders):
+        self.orders, self.columns, self.matched = orders, [], 0
+
+    def collect(self, counts):
+        """Keeps what ngram_counts yields and passes it on, cut to the targets."""
+        for order, *stats in counts:
+            n, c, types, singles = stats = [column[1:] for column in stats]
+            if order in self.orders:
+                seen = np.flatnonzero(n).astype(np.int32)
+                few = np.stack([types[seen], singles[seen]], 1).astype(np.uint16)
+                self.columns.append((seen, np.stack([n[seen], c[seen]], 1), few))
+                self.matched = np.where(n > 0, np.int8(order), self.matched)
+            yield order, *stats
+
+    def read(self, a, b):
+        """Targets a..b: int32 (K, b - a, 4): context, target, types, singletons."""
+        dense = np.zeros((len(self.orders), b - a, 4), np.int32)
+        ends = np.array([a, b], np.int32)  # of another type, searchsorted would copy `seen`
+        for row, (seen, many, few) in zip(dense, self.columns, strict=True):
+            part = slice(*np.searchsorted(seen, ends))
+            row[seen[part] - a] = np.concatenate([many[part], few[part]], 1)
+        return dense
+
+
+class Blend:
+    """The model and each order's plain c / n, mixed with weights learned online.
+
+    A gate (one hidden layer) weighs them by what is known before the target and learns from a
+    chunk once it is scored. A Bayesian pair of gate and model alone, updated target by target,
+    loses at most one bit in total against either.
+    """
+
+    def __init__(self, orders, device):
+        self.device, inputs, experts, hidden = device, 5 * len(orders) + 3, len(orders) + 1, 32
+        first = torch.randn(inputs, hidden, generator=torch.Generator().manual_seed(0))
+        bias = torch.full((experts,), -1.0)
+        bias[0] = 1.0  # the model starts favoured
+        layers = first / inputs**0.5, torch.zeros(hidden), torch.zeros(hidden, experts), bias
+        self.layers = [layer.to(device).requires_grad_() for layer in layers]
+        self.optimizer = torch.optim.Adam(self.layers, 5e-3, fused=True)
+        self.odds, self.chunk, self.seen = 0.0, 256, 0
+
+    def rows(self, stats, logp, entropy):
+        """Inputs of the gate (rows, 5K + 3) float32; the experts' mask and p (rows, K + 1).
+
+        stats: (K, rows, 4) int32; logp, entropy: (rows,) float64, nats. Only p knows the target;
+        inputs are scaled by constants, never by statistics of the stream (C1).
+        """
+        stats, logp, entropy = (torch.as_tensor(a).to(self.device) for a in (stats, logp, entropy))
+        (n, _, types, singles), h = stats.float().unbind(-1), entropy.float()[None]
+        known, total = n > 0, stats[..., 0].clamp(min=1)
+        inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
+        inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp()])
+        p = torch.cat([logp.exp()[None], stats[..., 1].double() / total])
+        return inputs.T, torch.cat([torch.ones_like(known[:1]), known]).T, p.T
+
+    def logits(self, inputs, known):
+        hidden = F.gelu(inputs @ self.layers[0] + self.layers[1])
+        return (hidden @ self.layers[2] + self.layers[3]).masked_fill(~known, -torch.inf)
+
+    @torch.no_grad()
+    def gate_logp(self, inputs, known, p):
+        """Log of the weighted sum of p: float64 (rows,), nats."""
+        weights = self.logits(inputs, known).double().softmax(1)
+        return (weights * p).sum(1).log().cpu().numpy()
+
+    @staticmethod
+    def mix(gate_logp, logp, odds):
+        """Gate against model alone at log-odds `odds`: float64 (rows,), nats."""
+        return np.logaddexp(gate_logp - np.logaddexp(0, -odds), logp - np.logaddexp(0, odds))
+
+    def learn(self, inputs, known, p):
+        """Trains on a scored chunk: four passes early in the stream, one from 2^19 targets."""
+        self.seen, self.chunk = self.seen + len(p), min(2 * self.chunk, 4096)
+        ratio = (p / p.amax(1, keepdim=True).clamp(1e-300)).float()
+        passes = min(4, max(1, (1 << 20) // self.seen))
+        batches = [a.split(256 if passes > 1 else 512) for a in (inputs, known, ratio)]
+        for _ in range(passes):
+            for x, mask, q in zip(*batches, strict=True):
+                loss = -(self.logits(x, mask).softmax(1) * q).sum(1).clamp(1e-30).log().mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Faster for a gate so small, and the same bits whatever the machine's number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@one_thread()
+def blend(store, scores, device, probes=()):
+    """Score each target, then learn from it -> (log-probability (N,), mass at each probe).
+
+    probes: (target, p_model (V,), counts (K, V)), where the whole vocabulary is scored.
+    """
+    (logp, entropy), mixer = scores, Blend(store.orders, device)
+    out, masses, a = np.empty(len(logp)), [], 0
+    while a < len(logp):
+        b = min(a + mixer.chunk, len(logp))
+        rows = mixer.rows(store.read(a, b), logp[a:b], entropy[a:b])
+        gate = mixer.gate_logp(*rows)
+        odds = mixer.odds + np.append(0.0, np.cumsum(gate - logp[a:b]))
+        out[a:b] = mixer.mix(gate, logp[a:b], odds[:-1])
+        for t, p_model, counts in probes:
+            if a <= t < b:
+                n, types, singles = counts.sum(1), (counts > 0).sum(1), (counts == 1).sum(1)
+                stats = np.broadcast_arrays(n[:, None], counts, types[:, None], singles[:, None])
+                every = np.log(np.maximum(p_model, 1e-300)), np.full(len(p_model), entropy[t])
+                gate = mixer.gate_logp(*mixer.rows(np.stack(stats, 2), *every))
+                masses.append(np.exp(mixer.mix(gate, every[0], odds[t - a])).sum())
+        mixer.odds = odds[-1]
+        mixer.learn(*rows)
+        a = b
+    return out, np.array(masses)
+
+
+def backoff_mass(scores, orders, probe, cfg):
+    """Sum of the backoff's probabilities over the vocabulary at one probe of `blend`."""
+    t, p_model, counts = probe
+    every = Scores(np.log(np.maximum(p_model, 1e-300)), np.full(len(p_model), scores.entropy[t]))
+    columns = ((k, np.full_like(c, c.sum()), c) for k, c in zip(orders, counts, strict=True))
+    return np.exp(backoff_log_prob(every, backoff_match(columns, cfg), cfg)).sum()
+
+
+def vocabulary_counts(tokens, t, vocab_size, orders):
+    """Counts of the whole vocabulary at t, int64 (K, V), by comparing contexts, without sorting."""
+    places, counts = np.arange(t), np.zeros((len(orders), vocab_size), np.int64)
+    for order in range(1, min(t + 1, max(orders)) + 1):
+        if order in orders:
+            counts[orders.index(order)] = np.bincount(tokens[places], minlength=vocab_size)
+        places = places[places >= order]
+        places = places[tokens[places - order] == tokens[t - order]]
+    return counts
 
 
 # -----------------------------------------------------------------------------
@@ -1376,43 +1696,26 @@ class WindowScorer:
 # Batches, schedules, optimizers, averages and QAT until the steps or the clock run out.
 
 
-def micro_batches(cfg: Config, rt: Runtime) -> int:
+def micro_batches(cfg, rt):
     """Micro-batches of a step on each rank; ConfigError where the batch does not divide."""
     count = cfg.grad_accum_steps or (max(1, 8 // rt.world_size) if rt.cuda else 1)
     unit = cfg.train_seq_len * rt.world_size * count
     if cfg.train_batch_tokens % unit:
-        parts = f"TRAIN_SEQ_LEN {cfg.train_seq_len} x {rt.world_size} ranks x {count} micro-batches"
-        fix = f"a multiple of {unit} ({parts})"
-        raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {fix}")
+        wanted = f"a multiple of {unit} = TRAIN_SEQ_LEN x {rt.world_size} ranks x {count} parts"
+        raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {wanted}")
     return count
-
-
-class Stopwatch:
-    """Training time: seconds since the start, without what ran inside `paused`."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - began
 
 
 class Trainer:
     """The state of a training run and its steps."""
 
-    def __init__(self, model: GPT, loader: TokenLoader, rt: Runtime, cfg: Config) -> None:
+    def __init__(self, model, loader, rt, cfg):
         self.model, self.loader, self.rt, self.cfg = model, loader, rt, cfg
         self.micro, self.step, self.qat_since = micro_batches(cfg, rt), 0, None
         self.optimizers, self.averages = Optimizers(model, rt, cfg), Averages(model, cfg)
         self.loss = rt.compile(model, fullgraph=True)
 
-    def gradients(self) -> Tensor:
+    def gradients(self):
         """Forward and backward over this rank's share of the next batch -> mean loss, detached."""
         rows = self.loader.rows(self.cfg, self.rt)
         inputs, targets = (part.to(self.rt.device).chunk(self.micro) for part in rows)
@@ -1424,7 +1727,7 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def warm_up(self) -> None:
+    def warm_up(self):
         """Compile on real data, then rewind: no weight, state or token position is changed."""
         state = self.loader.state()
         for i in range(self.cfg.warmup_steps):
@@ -1434,7 +1737,7 @@ class Trainer:
             weight.grad = None
         self.loader.restore(state)
 
-    def update(self, factor: float) -> Tensor:
+    def update(self, factor):
         """One optimizer step at rate factor `factor` -> training loss."""
         cfg = self.cfg
         if cfg.late_qat and self.qat_since is None and factor < cfg.late_qat_threshold:
@@ -1448,33 +1751,31 @@ class Trainer:
         self.step += 1
         return loss
 
-    def run(self, validate: Callable[[], tuple[float, float]]) -> dict[str, Tensor]:
+    def run(self, validate):
         """Train to the last step or the cap -> averaged weights, fp32 by name."""
-        cfg, rt, stop = self.cfg, self.rt, False
-        self.model.train()
+        cfg, rt, stop, loss = self.cfg, self.rt, False, torch.zeros(())
         self.warm_up()
         rt.barrier()
-        watch, cap = Stopwatch(), cfg.max_wallclock_seconds
-        previous = torch.zeros(())
         while self.step < cfg.iterations and not stop:
-            loss = self.update(lr_factor(self.step, watch.seconds(), cfg))
-            previous.item()  # keeps the host at most one step ahead of the device
-            previous, seconds = loss, watch.seconds()
-            stop = cap > 0 and rt.any(seconds >= cap)
+            with rt.clock("train"):
+                previous, loss = loss, self.update(lr_factor(self.step, rt.seconds["train"], cfg))
+                previous.item()  # keeps the host at most one step ahead of the device
+            late = rt.seconds["train"] >= cfg.max_wallclock_seconds > 0
+            stop = cfg.max_wallclock_seconds > 0 and rt.any(late)
             last = stop or self.step == cfg.iterations
             if last or self.step <= 10 or self.step % cfg.train_log_every == 0:
-                self.log_step(seconds, train_loss=loss.item())
+                mean = rt.sum(np.array([loss.item()])) / rt.world_size
+                self.log_step(train_loss=float(mean[0]))
             if cfg.val_loss_every and (last or self.step % cfg.val_loss_every == 0):
-                with watch.paused():
-                    val_loss, val_bpb = validate()
-                self.log_step(seconds, val_loss=val_loss, val_bpb=val_bpb)
-        rt.seconds["train"] = watch.seconds()
+                val_loss, val_bpb = validate()
+                self.log_step(val_loss=val_loss, val_bpb=val_bpb)
         if stop:
             rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
         rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
         return self.averages.final()
 
-    def log_step(self, seconds: float, **values: float) -> None:
+    def log_step(self, **values):
+        seconds = self.rt.seconds["train"]
         values |= {"train_time_ms": int(1000 * seconds), "step_avg_ms": 1000 * seconds / self.step}
         values["tokens_per_s"] = int(self.cfg.train_batch_tokens * self.step / seconds)
         self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
@@ -1489,13 +1790,9 @@ OUTPUTS = """log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model con
 BLOCK_TARGETS = 1024
 
 
-def finished(rt: Runtime) -> bool:
-    return (rt.folder / "submission.json").exists()
-
-
-def open_run_folder(rt: Runtime) -> None:
+def open_run_folder(rt):
     """runs/<RUN_ID>/, cleared of an unfinished run; a finished one is not touched unasked."""
-    if finished(rt) and not rt.cfg.overwrite:
+    if rt.finished and not rt.cfg.overwrite:
         fix = "OVERWRITE=1 or another RUN_ID"
         raise ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {rt.folder} is finished; fix: {fix}")
     if rt.rank == 0:
@@ -1504,83 +1801,79 @@ def open_run_folder(rt: Runtime) -> None:
             (rt.folder / name).unlink(missing_ok=True)
 
 
-def keep_sources(rt: Runtime, cfg: Config) -> None:
+def keep_sources(rt, cfg):
     """What the score depends on beside the artifact: code, tokenizer, settings."""
     values = {name: show(getattr(cfg, name.lower())) for name in VARIABLES if name not in PATHS}
     text = "".join(f"{name}={value}\n" for name, value in values.items())
     (rt.folder / "config.env").write_text(text, encoding="utf-8")
-    shutil.copyfile(__file__, rt.folder / "train_gpt.py")
+    shutil.copyfile(CODE, rt.folder / "train_gpt.py")
     shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
 
 
-def announce(rt: Runtime, cfg: Config) -> None:
+def announce(rt, cfg):
     """Where, with what, and every value with its origin."""
     for note in cfg.notes:
         rt.log("note", note)
-    for group, names in describe_variables().items():
-        pairs = ((n, show(getattr(cfg, n.lower())), cfg.origin.get(n, "default")) for n in names)
-        rt.log("config", group, **{name: f"{value}({origin})" for name, value, origin in pairs})
-    found = {name: int(importlib.util.find_spec(name) is not None) for name in BACKENDS}
-    rt.log("backends", threads=torch.get_num_threads(), **found)
+    values = {
+        n: f"{show(getattr(cfg, n.lower()))}({cfg.origin.get(n, 'default')})" for n in VARIABLES
+    }
+    rt.log("config", **values)
+    found = {name: int(has_backend(name)) for name in BACKENDS}
     versions = dict(python=platform.python_version(), torch=torch.__version__)
     kind = torch.cuda.get_device_name() if rt.cuda else f"cpu {platform.machine()}"
-    rt.log("hardware", f"{rt.world_size} x {kind}", **versions)
+    threads = torch.get_num_threads()
+    rt.log("hardware", f"{rt.world_size} x {kind}", threads=threads, **versions, **found)
 
 
-def dry_run(rt: Runtime, cfg: Config) -> None:
-    """Configuration, parameters, optimizer groups and byte budget, without data or tokenizer."""
+def dry_run(rt, cfg):
+    """What would run, without data or tokenizer."""
     cfg = replace(cfg, vocab_size=cfg.vocab_size or 1024)
     announce(rt, cfg)
-    rt.log("batch", micro_batches=micro_batches(cfg, rt), tokens=cfg.train_batch_tokens)
-    rt.log("model_params", count_parameters(cfg))
+    rt.log("model_params", count_parameters(cfg), micro_batches=micro_batches(cfg, rt))
     for group, (names, rate, decay) in optimizer_groups(cfg).items():
         rt.log("optimizer_group", group, rate=rate, decay=decay, parameters=",".join(names))
-    specs, code = parameter_specs(cfg).values(), Path(__file__).stat().st_size
-    payload = sum(map(packed_bytes, specs))
-    spare = sum(math.prod(spec.shape) for spec in specs if spec.coding == "int6") // 4
-    rt.log(
-        "byte_budget", code=code, payload=payload, at_6_bits=code + payload - spare, cap=CAP_BYTES
-    )
+    payload = sum(map(packed_bytes, parameter_specs(cfg).values()))
+    rt.log("byte_budget", code=CODE.stat().st_size, uncompressed_weights=payload, cap=CAP_BYTES)
 
 
 class Report:
     """Prints the final lines and writes the run folder's results."""
 
-    def __init__(self, rt: Runtime, cfg: Config, text: ValidationText) -> None:
+    def __init__(self, rt, cfg, text):
         self.rt, self.cfg, self.text = rt, cfg, text
 
-    def score(self, stage: str, log_prob: np.ndarray, **more: Any) -> None:
+    def score(self, stage, log_prob, **more):
         """A stage's final line, from per-target log-probabilities in nats."""
         bpb = bits_per_byte(log_prob, self.text.bytes)
         self.rt.log(f"final_{stage}_exact", val_loss=float(-log_prob.mean()), val_bpb=bpb, **more)
 
-    def budget(self) -> None:
+    def budget(self):
         """Bytes and seconds against the caps; loud where the artifact is too large."""
-        code, weights = (
-            (self.rt.folder / name).stat().st_size for name in ("train_gpt.py", "artifact.bin")
-        )
-        total, seconds = code + weights, self.rt.seconds
-        self.rt.log("final_artifact_bytes", code=code, weights=weights, total=total, cap=CAP_BYTES)
-        times = dict(train_seconds=seconds["train"], eval_seconds=seconds["eval"])
-        self.rt.log("final_budget", **times, cap="600/600")
+        rt, sizes = self.rt, dict(code="train_gpt.py", weights="artifact.bin")
+        sizes = {part: (rt.folder / name).stat().st_size for part, name in sizes.items()}
+        total = sum(sizes.values())
+        rt.log("final_artifact_bytes", **sizes, total=total, cap=CAP_BYTES)
+        rt.log("final_budget", **{f"{k}_seconds": v for k, v in rt.seconds.items()}, cap="600/600")
         if total > CAP_BYTES:
-            self.rt.log("OVER THE CAP", f"{total} > {CAP_BYTES} bytes, not a valid submission")
+            rt.log("OVER THE CAP", f"{total} > {CAP_BYTES} bytes, not a valid submission")
 
-    def write(self, base: Scores, final: np.ndarray) -> None:
-        """blocks.npz always, scores.npz with SAVE_SCORES."""
-        text, edges = self.text, np.arange(0, len(final), BLOCK_TARGETS)
-        sums = dict(logp_model=base.log_prob, logp_final=final, bytes=text.bytes)
-        sums = {name: np.add.reduceat(column, edges) for name, column in sums.items()}
-        self.save("blocks.npz", sums)
-        if self.cfg.save_scores:
-            columns = dict(position=text.positions, token=text.targets, bytes=text.bytes)
-            columns |= dict(logp_model=base.log_prob, entropy=base.entropy, logp_final=final)
-            self.save("scores.npz", columns)
+    def write(self, base, final):
+        columns = dict(logp_model=base.log_prob, logp_final=final, bytes=self.text.bytes)
+        edges = np.arange(0, len(final), BLOCK_TARGETS)
+        self.save("blocks.npz", **{n: np.add.reduceat(c, edges) for n, c in columns.items()})
+        if self.cfg.save_scores or self.cfg.ngram_scheme:
+            self.write_scores("scores.npz", base, final)
 
-    def save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
+    def write_scores(self, name, base, final):
+        text, columns = self.text, dict(logp_model=base.log_prob, entropy=base.entropy)
+        tokens = dict(position=text.positions, token=text.targets, bytes=text.bytes)
+        self.save(name, **tokens, **columns, logp_final=final)
 
-    def finish(self) -> None:
+    def save(self, name, **arrays):
+        if self.rt.rank == 0:
+            write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
+
+    def finish(self):
         """submission.json, which marks the run as finished, and report.png."""
         for script in ("submission.py", "plot.py"):
             command = [sys.executable, ROOT / "records" / script, self.rt.folder]
@@ -1588,36 +1881,84 @@ class Report:
                 self.rt.log("note", f"records/{script} failed; run it again on {self.rt.folder}")
 
 
-def train_model(rt: Runtime, cfg: Config, text: ValidationText) -> bytes:
-    """Train from fresh weights, average, quantise -> the artifact's bytes"""
+def train_model(rt, cfg, text):
+    """Train from fresh weights -> averaged weights by name"""
     model = GPT(cfg).initialise().to(rt.device)
     rt.log("model_params", count_parameters(cfg))
     loader = TokenLoader(find_shards(cfg.data_path, "train"), cfg.vocab_size)
     scorer = WindowScorer(model, rt, cfg)
 
-    def validate() -> tuple[float, float]:
+    def validate():
         log_prob = scorer.score(text.stream, scorer.length).log_prob
         return float(-log_prob.mean()), bits_per_byte(log_prob, text.bytes)
 
-    return pack_artifact(Trainer(model, loader, rt, cfg).run(validate), cfg)
+    return Trainer(model, loader, rt, cfg).run(validate)
 
 
-def evaluate(model: GPT, rt: Runtime, cfg: Config, report: Report) -> tuple[Scores, np.ndarray]:
-    """Score the re-read artifact -> (what feeds the mixture, final log p of each target)"""
-    scorer, stream = WindowScorer(model, rt, cfg), report.text.stream
+def evaluate(model, weights, report):
+    """Score the re-read artifact, mix in n-grams, write the scores down."""
+    cfg, rt, stream = report.cfg, report.rt, report.text.stream
+    scorer = WindowScorer(model, rt, cfg)
     report.score("int6_roundtrip", scorer.score(stream, scorer.length).log_prob)
     scores = scorer.score(stream, cfg.eval_stride)
     report.score("int6_sliding_window", scores.log_prob, stride=cfg.eval_stride)
-    report.score("ngram", scores.log_prob, mixer="none")
-    return scores, scores.log_prob
+    if not cfg.ngram_enabled or cfg.ngram_mixer == "none":
+        report.score("ngram", scores.log_prob, mixer="none")
+        return report.write(scores, scores.log_prob)
+    if rt.rank == 0:
+        report.write(scores, mix_ngrams(scorer, scores, report))
+    if cfg.ngram_scheme and cfg.pseudo_weights == "ema":  # as #864 measured, unquantised
+        model.load_state_dict(weights)
+        raw = scorer.score(stream, cfg.eval_stride)
+        report.write_scores("scores_ema.npz", raw, raw.log_prob)
+    if cfg.ngram_scheme and rt.rank == 0:
+        pseudo_score(report)
 
 
-def run(cfg: Config) -> None:
+def mix_ngrams(scorer, scores, report):
+    """Count the stream, mix by the published backoff and by NGRAM_MIXER -> log p (N,), nats"""
+    cfg, rt, stream = report.cfg, report.rt, report.text.stream
+    shown = tuple(range(cfg.ngram_min_order, cfg.ngram_max_order + 1))
+    store = CountStore(tuple(sorted({1, *shown, *LONG_ORDERS})))
+    counts = ngram_counts(stream, cfg.vocab_size, max(store.orders), device=rt.device)
+    match = backoff_match(store.collect(counts), cfg)
+    orders = f"{shown[0]}-{shown[-1]}"
+    final = backoff = backoff_log_prob(scores, match, cfg)
+    report.score("ngram_backoff", backoff, orders=orders)
+    probes = []
+    for t in np.unique(np.linspace(0, len(final) - 1, PROBES).astype(int)):
+        p_model = scorer.distribution(stream, cfg.eval_stride, t)
+        probes.append((t, p_model, vocabulary_counts(stream, t + 1, cfg.vocab_size, store.orders)))
+    if cfg.ngram_mixer == "blend":
+        final, masses = blend(store, scores, rt.device, probes)
+    else:
+        masses = [backoff_mass(scores, store.orders, probe, cfg) for probe in probes]
+    bits = np.bincount(store.matched, (final - scores.log_prob) / math.log(2))
+    for order, count in enumerate(np.bincount(store.matched)):
+        if count:  # by the longest context seen before; 0: none
+            gain = dict(share=count / len(final), bits_saved=float(bits[order]))
+            rt.log("ngram_gain", order, positions=int(count), **gain)
+    error = float(np.abs(np.subtract(masses, 1)).max())
+    report.score("ngram", final, mixer=cfg.ngram_mixer, orders=orders, mass_error=error)
+    return final
+
+
+def pseudo_score(report):
+    """A published scorer as written, on this run's scores; not a code length, as its mass shows."""
+    cfg = report.cfg
+    options = ["--json", "--scheme", cfg.ngram_scheme, "--weights", cfg.pseudo_weights]
+    command = [sys.executable, ROOT / "records/as_written.py", report.rt.folder, *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE)
+    if done.returncode == 0:
+        report.rt.log("final_ngram_pseudo", **json.loads(done.stdout))
+
+
+def run(cfg):
     """The life of a token, once through."""
     rt = Runtime(cfg)
     if cfg.dry_run:
         return dry_run(rt, cfg)
-    if cfg.resume == "auto" and finished(rt):
+    if cfg.resume == "auto" and rt.finished:
         return rt.log("note", f"{rt.folder} is finished")
     micro_batches(cfg, rt)
     open_run_folder(rt)
@@ -1630,22 +1971,22 @@ def run(cfg: Config) -> None:
     cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
     text, path = ValidationText(cfg), rt.folder / "artifact.bin"
     rt.log("val_text", tokens=len(text.targets), bytes=int(text.bytes.sum()))
-    packed = Path(cfg.eval_only).read_bytes() if cfg.eval_only else train_model(rt, cfg, text)
+    weights = {} if cfg.eval_only else train_model(rt, cfg, text)
     if rt.rank == 0:
         keep_sources(rt, cfg)
+        packed = pack_artifact(weights, cfg) if weights else Path(cfg.eval_only).read_bytes()
         write_atomically(path, lambda partial: partial.write_bytes(packed))
     rt.barrier()
     with rt.clock("eval"):
         model = load_artifact(path, rt.device, cfg.window)
         report = Report(rt, cfg, text)
-        scores, final = evaluate(model, rt, cfg, report)
+        evaluate(model, weights, report)
     if rt.rank == 0:
         report.budget()
-        report.write(scores, final)
         report.finish()
 
 
-def main() -> None:
+def main():
     if {"--help", "-h"} & set(sys.argv[1:]):
         return print_help()
     try:

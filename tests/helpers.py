@@ -102,15 +102,30 @@ def random_stream(count, vocab_size, seed=0):
     return tokens.astype(np.uint16)
 
 
-def trained(cfg, stream, folder):
-    """Run the Trainer over a stream -> (model as the last step left it, averaged weights)."""
+def new_trainer(cfg, runtime, shard):
+    """A Trainer with fresh weights of this seed over one shard."""
     torch.manual_seed(cfg.seed)
-    path = write_shard(folder / "stream_train_000000.bin", stream)
-    runtime = train_gpt.Runtime(cfg)
     model = train_gpt.GPT(cfg).initialise()
-    loader = train_gpt.TokenLoader([path], cfg.vocab_size)
-    weights = train_gpt.Trainer(model, loader, runtime, cfg).run(lambda: (0.0, 0.0))
-    return model, weights
+    loader = train_gpt.TokenLoader([shard], cfg.vocab_size)
+    return train_gpt.Trainer(model, loader, runtime, cfg)
+
+
+def trained(cfg, stream, folder):
+    """Run the Trainer over a stream -> (model as the last step left it, averaged weights)"""
+    shard = write_shard(folder / "stream_train_000000.bin", stream)
+    trainer = new_trainer(cfg, train_gpt.Runtime(cfg), shard)
+    weights = trainer.run(lambda: (0.0, 0.0))
+    return trainer.model, weights
+
+
+def fixed_steps(cfg, runtime, shard, steps):
+    """Weights (name -> array) after so many steps; 0: as many as run() makes."""
+    trainer = new_trainer(cfg, runtime, shard)
+    if not steps:
+        trainer.run(lambda: (0.0, 0.0))
+    for _ in range(steps):
+        trainer.update(1.0)
+    return {name: w.detach().numpy() for name, w in trainer.model.named_parameters()}
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):

@@ -1,0 +1,27 @@
+"""What test_optim.py starts through torchrun: train a little, leave every rank's weights behind.
+
+ranks_worker.py FOLDER_WITH_A_SHARD '{"name": [steps, {"num_layers": 3}]}'
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from helpers import fixed_steps, tiny, train_gpt
+
+
+def main():
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    for name, (steps, changes) in json.loads(sys.argv[2]).items():
+        cfg = tiny(**changes)
+        runtime = train_gpt.Runtime(cfg)
+        weights = fixed_steps(cfg, runtime, folder / "stream_train_000000.bin", steps)
+        np.savez(folder / f"{name}_rank{runtime.rank}.npz", **weights)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
