@@ -58,12 +58,7 @@ from torch import Tensor, nn
 
 CODE = Path(__file__).resolve()
 ROOT = CODE.parent
-BACKENDS = {  # optional package -> what needs it
-    "sentencepiece": "byte accounting",
-    "zstandard": "COMPRESSOR=zstd",
-    "numba": "fast n-gram counts on the CPU",
-    "matplotlib": "report.png",
-}
+BACKENDS = ("sentencepiece", "zstandard", "numba", "matplotlib")  # optional packages
 
 
 class UserError(ValueError):
@@ -75,11 +70,11 @@ def has_backend(name):
 
 
 def backend(name):
-    """Import an optional package, or say what needs it and how to get it."""
+    """Import an optional package."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{BACKENDS[name]} needs {name}; fix: pip install {name}") from error
+        raise UserError(f"package {name} is missing; fix: pip install {name}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -90,23 +85,15 @@ CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
 SAMPLE_DATA = ROOT / "data/datasets/sample_en"
 FINEWEB_DATA = ROOT / "data/datasets/fineweb10B_sp1024"
 FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
-# What the sibling scripts call the same thing -> our name; accepted, with a note.
-ALIASES = """USE_EMA=EMA_ENABLED USE_LATE_QAT=LATE_QAT USE_VALUE_RESIDUAL=VALUE_RESIDUAL
- USE_GATED_ATTENTION=GATED_ATTENTION GATED_ATTN=GATED_ATTENTION USE_SMEARGATE=SMEAR_GATE
- USE_TTT=TTT_ENABLED NGRAM_EVAL=NGRAM_ENABLED NGRAM_CACHE=NGRAM_ENABLED NGRAM_ORDER=NGRAM_MAX_ORDER
- NGRAM_EVAL_ORDER=NGRAM_MAX_ORDER"""
-ALIASES = dict(pair.split("=") for pair in ALIASES.split())
-for name in "MIN_ORDER BUCKETS MIN_COUNT ALPHA_MIN ALPHA_MAX ENTROPY_CENTER ENTROPY_SCALE".split():
-    ALIASES[f"NGRAM_EVAL_{name}"] = f"NGRAM_{name}"
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
-PLANNED = ("CHECKPOINT_EVERY", "CODEC_TOKENS", "TTT_ENABLED")  # known, and said to have no effect
-IDLE = (None, False, 0, "0")
+PLANNED = ("CHECKPOINT_EVERY", "CODEC_TOKENS", "TTT_ENABLED")  # no effect yet
 PATHS = ("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "RECORD", "RUN_ID")  # not in a config.env
 
 
 Count = Annotated[int, 1, 2**62]  # bounds; without them a number is at least 0
 Positive = Annotated[float, 1e-30, 1e30]
 Fraction = Annotated[float, 0, 1]
+Beta = Annotated[float, 0, 0.999999]
 
 
 class ConfigError(UserError):
@@ -123,25 +110,23 @@ class Config:
     seed: int = 1337  # of the initial weights
     device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
     attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
-    dry_run: bool = False  # only print the configuration
+    dry_run: bool = False  # only print what would run
     eval_only: str = ""  # artifact to score, no training
-    overwrite: bool = False  # of a finished run folder
+    overwrite: bool = False  # a finished run folder
     resume: Literal["0", "auto"] = "0"  # auto: go on with a run
-    checkpoint_every: str = "0"  # steps (10) or minutes (10m); 0: never
-    author: str = ""  # for submission.json
-    github_id: str = ""  # for submission.json
+    checkpoint_every: str = "0"  # steps (10), minutes (10m); 0: never
 
     # Data
     data_path: str = ""  # folder of token shards
     tokenizer_path: str = ""  # default: beside the shards
-    train_batch_tokens: Count = 786_432  # in one step, all ranks together
+    train_batch_tokens: Count = 786_432  # in a step, over all ranks
     grad_accum_steps: int = 0  # 0: 8 // ranks on CUDA, 1 on CPU
 
     # Model
-    vocab_size: int = 0  # 0: the tokenizer's
-    train_seq_len: Count = 2048  # tokens in a training sequence
-    num_layers: int = 11  # U-Net skips join the halves
-    model_dim: Count = 512  # width of the residual stream
+    vocab_size: Annotated[int, 0, 65_536] = 0  # 0: the tokenizer's
+    train_seq_len: Annotated[int, 1, 2**20] = 2048  # tokens in a sequence
+    num_layers: Annotated[int, 2, 999] = 11  # U-Net skips join the halves
+    model_dim: Count = 512  # residual width
     num_heads: Count = 8  # query heads
     num_kv_heads: Count = 4  # key/value heads
     mlp_mult: Positive = 3.0  # MLP width over MODEL_DIM
@@ -150,14 +135,14 @@ class Config:
     logit_softcap: Positive = 30.0  # logits are c tanh(z / c)
     qk_gain_init: float = 1.5  # gain of each query head
     rope_base: Positive = 10_000.0  # rotary base
-    rope_dims: int = 16  # rotated dimensions of a head; 0: all
+    rope_dims: int = 16  # rotated part of a head; 0: all
     rope_train_seq_len: Count = 1024  # longer ones stretch the base
     ln_scale: bool = True  # inputs times 1/sqrt(layer + 1)
-    xsa_last_n: int = 11  # exclusive self-attention
+    xsa_last_n: int = 11  # last layers that exclude self
     value_residual: bool = False  # mix in the first layer's values
-    gated_attention: bool = False  # sigmoid gate on each head's output
+    gated_attention: bool = False  # gate on each head
     smear_gate: bool = True  # blend in the previous token
-    bos_reset: bool = True  # smear, bigram stay in a document
+    bos_reset: bool = True  # smear, bigram stop at BOS
     bigram_vocab_size: int = 2048  # rows; 0: no bigram embedding
     bigram_dim: Count = 128  # its width
     ve_enabled: bool = True  # embedding added to values
@@ -167,64 +152,64 @@ class Config:
     # Artifact
     embed_coding: Literal["int6", "int8", "fp16"] = "int8"  # token embedding
     table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram and value embedding
-    control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates and scalars
+    control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates
     compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
     quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
     clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
-    quant_floor: bool = False  # published rule: scale >= 1 / largest
+    quant_floor: bool = False  # scale >= 1 / largest, as published
 
     # Training
-    iterations: Count = 20_000  # steps, unless the clock ends them
+    iterations: Count = 20_000  # steps at most
     max_wallclock_seconds: float = 600.0  # of training; 0: no cap
-    warmup_steps: int = 20  # untimed, leave no trace
+    warmup_steps: int = 20  # untimed
     warmdown_iters: int = 3500  # last steps, the rate falls to 0
     matrix_lr: float = 0.025  # Muon: the banks
     scalar_lr: float = 0.025  # AdamW: gains, projections
     tied_embed_lr: float = 0.035  # AdamW: embeddings
     muon_momentum: Fraction = 0.99  # after its warm-up
     muon_momentum_warmup_start: Fraction = 0.92  # at step 0
-    muon_momentum_warmup_steps: int = 1500  # steps from one to the other
+    muon_momentum_warmup_steps: int = 1500  # steps between them
     muon_backend_steps: Count = 5  # Newton-Schulz iterations
     muon_wd: float = 0.04  # weight decay of the banks
     adam_wd: float = 0.04  # weight decay of the rest
-    beta1: Fraction = 0.9  # AdamW
-    beta2: Fraction = 0.95  # AdamW
+    beta1: Beta = 0.9  # AdamW
+    beta2: Beta = 0.95  # AdamW
     adam_eps: Positive = 1e-8  # AdamW
     grad_clip_norm: float = 0.3  # largest gradient norm; 0: any
-    clip: Literal["global", "local"] = "global"  # averaged or each rank's gradient
-    val_loss_every: int = 4000  # steps between validations; 0: never
-    train_log_every: Count = 500  # steps between log lines
+    clip: Literal["global", "local"] = "global"  # of the average or each rank
+    val_loss_every: int = 4000  # steps; 0: never
+    train_log_every: Count = 500  # steps
 
     # Averaging and QAT
-    ema_enabled: bool = True  # exponential mean of the weights
-    ema_decay: Fraction = 0.997  # weight of the past in a step
+    ema_enabled: bool = True  # exponential mean
+    ema_decay: Fraction = 0.997  # weight of the past
     ema_warmup: bool = True  # decay min(EMA_DECAY, (1 + s) / (10 + s))
     swa_enabled: bool = True  # mean of late snapshots
-    swa_every: Count = 50  # steps between snapshots
+    swa_every: Count = 50  # steps
     swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
     swa_weight: Fraction = 0.5  # share of SWA beside EMA
     late_qat: bool = True  # train on the export's grid
-    late_qat_threshold: float = 0.15  # from this rate factor down
-    qat_every: Count = 50  # steps between searches of that grid
+    late_qat_threshold: float = 0.15  # rate factor of its start
+    qat_every: Count = 50  # steps between its searches
 
     # Scoring
-    eval_seq_len: int = 0  # window in tokens; 0: TRAIN_SEQ_LEN
-    eval_stride: Count = 64  # new targets in a sliding window
-    eval_batch_seqs: Count = 32  # windows in a forward pass
+    eval_seq_len: int = 0  # window; 0: TRAIN_SEQ_LEN
+    eval_stride: Count = 64  # new targets in a window
+    eval_batch_seqs: Count = 32  # windows in a pass
     scorer: Literal["sliding", "documents"] = "sliding"  # feeds the mixture
     save_scores: bool = False  # write scores.npz
     ttt_enabled: bool = False  # score-first test-time training
-    codec_tokens: Annotated[int, -1, 2**62] = 0  # targets to prove; -1: all
+    codec_tokens: Annotated[int, -1, 2**62] = 0  # to prove; -1: all
 
     # N-gram
-    ngram_enabled: bool = True  # score-first n-gram evaluator
+    ngram_enabled: bool = True  # score-first evaluator
     ngram_mixer: Literal["blend", "cascade", "none"] = "blend"  # what val_bpb is
     ngram_min_order: int = 2  # shortest n-gram
     ngram_max_order: int = 9  # longest n-gram
     ngram_min_count: int = 2  # cascade: least count of a context
-    ngram_alpha_min: Fraction = 0.05  # cascade: least weight of the counts
-    ngram_alpha_max: Fraction = 0.60  # cascade: largest weight of the counts
-    ngram_entropy_center: float = 3.0  # cascade: centre of the sigmoid in nats
+    ngram_alpha_min: Fraction = 0.05  # cascade: least weight of counts
+    ngram_alpha_max: Fraction = 0.60  # cascade: largest weight of counts
+    ngram_entropy_center: float = 3.0  # cascade: sigmoid, nats
     ngram_center_slope: float = 0.25  # cascade: its fall per order
     ngram_multipliers: tuple[float, ...] = (0.3, 0.3, 0.97, 2.0)  # of alpha, orders 2, 3, ...
     ngram_entropy_scale: float = 2.0  # cascade: its steepness
@@ -239,17 +224,15 @@ class Config:
 
     @staticmethod
     def from_env(environ: Mapping[str, str]) -> "Config":
-        """Resolve a configuration; raises ConfigError naming variable, value and fix.
-
-        Without RECORD: `tiny` where there is no CUDA device or no FineWeb data, else the defaults.
-        """
+        """Resolve a configuration; ConfigError names variable, value and fix. Without RECORD:
+        `tiny` where there is no CUDA device or no FineWeb data, else the defaults."""
         given, notes = canonical_names(environ)
         refuse_misspelt(given)
         record, why = choose_record(given)
         texts = {name: (text, f"RECORD={record}") for name, text in read_record(record).items()}
         texts |= {name: (text, "env") for name, text in given.items() if name in VARIABLES}
         values = {name: parse(name, text) for name, (text, _) in texts.items()}
-        notes += why + [f"{n} has no effect yet" for n in PLANNED if values.get(n) not in IDLE]
+        notes += why + [f"{n} has no effect yet" for n in PLANNED if n in given]
         cfg = Config(**{name.lower(): value for name, value in values.items()})
         origin = {name: source for name, (_, source) in texts.items()}
         return resolve_paths(replace(cfg, record=record, origin=origin, notes=tuple(notes))).check()
@@ -259,11 +242,9 @@ class Config:
         layers, longest = self.num_layers, self.ngram_max_order
         head = self.model_dim // self.num_heads
         for name, broken, wanted in (
-            ("NUM_LAYERS", layers < 2, "at least 2"),
             ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
             ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
             ("ROPE_DIMS", self.rope_dims > head or self.rope_dims % 2, "even, <= a head"),
-            ("TRAIN_SEQ_LEN", self.train_seq_len > 2**20, "at most 1,048,576"),
             ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
             ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), f"< {layers}"),
             ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
@@ -320,21 +301,31 @@ def show(value):
 
 
 def canonical_names(environ):
-    """Replace sibling names by ours; two names of one thing with different values are an error."""
-    given, notes = {k: v for k, v in environ.items() if k not in ALIASES}, []
-    for alias in sorted(ALIASES.keys() & environ.keys()):
-        name = ALIASES[alias]
+    """Replace names of sibling scripts (records/aliases.env) by ours, unless they contradict."""
+    aliases, notes = read_pairs(ROOT / "records/aliases.env"), []
+    given = {name: text for name, text in environ.items() if name not in aliases}
+    for alias in sorted(aliases.keys() & environ.keys()):
+        name = aliases[alias]
         if given.setdefault(name, environ[alias]) != environ[alias]:
             raise ConfigError(f"{alias}={environ[alias]!r} contradicts {name}={given[name]!r}")
         notes.append(f"{alias} is read as {name}")
     return given, notes
 
 
+def read_pairs(path):
+    """The NAME=value lines of a file, without comments; {} where there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [line for line in lines if line.strip() and not line.startswith("#")]
+    if wrong := [line for line in lines if "=" not in line]:
+        raise ConfigError(f"{path}: {wrong[0]!r} is not NAME=value")
+    return {name: value.strip() for name, _, value in (line.partition("=") for line in lines)}
+
+
 def refuse_misspelt(names):
-    """Stop on names near ours or of one of our families; leave the rest of the environment be."""
+    """Stop on names near ours or of one of our families; ignore the rest."""
     for name in sorted(names.keys() - VARIABLES.keys()):
         family = next((prefix for prefix in FAMILIES if name.startswith(prefix)), "")
-        known = [ours for ours in VARIABLES.keys() | ALIASES if ours.startswith(family)]
+        known = [ours for ours in VARIABLES if ours.startswith(family)]
         distance, near = min((edit_distance(name, ours), ours) for ours in known)
         if family or 2 * distance <= min(4, len(name)):  # CI is no misspelt CLIP
             raise ConfigError(f"{name}={names[name]!r} is not a variable; did you mean {near}?")
@@ -350,7 +341,7 @@ def edit_distance(a, b):
 
 
 def choose_record(given):
-    """-> (record, or "" for the defaults; why it was chosen where nobody asked)."""
+    """-> (record, "" for the defaults; why, where nobody asked)."""
     if given.get("RECORD"):
         return given["RECORD"], []
     cuda = given.get("DEVICE") != "cpu" and torch.cuda.is_available()
@@ -370,14 +361,10 @@ def read_record(name):
     found = [name] if name in known else [folder for folder in known if folder.startswith(name)]
     if len(found) != 1:
         raise ConfigError(f"RECORD={name!r}: {len(found)} fit; fix: one of {sorted(known)}")
-    pairs = {}
-    for line in known[found[0]].read_text(encoding="utf-8").splitlines():
-        key, equals, value = line.partition("=")
-        if not line.strip() or line.startswith("#"):
-            continue
-        if not equals or key not in VARIABLES or key in PATHS:
-            raise ConfigError(f"{known[found[0]]}: {line!r} is not NAME=value of a setting")
-        pairs[key] = value.strip()
+    pairs = read_pairs(known[found[0]])
+    if strange := [name for name in pairs if name not in VARIABLES or name in PATHS]:
+        line = f"{strange[0]}={pairs[strange[0]]}"
+        raise ConfigError(f"{known[found[0]]}: {line} is not a setting; fix: remove it")
     return pairs
 
 
@@ -401,9 +388,10 @@ def print_help():
         if line.startswith("    # "):
             print(f"\n{line[6:]}")
         elif found := re.match(r"    (\w+): (.*) = .*  # (.+)", line):
-            name, kind = found[1].upper(), re.sub(r"(Literal|Annotated)|[\[\]\",]", "", found[2])
-            default = show(VARIABLES[name].default) or "-"
-            print(f"{name:<28}{default:<34}{found[3]} ({kind.strip().replace(' ', '|')})")
+            name, choices = found[1].upper(), re.findall(r'"(\w+)"', found[2])
+            default = VARIABLES[name].default
+            kind = "|".join(choices) or type(default).__name__
+            print(f"{name:<28}{kind:<22}{show(default) or '-':<34}{found[3]}")
 
 
 # -----------------------------------------------------------------------------
@@ -434,14 +422,13 @@ class Line:
 
 
 class Runtime:
-    """This process among its ranks: rank, world_size, device, run folder, log, stage clocks."""
+    """This process among its ranks: device, run folder, log, stage clocks."""
 
     def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path("runs") / cfg.run_id
-        self.rank, self.world_size, local = (
-            int(os.environ.get(n, d))
-            for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
         self.cuda = cfg.device != "cpu" and torch.cuda.is_available()
         if cfg.device == "cuda" and not self.cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; fix: DEVICE=cpu")
@@ -474,18 +461,18 @@ class Runtime:
             for file, text in zip(self.files, (line.text(), line.json()), strict=False):
                 print(text, file=file, flush=True)
 
-    def any(self, flag):
-        """True on every rank if true on one; through gloo, without waiting for the device."""
-        return bool(self.sum(np.array([int(flag)]))[0])
+    def largest(self, value):
+        """Maximum over ranks of a number; through gloo, without waiting for the device."""
+        shared = torch.tensor([value], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.item()
 
     def sum(self, array):
         """Elementwise sum over ranks, in place. Exact where one rank holds each element."""
         if self.world_size > 1:
             dist.all_reduce(torch.from_numpy(array))
         return array
-
-    def barrier(self):
-        self.any(False)
 
     @contextlib.contextmanager
     def clock(self, stage):
@@ -603,9 +590,8 @@ def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
     """Byte accounting of a SentencePiece model; DataError if it is missing or of another size
     (vocab_size 0: any).
 
-    Every U+2581 is one byte, a space; control and unknown ids are none. After them a leading space
-    is not charged where the tokenizer strips or invents one; on the official FineWeb models this
-    is upstream's rule.
+    Every U+2581 is one byte, a space; control and unknown ids are none, and after them a leading
+    space is free where the tokenizer strips or invents one (upstream's rule on its own models).
     """
     try:
         model = backend("sentencepiece").SentencePieceProcessor(model_file=str(tokenizer_path))
@@ -626,7 +612,7 @@ def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
 
 
 class ValidationText:
-    """The validation stream: an implied BOS where it lacks one, then targets and their bytes."""
+    """The validation stream, with a BOS before it, its targets and their bytes."""
 
     def __init__(self, cfg):
         shards = find_shards(cfg.data_path, "val")
@@ -642,35 +628,30 @@ class ValidationText:
 
 
 def prepare_sample(rt, cfg):
-    """Tokenise the embedded text on its first use; rank 0 works, the others wait."""
+    """Tokenise the embedded text on its first use."""
     if Path(cfg.data_path) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
         if rt.rank == 0:
             command = [sys.executable, ROOT / "data/prepare_sample.py", "--out", SAMPLE_DATA]
             if subprocess.run(command).returncode:
                 raise DataError("data/prepare_sample.py failed, see above")
-        rt.barrier()
+        rt.largest(0)  # barrier
 
 
 # -----------------------------------------------------------------------------
 # 5. Model
-# Tokens in, logits out. The matrices of all layers lie in four banks, for batched Newton-Schulz
-# (PR #399); gains and gates lie in stacks, one row a layer.
+# Tokens in, logits out. The matrices of all layers lie in four banks (PR #399), for batched
+# Newton-Schulz; gains and gates in stacks, one row a layer.
 
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-Initialiser = Callable[[Tensor], Any]
 
 
 class Spec(NamedTuple):
-    """All there is to know of a parameter: who initialises, trains and packs it."""
+    """Who initialises, trains and packs a parameter."""
 
     shape: tuple[int, ...]
-    init: Initialiser
+    init: float | Callable[[Tensor], Any]
     group: str  # "muon", "embed" or "scalar"
     coding: str  # "int6", "int8", "fp16" or "fp32"
-
-
-def constant(value):
-    return lambda weight: weight.fill_(value)
 
 
 def normal(std):
@@ -678,7 +659,7 @@ def normal(std):
 
 
 def orthogonal(count=None):
-    """The first `count` matrices of a bank orthogonal, the rest (output projections) zero."""
+    """The first `count` matrices orthogonal, the rest (output projections) zero."""
 
     def fill(weight):
         weight.zero_()
@@ -689,20 +670,19 @@ def orthogonal(count=None):
 
 
 def parameter_specs(cfg):
-    """Name -> Spec of every parameter that this configuration has."""
+    """Name -> Spec of every parameter."""
     L, D, H, V = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.vocab_size
     KV, F_ = D // H * cfg.num_kv_heads, int(cfg.mlp_mult * D)
 
     def control(init, *shape):
-        fill = init if callable(init) else constant(init)
-        return Spec(shape, fill, "scalar", cfg.control_coding)
+        return Spec(shape, init, "scalar", cfg.control_coding)
 
     specs = {
         "tok_emb": Spec((V, D), normal(cfg.tied_embed_init_std), "embed", cfg.embed_coding),
         "qo_bank": Spec((2 * L, D, D), orthogonal(L), "muon", "int6"),  # L queries, L outputs
         "kv_bank": Spec((2 * L, KV, D), orthogonal(), "muon", "int6"),  # L keys, L values
         "mlp_up_bank": Spec((L, F_, D), orthogonal(), "muon", "int6"),
-        "mlp_down_bank": Spec((L, D, F_), constant(0.0), "muon", "int6"),
+        "mlp_down_bank": Spec((L, D, F_), 0.0, "muon", "int6"),
         "q_gain": control(cfg.qk_gain_init, L, H),
         "attn_scale": control(1.0, L, D),
         "mlp_scale": control(1.0, L, D),
@@ -713,7 +693,7 @@ def parameter_specs(cfg):
         specs["smear"] = control(0.0, D)
     if cfg.bigram_vocab_size:
         rows, width = cfg.bigram_vocab_size, cfg.bigram_dim
-        specs["bigram_embed"] = Spec((rows, width), constant(0.0), "embed", cfg.table_coding)
+        specs["bigram_embed"] = Spec((rows, width), 0.0, "embed", cfg.table_coding)
         specs["bigram_proj"] = Spec((D, width), orthogonal(), "scalar", "fp16")
         specs["bigram_scale"] = control(0.05)
     if cfg.value_layers:
@@ -729,10 +709,6 @@ def parameter_specs(cfg):
     return specs
 
 
-def count_parameters(cfg):
-    return sum(math.prod(spec.shape) for spec in parameter_specs(cfg).values())
-
-
 def rms_norm(x):
     return F.rms_norm(x, x.shape[-1:])
 
@@ -743,8 +719,7 @@ def shift_right(x):
 
 
 def rotary_tables(cfg, length):
-    """cos, sin (length, rope_dims / 2). Training sequences longer than rope_train_seq_len stretch
-    the base (NTK rule), for scoring as for training."""
+    """cos, sin (length, rope_dims / 2); the base stretched by the training length (NTK rule)."""
     dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
     stretch = max(1.0, cfg.train_seq_len / cfg.rope_train_seq_len)
     base = cfg.rope_base * stretch ** (dims / max(1, dims - 2))
@@ -761,8 +736,8 @@ def rotate(x, cos, sin):
 
 
 def exclude_self(y, v):
-    """Exclusive self-attention: take from each head's output its part along the position's own
-    value. y (B, H, T, d), v (B, H_kv, T, d)"""
+    """Exclusive self-attention: without the part along the position's own value.
+    y (B, H, T, d), v (B, H_kv, T, d)"""
     own = F.normalize(v, dim=-1).unsqueeze(2)  # (B, H_kv, 1, T, d)
     grouped = y.unflatten(1, (v.shape[1], -1))
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
@@ -771,8 +746,8 @@ def exclude_self(y, v):
 def fake_quantize(weight, scale):
     """Weights on the int6 grid with a straight-through gradient; unchanged where scale is 0.
 
-    The switch is a tensor's value: a compiled graph can neither freeze it, as the published
-    scripts did, nor need compiling again in the middle of a run.
+    The switch is a tensor's value, which a compiled graph cannot freeze, as the published scripts
+    did, and which needs no second graph in the middle of a run.
     """
     on_grid = round_to_grid(weight, scale.clamp_min(1e-12), INT6_MAX) * scale
     return weight + torch.where(scale > 0, on_grid - weight, 0.0).detach()
@@ -809,8 +784,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def initialise(self):
         for name, spec in parameter_specs(self.cfg).items():
-            spec.init(getattr(self, name))
-            assert getattr(self, name).isfinite().all(), f"nobody initialised {name}"
+            weight = getattr(self, name)
+            spec.init(weight) if callable(spec.init) else weight.fill_(spec.init)
+            assert weight.isfinite().all(), f"nobody initialised {name}"
         return self
 
     def bank(self, name):
@@ -911,8 +887,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values
 
 
 def lr_factor(step, elapsed_seconds, cfg):
-    """Rate factor in [0, 1]: 1, then linear to 0 over the last WARMDOWN_ITERS steps. Under a
-    wall-clock cap the steps left are those that fit at the mean step time so far."""
+    """1, then linear to 0 over the last WARMDOWN_ITERS steps; under a wall-clock cap, over the
+    seconds that so many steps take at the mean time so far."""
     if cfg.max_wallclock_seconds <= 0:
         left = cfg.iterations - step
         return min(1.0, max(0.0, left / max(1, min(cfg.warmdown_iters, cfg.iterations))))
@@ -940,7 +916,7 @@ def newton_schulz(matrices, steps):
 
 
 class Bank:
-    """A bank's buffers on this rank, which owns `share` of its matrices (padding at the end)."""
+    """A bank's buffers on this rank, which owns `share` of its matrices."""
 
     def __init__(self, weight, rt):
         n, *matrix = weight.shape
@@ -954,8 +930,8 @@ class Bank:
 
 
 class ParallelMuon:
-    """Muon with momentum and Newton-Schulz sharded over ranks (PR #399): `reduce` starts the
-    reduce-scatters, `step` overlaps each bank's all-gather with the next bank's arithmetic."""
+    """Muon sharded over ranks (PR #399): `reduce` starts the reduce-scatters, `step` overlaps each
+    bank's all-gather with the next bank's arithmetic."""
 
     def __init__(self, weights, rt, cfg):
         weights = sorted(weights, key=Tensor.numel, reverse=True)  # the longest transfer first
@@ -994,12 +970,11 @@ class ParallelMuon:
         self.apply(last, rate)
 
     def apply(self, bank, rate):
-        if bank is None:
-            return
-        if bank.pending:
+        if bank and bank.pending:
             bank.pending.wait()
-        bank.weight.mul_(1 - rate * self.cfg.muon_wd)
-        bank.weight.add_(bank.padded[: len(bank.weight)], alpha=-rate * bank.scale)
+        if bank:
+            bank.weight.mul_(1 - rate * self.cfg.muon_wd)
+            bank.weight.add_(bank.padded[: len(bank.weight)], alpha=-rate * bank.scale)
 
 
 def optimizer_groups(cfg):
@@ -1032,7 +1007,7 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, step, factor):
-        """Average the gradients over ranks, clip, update, clear. -> gradient norm (scalar)"""
+        """Average the gradients over ranks, clip, update, clear. -> gradient norm"""
         if self.cfg.clip == "local":  # before averaging, as the published scripts do
             norm = self.clip([w.grad for w in self.weights], [])
         self.muon.reduce()
@@ -1060,9 +1035,8 @@ class Optimizers:
 
     def clip(self, gradients, shards):
         """Scale to a norm of at most GRAD_CLIP_NORM -> norm before. Shards add up over ranks."""
-        square = sum(
-            ((s.float() ** 2).sum() for s in shards), torch.zeros((), device=self.rt.device)
-        )
+        square = torch.zeros((), device=self.rt.device)
+        square = sum(((shard.float() ** 2).sum() for shard in shards), square)
         if shards and self.rt.world_size > 1:
             dist.all_reduce(square)
         norm = sum(((g**2).sum() for g in gradients), square).sqrt()
@@ -1102,7 +1076,7 @@ class Averages:
             torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
 
     def final(self):
-        """Name -> weights to export: (1 - SWA_WEIGHT) EMA + SWA_WEIGHT SWA, or the one there is."""
+        """Name -> (1 - SWA_WEIGHT) EMA + SWA_WEIGHT SWA, or the one there is."""
         if self.ema and self.swa:
             mixed = torch._foreach_lerp(self.ema, self.swa, self.cfg.swa_weight)
         else:
@@ -1122,7 +1096,7 @@ MAX_PAYLOAD = 2**31  # bytes; a header that claims more is refused before anythi
 
 
 class ArtifactError(UserError):
-    """An artifact that is damaged, foreign or of another configuration; nothing was loaded."""
+    """An artifact that is missing, damaged or foreign; nothing was loaded."""
 
 
 def candidate_scale(sorted_abs, quantile, largest, floor):
@@ -1140,8 +1114,8 @@ def round_to_grid(weight, scale, largest):
 
 
 def search_grid(weight, coding, cfg):
-    """GPTQ-lite: of the candidate clips the one with the least squared error, per row or per
-    matrix. fp32 (..., r, c) -> scales (..., r, 1)"""
+    """GPTQ-lite: the candidate clip of least squared error, per row or matrix.
+    fp32 (..., r, c) -> scales (..., r, 1)"""
     largest = LARGEST[coding]
     quantiles = cfg.clip_quantiles if coding == "int6" else [INT8_QUANTILE]
     ordered = weight.abs().sort(dim=-1).values
@@ -1238,8 +1212,8 @@ def pack_artifact(weights, cfg):
 
 
 def open_container(data):
-    """Check magic, digest and version, then the header against what this program would write for
-    its model -> (configuration, compressed payload)"""
+    """Check magic, digest, version, and that the header is what this program would write for its
+    model -> (configuration, compressed payload)"""
     start, body = len(MAGIC) + 8, data[:-SHA_BYTES]
     if len(body) < start or not data.startswith(MAGIC):
         raise ArtifactError("not an artifact of this program")
@@ -1252,7 +1226,7 @@ def open_container(data):
         header = json.loads(body[start : start + length])
         values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
         cfg = Config(**values, eval_stride=1).check()
-        if not 4 <= cfg.vocab_size <= 65_536 or header["size"] > MAX_PAYLOAD:
+        if not cfg.vocab_size or header["size"] > MAX_PAYLOAD:
             raise ValueError("vocabulary or size out of range")
         if header != artifact_header(cfg):
             raise ValueError("it does not describe its model")
@@ -1262,20 +1236,15 @@ def open_container(data):
 
 
 def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) -> GPT:
-    """Read an artifact back: path -> model in eval mode on `device`, fp32, ready to score
-    sequences of TRAIN_SEQ_LEN or `max_length` tokens, whichever is more.
-
-    Raises ArtifactError for anything wrong: missing, damaged, or not what its header says.
-    """
+    """Read an artifact back: path -> model in eval mode, fp32, ready to score sequences of
+    TRAIN_SEQ_LEN or max_length tokens. ArtifactError for anything wrong."""
     try:
         cfg, compressed = open_container(Path(path).read_bytes())
         specs = parameter_specs(cfg)
         payload = io.BytesIO(
             decompress(compressed, cfg.compressor, sum(map(packed_bytes, specs.values())))
         )
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}; fix: name an artifact.bin") from error
-    except ArtifactError as error:
+    except (OSError, ArtifactError) as error:
         raise ArtifactError(f"{path}: {error}; fix: train or download it again") from error
     model = GPT(cfg, max_length)
     weights = {n: unpack_tensor(payload.read(packed_bytes(s)), s) for n, s in specs.items()}
@@ -1285,7 +1254,7 @@ def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) ->
 
 # -----------------------------------------------------------------------------
 # 10. Neural scoring
-# Every target of the stream exactly once: its log-probability and the entropy it was drawn from.
+# Every target exactly once: its log-probability and the entropy it was drawn from.
 
 
 class Scores(NamedTuple):
@@ -1301,11 +1270,8 @@ def bits_per_byte(log_prob, token_bytes):
 
 class WindowScorer:
     """Windows of cfg.window inputs, each scoring the `stride` targets at its end; the first ones,
-    all from position 0, the targets at theirs. stride = window: no overlap.
-
-    All forward passes have one shape, and batches go to ranks by index: neither the future nor the
-    number of ranks changes a value.
-    """
+    all from position 0, theirs. stride = window: no overlap. All passes have one shape and go to
+    ranks by index: neither the future nor the number of ranks changes a value."""
 
     def __init__(self, model, rt, cfg):
         self.model, self.rt = model, rt
@@ -1328,8 +1294,8 @@ class WindowScorer:
         return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
     def windows(self, stream, ends, stride):
-        """Inputs (B, T), first scored row (B,) and targets (B, S) of the windows whose last target
-        is the `ends`-th; beyond the stream's end lies a constant."""
+        """Inputs (B, T), first scored rows (B,), targets (B, S) of the windows that end before
+        target `ends`; beyond the stream's end lies a constant."""
         starts = np.maximum(ends - self.length, 0)
         inputs = starts[:, None] + np.arange(self.length)
         goals = ends[:, None] - stride + np.arange(stride) + 1
@@ -1368,44 +1334,30 @@ PROBES = 32  # targets at which the whole vocabulary is scored
 
 
 def ngram_counts(
-    tokens: Any, vocab_size: int, max_order: int, *, device: Any = "cpu", times: Any = None,
-    starts: Any = None,
-) -> Iterator[tuple]:  # fmt: skip
+    tokens: np.ndarray, vocab_size: int, max_order: int, device: Any = "cpu"
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (order, context_count, target_count, types, singletons), orders 1..max_order.
 
-    Four int32 (N,), fresh for each order: at t, how often the context (order - 1 tokens) and
-    context + token t came before, its distinct continuations, and those seen once. tokens: (N,)
-    integers below vocab_size, else ValueError. starts: (N,) bool, tokens with an empty context
-    (documents). times, with starts: (N,) integers, the step that codes each token, one after its
-    predecessor's; equal times do not see each other.
+    Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
+    before, its distinct continuations, and those seen once. tokens (N,) below vocab_size, else
+    ValueError.
     """
-    tokens, size, unsort, successor = np.asarray(tokens), len(tokens), None, None
+    tokens, size = np.asarray(tokens), len(tokens)
     valid = not size or 0 <= tokens.min() <= tokens.max() < vocab_size
     if tokens.dtype.kind not in "iu" or not valid:
         raise ValueError(f"tokens must be integers in 0..{vocab_size - 1}, not {tokens.dtype}")
-    tokens = tokens.astype(np.int32)
-    if starts is not None:
-        times = np.arange(size) if times is None else np.asarray(times, np.int64)
-        unsort = np.argsort(times, kind="stable")  # in coding order a rank is causal
-        successor = np.append(np.where(starts, -1, np.argsort(unsort)), -1)[unsort + 1]
-        tokens, times = tokens[unsort], times[unsort]
     bits = max(1, (size - 1).bit_length())
     # Where 63 bits do not suffice, group numbers wrap at `capacity`: keys are made in order of
-    # group, so the pieces between wraps are sorted one by one. With two groups or more a piece,
-    # neighbours differ across a cut.
+    # group, so the pieces between wraps are sorted one by one (of two groups at least, so that
+    # neighbours differ across a cut).
     code = bits, vocab_size, max(2, (1 << KEY_BITS - bits) // vocab_size)
     keys = tokens.astype(np.int64) << bits
     keys |= np.arange(size)
     fast = torch.device(device).type == "cpu" and has_backend("numba")
-    orders = (numba_orders if fast else torch_orders)(
-        keys, code, (tokens, times, successor), device
-    )
+    orders = (numba_orders if fast else torch_orders)(keys, code, tokens.astype(np.int32), device)
+    del keys
     for order in range(1, max_order + 1):
-        stats = next(orders)
-        if unsort is not None:
-            stats[unsort] = stats.copy()
-        yield order, *stats.T
-        del stats
+        yield order, *next(orders).T
 
 
 def sort_pieces(keys, cuts, sort, join):
@@ -1413,16 +1365,16 @@ def sort_pieces(keys, cuts, sort, join):
     return pieces[0] if len(pieces) == 1 else join(pieces)
 
 
-def numba_orders(keys, code, stream, device):
+def numba_orders(keys, code, tokens, device):
     """Statistics int32 (N, 4) of one order after the other: a sort and two compiled scans each."""
     scan_ngrams, scan_contexts = compiled_scans()
-    (tokens, times, successor), cuts = stream, [0]
+    cuts = [0]
     while True:
         packed = sort_pieces(keys, cuts, np.sort, np.concatenate)
         stats = np.zeros((len(tokens), 4), np.int32)
-        following, cuts = scan_ngrams(packed, code, tokens, times, successor, stats)
+        following, cuts = scan_ngrams(packed, code, tokens, stats)
         del packed
-        scan_contexts(keys, code, times, stats)
+        scan_contexts(keys, code, stats)
         yield stats
         keys = following
         del stats, following
@@ -1433,22 +1385,18 @@ def compiled_scans():
     return [backend("numba").njit(scan) for scan in (scan_ngrams, scan_contexts)]
 
 
-def scan_ngrams(packed, code, tokens, times, successor, stats):
-    """Target counts (column 1), ranks among equal n-grams (column 0), next order's keys."""
+def scan_ngrams(packed, code, tokens, stats):
+    """Target counts (column 1) and the next order's keys."""
     (bits, vocab_size, capacity), mask, cuts = code, (1 << code[0]) - 1, [0]
-    out, size, group, base = np.empty_like(packed), 0, -1, 0
-    first = block = 0
+    out, size, group, base, first = np.empty_like(packed), 0, -1, 0, 0
     fresh = alone = True
     for i in range(packed.size):
         t, key = packed[i] & mask, packed[i] >> bits
         if i == 0 or key != packed[i - 1] >> bits:
-            first, block, fresh = i, i, True
+            first, fresh = i, True
             alone = i + 1 == packed.size or key != packed[i + 1] >> bits
-        elif times is None or times[t] != times[packed[i - 1] & mask]:
-            block = i
-        stats[t, 0], stats[t, 1] = i - first, block - first
-        t = t + 1 if successor is None else successor[t]
-        if alone or t < 0 or t >= tokens.size:  # a context that never recurs counts nothing
+        stats[t, 1] = i - first
+        if alone or t + 1 == tokens.size:  # a context that never recurs counts nothing
             continue
         if fresh:
             group, base, fresh = group + 1, base + vocab_size, False
@@ -1456,63 +1404,54 @@ def scan_ngrams(packed, code, tokens, times, successor, stats):
                 base = 0
                 if size:
                     cuts.append(size)
-        out[size] = (base + np.int64(tokens[t])) << bits | t
+        out[size] = (base + np.int64(tokens[t + 1])) << bits | (t + 1)
         size += 1
     return out[:size], cuts
 
 
-def scan_contexts(keys, code, times, stats):
-    """The other columns; keys lie grouped by context and in coding order."""
-    (bits, vocab_size, _), mask, base, last = code, (1 << code[0]) - 1, -1, 0
-    first = block = types = singles = block_types = block_singles = 0
+def scan_contexts(keys, code, stats):
+    """The other columns; keys lie grouped by context and in the order of time."""
+    (bits, vocab_size, _), mask, base = code, (1 << code[0]) - 1, -1
+    first = types = singles = 0
     for i in range(keys.size):
         t, key = keys[i] & mask, keys[i] >> bits
-        new = base < 0 or not base <= key < base + vocab_size
-        if new:
+        if base < 0 or not base <= key < base + vocab_size:
             base, first, types, singles = key // vocab_size * vocab_size, i, 0, 0
-        if new or times is None or times[t] != times[last]:
-            block, block_types, block_singles = i, types, singles
-        rank, last = stats[t, 0], t
-        types += rank == 0
-        singles += (rank == 0) - (rank == 1)
-        stats[t, 0], stats[t, 2], stats[t, 3] = block - first, block_types, block_singles
+        stats[t, 0], stats[t, 2], stats[t, 3] = i - first, types, singles
+        types += stats[t, 1] == 0
+        singles += (stats[t, 1] == 0) - (stats[t, 1] == 1)
 
 
-def torch_orders(keys, code, stream, device):
+def torch_orders(keys, code, tokens, device):
     """The same by sort, cumsum and scatter: CUDA, or a machine without numba."""
-    (bits, vocab_size, capacity), keys, cuts = code, torch.from_numpy(keys).to(device), [0]
+    (bits, vocab_size, capacity), cuts = code, [0]
+    keys, tokens = (torch.from_numpy(a).to(device) for a in (keys, tokens))
     index = torch.arange(len(keys) + 1, device=device)
-    tokens, times, successor = (
-        default if a is None else torch.from_numpy(a.astype(np.int64)).to(device)
-        for a, default in zip(stream, (None, index, index[1:]), strict=True)
-    )
 
-    def runs(group, t):  # of each place: new group?, start of its group, start of its step there
-        new, step = torch.ones((2, len(t)), dtype=torch.bool, device=device)
+    def runs(group):  # of each place: does a group begin, and where did its own
+        new = torch.ones(len(group), dtype=torch.bool, device=device)
         new[1:] = group[1:] != group[:-1]
-        step[1:] = new[1:] | (times[t[1:]] != times[t[:-1]])
-        return new, *(torch.where(b, index[: len(t)], 0).cummax(0).values for b in (new, step))
+        return new, torch.where(new, index[: len(group)], 0).cummax(0).values
 
     while True:
         stats = torch.zeros((len(tokens), 4), dtype=torch.int32, device=device)
         packed = sort_pieces(keys, cuts, lambda k: k.sort().values, torch.cat)
         t = packed & (1 << bits) - 1
-        new, first, block = runs(packed >> bits, t)
-        stats[t, 0], stats[t, 1] = (index[: len(t)] - first).int(), (block - first).int()
-        run, follow, again = new.cumsum(0), successor[t], ~new
+        new, first = runs(packed >> bits)
+        stats[t, 1] = (index[: len(t)] - first).int()
+        again = ~new
         again[:-1] |= again[1:].clone()  # n-grams seen twice or more
-        keep = again & (follow >= 0) & (follow < len(tokens))
-        run, follow = run[keep], follow[keep]
+        keep = again & (t + 1 < len(tokens))
+        run, follow = new.cumsum(0)[keep], t[keep] + 1
         group = torch.zeros_like(run)
         group[1:] = (run[1:] != run[:-1]).cumsum(0)
 
-        t = keys & (1 << bits) - 1
-        _, first, block = runs((keys >> bits) // vocab_size, t)
-        new, again = stats[t, 0] == 0, stats[t, 0] == 1
-        stats[t, 0] = (block - first).int()
-        for column, change in ((2, new.int()), (3, new.int() - again.int())):
+        t, (_, first) = keys & (1 << bits) - 1, runs((keys >> bits) // vocab_size)
+        stats[t, 0] = (index[: len(t)] - first).int()
+        new, again = (stats[t, 1] == 0).int(), (stats[t, 1] == 1).int()
+        for column, change in ((2, new), (3, new - again)):
             before = change.cumsum(0) - change
-            stats[t, column] = (before[block] - before[first]).int()
+            stats[t, column] = (before - before[first]).int()
         yield stats.cpu().numpy()
         keys = (group % capacity * vocab_size + tokens[follow]) << bits | follow
         cuts = [0, *(torch.nonzero(torch.diff(group // capacity))[:, 0] + 1).tolist()]
@@ -1531,8 +1470,8 @@ def backoff_match(counts, cfg):
 
 
 def backoff_alpha(order, entropy, cfg):
-    """Weight (N,) of the counts, from the matched order and the model's entropy (N,) in nats; 0
-    without a match. The multipliers act on it: on the probability they would create mass."""
+    """Weight (N,) of the counts, from matched order (0: none) and the model's entropy in nats.
+    The multipliers act on it: on the probability they would create mass."""
     low, high, scale = cfg.ngram_alpha_min, cfg.ngram_alpha_max, cfg.ngram_entropy_scale
     centre = cfg.ngram_entropy_center - cfg.ngram_center_slope * (order - 2.0)
     alpha = low + (high - low) / (1 + np.exp(-scale * (entropy - centre)))
@@ -1541,7 +1480,7 @@ def backoff_alpha(order, entropy, cfg):
 
 
 def backoff_log_prob(scores, match, cfg, floor=0.0):
-    """The published mixture (PR #864) over given counts: (N,), nats."""
+    """The published mixture (PR #864): (N,), nats."""
     order, n, c = match
     alpha, p_model = backoff_alpha(order, scores.entropy, cfg), np.exp(scores.log_prob)
     p = (1 - alpha) * np.maximum(p_model, floor) + alpha * (c / np.maximum(n, 1))
@@ -1549,7 +1488,7 @@ def backoff_log_prob(scores, match, cfg, floor=0.0):
 
 
 class CountStore:
-    """Counts of some orders at the targets (positions 1 on), kept where the context was seen."""
+    """Counts at the targets (positions 1 on), kept where the context was seen."""
 
     def __init__(self, orders):
         self.orders, self.columns, self.matched = orders, [], 0
@@ -1578,9 +1517,8 @@ class CountStore:
 class Blend:
     """The model and each order's plain c / n, mixed with weights learned online.
 
-    A gate (one hidden layer) weighs them by what is known before the target and learns from a
-    chunk once it is scored. A Bayesian pair of gate and model alone, updated target by target,
-    loses at most one bit in total against either.
+    A gate (one hidden layer) learns from each chunk once it is scored. A Bayesian pair of gate and
+    model alone, updated target by target, loses at most one bit in total against either.
     """
 
     def __init__(self, orders, device):
@@ -1594,10 +1532,10 @@ class Blend:
         self.odds, self.chunk, self.seen = 0.0, 256, 0
 
     def rows(self, stats, logp, entropy):
-        """Inputs of the gate (rows, 5K + 3) float32; the experts' mask and p (rows, K + 1).
+        """Inputs of the gate (rows, 5K + 3), the experts' mask and p (rows, K + 1), of which only p
+        knows the target; inputs are scaled by constants, not by the stream (C1).
 
-        stats: (K, rows, 4) int32; logp, entropy: (rows,) float64, nats. Only p knows the target;
-        inputs are scaled by constants, never by statistics of the stream (C1).
+        stats: (K, rows, 4) int32; logp, entropy: (rows,) float64, nats.
         """
         stats, logp, entropy = (torch.as_tensor(a).to(self.device) for a in (stats, logp, entropy))
         (n, _, types, singles), h = stats.float().unbind(-1), entropy.float()[None]
@@ -1623,7 +1561,7 @@ class Blend:
         return np.logaddexp(gate_logp - np.logaddexp(0, -odds), logp - np.logaddexp(0, odds))
 
     def learn(self, inputs, known, p):
-        """Trains on a scored chunk: four passes early in the stream, one from 2^19 targets."""
+        """Train on a scored chunk: four passes early in the stream, one from 2^19 targets."""
         self.seen, self.chunk = self.seen + len(p), min(2 * self.chunk, 4096)
         ratio = (p / p.amax(1, keepdim=True).clamp(1e-300)).float()
         passes = min(4, max(1, (1 << 20) // self.seen))
@@ -1636,23 +1574,14 @@ class Blend:
                 self.optimizer.step()
 
 
-@contextlib.contextmanager
-def one_thread():
-    """Faster for a gate so small, and the same bits whatever the machine's number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@one_thread()
 def blend(store, scores, device, probes=()):
     """Score each target, then learn from it -> (log-probability (N,), mass at each probe).
 
     probes: (target, p_model (V,), counts (K, V)), where the whole vocabulary is scored.
     """
     (logp, entropy), mixer = scores, Blend(store.orders, device)
-    out, masses, a = np.empty(len(logp)), [], 0
+    out, masses, a, threads = np.empty(len(logp)), [], 0, torch.get_num_threads()
+    torch.set_num_threads(1)  # faster for a gate so small, and the same bits on any machine
     while a < len(logp):
         b = min(a + mixer.chunk, len(logp))
         rows = mixer.rows(store.read(a, b), logp[a:b], entropy[a:b])
@@ -1669,6 +1598,7 @@ def blend(store, scores, device, probes=()):
         mixer.odds = odds[-1]
         mixer.learn(*rows)
         a = b
+    torch.set_num_threads(threads)
     return out, np.array(masses)
 
 
@@ -1681,7 +1611,7 @@ def backoff_mass(scores, orders, probe, cfg):
 
 
 def vocabulary_counts(tokens, t, vocab_size, orders):
-    """Counts of the whole vocabulary at t, int64 (K, V), by comparing contexts, without sorting."""
+    """Counts of the whole vocabulary at t, int64 (K, V), by comparing contexts."""
     places, counts = np.arange(t), np.zeros((len(orders), vocab_size), np.int64)
     for order in range(1, min(t + 1, max(orders)) + 1):
         if order in orders:
@@ -1716,7 +1646,7 @@ class Trainer:
         self.loss = rt.compile(model, fullgraph=True)
 
     def gradients(self):
-        """Forward and backward over this rank's share of the next batch -> mean loss, detached."""
+        """Forward and backward over this rank's rows of the next batch -> mean loss."""
         rows = self.loader.rows(self.cfg, self.rt)
         inputs, targets = (part.to(self.rt.device).chunk(self.micro) for part in rows)
         total = torch.zeros((), device=self.rt.device)
@@ -1728,11 +1658,10 @@ class Trainer:
         return total
 
     def warm_up(self):
-        """Compile on real data, then rewind: no weight, state or token position is changed."""
+        """Compile on real data, then rewind: no weight, state or position changes."""
         state = self.loader.state()
-        for i in range(self.cfg.warmup_steps):
+        for _ in range(self.cfg.warmup_steps):
             self.gradients()
-            self.rt.log("warmup_step", f"{i + 1}/{self.cfg.warmup_steps}")
         for weight in self.optimizers.weights:
             weight.grad = None
         self.loader.restore(state)
@@ -1753,15 +1682,17 @@ class Trainer:
 
     def run(self, validate):
         """Train to the last step or the cap -> averaged weights, fp32 by name."""
-        cfg, rt, stop, loss = self.cfg, self.rt, False, torch.zeros(())
+        cfg, rt, loss = self.cfg, self.rt, torch.zeros(())
         self.warm_up()
-        rt.barrier()
+        rt.largest(0)  # barrier
+        elapsed, stop = 0.0, False
         while self.step < cfg.iterations and not stop:
             with rt.clock("train"):
-                previous, loss = loss, self.update(lr_factor(self.step, rt.seconds["train"], cfg))
+                previous, loss = loss, self.update(lr_factor(self.step, elapsed, cfg))
                 previous.item()  # keeps the host at most one step ahead of the device
-            late = rt.seconds["train"] >= cfg.max_wallclock_seconds > 0
-            stop = cfg.max_wallclock_seconds > 0 and rt.any(late)
+            if cfg.max_wallclock_seconds:  # one clock for all ranks, or their rates would differ
+                elapsed = rt.largest(rt.seconds["train"])
+                stop = elapsed >= cfg.max_wallclock_seconds
             last = stop or self.step == cfg.iterations
             if last or self.step <= 10 or self.step % cfg.train_log_every == 0:
                 mean = rt.sum(np.array([loss.item()])) / rt.world_size
@@ -1802,7 +1733,7 @@ def open_run_folder(rt):
 
 
 def keep_sources(rt, cfg):
-    """What the score depends on beside the artifact: code, tokenizer, settings."""
+    """Code, tokenizer and settings, on which the score depends too."""
     values = {name: show(getattr(cfg, name.lower())) for name in VARIABLES if name not in PATHS}
     text = "".join(f"{name}={value}\n" for name, value in values.items())
     (rt.folder / "config.env").write_text(text, encoding="utf-8")
@@ -1829,7 +1760,8 @@ def dry_run(rt, cfg):
     """What would run, without data or tokenizer."""
     cfg = replace(cfg, vocab_size=cfg.vocab_size or 1024)
     announce(rt, cfg)
-    rt.log("model_params", count_parameters(cfg), micro_batches=micro_batches(cfg, rt))
+    micro_batches(cfg, rt)
+    rt.log("model_params", sum(math.prod(spec.shape) for spec in parameter_specs(cfg).values()))
     for group, (names, rate, decay) in optimizer_groups(cfg).items():
         rt.log("optimizer_group", group, rate=rate, decay=decay, parameters=",".join(names))
     payload = sum(map(packed_bytes, parameter_specs(cfg).values()))
@@ -1843,12 +1775,12 @@ class Report:
         self.rt, self.cfg, self.text = rt, cfg, text
 
     def score(self, stage, log_prob, **more):
-        """A stage's final line, from per-target log-probabilities in nats."""
+        """A stage's final line; log_prob (N,), nats."""
         bpb = bits_per_byte(log_prob, self.text.bytes)
         self.rt.log(f"final_{stage}_exact", val_loss=float(-log_prob.mean()), val_bpb=bpb, **more)
 
     def budget(self):
-        """Bytes and seconds against the caps; loud where the artifact is too large."""
+        """Bytes and seconds against the caps."""
         rt, sizes = self.rt, dict(code="train_gpt.py", weights="artifact.bin")
         sizes = {part: (rt.folder / name).stat().st_size for part, name in sizes.items()}
         total = sum(sizes.values())
@@ -1884,7 +1816,7 @@ class Report:
 def train_model(rt, cfg, text):
     """Train from fresh weights -> averaged weights by name"""
     model = GPT(cfg).initialise().to(rt.device)
-    rt.log("model_params", count_parameters(cfg))
+    rt.log("model_params", sum(math.prod(spec.shape) for spec in parameter_specs(cfg).values()))
     loader = TokenLoader(find_shards(cfg.data_path, "train"), cfg.vocab_size)
     scorer = WindowScorer(model, rt, cfg)
 
@@ -1916,7 +1848,7 @@ def evaluate(model, weights, report):
 
 
 def mix_ngrams(scorer, scores, report):
-    """Count the stream, mix by the published backoff and by NGRAM_MIXER -> log p (N,), nats"""
+    """Mix by the published backoff and by NGRAM_MIXER -> log p (N,), nats"""
     cfg, rt, stream = report.cfg, report.rt, report.text.stream
     shown = tuple(range(cfg.ngram_min_order, cfg.ngram_max_order + 1))
     store = CountStore(tuple(sorted({1, *shown, *LONG_ORDERS})))
@@ -1944,7 +1876,7 @@ def mix_ngrams(scorer, scores, report):
 
 
 def pseudo_score(report):
-    """A published scorer as written, on this run's scores; not a code length, as its mass shows."""
+    """A published scorer as written, on this run's scores: no code length, as its mass shows."""
     cfg = report.cfg
     options = ["--json", "--scheme", cfg.ngram_scheme, "--weights", cfg.pseudo_weights]
     command = [sys.executable, ROOT / "records/as_written.py", report.rt.folder, *options]
@@ -1961,22 +1893,23 @@ def run(cfg):
     if cfg.resume == "auto" and rt.finished:
         return rt.log("note", f"{rt.folder} is finished")
     micro_batches(cfg, rt)
+    if cfg.eval_only:
+        stored, packed = load_artifact(cfg.eval_only).cfg, Path(cfg.eval_only).read_bytes()
+        cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_FIELDS})
     open_run_folder(rt)
     rt.start()
     announce(rt, cfg)
     prepare_sample(rt, cfg)
-    if cfg.eval_only:
-        stored = load_artifact(cfg.eval_only).cfg
-        cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_FIELDS})
+    find_shards(cfg.data_path, "val")
     cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
     text, path = ValidationText(cfg), rt.folder / "artifact.bin"
     rt.log("val_text", tokens=len(text.targets), bytes=int(text.bytes.sum()))
     weights = {} if cfg.eval_only else train_model(rt, cfg, text)
     if rt.rank == 0:
         keep_sources(rt, cfg)
-        packed = pack_artifact(weights, cfg) if weights else Path(cfg.eval_only).read_bytes()
+        packed = pack_artifact(weights, cfg) if weights else packed
         write_atomically(path, lambda partial: partial.write_bytes(packed))
-    rt.barrier()
+    rt.largest(0)  # barrier
     with rt.clock("eval"):
         model = load_artifact(path, rt.device, cfg.window)
         report = Report(rt, cfg, text)
@@ -1991,7 +1924,7 @@ def main():
         return print_help()
     try:
         run(Config.from_env(os.environ))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:

@@ -186,8 +186,8 @@ def submission(run: RunFolder) -> dict[str, Any]:
     finished = datetime.fromtimestamp((run.path / "metrics.jsonl").stat().st_mtime, UTC)
     score = score_keys(run, settings)
     return {
-        "author": settings.get("AUTHOR", ""),
-        "github_id": settings.get("GITHUB_ID", ""),
+        "author": os.environ.get("AUTHOR") or settings.get("AUTHOR", ""),
+        "github_id": os.environ.get("GITHUB_ID") or settings.get("GITHUB_ID", ""),
         "name": settings.get("RUN_ID") or run.name(),
         "blurb": describe(run, settings, score["step_stop"]),
         "date": finished.strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,6 +18,8 @@ SCRIPT = ROOT / "train_gpt.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import train_gpt  # noqa: E402
+
+ALIASES = train_gpt.read_pairs(ROOT / "records" / "aliases.env")
 
 # Every architecture switch on, small enough for loops.
 TINY = dict(
@@ -140,9 +143,13 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 # The script as a process
 
 
+def count_parameters(cfg):
+    return sum(math.prod(spec.shape) for spec in train_gpt.parameter_specs(cfg).values())
+
+
 def clean_environment():
     """os.environ without anything the script or torchrun reads."""
-    ours = {*train_gpt.VARIABLES, *train_gpt.ALIASES}
+    ours = {*train_gpt.VARIABLES, *ALIASES}
     torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}
     return {
         name: text
@@ -151,11 +158,16 @@ def clean_environment():
     }
 
 
+def worker_number():
+    """Of this xdist worker, from 0."""
+    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+
+
 @contextlib.contextmanager
 def cores(count):
     """Processes started in here share `count` cores, so that each rank gets one thread."""
     mine = sorted(os.sched_getaffinity(0))
-    first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    first = worker_number()
     os.sched_setaffinity(0, {mine[(first + i) % len(mine)] for i in range(count)})
     try:
         yield

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 import pytest
-from helpers import ROOT, TINY, error_line, run_script, tiny, train_gpt
+from helpers import ALIASES, ROOT, TINY, count_parameters, error_line, run_script, tiny, train_gpt
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -156,9 +156,9 @@ def test_contract_variables_are_known(name):
     assert name in train_gpt.VARIABLES
 
 
-@pytest.mark.parametrize("alias", [*SIBLINGS, *train_gpt.ALIASES])
+@pytest.mark.parametrize("alias", [*SIBLINGS, *ALIASES])
 def test_sibling_names_are_read_with_a_note(alias):
-    name = train_gpt.ALIASES[alias]
+    name = ALIASES[alias]
     default = train_gpt.VARIABLES[name].default
     text = "0" if default is True else "1" if default is False else "5"
     text = "0.5" if isinstance(default, float) else text
@@ -238,7 +238,7 @@ def test_edit_distance(a, b):
 
 @given(name=letters)
 def test_other_names_are_judged_by_distance_and_family(name):
-    if name in train_gpt.VARIABLES or name in train_gpt.ALIASES:
+    if name in train_gpt.VARIABLES or name in ALIASES:
         return
     near = min(distance(name, ours) for ours in train_gpt.VARIABLES)
     if name.startswith(train_gpt.FAMILIES) or (near <= 2 and len(name) > 5):
@@ -361,14 +361,12 @@ def defaults_record(tmp_path, monkeypatch):
 )
 def test_parameter_counts_are_the_published_ones(count, variables, defaults_record):
     cfg = defaults_record(**variables, VOCAB_SIZE=1024)
-    assert train_gpt.count_parameters(cfg) == count
+    assert count_parameters(cfg) == count
 
 
 def test_counted_parameters_are_the_model_s():
     cfg = tiny()
-    assert train_gpt.count_parameters(cfg) == sum(
-        w.numel() for w in train_gpt.GPT(cfg).parameters()
-    )
+    assert count_parameters(cfg) == sum(w.numel() for w in train_gpt.GPT(cfg).parameters())
 
 
 def test_dry_run_needs_no_data_and_no_tokenizer(tmp_path):
@@ -378,9 +376,9 @@ def test_dry_run_needs_no_data_and_no_tokenizer(tmp_path):
     assert list(tmp_path.iterdir()) == [] and sorted(ROOT.glob("data/datasets/*")) == before
     assert "SEED:3(env)" in done.stdout and "MODEL_DIM:128(RECORD=tiny)" in done.stdout
     assert "NUM_KV_HEADS:2" in done.stdout and "(default)" in done.stdout
-    (line,) = re.findall(r"^model_params:(\d+)$", done.stdout, re.M)
+    (line,) = re.findall(r"\bmodel_params:(\d+)", done.stdout)
     cfg = Config.from_env(dict(DEVICE="cpu", RECORD="tiny", VOCAB_SIZE="1024"))
-    assert int(line) == train_gpt.count_parameters(cfg)
+    assert int(line) == count_parameters(cfg)
     assert "optimizer_group" in done.stdout and "byte_budget" in done.stdout
     assert "cap:16000000" in done.stdout
 

@@ -29,8 +29,8 @@ def test_shard_is_read_as_written(tmp_path):
 BROKEN = {  # what is wrong -> (arguments of write_shard, words of the message)
     "magic": (dict(magic=20240521), ["magic", "20240521", "20240520"]),
     "version": (dict(version=2), ["version 2"]),
-    "count too large": (dict(count=101), ["length", "1224", "1226"]),
-    "count too small": (dict(count=99), ["length", "1224", "1222"]),
+    "count too large": (dict(count=101), ["length 1224", "101"]),
+    "count too small": (dict(count=99), ["length 1224", "99"]),
     "count is huge": (dict(count=2**31 - 1), ["length"]),
     "count is negative": (dict(count=-1), ["-1 tokens"]),
     "no tokens": (dict(tokens=[]), ["0 tokens"]),
@@ -194,6 +194,12 @@ MODELS = {
         normalization_rule_name="identity",
     ),
     "lossless": dict(remove_extra_whitespaces=False, normalization_rule_name="identity"),
+    "pieces over spaces": dict(
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        split_by_whitespace=False,
+        allow_whitespace_only_pieces=True,
+    ),
 }
 
 

@@ -150,6 +150,23 @@ def test_distributions_add_up_to_one():
 
 
 @settings(deadline=None, max_examples=25)
+@given(place=st.integers(0, 49), stride=st.sampled_from([1, 4, 16]), seed=st.integers(1, 99))
+def test_distribution_of_one_target_is_the_score_s(place, stride, seed):
+    """Sums to one, gives what was scored, and does not know the target or what follows."""
+    cfg = tiny()
+    model, stream = perturbed(cfg), random_stream(50, cfg.vocab_size)
+    scores = scorer(model, cfg).score(stream, stride)
+    p = scorer(model, cfg).distribution(stream, stride, place)
+    assert p.shape == (cfg.vocab_size,) and p.sum() == pytest.approx(1, abs=1e-12)
+    assert math.log(p[stream[place + 1]]) == pytest.approx(scores.log_prob[place], abs=2e-5)
+    assert -(p * np.log(p)).sum() == pytest.approx(scores.entropy[place], abs=2e-5)
+    other = stream.copy()
+    other[place + 1 :] = random_stream(50, cfg.vocab_size, seed)[place + 1 :]
+    again = scorer(model, cfg).distribution(other, stride, place)
+    assert again.tobytes() == p.tobytes()
+
+
+@settings(deadline=None, max_examples=25)
 @given(place=st.integers(0, 49), stride=st.sampled_from([1, 4, 8, 16]), seed=st.integers(1, 99))
 def test_the_future_changes_nothing(place, stride, seed):
     """Other tokens from index `place` + 1 on: the targets before that index keep every bit."""
