@@ -251,7 +251,6 @@ class Config:
             ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
             ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
             ("CHECKPOINT_EVERY", not re.fullmatch(r"\d+m?", self.checkpoint_every), "10 or 10m"),
-            ("PSEUDO_WEIGHTS", self.eval_only and self.pseudo_weights == "ema", "artifact here"),
             ("SCORER", self.scorer == "documents", "sliding (documents comes later)"),
         ):
             if broken:
@@ -439,7 +438,8 @@ class Runtime:
     def start(self):
         """Threads, seed, kernels, process group; rank 0 opens the run folder's log."""
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # Linux
+        torch.set_num_threads(max(1, len(affinity(0)) // local_ranks))
         torch.manual_seed(self.cfg.seed)
         if self.cuda:
             torch.cuda.set_device(self.device)
@@ -938,7 +938,7 @@ class ParallelMuon:
         self.banks, self.rt, self.cfg = [Bank(w, rt) for w in weights], rt, cfg
 
     def reduce(self):
-        """Start averaging the gradients: each rank gets its share of every bank."""
+        """Start averaging: each rank gets its share of every bank's gradient."""
         for bank in self.banks:
             torch.div(bank.weight.grad, self.rt.world_size, out=bank.padded[: len(bank.weight)])
             bank.padded[len(bank.weight) :].zero_()
@@ -978,7 +978,7 @@ class ParallelMuon:
 
 
 def optimizer_groups(cfg):
-    """group -> (parameter names, rate, weight decay); every parameter is in exactly one."""
+    """group -> (parameter names, rate, weight decay)"""
     groups = {
         "muon": ([], cfg.matrix_lr, cfg.muon_wd),
         "embed": ([], cfg.tied_embed_lr, cfg.adam_wd),
@@ -1007,7 +1007,7 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, step, factor):
-        """Average the gradients over ranks, clip, update, clear. -> gradient norm"""
+        """Average the gradients, clip, update, clear -> their norm"""
         if self.cfg.clip == "local":  # before averaging, as the published scripts do
             norm = self.clip([w.grad for w in self.weights], [])
         self.muon.reduce()
@@ -1134,7 +1134,7 @@ def search_grid(weight, coding, cfg):
 
 @torch.no_grad()
 def update_qat_grids(model, cfg):
-    """Late QAT trains on the grid that the export would choose for the present weights."""
+    """Late QAT trains on the grid that the export would choose now."""
     for name in BANKS:
         getattr(model, f"{name}_grid").copy_(search_grid(getattr(model, name), "int6", cfg))
 
@@ -1366,7 +1366,7 @@ def sort_pieces(keys, cuts, sort, join):
 
 
 def numba_orders(keys, code, tokens, device):
-    """Statistics int32 (N, 4) of one order after the other: a sort and two compiled scans each."""
+    """Statistics int32 (N, 4) of each order: a sort and two compiled scans."""
     scan_ngrams, scan_contexts = compiled_scans()
     cuts = [0]
     while True:
@@ -1494,7 +1494,7 @@ class CountStore:
         self.orders, self.columns, self.matched = orders, [], 0
 
     def collect(self, counts):
-        """Keeps what ngram_counts yields and passes it on, cut to the targets."""
+        """Keep what ngram_counts yields and pass it on, cut to the targets."""
         for order, *stats in counts:
             n, c, types, singles = stats = [column[1:] for column in stats]
             if order in self.orders:
@@ -1733,7 +1733,6 @@ def open_run_folder(rt):
 
 
 def keep_sources(rt, cfg):
-    """Code, tokenizer and settings, on which the score depends too."""
     values = {name: show(getattr(cfg, name.lower())) for name in VARIABLES if name not in PATHS}
     text = "".join(f"{name}={value}\n" for name, value in values.items())
     (rt.folder / "config.env").write_text(text, encoding="utf-8")
@@ -1806,7 +1805,7 @@ class Report:
             write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
 
     def finish(self):
-        """submission.json, which marks the run as finished, and report.png."""
+        """submission.json, the mark of a finished run, and report.png."""
         for script in ("submission.py", "plot.py"):
             command = [sys.executable, ROOT / "records" / script, self.rt.folder]
             if subprocess.run(command).returncode:
@@ -1834,11 +1833,12 @@ def evaluate(model, weights, report):
     report.score("int6_roundtrip", scorer.score(stream, scorer.length).log_prob)
     scores = scorer.score(stream, cfg.eval_stride)
     report.score("int6_sliding_window", scores.log_prob, stride=cfg.eval_stride)
+    final = scores.log_prob
     if not cfg.ngram_enabled or cfg.ngram_mixer == "none":
-        report.score("ngram", scores.log_prob, mixer="none")
-        return report.write(scores, scores.log_prob)
-    if rt.rank == 0:
-        report.write(scores, mix_ngrams(scorer, scores, report))
+        report.score("ngram", final, mixer="none")
+    elif rt.rank == 0:
+        final = mix_ngrams(scorer, scores, report)
+    report.write(scores, final)
     if cfg.ngram_scheme and cfg.pseudo_weights == "ema":  # as #864 measured, unquantised
         model.load_state_dict(weights)
         raw = scorer.score(stream, cfg.eval_stride)
@@ -1876,7 +1876,7 @@ def mix_ngrams(scorer, scores, report):
 
 
 def pseudo_score(report):
-    """A published scorer as written, on this run's scores: no code length, as its mass shows."""
+    """A published scorer as written: no code length, as its mass shows."""
     cfg = report.cfg
     options = ["--json", "--scheme", cfg.ngram_scheme, "--weights", cfg.pseudo_weights]
     command = [sys.executable, ROOT / "records/as_written.py", report.rt.folder, *options]
@@ -1895,7 +1895,8 @@ def run(cfg):
     micro_batches(cfg, rt)
     if cfg.eval_only:
         stored, packed = load_artifact(cfg.eval_only).cfg, Path(cfg.eval_only).read_bytes()
-        cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_FIELDS})
+        model = {name: getattr(stored, name) for name in MODEL_FIELDS}
+        cfg = replace(cfg, **model, pseudo_weights="artifact")
     open_run_folder(rt)
     rt.start()
     announce(rt, cfg)

@@ -42,7 +42,7 @@ def hashed_keys(tokens: Tensor, order: int, buckets: int) -> Tensor:
 
     tokens int64 (N,) -> int64 (2, N - order + 1). The first prime goes to the oldest token.
     """
-    size, context = len(tokens) - order + 1, torch.zeros_like(tokens[order - 1 :])
+    size, context = max(0, len(tokens) - order + 1), torch.zeros_like(tokens[order - 1 :])
     for k in range(order - 1):
         context = context ^ tokens[k : k + size] * PRIMES[k % len(PRIMES)]
     target = tokens[order - 1 :] * PRIMES[(order - 1) % len(PRIMES)]
@@ -79,7 +79,7 @@ def hashed_counts(
                     key = keys[0, probes[i] - skip]
                     n = tables[0, key].clamp(min=1)
                     seen = tables[1, (key ^ others) & cfg.ngram_buckets - 1]
-                    ratio[i] = (torch.minimum(seen, n).sum() / n).item()
+                    ratio[i] = torch.minimum(seen, n).sum().item() / n.item()
                 key = keys[:, a - skip : max(b - skip, 0)]
                 counts[:, a:b] = tables.gather(1, key)
                 tables.scatter_add_(1, key, torch.ones_like(key, dtype=torch.int32))
