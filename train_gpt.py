@@ -53,6 +53,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  (later, its default arguments would keep gloo alive)
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -1886,7 +1887,6 @@ def pseudo_score(report):
 
 
 def run(cfg):
-    """The life of a token, once through."""
     rt = Runtime(cfg)
     if cfg.dry_run:
         return dry_run(rt, cfg)
@@ -1918,6 +1918,7 @@ def run(cfg):
     if rt.rank == 0:
         report.budget()
         report.finish()
+    rt.largest(0)  # a rank that ends earlier could take rank 0 with it
 
 
 def main():

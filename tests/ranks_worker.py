@@ -21,6 +21,9 @@ def main():
         weights = fixed_steps(cfg, runtime, folder / "stream_train_000000.bin", steps)
         np.savez(folder / f"{name}_rank{runtime.rank}.npz", **weights)
     dist.destroy_process_group()
+    tasks = Path("/proc/self/task").iterdir()
+    names = [(task / "comm").read_text().strip() for task in tasks]
+    (folder / f"threads_rank{runtime.rank}.json").write_text(json.dumps(names))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,24 @@ def test_counts_of_longer_streams(implementation, vocab_size):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("key_bits", [24, 17, 9])
+def test_few_bits_are_sorted_in_pieces(implementation, key_bits, monkeypatch):
+    """A key keeps to its bits, as long as they hold two groups; nine bits and one token do not."""
+    pieces, sort_pieces, tokens = [], train_gpt.sort_pieces, np.arange(120) % 60
+    capacity = max(2, (1 << key_bits - 7) // 64)  # groups; 61 - k contexts of length k recur
+
+    def spy(keys, cuts, *how):
+        pieces.append(len(cuts))
+        assert not len(keys) or int(keys.max()) < capacity * 64 << 7
+        return sort_pieces(keys, cuts, *how)
+
+    monkeypatch.setattr(train_gpt, "sort_pieces", spy)
+    got = counted(tokens, 64, 5, implementation, key_bits)
+    assert np.array_equal(got, oracle(tokens, 5))
+    assert pieces == [1, *(math.ceil((61 - k) / capacity) for k in range(1, 5))]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_counts_of_real_text(implementation, train_tokens):
     tokens = train_tokens[:5000]
     assert np.array_equal(counted(tokens, 512, 12, implementation), oracle(tokens, 12))
@@ -114,11 +132,12 @@ def test_counts_refuse_other_tokens():
 
 
 def test_vocabulary_counts_agree_with_the_dictionary():
-    tokens = np.random.default_rng(1).integers(0, 4, 300)
-    orders = (1, 2, 3, 5, 7)
-    expected = oracle(tokens, 7)[[order - 1 for order in orders]]
-    for t in (0, 1, 5, 59, 130, 299):
-        counts = vocabulary_counts(tokens, t, 4, orders)
+    tokens = np.tile(np.random.default_rng(1).integers(0, 4, 60), 5)
+    tokens[100::40] = 3
+    expected = oracle(tokens, 24)[[order - 1 for order in ORDERS]]
+    assert expected[-1, 0].max() > 1
+    for t in (0, 1, 5, 59, 95, 130, 299):
+        counts = vocabulary_counts(tokens, t, 4, ORDERS)
         target, kinds = counts[:, tokens[t]], ((counts > 0).sum(1), (counts == 1).sum(1))
         assert np.array_equal([counts.sum(1), target, *kinds], expected[:, :, t].T)
 

@@ -377,10 +377,12 @@ def two_ranks(tmp_path_factory):
             worker = ROOT / "tests/ranks_worker.py"
             done = launch(worker, [folder, json.dumps(JOBS)], {}, 2, folder)
             assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return {
+    found = {
         name: [dict(np.load(folder / f"{name}_rank{rank}.npz")) for rank in range(2)]
         for name in JOBS
     }
+    left = [json.loads((folder / f"threads_rank{rank}.json").read_text()) for rank in range(2)]
+    return found | dict(threads=left)
 
 
 @pytest.fixture
@@ -433,6 +435,12 @@ def test_local_clipping_is_another_step(two_ranks, alone):
 def test_ranks_stay_together_under_a_cap(two_ranks):
     """The clock drives the rate, late QAT and SWA: all ranks must go by one clock."""
     assert same_bits(*two_ranks["capped"])
+
+
+def test_destroyed_process_group_leaves_no_thread(two_ranks):
+    """A gloo thread that outlives the group aborts the interpreter at exit, now and then."""
+    for names in two_ranks["threads"]:
+        assert not [name for name in names if "gloo" in name]
 
 
 def test_warm_up_leaves_no_trace(tmp_path):
