@@ -1887,6 +1887,7 @@ def pseudo_score(report):
 
 
 def run(cfg):
+    """The life of a token, once through."""
     rt = Runtime(cfg)
     if cfg.dry_run:
         return dry_run(rt, cfg)
