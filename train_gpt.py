@@ -9,7 +9,6 @@ length of a normalised, causal distribution of the artifact re-read from disk.
     torchrun --standalone --nproc_per_node=8 train_gpt.py   # 8 GPUs, the record configuration
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
         --rdzv_endpoint=HOST:29500 train_gpt.py             # two hosts, the same on each
-    EVAL_ONLY=runs/tiny_seed1337/artifact.bin python train_gpt.py
 
 Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
 
@@ -45,6 +44,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -346,7 +346,7 @@ def choose_record(given):
         return given["RECORD"], []
     cuda = given.get("DEVICE") != "cpu" and torch.cuda.is_available()
     if cuda and (given.get("DATA_PATH") or FINEWEB_DATA.is_dir()):
-        return "", ["no RECORD: the project's own configuration, since CUDA and data are here"]
+        return "", ["no RECORD: own configuration, since CUDA and data are here"]
     missing = f"no FineWeb data in {FINEWEB_DATA}" if cuda else "no CUDA device"
     if cuda and int(given.get("WORLD_SIZE", 1)) > 1 and given.get("DRY_RUN", "0") == "0":
         raise ConfigError(f"{missing}; fix: python data/download_fineweb.py, or set DATA_PATH")
@@ -364,7 +364,7 @@ def read_record(name):
     pairs = read_pairs(known[found[0]])
     if strange := [name for name in pairs if name not in VARIABLES or name in PATHS]:
         line = f"{strange[0]}={pairs[strange[0]]}"
-        raise ConfigError(f"{known[found[0]]}: {line} is not a setting; fix: remove it")
+        raise ConfigError(f"{known[found[0]]}: {line} is not a setting")
     return pairs
 
 
@@ -401,7 +401,7 @@ def print_help():
 
 @dataclass(frozen=True)
 class Line:
-    """A log line: `key:value name:x` as text, an object as JSON; names in _ms print as x ms."""
+    """A log line as text, `key:value name:x`, and as JSON; names in _ms print as ms."""
 
     key: str
     value: Any
@@ -463,14 +463,14 @@ class Runtime:
                 print(text, file=file, flush=True)
 
     def largest(self, value):
-        """Maximum over ranks of a number; through gloo, without waiting for the device."""
+        """Maximum over ranks; through gloo, without waiting for the device."""
         shared = torch.tensor([value], dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
         return shared.item()
 
     def sum(self, array):
-        """Elementwise sum over ranks, in place. Exact where one rank holds each element."""
+        """Sum over ranks, in place; exact where one rank holds each element."""
         if self.world_size > 1:
             dist.all_reduce(torch.from_numpy(array))
         return array
@@ -491,7 +491,7 @@ class Runtime:
 
 
 def write_atomically(path, write):
-    """What `write(path)` writes appears under its name whole or not at all."""
+    """What `write(path)` writes appears whole or not at all."""
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     write(partial)
     os.replace(partial, path)
@@ -745,12 +745,10 @@ def exclude_self(y, v):
 
 
 def fake_quantize(weight, scale):
-    """Weights on the int6 grid with a straight-through gradient; unchanged where scale is 0.
-
-    The switch is a tensor's value, which a compiled graph cannot freeze, as the published scripts
-    did, and which needs no second graph in the middle of a run.
-    """
-    on_grid = round_to_grid(weight, scale.clamp_min(1e-12), INT6_MAX) * scale
+    """Weights on the int6 grid with a straight-through gradient; unchanged where scale is 0: a
+    switch that a compiled graph cannot freeze, as the published scripts did, and that needs no
+    second graph in the middle of a run."""
+    on_grid = round_to_grid(weight, scale.clamp_min(1e-12), LARGEST["int6"]) * scale
     return weight + torch.where(scale > 0, on_grid - weight, 0.0).detach()
 
 
@@ -1091,9 +1089,9 @@ class Averages:
 
 LARGEST = {"int6": 31, "int8": 127}  # integers -largest .. largest
 FLOATS = {"fp16": "<f2", "fp32": "<f4"}
-INT6_MAX, INT8_QUANTILE = LARGEST["int6"], 0.9999984
+INT8_QUANTILE = 0.9999984
 MAGIC, ARTIFACT_VERSION, SHA_BYTES = b"PGOLFGPT", 1, 32
-MAX_PAYLOAD = 2**31  # bytes; a header that claims more is refused before anything is unpacked
+MAX_PAYLOAD = 2**31  # bytes; a header that claims more is refused
 
 
 class ArtifactError(UserError):
@@ -1191,7 +1189,7 @@ def decompress(data, how, size):
 
 
 def artifact_header(cfg):
-    """Model configuration and each tensor's name, shape, coding and offset; nothing of the run."""
+    """Model configuration and tensors; nothing of the run."""
     tensors, offset = [], 0
     for name, spec in parameter_specs(cfg).items():
         entry = dict(name=name, shape=list(spec.shape), coding=spec.coding, offset=offset)
@@ -1213,8 +1211,8 @@ def pack_artifact(weights, cfg):
 
 
 def open_container(data):
-    """Check magic, digest, version, and that the header is what this program would write for its
-    model -> (configuration, compressed payload)"""
+    """Check magic, digest, version, and the header against what this program writes for its model
+    -> (configuration, compressed payload)"""
     start, body = len(MAGIC) + 8, data[:-SHA_BYTES]
     if len(body) < start or not data.startswith(MAGIC):
         raise ArtifactError("not an artifact of this program")
@@ -1312,7 +1310,7 @@ class WindowScorer:
         result = np.zeros((2, len(ends), stride))
         for b in range(self.rt.rank * self.batch, len(ends), self.rt.world_size * self.batch):
             real = range(b, min(b + self.batch, len(ends)))
-            window = np.resize(real, self.batch)  # the last batch repeats windows to keep its shape
+            window = np.resize(real, self.batch)  # the last batch keeps its shape
             scored = self.forward(*self.windows(stream, ends[window], stride))
             result[:, real] = torch.stack(scored)[:, : len(real)].cpu().numpy()
         return Scores(*self.rt.sum(result).reshape(2, -1)[:, : len(stream) - 1])
@@ -1348,9 +1346,8 @@ def ngram_counts(
     if tokens.dtype.kind not in "iu" or not valid:
         raise ValueError(f"tokens must be integers in 0..{vocab_size - 1}, not {tokens.dtype}")
     bits = max(1, (size - 1).bit_length())
-    # Where 63 bits do not suffice, group numbers wrap at `capacity`: keys are made in order of
-    # group, so the pieces between wraps are sorted one by one (of two groups at least, so that
-    # neighbours differ across a cut).
+    # Where 63 bits do not suffice, group numbers wrap at `capacity`; keys are made in order of
+    # group, so the pieces between wraps (two groups at least) are sorted one by one.
     code = bits, vocab_size, max(2, (1 << KEY_BITS - bits) // vocab_size)
     keys = tokens.astype(np.int64) << bits
     keys |= np.arange(size)
@@ -1367,23 +1364,23 @@ def sort_pieces(keys, cuts, sort, join):
 
 
 def numba_orders(keys, code, tokens, device):
-    """Statistics int32 (N, 4) of each order: a sort and two compiled scans."""
+    """Statistics int32 (N, 4) of each order: a sort, a scan, a second scan beside the next sort."""
     scan_ngrams, scan_contexts = compiled_scans()
-    cuts = [0]
-    while True:
-        packed = sort_pieces(keys, cuts, np.sort, np.concatenate)
-        stats = np.zeros((len(tokens), 4), np.int32)
-        following, cuts = scan_ngrams(packed, code, tokens, stats)
-        del packed
-        scan_contexts(keys, code, stats)
-        yield stats
-        keys = following
-        del stats, following
+    packed = sort_pieces(keys, [0], np.sort, np.concatenate)
+    with ThreadPoolExecutor(1) as other_core:
+        while True:
+            stats = np.zeros((len(tokens), 4), np.int32)
+            following, cuts = scan_ngrams(packed, code, tokens, stats)
+            packed = other_core.submit(sort_pieces, following, cuts, np.sort, np.concatenate)
+            scan_contexts(keys, code, stats)
+            yield stats
+            keys, packed = following, packed.result()
+            del stats, following
 
 
 @functools.cache
 def compiled_scans():
-    return [backend("numba").njit(scan) for scan in (scan_ngrams, scan_contexts)]
+    return [backend("numba").njit(scan, nogil=True) for scan in (scan_ngrams, scan_contexts)]
 
 
 def scan_ngrams(packed, code, tokens, stats):
@@ -1429,7 +1426,7 @@ def torch_orders(keys, code, tokens, device):
     keys, tokens = (torch.from_numpy(a).to(device) for a in (keys, tokens))
     index = torch.arange(len(keys) + 1, device=device)
 
-    def runs(group):  # of each place: does a group begin, and where did its own
+    def runs(group):  # does a group begin, and where did it
         new = torch.ones(len(group), dtype=torch.bool, device=device)
         new[1:] = group[1:] != group[:-1]
         return new, torch.where(new, index[: len(group)], 0).cummax(0).values
@@ -1461,12 +1458,13 @@ def torch_orders(keys, code, tokens, device):
 def backoff_match(counts, cfg):
     """Order (0: none), n and c of the longest context seen NGRAM_MIN_COUNT times: int32 (3, N)"""
     best = None
-    for order, n, c, *_ in counts:
-        best = np.zeros((3, len(n)), np.int32) if best is None else best
+    for order, *stats in counts:
+        best = np.zeros((3, len(stats[0])), np.int32) if best is None else best
         if cfg.ngram_min_order <= order <= cfg.ngram_max_order:
-            usable = n >= cfg.ngram_min_count
-            for row, value in zip(best, (order, n, c), strict=True):
+            usable = stats[0] >= cfg.ngram_min_count
+            for row, value in zip(best, (order, *stats[:2]), strict=True):
                 np.copyto(row, value, where=usable)
+        value = stats = None  # frees them before the next order is counted
     return best
 
 
@@ -1504,6 +1502,7 @@ class CountStore:
                 self.columns.append((seen, np.stack([n[seen], c[seen]], 1), few))
                 self.matched = np.where(n > 0, np.int8(order), self.matched)
             yield order, *stats
+            del n, c, types, singles, stats
 
     def read(self, a, b):
         """Targets a..b: int32 (K, b - a, 4): context, target, types, singletons."""
@@ -1518,8 +1517,8 @@ class CountStore:
 class Blend:
     """The model and each order's plain c / n, mixed with weights learned online.
 
-    A gate (one hidden layer) learns from each chunk once it is scored. A Bayesian pair of gate and
-    model alone, updated target by target, loses at most one bit in total against either.
+    A gate (one hidden layer) learns from each scored chunk. A Bayesian pair of gate and model
+    alone, updated target by target, loses at most one bit in total against either.
     """
 
     def __init__(self, orders, device):
@@ -1604,7 +1603,7 @@ def blend(store, scores, device, probes=()):
 
 
 def backoff_mass(scores, orders, probe, cfg):
-    """Sum of the backoff's probabilities over the vocabulary at one probe of `blend`."""
+    """Sum of the backoff's probabilities at one probe of `blend`."""
     t, p_model, counts = probe
     every = Scores(np.log(np.maximum(p_model, 1e-300)), np.full(len(p_model), scores.entropy[t]))
     columns = ((k, np.full_like(c, c.sum()), c) for k, c in zip(orders, counts, strict=True))
@@ -1856,8 +1855,8 @@ def mix_ngrams(scorer, scores, report):
     counts = ngram_counts(stream, cfg.vocab_size, max(store.orders), device=rt.device)
     match = backoff_match(store.collect(counts), cfg)
     orders = f"{shown[0]}-{shown[-1]}"
-    final = backoff = backoff_log_prob(scores, match, cfg)
-    report.score("ngram_backoff", backoff, orders=orders)
+    final = backoff_log_prob(scores, match, cfg)
+    report.score("ngram_backoff", final, orders=orders)
     probes = []
     for t in np.unique(np.linspace(0, len(final) - 1, PROBES).astype(int)):
         p_model = scorer.distribution(stream, cfg.eval_stride, t)
