@@ -23,8 +23,8 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The li
 
 import os
 
-if __name__ == "__main__":  # waiting threads that spin make every step slow on a shared CPU
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # libgomp reads it when torch is loaded
+if __name__ == "__main__":  # idle threads that spin long make every step slow on a shared CPU
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it when torch is loaded
 
 import contextlib
 import functools
