@@ -510,7 +510,6 @@ def gap(model, cfg, rows):
 def test_late_qat_narrows_the_quantisation_gap(train_tokens, tmp_path, monkeypatch):
     """Same seed, with and without, on a grid of 7 levels, where a small model's gap is large."""
     monkeypatch.setitem(train_gpt.LARGEST, "int6", 3)
-    monkeypatch.setattr(train_gpt, "INT6_MAX", 3)
     gaps, rows = {}, torch.from_numpy(train_tokens[:8193].astype(np.int64))
     rows = rows[:-1].view(-1, 32), rows[1:].view(-1, 32)
     for late_qat in (True, False):
