@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import math
 import os
 import re
 import subprocess
@@ -141,10 +140,6 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 
 # -----------------------------------------------------------------------------
 # The script as a process
-
-
-def count_parameters(cfg):
-    return sum(math.prod(spec.shape) for spec in train_gpt.parameter_specs(cfg).values())
 
 
 def clean_environment():

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 import pytest
-from helpers import ALIASES, ROOT, TINY, count_parameters, error_line, run_script, tiny, train_gpt
+from helpers import ALIASES, ROOT, TINY, error_line, run_script, tiny, train_gpt
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -361,12 +361,14 @@ def defaults_record(tmp_path, monkeypatch):
 )
 def test_parameter_counts_are_the_published_ones(count, variables, defaults_record):
     cfg = defaults_record(**variables, VOCAB_SIZE=1024)
-    assert count_parameters(cfg) == count
+    assert train_gpt.count_parameters(cfg) == count
 
 
 def test_counted_parameters_are_the_model_s():
     cfg = tiny()
-    assert count_parameters(cfg) == sum(w.numel() for w in train_gpt.GPT(cfg).parameters())
+    assert train_gpt.count_parameters(cfg) == sum(
+        w.numel() for w in train_gpt.GPT(cfg).parameters()
+    )
 
 
 def test_dry_run_needs_no_data_and_no_tokenizer(tmp_path):
@@ -378,7 +380,7 @@ def test_dry_run_needs_no_data_and_no_tokenizer(tmp_path):
     assert "NUM_KV_HEADS:2" in done.stdout and "(default)" in done.stdout
     (line,) = re.findall(r"\bmodel_params:(\d+)", done.stdout)
     cfg = Config.from_env(dict(DEVICE="cpu", RECORD="tiny", VOCAB_SIZE="1024"))
-    assert int(line) == count_parameters(cfg)
+    assert int(line) == train_gpt.count_parameters(cfg)
     assert "optimizer_group" in done.stdout and "byte_budget" in done.stdout
     assert "cap:16000000" in done.stdout
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,6 +225,43 @@ def test_eval_only_into_its_own_folder_keeps_the_artifact(base, dataset, tmp_pat
     assert run.artifact == base.artifact and run.val_bpb() == base.val_bpb()
     again = run_here(tmp_path, "mine", **env, OVERWRITE="1")
     assert again.artifact == base.artifact
+
+
+def test_eval_only_does_not_ask_for_a_training_batch(base, dataset, tmp_path):
+    env = SHORT | dict(EVAL_ONLY=str(base.folder / "artifact.bin"), DATA_PATH=str(dataset))
+    assert (
+        run_here(tmp_path, "odd", **env | dict(TRAIN_BATCH_TOKENS="7")).val_bpb() == base.val_bpb()
+    )
+
+
+def test_eval_only_checks_the_stored_window(base, dataset, tmp_path):
+    """The stride fits the variables' window, but not the artifact's 64 tokens."""
+    env = SHORT | dict(EVAL_ONLY=str(base.folder / "artifact.bin"), DATA_PATH=str(dataset))
+    with pytest.raises(train_gpt.ConfigError, match="EVAL_STRIDE=128"):
+        run_here(tmp_path, "wide", **env | dict(TRAIN_SEQ_LEN="128", EVAL_STRIDE="128"))
+
+
+def test_half_cleared_folder_is_not_taken_for_finished(dataset, tmp_path, monkeypatch):
+    """Killed while OVERWRITE clears a finished folder: its mark has gone first, and all goes."""
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    for name in (*train_gpt.OUTPUTS, "scores_ema.npz"):
+        (folder / name).write_text("old")
+    rt = train_gpt.Runtime(tiny(run_id="old", overwrite=True))
+    rt.folder, rt.finished, unlink, gone = folder, True, Path.unlink, []
+
+    def die_after_one(path, missing_ok=False):
+        if gone:
+            raise KeyboardInterrupt
+        gone.append(path.name)
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", die_after_one)
+        train_gpt.open_run_folder(rt)
+    assert not (folder / "submission.json").exists()
+    train_gpt.open_run_folder(rt)
+    assert not list(folder.iterdir())
 
 
 def test_unfinished_folder_is_cleared(dataset, tmp_path):
