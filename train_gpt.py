@@ -24,20 +24,22 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The li
 import os
 
 if __name__ == "__main__":  # idle threads that spin long make every step slow on a shared CPU
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it when torch is loaded
+  os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it when torch is loaded
 
+import bisect
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import io
 import json
 import lzma
 import math
 import platform
 import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -63,19 +65,19 @@ BACKENDS = ("sentencepiece", "zstandard", "numba", "matplotlib")  # optional pac
 
 
 class UserError(ValueError):
-    """Something the user can mend; main prints one line and exits with status 2."""
+  """Something the user can mend; main prints one line and exits with status 2."""
 
 
 def has_backend(name):
-    return importlib.util.find_spec(name) is not None
+  return importlib.util.find_spec(name) is not None
 
 
 def backend(name):
-    """Import an optional package."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"package {name} is missing; fix: pip install {name}") from error
+  """Import an optional package."""
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise UserError(f"package {name} is missing; fix: pip install {name}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -86,8 +88,7 @@ CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
 SAMPLE_DATA = ROOT / "data/datasets/sample_en"
 FINEWEB_DATA = ROOT / "data/datasets/fineweb10B_sp1024"
 FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
-FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
-PLANNED = ("CHECKPOINT_EVERY", "CODEC_TOKENS", "TTT_ENABLED")  # no effect yet
+NAMES_TOOL = ROOT / "records/variables.py"
 PATHS = ("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "RECORD", "RUN_ID")  # not in a config.env
 
 
@@ -95,176 +96,203 @@ Count = Annotated[int, 1, 2**62]  # bounds; without them a number is at least 0
 Positive = Annotated[float, 1e-30, 1e30]
 Fraction = Annotated[float, 0, 1]
 Beta = Annotated[float, 0, 0.999999]
+Real = Annotated[float, -1e30, 1e30]
 
 
 class ConfigError(UserError):
-    """A variable with a wrong name or value."""
+  """A variable with a wrong name or value."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on; field `x_y` is environment variable `X_Y`."""
+  """Everything a run depends on; field `x_y` is environment variable `X_Y`."""
 
-    # Run
-    record: str = ""  # folder under records/
-    run_id: str = ""  # default <config>_seed<SEED>
-    seed: int = 1337  # of the initial weights
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
-    attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
-    dry_run: bool = False  # only print what would run
-    eval_only: str = ""  # artifact to score, no training
-    overwrite: bool = False  # a finished run folder
-    resume: Literal["0", "auto"] = "0"  # auto: go on with a run
-    checkpoint_every: str = "0"  # steps (10), minutes (10m); 0: never
+  # Run
+  record: str = ""  # folder under records/
+  run_id: str = ""  # default <config>_seed<SEED>
+  seed: int = 1337  # of the initial weights
+  device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
+  attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
+  dry_run: bool = False  # only print what would run
+  eval_only: str = ""  # artifact to score, no training
+  overwrite: bool = False  # a finished run folder
+  resume: Literal["0", "auto"] = "0"  # auto: go on with a run
+  checkpoint_every: str = "0"  # steps (10), minutes (10m); 0: never
 
-    # Data
-    data_path: str = ""  # folder of token shards
-    tokenizer_path: str = ""  # default: beside the shards
-    train_batch_tokens: Count = 786_432  # in a step, over all ranks
-    grad_accum_steps: int = 0  # 0: 8 // ranks on CUDA, 1 on CPU
+  # Data
+  data_path: str = ""  # folder of token shards
+  tokenizer_path: str = ""  # default: beside the shards
+  train_batch_tokens: Count = 786_432  # in a step, over all ranks
+  grad_accum_steps: int = 0  # 0: 8 // ranks on CUDA, 1 on CPU
 
-    # Model
-    vocab_size: Annotated[int, 0, 65_536] = 0  # 0: the tokenizer's
-    train_seq_len: Annotated[int, 1, 2**20] = 2048  # tokens in a sequence
-    num_layers: Annotated[int, 2, 999] = 11  # U-Net skips join the halves
-    model_dim: Count = 512  # residual width
-    num_heads: Count = 8  # query heads
-    num_kv_heads: Count = 4  # key/value heads
-    mlp_mult: Positive = 3.0  # MLP width over MODEL_DIM
-    leaky_slope: float = 0.5  # of leaky_relu(x)^2; 0: relu^2
-    tied_embed_init_std: float = 0.005  # of the token embedding
-    logit_softcap: Positive = 30.0  # logits are c tanh(z / c)
-    qk_gain_init: float = 1.5  # gain of each query head
-    rope_base: Positive = 10_000.0  # rotary base
-    rope_dims: int = 16  # rotated part of a head; 0: all
-    rope_train_seq_len: Count = 1024  # longer ones stretch the base
-    ln_scale: bool = True  # inputs times 1/sqrt(layer + 1)
-    xsa_last_n: int = 11  # last layers that exclude self
-    value_residual: bool = False  # mix in the first layer's values
-    gated_attention: bool = False  # gate on each head
-    smear_gate: bool = True  # blend in the previous token
-    bos_reset: bool = True  # smear, bigram stop at BOS
-    bigram_vocab_size: int = 2048  # rows; 0: no bigram embedding
-    bigram_dim: Count = 128  # its width
-    ve_enabled: bool = True  # embedding added to values
-    ve_dim: Count = 128  # its width
-    ve_layers: tuple[int, ...] = (-2, -1)  # its layers; -1: the last
+  # Model
+  vocab_size: Annotated[int, 0, 65_536] = 0  # 0: the tokenizer's
+  train_seq_len: Annotated[int, 1, 2**20] = 2048  # tokens in a sequence
+  num_layers: Annotated[int, 2, 999] = 11  # U-Net skips join the halves
+  model_dim: Count = 512  # residual width
+  num_heads: Count = 8  # query heads
+  num_kv_heads: Count = 4  # key/value heads
+  mlp_mult: Positive = 3.0  # MLP width over MODEL_DIM
+  leaky_slope: float = 0.5  # of leaky_relu(x)^2; 0: relu^2
+  polyglu_enabled: bool = False  # learn the slope of each neuron
+  depth_recurrence: tuple[int, ...] = ()  # layers applied twice
+  tied_embed_init_std: float = 0.005  # of the token embedding
+  overtone_init: bool = False  # singular values as 1/sqrt(k)
+  ortho_init: bool = True  # start orthogonal; 0: uniform
+  logit_softcap: Positive = 30.0  # logits are c tanh(z / c)
+  qk_gain_init: float = 1.5  # gain of each query head
+  rope_base: Positive = 10_000.0  # rotary base
+  rope_dims: int = 16  # rotated part of a head; 0: all
+  rope_train_seq_len: Count = 1024  # longer ones stretch the base
+  ln_scale: bool = True  # inputs times 1/sqrt(layer + 1)
+  xsa_last_n: int = 11  # last layers that exclude self
+  value_residual: bool = False  # mix in the first layer's values
+  gated_attention: bool = False  # gate on each head
+  smear_gate: bool = True  # blend in the previous token
+  smear_init: Real = 0.0  # logit of its share
+  bos_reset: bool = True  # smear, bigram stop at BOS
+  bigram_vocab_size: int = 2048  # rows; 0: no bigram embedding
+  bigram_dim: Count = 128  # its width
+  bigram_kind: Literal["xor", "linear"] = "xor"  # hash; linear: Muon, no gain
+  pre_enrich_dim: int = 0  # GELU before the blocks; 0: none
+  ve_enabled: bool = True  # embedding added to values
+  ve_dim: Count = 128  # its width
+  ve_layers: tuple[int, ...] = (-2, -1)  # its layers; -1: the last
 
-    # Artifact
-    embed_coding: Literal["int6", "int8", "fp16"] = "int8"  # token embedding
-    table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram and value embedding
-    control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates
-    compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
-    quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
-    clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
-    quant_floor: bool = False  # scale >= 1 / largest, as published
+  # Artifact
+  embed_coding: Literal["int6", "int8", "fp16"] = "int8"  # token embedding
+  table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram and value embedding
+  control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates
+  compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
+  quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
+  clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
+  quant_floor: bool = False  # scale >= 1 / largest, as published
+  target_mb: float = 0.0  # MiB, by zeroing +-1 weights; 0: any
 
-    # Training
-    iterations: Count = 20_000  # steps at most
-    max_wallclock_seconds: float = 600.0  # of training; 0: no cap
-    warmup_steps: int = 20  # untimed
-    warmdown_iters: int = 3500  # last steps, the rate falls to 0
-    matrix_lr: float = 0.025  # Muon: the banks
-    scalar_lr: float = 0.025  # AdamW: gains, projections
-    tied_embed_lr: float = 0.035  # AdamW: embeddings
-    muon_momentum: Fraction = 0.99  # after its warm-up
-    muon_momentum_warmup_start: Fraction = 0.92  # at step 0
-    muon_momentum_warmup_steps: int = 1500  # steps between them
-    muon_backend_steps: Count = 5  # Newton-Schulz iterations
-    muon_wd: float = 0.04  # weight decay of the banks
-    adam_wd: float = 0.04  # weight decay of the rest
-    beta1: Beta = 0.9  # AdamW
-    beta2: Beta = 0.95  # AdamW
-    adam_eps: Positive = 1e-8  # AdamW
-    grad_clip_norm: float = 0.3  # largest gradient norm; 0: any
-    clip: Literal["global", "local"] = "global"  # of the average or each rank
-    val_loss_every: int = 4000  # steps; 0: never
-    train_log_every: Count = 500  # steps
+  # Training
+  iterations: Count = 20_000  # steps at most
+  max_wallclock_seconds: float = 600.0  # of training; 0: no cap
+  warmup_steps: int = 20  # untimed
+  warmdown_iters: int = 3500  # last steps, the rate falls to 0
+  matrix_lr: float = 0.025  # Muon: the banks
+  scalar_lr: float = 0.025  # AdamW: gains, projections
+  tied_embed_lr: float = 0.035  # AdamW: embeddings
+  muon_momentum: Fraction = 0.99  # after its warm-up
+  muon_momentum_warmup_start: Fraction = 0.92  # at step 0
+  muon_momentum_warmup_steps: int = 1500  # steps between them
+  muon_backend_steps: Count = 5  # Newton-Schulz iterations
+  muon_wd: float = 0.04  # weight decay of the banks
+  adam_wd: float = 0.04  # weight decay of the rest
+  beta1: Beta = 0.9  # AdamW
+  beta2: Beta = 0.95  # AdamW
+  adam_eps: Positive = 1e-8  # AdamW
+  grad_clip_norm: float = 0.3  # largest gradient norm; 0: any
+  clip: Literal["global", "local"] = "global"  # of the average or each rank
+  val_loss_every: int = 4000  # steps; 0: never
+  train_log_every: Count = 500  # steps
 
-    # Averaging and QAT
-    ema_enabled: bool = True  # exponential mean
-    ema_decay: Fraction = 0.997  # weight of the past
-    ema_warmup: bool = True  # decay min(EMA_DECAY, (1 + s) / (10 + s))
-    swa_enabled: bool = True  # mean of late snapshots
-    swa_every: Count = 50  # steps
-    swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
-    swa_weight: Fraction = 0.5  # share of SWA beside EMA
-    late_qat: bool = True  # train on the export's grid
-    late_qat_threshold: float = 0.15  # rate factor of its start
-    qat_every: Count = 50  # steps between its searches
+  # Averaging and QAT
+  ema_enabled: bool = True  # exponential mean
+  ema_decay: Fraction = 0.997  # weight of the past
+  ema_warmup: bool = True  # decay min(EMA_DECAY, (1 + s) / (10 + s))
+  swa_enabled: bool = True  # mean of late snapshots
+  swa_every: Count = 50  # steps
+  swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
+  swa_weight: Fraction = 0.5  # share of SWA beside EMA
+  qat_enabled: bool = False  # train on each row's grid from step 0
+  late_qat: bool = True  # train on the export's grid
+  late_qat_threshold: float = 0.15  # rate factor of its start
+  qat_every: Count = 50  # steps between its searches
 
-    # Scoring
-    eval_seq_len: int = 0  # window; 0: TRAIN_SEQ_LEN
-    eval_stride: Count = 64  # new targets in a window
-    eval_batch_seqs: Count = 32  # windows in a pass
-    scorer: Literal["sliding", "documents"] = "sliding"  # feeds the mixture
-    save_scores: bool = False  # write scores.npz
-    ttt_enabled: bool = False  # score-first test-time training
-    codec_tokens: Annotated[int, -1, 2**62] = 0  # to prove; -1: all
+  # Scoring
+  eval_seq_len: int = 0  # window; 0: TRAIN_SEQ_LEN
+  eval_stride: Count = 64  # new targets in a window
+  eval_batch_seqs: Count = 32  # windows in a pass
+  scorer: Literal["sliding", "documents"] = "sliding"  # feeds the mixture
+  save_scores: bool = False  # write scores.npz
+  codec_tokens: Annotated[int, -1, 2**62] = 0  # to prove; -1: all
 
-    # N-gram
-    ngram_enabled: bool = True  # score-first evaluator
-    ngram_mixer: Literal["blend", "cascade", "none"] = "blend"  # what val_bpb is
-    ngram_min_order: int = 2  # shortest n-gram
-    ngram_max_order: int = 9  # longest n-gram
-    ngram_min_count: int = 2  # cascade: least count of a context
-    ngram_alpha_min: Fraction = 0.05  # cascade: least weight of counts
-    ngram_alpha_max: Fraction = 0.60  # cascade: largest weight of counts
-    ngram_entropy_center: float = 3.0  # cascade: sigmoid, nats
-    ngram_center_slope: float = 0.25  # cascade: its fall per order
-    ngram_multipliers: tuple[float, ...] = (0.3, 0.3, 0.97, 2.0)  # of alpha, orders 2, 3, ...
-    ngram_entropy_scale: float = 2.0  # cascade: its steepness
-    ngram_scheme: Literal["", "pr864"] = ""  # pseudo-score to print too
-    ngram_buckets: Count = 4_194_304  # hashed: counters in a table
-    ngram_chunk_tokens: Count = 65_536  # hashed: targets between updates
-    ngram_caches: Count = 1  # hashed: as of so many ranks
-    pseudo_weights: Literal["artifact", "ema"] = "artifact"  # hashed: model it runs on
+  # Test-time training, score first
+  ttt_enabled: bool = False  # on each chunk once it is scored
+  ttt_use_lora: bool = False  # Adam on low-rank additions; 0: SGD on all
+  ttt_lora_rank: Count = 8  # of queries, values
+  ttt_lora_lr: float = 0.01  # falls as a cosine
+  ttt_lr: float = 0.002  # SGD, the same
+  ttt_momentum: Fraction = 0.9  # SGD
+  ttt_epochs: Count = 3  # over each chunk
+  ttt_chunk_tokens: Count = 32_768  # scored, then learned
+  ttt_batch_seqs: Count = 32  # sequences in a step
+  ttt_grad_clip: Positive = 1.0  # largest gradient norm
 
-    origin: dict = field(default_factory=dict, compare=False, repr=False)
-    notes: tuple = field(default=(), compare=False, repr=False)
+  # N-gram
+  ngram_enabled: bool = True  # score-first evaluator
+  ngram_mixer: Literal["blend", "cascade", "none"] = "blend"  # what val_bpb is
+  ngram_min_order: int = 2  # shortest n-gram
+  ngram_max_order: int = 9  # longest n-gram
 
-    @staticmethod
-    def from_env(environ: Mapping[str, str]) -> "Config":
-        """Resolve a configuration; ConfigError names variable, value and fix. Without RECORD:
-        `tiny` where there is no CUDA device or no FineWeb data, else the defaults."""
-        given, notes = canonical_names(environ)
-        refuse_misspelt(given)
-        record, why = choose_record(given)
-        texts = {name: (text, f"RECORD={record}") for name, text in read_record(record).items()}
-        texts |= {name: (text, "env") for name, text in given.items() if name in VARIABLES}
-        values = {name: parse(name, text) for name, (text, _) in texts.items()}
-        notes += why + [f"{n} has no effect yet" for n in PLANNED if n in given]
-        cfg = Config(**{name.lower(): value for name, value in values.items()})
-        origin = {name: source for name, (_, source) in texts.items()}
-        return resolve_paths(replace(cfg, record=record, origin=origin, notes=tuple(notes))).check()
+  # Published n-gram mixture, on exact counts
+  ngram_min_count: int = 2  # least count of a context
+  ngram_alpha_min: Fraction = 0.05  # least weight of counts
+  ngram_alpha_max: Fraction = 0.60  # largest weight of counts
+  ngram_entropy_center: tuple[float, ...] = (3.0,)  # of the sigmoid, orders 2, 3, ..., nats
+  ngram_center_slope: float = 0.25  # its fall per order
+  ngram_entropy_scale: float = 2.0  # its steepness
+  ngram_multipliers: tuple[float, ...] = (0.3, 0.3, 0.97, 2.0)  # of the weight, orders 2, 3, ...
+  ngram_alpha: Fraction = 0.0  # weight at NGRAM_NLL_THRESHOLD, linear; 0: sigmoid
+  ngram_nll_threshold: Positive = 2.5  # entropy, nats
 
-    def check(self):
-        """Refuse values that cannot work together."""
-        layers, longest = self.num_layers, self.ngram_max_order
-        head = self.model_dim // self.num_heads
-        for name, broken, wanted in (
-            ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
-            ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
-            ("ROPE_DIMS", self.rope_dims > head or self.rope_dims % 2, "even, <= a head"),
-            ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
-            ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), f"< {layers}"),
-            ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
-            ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
-            ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
-            ("CHECKPOINT_EVERY", not re.fullmatch(r"\d+m?", self.checkpoint_every), "10 or 10m"),
-            ("SCORER", self.scorer == "documents", "sliding (documents comes later)"),
-        ):
-            if broken:
-                raise ConfigError(f"{name}={show(getattr(self, name.lower()))}: must be {wanted}")
-        return self
+  # Published n-gram scorers as written
+  ngram_scheme: Literal["", "pr864", "pr810", "pr1026", "pr993", "pr808"] = ""  # also print
+  ngram_buckets: Count = 4_194_304  # counters in a table
+  ngram_chunk_tokens: Count = 65_536  # targets between updates
+  ngram_caches: Count = 1  # as of so many ranks
+  pseudo_weights: Literal["artifact", "ema"] = "artifact"  # they run on
 
-    @property
-    def window(self):
-        return self.eval_seq_len or self.train_seq_len
+  origin: dict = field(default_factory=dict, compare=False, repr=False)
+  notes: tuple = field(default=(), compare=False, repr=False)
 
-    @property
-    def value_layers(self):
-        return [i % self.num_layers for i in self.ve_layers] if self.ve_enabled else []
+  @staticmethod
+  def from_env(environ: Mapping[str, str]) -> "Config":
+    """Resolve a configuration; ConfigError names variable, value and fix. No RECORD means `tiny`
+    where there is no CUDA device or no FineWeb data, else the defaults."""
+    texts, notes = resolve(environ)
+    values = {name.lower(): parse(name, text) for name, (text, _) in texts.items()}
+    origin = {name: source for name, (_, source) in texts.items()}
+    return resolve_paths(Config(**values, origin=origin, notes=tuple(notes))).check()
+
+  def check(self):
+    """Refuse values that cannot work together."""
+    layers, longest = self.num_layers, self.ngram_max_order
+    head = self.model_dim // self.num_heads
+    for name, broken, wanted in (
+      ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
+      ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
+      ("ROPE_DIMS", self.rope_dims > head or self.rope_dims % 2, "even, <= a head"),
+      ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
+      ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), f"< {layers}"),
+      ("DEPTH_RECURRENCE", not {*self.depth_recurrence} <= {*range(layers)}, f"< {layers}"),
+      (
+        "TTT_CHUNK_TOKENS",
+        self.ttt_enabled and self.ttt_chunk_tokens % self.window,
+        "times EVAL_SEQ_LEN",
+      ),
+      ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
+      ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
+      ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
+      ("CHECKPOINT_EVERY", not re.fullmatch(r"\d+m?", self.checkpoint_every), "10 or 10m"),
+      ("SCORER", self.scorer == "documents", "sliding (documents comes later)"),
+    ):
+      if broken:
+        raise ConfigError(f"{name}={show(getattr(self, name.lower()))}: must be {wanted}")
+    return self
+
+  @property
+  def window(self):
+    return self.eval_seq_len or self.train_seq_len
+
+  @property
+  def value_layers(self):
+    return [i % self.num_layers for i in self.ve_layers] if self.ve_enabled else []
 
 
 VARIABLES = {f.name.upper(): f for f in fields(Config) if f.compare}
@@ -273,125 +301,59 @@ MODEL_FIELDS = NAMES[NAMES.index("vocab_size") : NAMES.index("compressor") + 1] 
 
 
 def parse(name, text):
-    """Text of a variable -> value of its type, within its bounds."""
-    kind, least, most = VARIABLES[name].type, 0, 2**62
-    if get_origin(kind) is Annotated:
-        kind, least, most = get_args(kind)
-    choices = get_args(kind)
-    if kind is bool or get_origin(kind) is Literal:
-        choices = choices or ("0", "1")
-        if text not in choices:
-            raise ConfigError(f"{name}={text!r}: must be one of {', '.join(map(repr, choices))}")
-        return text == "1" if kind is bool else text
-    try:
-        value = tuple(map(choices[0], text.split(","))) if choices else kind(text)
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            raise ValueError
-    except ValueError:
-        wanted = f"{getattr(kind, '__name__', kind)}, {least} to {most:g}"
-        example = show(VARIABLES[name].default)
-        raise ConfigError(f"{name}={text!r}: must be {wanted}, such as {example}") from None
-    return value
+  """Text of a variable -> value of its type, within its bounds."""
+  kind, least, most = VARIABLES[name].type, 0, 2**62
+  if get_origin(kind) is Annotated:
+    kind, least, most = get_args(kind)
+  choices = get_args(kind)
+  if kind is bool or get_origin(kind) is Literal:
+    choices = choices or ("0", "1")
+    if text not in choices:
+      raise ConfigError(f"{name}={text!r}: must be one of {', '.join(map(repr, choices))}")
+    return text == "1" if kind is bool else text
+  try:
+    parts = text.split(",") if text or VARIABLES[name].default else ()
+    value = tuple(map(choices[0], parts)) if choices else kind(text)
+    if isinstance(value, (int, float)) and not least <= value <= most:
+      raise ValueError
+  except ValueError:
+    wanted = f"{getattr(kind, '__name__', kind)}, {least} to {most:g}"
+    example = show(VARIABLES[name].default)
+    raise ConfigError(f"{name}={text!r}: must be {wanted}, such as {example}") from None
+  return value
 
 
 def show(value):
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(int(value) if isinstance(value, bool) else value)
+  if isinstance(value, tuple):
+    return ",".join(map(str, value))
+  return str(int(value) if isinstance(value, bool) else value)
 
 
-def canonical_names(environ):
-    """Replace names of sibling scripts (records/aliases.env) by ours, unless they contradict."""
-    aliases, notes = read_pairs(ROOT / "records/aliases.env"), []
-    given = {name: text for name, text in environ.items() if name not in aliases}
-    for alias in sorted(aliases.keys() & environ.keys()):
-        name = aliases[alias]
-        if given.setdefault(name, environ[alias]) != environ[alias]:
-            raise ConfigError(f"{alias}={environ[alias]!r} contradicts {name}={given[name]!r}")
-        notes.append(f"{alias} is read as {name}")
-    return given, notes
+def resolve(environ):
+  """-> {name: (text, origin)} of the variables given, notes; this file alone knows no RECORDs and
+  no other names."""
+  if NAMES_TOOL.exists():
+    return names_tool("resolve", environ)
+  if environ.get("RECORD"):
+    raise ConfigError(f"RECORD={environ['RECORD']!r}: {NAMES_TOOL.parent} is missing")
+  return {name: (environ[name], "env") for name in VARIABLES if name in environ}, []
 
 
-def read_pairs(path):
-    """The NAME=value lines of a file, without comments; {} where there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = [line for line in lines if line.strip() and not line.startswith("#")]
-    if wrong := [line for line in lines if "=" not in line]:
-        raise ConfigError(f"{path}: {wrong[0]!r} is not NAME=value")
-    return {name: value.strip() for name, _, value in (line.partition("=") for line in lines)}
-
-
-def refuse_misspelt(names):
-    """Stop on names near ours or of one of our families; ignore the rest."""
-    for name in sorted(names.keys() - VARIABLES.keys()):
-        family = next((prefix for prefix in FAMILIES if name.startswith(prefix)), "")
-        known = [ours for ours in VARIABLES if ours.startswith(family)]
-        distance, near = min((edit_distance(name, ours), ours) for ours in known)
-        if family or 2 * distance <= min(4, len(name)):  # CI is no misspelt CLIP
-            raise ConfigError(f"{name}={names[name]!r} is not a variable; did you mean {near}?")
-
-
-def edit_distance(a, b):
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
-
-
-def choose_record(given):
-    """-> (record, "" for the defaults; why, where nobody asked)."""
-    if given.get("RECORD"):
-        return given["RECORD"], []
-    cuda = given.get("DEVICE") != "cpu" and torch.cuda.is_available()
-    if cuda and (given.get("DATA_PATH") or FINEWEB_DATA.is_dir()):
-        return "", ["no RECORD: own configuration, since CUDA and data are here"]
-    missing = f"no FineWeb data in {FINEWEB_DATA}" if cuda else "no CUDA device"
-    if cuda and int(given.get("WORLD_SIZE", 1)) > 1 and given.get("DRY_RUN", "0") == "0":
-        raise ConfigError(f"{missing}; fix: python data/download_fineweb.py, or set DATA_PATH")
-    return "tiny", [f"no RECORD: tiny, since there is {missing}"]
-
-
-def read_record(name):
-    """The NAME=value lines of records/**/<name>*/config.env; {} for no record."""
-    if not name:
-        return {}
-    known = {path.parent.name: path for path in (ROOT / "records").glob("**/config.env")}
-    found = [name] if name in known else [folder for folder in known if folder.startswith(name)]
-    if len(found) != 1:
-        raise ConfigError(f"RECORD={name!r}: {len(found)} fit; fix: one of {sorted(known)}")
-    pairs = read_pairs(known[found[0]])
-    if strange := [name for name in pairs if name not in VARIABLES or name in PATHS]:
-        line = f"{strange[0]}={pairs[strange[0]]}"
-        raise ConfigError(f"{known[found[0]]}: {line} is not a setting")
-    return pairs
+def names_tool(function, *arguments):
+  return runpy.run_path(str(NAMES_TOOL))[function](*arguments, sys.modules[__name__])
 
 
 def resolve_paths(cfg):
-    """Fill in the data folder, the tokenizer and the run's name."""
-    real = FINEWEB_DATA.is_dir() and cfg.record != "tiny"
-    data = Path(cfg.data_path or (FINEWEB_DATA if real else SAMPLE_DATA))
-    own = data == SAMPLE_DATA or (data / "tokenizer.model").exists()
-    tokenizer = cfg.tokenizer_path or str(data / "tokenizer.model" if own else FINEWEB_TOKENIZER)
-    prefix = "eval_" if cfg.eval_only else ""
-    run_id = cfg.run_id or f"{prefix}{cfg.record or 'own'}_seed{cfg.seed}"
-    if Path(run_id).name != run_id:
-        raise ConfigError(f"RUN_ID={run_id!r}: must be a plain folder name")
-    return replace(cfg, data_path=str(data), tokenizer_path=tokenizer, run_id=run_id)
-
-
-def print_help():
-    """Name, type, default and meaning of each variable, as the source of Config says."""
-    print(__doc__)
-    for line in inspect.getsource(Config).splitlines():
-        if line.startswith("    # "):
-            print(f"\n{line[6:]}")
-        elif found := re.match(r"    (\w+): (.*) = .*  # (.+)", line):
-            name, choices = found[1].upper(), re.findall(r'"(\w+)"', found[2])
-            default = VARIABLES[name].default
-            kind = "|".join(choices) or type(default).__name__
-            print(f"{name:<28}{kind:<22}{show(default) or '-':<34}{found[3]}")
+  """Fill in the data folder, the tokenizer and the run's name."""
+  real = FINEWEB_DATA.is_dir() and cfg.record != "tiny"
+  data = Path(cfg.data_path or (FINEWEB_DATA if real else SAMPLE_DATA))
+  own = data == SAMPLE_DATA or (data / "tokenizer.model").exists()
+  tokenizer = cfg.tokenizer_path or str(data / "tokenizer.model" if own else FINEWEB_TOKENIZER)
+  prefix = "eval_" if cfg.eval_only else ""
+  run_id = cfg.run_id or f"{prefix}{cfg.record or 'own'}_seed{cfg.seed}"
+  if Path(run_id).name != run_id:
+    raise ConfigError(f"RUN_ID={run_id!r}: must be a plain folder name")
+  return replace(cfg, data_path=str(data), tokenizer_path=tokenizer, run_id=run_id)
 
 
 # -----------------------------------------------------------------------------
@@ -401,100 +363,105 @@ def print_help():
 
 @dataclass(frozen=True)
 class Line:
-    """A log line as text, `key:value name:x`, and as JSON; names in _ms print as ms."""
+  """A log line as text, `key:value name:x`, and as JSON; names in _ms print as ms."""
 
-    key: str
-    value: Any
-    values: dict[str, Any]
+  key: str
+  value: Any
+  values: dict[str, Any]
 
-    def text(self):
-        head = self.key if self.value is None else f"{self.key}:{self.value}"
-        return " ".join([head, *(self.render(*item) for item in self.values.items())])
+  def text(self):
+    head = self.key if self.value is None else f"{self.key}:{self.value}"
+    return " ".join([head, *(self.render(*item) for item in self.values.items())])
 
-    def render(self, name, value):
-        short, unit = name.removesuffix("_ms"), "ms" if name.endswith("_ms") else ""
-        if isinstance(value, float) and not self.key.startswith("final_"):
-            value = f"{value:.2f}" if unit else f"{value:.4f}"
-        return f"{short}:{value}{unit}"
+  def render(self, name, value):
+    short, unit = name.removesuffix("_ms"), "ms" if name.endswith("_ms") else ""
+    if isinstance(value, float) and not self.key.startswith("final_"):
+      value = f"{value:.2f}" if unit else f"{value:.4f}"
+    return f"{short}:{value}{unit}"
 
-    def json(self):
-        return json.dumps({"key": self.key, "value": self.value} | self.values)
+  def json(self):
+    return json.dumps({"key": self.key, "value": self.value} | self.values)
 
 
 class Runtime:
-    """This process among its ranks: device, run folder, log, stage clocks."""
+  """This process among its ranks: device, run folder, log, stage clocks."""
 
-    def __init__(self, cfg):
-        self.cfg, self.folder = cfg, Path("runs") / cfg.run_id
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.cuda = cfg.device != "cpu" and torch.cuda.is_available()
-        if cfg.device == "cuda" and not self.cuda:
-            raise ConfigError("DEVICE=cuda: torch sees no CUDA device; fix: DEVICE=cpu")
-        self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
-        self.finished = (self.folder / "submission.json").exists()
-        self.seconds, self.files = {"train": 0.0, "eval": 0.0}, []
+  def __init__(self, cfg):
+    self.cfg, self.folder = cfg, Path("runs") / cfg.run_id
+    self.rank = int(os.environ.get("RANK", 0))
+    self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    self.cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    if cfg.device == "cuda" and not self.cuda:
+      raise ConfigError("DEVICE=cuda: torch sees no CUDA device; fix: DEVICE=cpu")
+    self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
+    self.finished = (self.folder / "submission.json").exists()
+    self.seconds, self.files = {"train": 0.0, "eval": 0.0}, []
 
-    def start(self):
-        """Threads, seed, kernels, process group; rank 0 opens the run folder's log."""
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # Linux
-        torch.set_num_threads(max(1, len(affinity(0)) // local_ranks))
-        torch.manual_seed(self.cfg.seed)
-        if self.cuda:
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        if self.cfg.attn_impl in ("fa3", "fa4"):
-            torch.nn.attention.activate_flash_attention_impl(self.cfg.attn_impl.upper())
-        if self.world_size > 1:
-            backends = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
-            dist.init_process_group(backends, timeout=timedelta(minutes=15))
-        if self.rank == 0:
-            paths = [self.folder / name for name in ("log.txt", "metrics.jsonl")]
-            self.files = [open(path, "w", encoding="utf-8") for path in paths]
+  def start(self):
+    """Threads, seed, kernels, process group; rank 0 opens the run folder's log."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # Linux
+    torch.set_num_threads(max(1, len(affinity(0)) // local_ranks))
+    torch.manual_seed(self.cfg.seed)
+    if self.cuda:
+      torch.cuda.set_device(self.device)
+      torch.set_float32_matmul_precision("high")
+    if self.cfg.attn_impl in ("fa3", "fa4"):
+      torch.nn.attention.activate_flash_attention_impl(self.cfg.attn_impl.upper())
+    if self.world_size > 1:
+      backends = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
+      dist.init_process_group(backends, timeout=timedelta(minutes=15))
+    if self.rank == 0:
+      paths = [self.folder / name for name in ("log.txt", "metrics.jsonl")]
+      self.files = [open(path, "w", encoding="utf-8") for path in paths]
 
-    def log(self, key, value=None, **values):
-        """Rank 0 prints the line and appends it to log.txt and metrics.jsonl."""
-        if self.rank == 0:
-            line = Line(key, value, values)
-            print(line.text(), flush=True)
-            for file, text in zip(self.files, (line.text(), line.json()), strict=False):
-                print(text, file=file, flush=True)
+  def log(self, key, value=None, **values):
+    """Rank 0 prints the line and appends it to log.txt and metrics.jsonl."""
+    if self.rank == 0:
+      line = Line(key, value, values)
+      print(line.text(), flush=True)
+      for file, text in zip(self.files, (line.text(), line.json()), strict=False):
+        print(text, file=file, flush=True)
 
-    def largest(self, value):
-        """Maximum over ranks; through gloo, without waiting for the device."""
-        shared = torch.tensor([value], dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
-        return shared.item()
+  def largest(self, value):
+    """Maximum over ranks; through gloo, without waiting for the device."""
+    shared = torch.tensor([value], dtype=torch.float64)
+    if self.world_size > 1:
+      dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.item()
 
-    def sum(self, array):
-        """Sum over ranks, in place; exact where one rank holds each element."""
-        if self.world_size > 1:
-            dist.all_reduce(torch.from_numpy(array))
-        return array
+  def sum(self, array):
+    """Sum over ranks, in place; exact where one rank holds each element."""
+    if self.world_size > 1:
+      dist.all_reduce(torch.from_numpy(array))
+    return array
 
-    @contextlib.contextmanager
-    def clock(self, stage):
-        """Add the block's wall seconds to a budget, "train" or "eval"."""
-        began = time.perf_counter()
-        yield
-        self.seconds[stage] += time.perf_counter() - began
+  @contextlib.contextmanager
+  def clock(self, stage):
+    """Add the block's seconds to a budget, "train" or "eval"."""
+    began = time.perf_counter()
+    yield
+    self.seconds[stage] += time.perf_counter() - began
 
-    def autocast(self):
-        """bf16 on CUDA; fp32 on the CPU, where bf16 is slower."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
+  def autocast(self):
+    """bf16 on CUDA; fp32 on the CPU, where bf16 is slower."""
+    return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
 
-    def compile(self, function, **how):
-        return torch.compile(function, dynamic=False, **how) if self.cuda else function
+  def compile(self, function, **how):
+    return torch.compile(function, dynamic=False, **how) if self.cuda else function
 
 
 def write_atomically(path, write):
-    """What `write(path)` writes appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    write(partial)
-    os.replace(partial, path)
+  """What `write(path)` writes appears whole or not at all."""
+  partial = path.with_name(f".{path.name}.partial{path.suffix}")
+  write(partial)
+  os.replace(partial, path)
+
+
+def tool(script, *arguments, **how):
+  """Run a script beside this one."""
+  return subprocess.run([sys.executable, ROOT / script, *arguments], **how)
 
 
 # -----------------------------------------------------------------------------
@@ -506,136 +473,130 @@ BOS = 1
 
 
 class DataError(UserError):
-    """A broken shard or tokenizer."""
+  """A broken shard or tokenizer."""
 
 
 def read_shard(path, vocab_size):
-    """Map one shard: a header of 256 int32 (magic, version, count), then uint16 tokens."""
-    size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 3) if size >= SHARD_HEADER_BYTES else (0, 0, 0)
-    magic, version, count = map(int, header)
-    for right, problem in (
-        (size >= SHARD_HEADER_BYTES, "shorter than its 1,024-byte header"),
-        (magic == SHARD_MAGIC, f"magic {magic} instead of {SHARD_MAGIC}, not a token shard"),
-        (version == SHARD_VERSION, f"version {version} instead of {SHARD_VERSION}"),
-        (count > 0, f"the header counts {count} tokens"),
-        (size == SHARD_HEADER_BYTES + 2 * count, f"length {size} bytes for {count} tokens"),
-    ):
-        if not right:
-            raise DataError(f"{path}: {problem}; fix: write or download it again")
-    tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
-    if tokens.max() >= vocab_size:
-        fix = "use the tokenizer it was written with"
-        raise DataError(f"{path}: token {tokens.max()} >= vocabulary {vocab_size}; fix: {fix}")
-    return tokens
+  """Map one shard: a header of 256 int32 (magic, version, count), then uint16 tokens."""
+  size = path.stat().st_size
+  header = np.fromfile(path, "<i4", 3) if size >= SHARD_HEADER_BYTES else (0, 0, 0)
+  magic, version, count = map(int, header)
+  for right, problem in (
+    (size >= SHARD_HEADER_BYTES, "shorter than its 1,024-byte header"),
+    (magic == SHARD_MAGIC, f"magic {magic} instead of {SHARD_MAGIC}, not a token shard"),
+    (version == SHARD_VERSION, f"version {version} instead of {SHARD_VERSION}"),
+    (count > 0, f"the header counts {count} tokens"),
+    (size == SHARD_HEADER_BYTES + 2 * count, f"length {size} bytes for {count} tokens"),
+  ):
+    if not right:
+      raise DataError(f"{path}: {problem}; fix: write or download it again")
+  tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
+  if tokens.max() >= vocab_size:
+    fix = "use the tokenizer it was written with"
+    raise DataError(f"{path}: token {tokens.max()} >= vocabulary {vocab_size}; fix: {fix}")
+  return tokens
 
 
 def find_shards(folder, split):
-    shards = sorted(Path(folder).glob(f"*_{split}_*.bin"))
-    if not shards:
-        fix = f"python data/prepare_text.py --input TEXT --out {folder}"
-        raise DataError(f"DATA_PATH={folder!r}: no *_{split}_*.bin shards there; fix: {fix}")
-    return shards
+  shards = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+  if not shards:
+    fix = f"python data/prepare_text.py --input TEXT --out {folder}"
+    raise DataError(f"DATA_PATH={folder!r}: no *_{split}_*.bin shards there; fix: {fix}")
+  return shards
 
 
 class TokenLoader:
-    """Consecutive tokens of the training shards, around and around.
+  """Consecutive tokens of the training shards, around and around. In each step every rank reads
+  the same TRAIN_BATCH_TOKENS + 1 and takes its own rows; the last is the next step's first."""
 
-    In each step every rank reads the same TRAIN_BATCH_TOKENS + 1 tokens and takes its own rows, so
-    a batch does not depend on their number. The last target is the next step's first input.
-    """
+  def __init__(self, shards, vocab_size):
+    self.shards, self.vocab_size, self.shard = shards, vocab_size, None
+    self.restore({"shard": 0, "offset": 0})
 
-    def __init__(self, shards, vocab_size):
-        self.shards, self.vocab_size, self.shard = shards, vocab_size, None
-        self.restore({"shard": 0, "offset": 0})
+  def state(self):
+    return {"shard": self.shard, "offset": self.offset}
 
-    def state(self):
-        return {"shard": self.shard, "offset": self.offset}
+  def restore(self, state):
+    if self.shard != state["shard"]:
+      self.tokens = read_shard(self.shards[state["shard"]], self.vocab_size)
+    self.shard, self.offset = state["shard"], state["offset"]
 
-    def restore(self, state):
-        if self.shard != state["shard"]:
-            self.tokens = read_shard(self.shards[state["shard"]], self.vocab_size)
-        self.shard, self.offset = state["shard"], state["offset"]
-
-    def rows(self, cfg, rt):
-        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
-        parts, missing = [], cfg.train_batch_tokens + 1
-        while missing:
-            if self.offset == len(self.tokens):
-                self.restore({"shard": (self.shard + 1) % len(self.shards), "offset": 0})
-            parts.append(self.tokens[self.offset : self.offset + missing])
-            self.offset += len(parts[-1])
-            missing -= len(parts[-1])
-        self.offset -= 1
-        tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-        inputs, targets = (t.view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
-        share = len(inputs) // rt.world_size
-        mine = slice(rt.rank * share, (rt.rank + 1) * share)
-        return inputs[mine], targets[mine]
+  def rows(self, cfg, rt):
+    """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
+    parts, missing = [], cfg.train_batch_tokens + 1
+    while missing:
+      if self.offset == len(self.tokens):
+        self.restore({"shard": (self.shard + 1) % len(self.shards), "offset": 0})
+      parts.append(self.tokens[self.offset : self.offset + missing])
+      self.offset += len(parts[-1])
+      missing -= len(parts[-1])
+    self.offset -= 1
+    tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    inputs, targets = (t.view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
+    share = len(inputs) // rt.world_size
+    mine = slice(rt.rank * share, (rt.rank + 1) * share)
+    return inputs[mine], targets[mine]
 
 
 class TokenBytes(NamedTuple):
-    """Byte tables of a tokenizer, each (vocab_size,)."""
+  """Byte tables of a tokenizer, each (vocab_size,)."""
 
-    base_bytes: np.ndarray  # int64, UTF-8 bytes without one leading space
-    leading_space: np.ndarray  # bool
-    swallows_space: np.ndarray  # bool: after this token a leading space stands for no byte
+  base_bytes: np.ndarray  # int64, UTF-8 bytes without one leading space
+  leading_space: np.ndarray  # bool
+  swallows_space: np.ndarray  # bool: after this token a leading space stands for no byte
 
-    def count(self, targets, previous):
-        """UTF-8 bytes each target adds to the text, int64."""
-        space = self.leading_space[targets] & ~self.swallows_space[previous]
-        return self.base_bytes[targets] + space
+  def count(self, targets, previous):
+    """UTF-8 bytes each target adds to the text, int64."""
+    space = self.leading_space[targets] & ~self.swallows_space[previous]
+    return self.base_bytes[targets] + space
 
 
 def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
-    """Byte accounting of a SentencePiece model; DataError if it is missing or of another size
-    (vocab_size 0: any).
+  """Byte accounting of a SentencePiece model; DataError if missing or of another size (0: any).
 
-    Every U+2581 is one byte, a space; control and unknown ids are none, and after them a leading
-    space is free where the tokenizer strips or invents one (upstream's rule on its own models).
-    """
-    try:
-        model = backend("sentencepiece").SentencePieceProcessor(model_file=str(tokenizer_path))
-    except (RuntimeError, OSError) as error:
-        fix = "set TOKENIZER_PATH to a SentencePiece model"
-        raise DataError(f"TOKENIZER_PATH={tokenizer_path!r}: cannot be read; fix: {fix}") from error
-    ids = range(model.vocab_size())
-    if vocab_size not in (0, len(ids)):
-        fix = "leave VOCAB_SIZE out"
-        raise DataError(f"VOCAB_SIZE={vocab_size}: {tokenizer_path} has {len(ids)}; fix: {fix}")
-    silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
-    pieces = ["" if none else model.id_to_piece(i) for i, none in zip(ids, silent, strict=True)]
-    base = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
-    base = np.where([model.is_byte(i) for i in ids], 1, base)
-    leading = np.array([p.startswith("▁") for p in pieces])
-    invents, keeps = ("".join(model.encode(t, out_type=str))[:1] == "▁" for t in ("a", " a"))
-    return TokenBytes(base, leading, np.array(silent) & (invents or not keeps))
+  Every U+2581 is one byte, a space; control and unknown ids are none, and after them a leading
+  space is free where the tokenizer strips or invents one (upstream's rule on its own models).
+  """
+  try:
+    model = backend("sentencepiece").SentencePieceProcessor(model_file=str(tokenizer_path))
+  except (RuntimeError, OSError) as error:
+    fix = "set TOKENIZER_PATH to a SentencePiece model"
+    raise DataError(f"TOKENIZER_PATH={tokenizer_path!r}: cannot be read; fix: {fix}") from error
+  ids = range(model.vocab_size())
+  if vocab_size not in (0, len(ids)):
+    fix = "leave VOCAB_SIZE out"
+    raise DataError(f"VOCAB_SIZE={vocab_size}: {tokenizer_path} has {len(ids)}; fix: {fix}")
+  silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
+  pieces = ["" if none else model.id_to_piece(i) for i, none in zip(ids, silent, strict=True)]
+  base = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
+  base = np.where([model.is_byte(i) for i in ids], 1, base)
+  leading = np.array([p.startswith("▁") for p in pieces])
+  invents, keeps = ("".join(model.encode(t, out_type=str))[:1] == "▁" for t in ("a", " a"))
+  return TokenBytes(base, leading, np.array(silent) & (invents or not keeps))
 
 
 class ValidationText:
-    """The validation stream, with a BOS before it, its targets and their bytes."""
+  """The validation stream, with a BOS before it, its targets and their bytes."""
 
-    def __init__(self, cfg):
-        shards = find_shards(cfg.data_path, "val")
-        tokens = np.concatenate([read_shard(path, cfg.vocab_size) for path in shards])
-        implied = int(tokens[0] != BOS)  # 1: the first token is a target too, predicted from BOS
-        self.stream = np.concatenate([np.full(implied, BOS, tokens.dtype), tokens])
-        self.targets = self.stream[1:]  # (N,)
-        tables = token_bytes(cfg.tokenizer_path, cfg.vocab_size)
-        self.bytes = tables.count(self.targets, self.stream[:-1])
-        self.positions = np.arange(len(self.targets)) + 1 - implied  # in the shards
-        if not self.bytes.sum():
-            raise DataError(f"DATA_PATH={cfg.data_path!r}: no text to validate on; fix: more text")
+  def __init__(self, cfg):
+    shards = find_shards(cfg.data_path, "val")
+    tokens = np.concatenate([read_shard(path, cfg.vocab_size) for path in shards])
+    implied = int(tokens[0] != BOS)  # 1: the first token is a target too, predicted from BOS
+    self.stream = np.concatenate([np.full(implied, BOS, tokens.dtype), tokens])
+    self.targets = self.stream[1:]  # (N,)
+    tables = token_bytes(cfg.tokenizer_path, cfg.vocab_size)
+    self.bytes = tables.count(self.targets, self.stream[:-1])
+    self.positions = np.arange(len(self.targets)) + 1 - implied  # in the shards
+    if not self.bytes.sum():
+      raise DataError(f"DATA_PATH={cfg.data_path!r}: no text to validate on; fix: more text")
 
 
 def prepare_sample(rt, cfg):
-    """Tokenise the embedded text on its first use."""
-    if Path(cfg.data_path) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
-        if rt.rank == 0:
-            command = [sys.executable, ROOT / "data/prepare_sample.py", "--out", SAMPLE_DATA]
-            if subprocess.run(command).returncode:
-                raise DataError("data/prepare_sample.py failed, see above")
-        rt.largest(0)  # barrier
+  """Tokenise the embedded text on its first use."""
+  if Path(cfg.data_path) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
+    if rt.rank == 0 and tool("data/prepare_sample.py", "--out", SAMPLE_DATA).returncode:
+      raise DataError("data/prepare_sample.py failed, see above")
+    rt.largest(0)  # barrier
 
 
 # -----------------------------------------------------------------------------
@@ -647,236 +608,278 @@ BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
 class Spec(NamedTuple):
-    """Who initialises, trains and packs a parameter."""
+  """Who initialises, trains and packs a parameter."""
 
-    shape: tuple[int, ...]
-    init: float | Callable[[Tensor], Any]
-    group: str  # "muon", "embed" or "scalar"
-    coding: str  # "int6", "int8", "fp16" or "fp32"
+  shape: tuple[int, ...]
+  init: float | Callable[[Tensor], Any]
+  group: str  # "muon", "embed", "scalar" or "routing"
+  coding: str  # "int6", "int8", "fp16" or "fp32"
 
 
 def normal(std):
-    return lambda weight: weight.normal_(std=std)
+  return lambda weight: weight.normal_(std=std)
 
 
-def orthogonal(count=None):
-    """The first `count` matrices orthogonal, the rest (output projections) zero."""
+def uniform(weight):
+  return weight.uniform_(-1, 1).mul_(weight.shape[-1] ** -0.5)
 
-    def fill(weight):
-        weight.zero_()
-        for matrix in weight.view(-1, *weight.shape[-2:])[:count]:
-            nn.init.orthogonal_(matrix)
 
-    return fill
+def orthogonal(count=None, fill=nn.init.orthogonal_):
+  """The first `count` matrices orthogonal, the rest (output projections) zero."""
+
+  def fill_first(weight):
+    for matrix in weight.zero_().view(-1, *weight.shape[-2:])[:count]:
+      fill(matrix)
+
+  return fill_first
+
+
+def overtone(std):
+  """normal, then singular values proportional to 1 / sqrt(k) (PR #810)."""
+
+  def fill(weight):
+    u, values, v = torch.linalg.svd(weight.normal_(std=std), full_matrices=False)
+    falling = torch.arange(1, len(values) + 1) ** -0.5
+    weight.copy_(u * (values[0] * falling) @ v)
+
+  return fill
 
 
 def parameter_specs(cfg):
-    """Name -> Spec of every parameter."""
-    L, D, H, V = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.vocab_size
-    KV, F_ = D // H * cfg.num_kv_heads, int(cfg.mlp_mult * D)
+  """Name -> Spec of every parameter."""
+  L, D, H, V, B = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.vocab_size, cfg.bigram_dim
+  KV, F_ = D // H * cfg.num_kv_heads, int(cfg.mlp_mult * D)
+  matrix = functools.partial(orthogonal, fill=nn.init.orthogonal_ if cfg.ortho_init else uniform)
+  token = (overtone if cfg.overtone_init else normal)(cfg.tied_embed_init_std)
 
-    def control(init, *shape):
-        return Spec(shape, init, "scalar", cfg.control_coding)
+  def gain(init, *shape):
+    return Spec(shape, init, "scalar", cfg.control_coding)
 
-    specs = {
-        "tok_emb": Spec((V, D), normal(cfg.tied_embed_init_std), "embed", cfg.embed_coding),
-        "qo_bank": Spec((2 * L, D, D), orthogonal(L), "muon", "int6"),  # L queries, L outputs
-        "kv_bank": Spec((2 * L, KV, D), orthogonal(), "muon", "int6"),  # L keys, L values
-        "mlp_up_bank": Spec((L, F_, D), orthogonal(), "muon", "int6"),
-        "mlp_down_bank": Spec((L, D, F_), 0.0, "muon", "int6"),
-        "q_gain": control(cfg.qk_gain_init, L, H),
-        "attn_scale": control(1.0, L, D),
-        "mlp_scale": control(1.0, L, D),
-        "resid_mix": control(lambda w: w.copy_(torch.tensor([[1.0], [0.0]])), L, 2, D),
-        "skip_weights": control(1.0, L // 2, D),
-    }
-    if cfg.smear_gate:
-        specs["smear"] = control(0.0, D)
-    if cfg.bigram_vocab_size:
-        rows, width = cfg.bigram_vocab_size, cfg.bigram_dim
-        specs["bigram_embed"] = Spec((rows, width), 0.0, "embed", cfg.table_coding)
-        specs["bigram_proj"] = Spec((D, width), orthogonal(), "scalar", "fp16")
-        specs["bigram_scale"] = control(0.05)
-    if cfg.value_layers:
-        specs["ve_embed"] = Spec((V, cfg.ve_dim), normal(0.01), "embed", cfg.table_coding)
-        specs["ve_proj"] = Spec((KV, cfg.ve_dim), orthogonal(), "scalar", "fp16")
-        specs["ve_scale"] = control(0.1)
-        specs["ve_layer_scales"] = control(1.0, len(cfg.value_layers))
-    if cfg.value_residual:
-        specs["vr_lambda"] = control(0.5, L, 2)
-    if cfg.gated_attention:
-        specs["attn_gate_weight"] = control(0.0, L, H, D)
-        specs["attn_gate_bias"] = control(4.0, L, H)
-    return specs
+  bigram, linear = cfg.bigram_vocab_size, cfg.bigram_kind == "linear"
+  start, *group = (normal(0.01), "muon", "muon") if linear else (0.0, "embed", "scalar")
+  ve, enrich, gate = cfg.value_layers, cfg.pre_enrich_dim, cfg.gated_attention
+  table, first = cfg.table_coding, lambda w: w.copy_(torch.tensor([[1.0], [0.0]]))
+  always = {
+    "tok_emb": Spec((V, D), token, "embed", cfg.embed_coding),
+    "qo_bank": Spec((2 * L, D, D), matrix(L), "muon", "int6"),  # L queries, L outputs
+    "kv_bank": Spec((2 * L, KV, D), matrix(), "muon", "int6"),  # L keys, L values
+    "mlp_up_bank": Spec((L, F_, D), matrix(), "muon", "int6"),
+    "mlp_down_bank": Spec((L, D, F_), 0.0, "muon", "int6"),
+    "q_gain": gain(cfg.qk_gain_init, L, H),
+    "attn_scale": gain(1.0, L, D),
+    "mlp_scale": gain(1.0, L, D),
+    "resid_mix": gain(first, L, 2, D),
+    "skip_weights": gain(1.0, L // 2, D),
+  }
+  optional = [
+    (cfg.smear_gate, "smear", gain(cfg.smear_init, D)),
+    (bigram, "bigram_embed", Spec((bigram, B), start, group[0], table)),
+    (bigram, "bigram_proj", Spec((D, B), matrix(), group[1], "fp16")),
+    (bigram and not linear, "bigram_scale", gain(0.05)),
+    (enrich, "enrich_up", Spec((enrich, D), uniform, "muon", "int6")),
+    (enrich, "enrich_down", Spec((D, enrich), uniform, "muon", "int6")),
+    (ve, "ve_embed", Spec((V, cfg.ve_dim), normal(0.01), "embed", table)),
+    (ve, "ve_proj", Spec((KV, cfg.ve_dim), matrix(), "scalar", "fp16")),
+    (ve, "ve_scale", gain(0.1)),
+    (ve, "ve_layer_scales", gain(1.0, len(ve))),
+    (cfg.value_residual, "vr_lambda", gain(0.5, L, 2)),
+    (gate, "attn_gate_weight", gain(0.0, L, H, D)),
+    (gate, "attn_gate_bias", gain(4.0, L, H)),
+    (cfg.polyglu_enabled, "routing_alpha", Spec((L, F_), 0.0, "routing", "fp16")),
+  ]
+  return always | {name: spec for wanted, name, spec in optional if wanted}
 
 
 def count_parameters(cfg):
-    return sum(math.prod(spec.shape) for spec in parameter_specs(cfg).values())
+  return sum(math.prod(spec.shape) for spec in parameter_specs(cfg).values())
 
 
 def rms_norm(x):
-    return F.rms_norm(x, x.shape[-1:])
+  return F.rms_norm(x, x.shape[-1:])
 
 
 def shift_right(x):
-    """x_{t-1} at t, zeros first. (B, T, ...)"""
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+  """x_{t-1} at t, zeros first. (B, T, ...)"""
+  return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
 def rotary_tables(cfg, length):
-    """cos, sin (length, rope_dims / 2); the base stretched by the training length (NTK rule)."""
-    dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
-    stretch = max(1.0, cfg.train_seq_len / cfg.rope_train_seq_len)
-    base = cfg.rope_base * stretch ** (dims / max(1, dims - 2))
-    frequencies = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
+  """cos, sin (length, rope_dims / 2); the base stretched by the training length (NTK rule)."""
+  dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
+  stretch = max(1.0, cfg.train_seq_len / cfg.rope_train_seq_len)
+  base = cfg.rope_base * stretch ** (dims / max(1, dims - 2))
+  frequencies = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+  angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+  return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x, cos, sin):
-    """Rotate the first 2 * cos.shape[-1] dimensions of each head, half-split. (B, H, T, d)"""
-    half = cos.shape[-1]
-    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+  """Rotate the first 2 * cos.shape[-1] dimensions of each head, half-split. (B, H, T, d)"""
+  half = cos.shape[-1]
+  a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+  return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
 
 
 def exclude_self(y, v):
-    """Exclusive self-attention: without the part along the position's own value.
-    y (B, H, T, d), v (B, H_kv, T, d)"""
-    own = F.normalize(v, dim=-1).unsqueeze(2)  # (B, H_kv, 1, T, d)
-    grouped = y.unflatten(1, (v.shape[1], -1))
-    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
+  """Exclusive self-attention: without the part along the position's own value.
+  y (B, H, T, d), v (B, H_kv, T, d)"""
+  own = F.normalize(v, dim=-1).unsqueeze(2)  # (B, H_kv, 1, T, d)
+  grouped = y.unflatten(1, (v.shape[1], -1))
+  return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
 
 
 def fake_quantize(weight, scale):
-    """Weights on the int6 grid with a straight-through gradient; unchanged where scale is 0: a
-    switch that a compiled graph cannot freeze, as the published scripts did, and that needs no
-    second graph in the middle of a run."""
-    on_grid = round_to_grid(weight, scale.clamp_min(1e-12), LARGEST["int6"]) * scale
-    return weight + torch.where(scale > 0, on_grid - weight, 0.0).detach()
+  """Weights on the int6 grid with a straight-through gradient; unchanged where scale is 0: a
+  switch that no compiled graph freezes (the published ones did) and that needs no second one."""
+  on_grid = round_to_grid(weight, scale.clamp_min(1e-12), LARGEST["int6"]) * scale
+  return weight + torch.where(scale > 0, on_grid - weight, 0.0).detach()
 
 
 class Pass:
-    """What the blocks of one forward pass share."""
+  """What the blocks of one forward pass share."""
 
-    def __init__(self, model, ids, x):
-        self.x0, T = x, ids.shape[1]
-        self.qo, self.kv, self.up, self.down = (model.bank(name).unbind() for name in BANKS)
-        self.rope = model.rope_cos[:T], model.rope_sin[:T]
-        self.first_values = self.value_embedding = None
-        if model.cfg.value_layers:
-            table = F.embedding(ids, model.ve_embed)
-            self.value_embedding = model.ve_scale * F.linear(table, model.ve_proj)  # (B, T, KV)
+  def __init__(self, model, ids, x):
+    self.x0, T = x, ids.shape[1]
+    self.qo, self.kv, self.up, self.down = (model.bank(name).unbind() for name in BANKS)
+    self.rope = model.rope_cos[:T], model.rope_sin[:T]
+    self.first_values = self.value_embedding = None
+    if model.cfg.value_layers:
+      table = F.embedding(ids, model.ve_embed)
+      self.value_embedding = model.ve_scale * F.linear(table, model.ve_proj)  # (B, T, KV)
 
 
 class GPT(nn.Module):
-    """The stack of PR #549 with its siblings' switches."""
+  """The stack of PR #549 with its siblings' switches."""
 
-    def __init__(self, cfg, max_length=0):
-        super().__init__()
-        self.cfg = cfg
-        for name, spec in parameter_specs(cfg).items():
-            self.register_parameter(name, nn.Parameter(torch.full(spec.shape, math.nan)))
-        for name in BANKS:
-            grid = torch.zeros(*getattr(self, name).shape[:2], 1)  # 0: quantisation is off
-            self.register_buffer(f"{name}_grid", grid, persistent=False)
-        tables = rotary_tables(cfg, max(max_length, cfg.window))
-        for name, table in zip(("rope_cos", "rope_sin"), tables, strict=True):
-            self.register_buffer(name, table, persistent=False)
+  def __init__(self, cfg, max_length=0):
+    super().__init__()
+    self.cfg, specs = cfg, parameter_specs(cfg)
+    for name, spec in specs.items():
+      self.register_parameter(name, nn.Parameter(torch.full(spec.shape, math.nan)))
+    self.gridded = [n for n, s in specs.items() if (s.group, s.coding) == ("muon", "int6")]
+    for name in self.gridded:
+      grid = torch.zeros(*specs[name].shape[:-1], 1)  # 0: quantisation is off
+      self.register_buffer(f"{name}_grid", grid, persistent=False)
+    self.lora = {}  # bank -> low-rank factors, the matrices before and after those they add to
+    tables = rotary_tables(cfg, max(max_length, cfg.window))
+    for name, table in zip(("rope_cos", "rope_sin"), tables, strict=True):
+      self.register_buffer(name, table, persistent=False)
 
-    @torch.no_grad()
-    def initialise(self):
-        for name, spec in parameter_specs(self.cfg).items():
-            weight = getattr(self, name)
-            spec.init(weight) if callable(spec.init) else weight.fill_(spec.init)
-            assert weight.isfinite().all(), f"nobody initialised {name}"
-        return self
+  @torch.no_grad()
+  def initialise(self):
+    for name, spec in parameter_specs(self.cfg).items():
+      weight = getattr(self, name)
+      spec.init(weight) if callable(spec.init) else weight.fill_(spec.init)
+      assert weight.isfinite().all(), f"nobody initialised {name}"
+    return self
 
-    def bank(self, name):
-        return fake_quantize(getattr(self, name), getattr(self, f"{name}_grid"))
+  def bank(self, name):
+    """A Muon parameter; while training, on its grid if it has one."""
+    weight = getattr(self, name)
+    if name in self.lora:
+      a, b, others = self.lora[name]
+      weight = weight + F.pad(a @ b, (0, 0, 0, 0, *others))
+    if not self.training:
+      return weight
+    if self.cfg.qat_enabled:  # PR #810
+      return fake_quantize(weight, weight.detach().abs().amax(-1, keepdim=True) / LARGEST["int6"])
+    return fake_quantize(weight, getattr(self, f"{name}_grid"))
 
-    def forward(self, ids, targets):
-        """Mean cross-entropy in nats of targets given ids, both int64 (B, T)."""
-        logits = self.logits(self.hidden(ids))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+  def forward(self, ids, targets):
+    """Mean cross-entropy in nats of targets given ids, both int64 (B, T)."""
+    logits = self.logits(self.hidden(ids)[0])
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def hidden(self, ids):
-        """(B, T) -> normed output of the last block (B, T, D)"""
-        x = self.embed(ids)
-        shared, skips, half = Pass(self, ids, x), [], self.cfg.num_layers // 2
-        for i in range(self.cfg.num_layers):
-            if i >= half and skips:
-                x = x + self.skip_weights[i - half] * skips.pop()
-            x = self.block(i, x, shared)
-            if i < half:
-                skips.append(x)
-        return rms_norm(x)
+  def hidden(self, ids):
+    """(B, T) -> normed output of the last block (B, T, D); (B, T) change by pre-enrichment"""
+    x, change = self.embed(ids)
+    shared, skips, half = Pass(self, ids, x), [], self.cfg.num_layers // 2
+    for i in range(self.cfg.num_layers):
+      if i >= half and skips:
+        x = x + self.skip_weights[i - half] * skips.pop()
+      for _ in range(1 + (i in self.cfg.depth_recurrence)):
+        x = self.block(i, x, shared)
+      if i < half:
+        skips.append(x)
+    return rms_norm(x), change
 
-    def logits(self, hidden):
-        """(..., D) -> softcapped (..., V), at any selection of positions"""
-        cap = self.cfg.logit_softcap
-        return cap * torch.tanh(F.linear(hidden / cap, self.tok_emb))
+  def logits(self, hidden):
+    """(..., D) -> softcapped (..., V), at any selection of positions"""
+    cap = self.cfg.logit_softcap
+    return cap * torch.tanh(F.linear(hidden / cap, self.tok_emb))
 
-    def embed(self, ids):
-        """Token + bigram embedding, norm, smear. (B, T) -> (B, T, D)"""
-        x = F.embedding(ids, self.tok_emb)
-        starts = (ids == BOS) & self.cfg.bos_reset  # a document does not see the one before
-        if self.cfg.bigram_vocab_size:
-            pairs = F.embedding(self.bigram_index(ids, starts), self.bigram_embed)
-            x = x + self.bigram_scale * F.linear(pairs, self.bigram_proj)
-        x = rms_norm(x)
-        if self.cfg.smear_gate:
-            before = shift_right(x).masked_fill(starts.unsqueeze(-1), 0.0)
-            x = torch.lerp(x, before, torch.sigmoid(self.smear).type_as(x))
-        return x
+  def embed(self, ids):
+    """Token + bigram embedding, norm, smear; with pre-enrichment the norm comes last.
+    (B, T) -> (B, T, D), the change (B, T) or 0"""
+    cfg, x, change = self.cfg, F.embedding(ids, self.tok_emb), torch.zeros_like(ids)
+    starts = (ids == BOS) & cfg.bos_reset  # a document does not see the one before
+    if cfg.bigram_vocab_size:
+      pairs = F.embedding(self.bigram_index(ids, starts), self.bigram_embed)
+      scale = 1.0 if cfg.bigram_kind == "linear" else self.bigram_scale
+      x = x + scale * F.linear(pairs, self.bigram_proj)
+    x = x if cfg.pre_enrich_dim else rms_norm(x)
+    if cfg.smear_gate:
+      before = shift_right(x).masked_fill(starts.unsqueeze(-1), 0.0)
+      x = torch.lerp(x, before, torch.sigmoid(self.smear).type_as(x))
+    if cfg.pre_enrich_dim:
+      plain, up, down = x, self.bank("enrich_up"), self.bank("enrich_down")
+      x = F.linear(F.gelu(F.linear(plain, up)), down)
+      x, change = rms_norm(x), (x - plain).detach().float().norm(dim=-1)
+    return x, change
 
-    def bigram_index(self, ids, starts):
-        """Hash of (previous, current) id, the last row at a start; wraps as int32 upstream."""
-        last, ids = self.cfg.bigram_vocab_size - 1, ids.int()
-        index = ((36313 * ids) ^ (27191 * shift_right(ids))) % last
-        first = torch.arange(ids.shape[1], device=ids.device) == 0
-        return index.masked_fill(starts | first, last)
+  def bigram_index(self, ids, starts):
+    """Hash of (previous, current) id. At a start: the last row ("xor", wraps as int32 upstream) or
+    previous id 0 ("linear", PR #810)."""
+    rows, before = self.cfg.bigram_vocab_size, shift_right(ids).masked_fill(starts, 0)
+    if self.cfg.bigram_kind == "linear":
+      return (92821 * before + ids) % rows
+    index = ((36313 * ids.int()) ^ (27191 * before.int())) % (rows - 1)
+    first = torch.arange(ids.shape[1], device=ids.device) == 0
+    return index.masked_fill(starts | first, rows - 1)
 
-    def block(self, i, x, shared):
-        """(B, T, D) -> (B, T, D)"""
-        scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
-        x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * shared.x0
-        x = x + self.attn_scale[i] * self.attention(i, rms_norm(x) * scale, shared)
-        up = F.linear(rms_norm(x) * scale, shared.up[i])
-        activation = F.leaky_relu(up, self.cfg.leaky_slope).square()
-        return x + self.mlp_scale[i] * F.linear(activation, shared.down[i])
+  def block(self, i, x, shared):
+    """(B, T, D) -> (B, T, D)"""
+    scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
+    x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * shared.x0
+    x = x + self.attn_scale[i] * self.attention(i, rms_norm(x) * scale, shared)
+    up = F.linear(rms_norm(x) * scale, shared.up[i])
+    slope = self.cfg.leaky_slope
+    if self.cfg.polyglu_enabled:  # PR #1026
+      slope = torch.sigmoid(self.routing_alpha[i]).type_as(up)
+    activation = torch.where(up > 0, up, slope * up).square()
+    return x + self.mlp_scale[i] * F.linear(activation, shared.down[i])
 
-    def attention(self, i, h, shared):
-        """Causal grouped-query attention; normed queries and keys, partly rotated."""
-        cfg, L = self.cfg, self.cfg.num_layers
-        v = self.values(i, h, shared)
-        q, k = (self.heads(F.linear(h, bank[i])) for bank in (shared.qo, shared.kv))
-        q, k = (rotate(rms_norm(t), *shared.rope) for t in (q, k))
-        q = q * self.q_gain[i].view(-1, 1, 1)
-        grouped = cfg.num_heads != cfg.num_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        if i >= L - cfg.xsa_last_n:
-            y = exclude_self(y, v)  # (B, H, T, d)
-        if cfg.gated_attention:
-            gate = F.linear(h, self.attn_gate_weight[i], self.attn_gate_bias[i])  # (B, T, H)
-            y = y * torch.sigmoid(gate).transpose(1, 2).unsqueeze(-1)
-        return F.linear(y.transpose(1, 2).flatten(2), shared.qo[L + i])
+  def attention(self, i, h, shared):
+    """Causal grouped-query attention; normed queries and keys, partly rotated."""
+    cfg, L = self.cfg, self.cfg.num_layers
+    v = self.values(i, h, shared)
+    q, k = (self.heads(F.linear(h, bank[i])) for bank in (shared.qo, shared.kv))
+    q, k = (rotate(rms_norm(t), *shared.rope) for t in (q, k))
+    q = q * self.q_gain[i].view(-1, 1, 1)
+    grouped = cfg.num_heads != cfg.num_kv_heads
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if i >= L - cfg.xsa_last_n:
+      y = exclude_self(y, v)  # (B, H, T, d)
+    if cfg.gated_attention:
+      gate = F.linear(h, self.attn_gate_weight[i], self.attn_gate_bias[i])  # (B, T, H)
+      y = y * torch.sigmoid(gate).transpose(1, 2).unsqueeze(-1)
+    return F.linear(y.transpose(1, 2).flatten(2), shared.qo[L + i])
 
-    def heads(self, x):
-        """(B, T, H * d) -> (B, H, T, d)"""
-        return x.unflatten(-1, (-1, self.cfg.model_dim // self.cfg.num_heads)).transpose(1, 2)
+  def heads(self, x):
+    """(B, T, H * d) -> (B, H, T, d)"""
+    return x.unflatten(-1, (-1, self.cfg.model_dim // self.cfg.num_heads)).transpose(1, 2)
 
-    def values(self, i, h, shared):
-        """Projection + value embedding, mixed with the first layer's values. (B, H_kv, T, d)"""
-        v = F.linear(h, shared.kv[self.cfg.num_layers + i])
-        if i in self.cfg.value_layers:
-            v = v + self.ve_layer_scales[self.cfg.value_layers.index(i)] * shared.value_embedding
-        v = self.heads(v)
-        if shared.first_values is None:
-            shared.first_values = v
-        elif self.cfg.value_residual:
-            v = self.vr_lambda[i, 0] * shared.first_values + self.vr_lambda[i, 1] * v
-        return v
+  def values(self, i, h, shared):
+    """Projection + value embedding, mixed with the first layer's values. (B, H_kv, T, d)"""
+    v = F.linear(h, shared.kv[self.cfg.num_layers + i])
+    if i in self.cfg.value_layers:
+      v = v + self.ve_layer_scales[self.cfg.value_layers.index(i)] * shared.value_embedding
+    v = self.heads(v)
+    if shared.first_values is None:
+      shared.first_values = v
+    elif self.cfg.value_residual and i:
+      v = self.vr_lambda[i, 0] * shared.first_values + self.vr_lambda[i, 1] * v
+    return v
 
 
 # -----------------------------------------------------------------------------
@@ -890,163 +893,165 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values
 
 
 def lr_factor(step, elapsed_seconds, cfg):
-    """1, then linear to 0 over the last WARMDOWN_ITERS steps; under a wall-clock cap, over the
-    seconds that so many steps take at the mean time so far."""
-    if cfg.max_wallclock_seconds <= 0:
-        left = cfg.iterations - step
-        return min(1.0, max(0.0, left / max(1, min(cfg.warmdown_iters, cfg.iterations))))
-    warmdown_seconds = cfg.warmdown_iters * elapsed_seconds / max(1, step)
-    left_seconds = max(0.0, cfg.max_wallclock_seconds - elapsed_seconds)
-    return 1.0 if left_seconds >= warmdown_seconds else left_seconds / warmdown_seconds
+  """1, then linear to 0 over the last WARMDOWN_ITERS steps; under a wall-clock cap, over the
+  seconds that so many steps take at the mean time so far."""
+  if cfg.max_wallclock_seconds <= 0:
+    left = cfg.iterations - step
+    return min(1.0, max(0.0, left / max(1, min(cfg.warmdown_iters, cfg.iterations))))
+  warmdown_seconds = cfg.warmdown_iters * elapsed_seconds / max(1, step)
+  left_seconds = max(0.0, cfg.max_wallclock_seconds - elapsed_seconds)
+  return 1.0 if left_seconds >= warmdown_seconds else left_seconds / warmdown_seconds
 
 
 def muon_momentum(step, cfg):
-    done = min(1.0, step / max(1, cfg.muon_momentum_warmup_steps))
-    return (1 - done) * cfg.muon_momentum_warmup_start + done * cfg.muon_momentum
+  done = min(1.0, step / max(1, cfg.muon_momentum_warmup_steps))
+  return (1 - done) * cfg.muon_momentum_warmup_start + done * cfg.muon_momentum
 
 
 def newton_schulz(matrices, steps):
-    """Orthogonalise a batch: singular values to about 1, zero matrices stay zero. (n, r, c), the
-    dtype of the input. Jordan 2024, https://kellerjordan.github.io/posts/muon"""
-    a, b, c = NEWTON_SCHULZ
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices  # the smaller Gram matrix
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+  """Orthogonalise a batch: singular values to about 1, zero matrices stay zero. (n, r, c), the
+  dtype of the input. Jordan 2024, https://kellerjordan.github.io/posts/muon"""
+  a, b, c = NEWTON_SCHULZ
+  tall = matrices.shape[-2] > matrices.shape[-1]
+  x = matrices.mT if tall else matrices  # the smaller Gram matrix
+  x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+  for _ in range(steps):
+    gram = x @ x.mT
+    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+  return x.mT if tall else x
 
 
 class Bank:
-    """A bank's buffers on this rank, which owns `share` of its matrices."""
+  """A bank's buffers on this rank, which owns `share` of its matrices."""
 
-    def __init__(self, weight, rt):
-        n, *matrix = weight.shape
-        share = -(-n // rt.world_size)
-        dtype = torch.bfloat16 if rt.cuda else torch.float32
-        self.weight, self.scale = weight, max(1.0, matrix[0] / matrix[1]) ** 0.5
-        self.padded, self.gradient, self.momentum = (  # gradients out, updates back in `padded`
-            torch.zeros(rows, *matrix, dtype=dtype, device=rt.device)
-            for rows in (share * rt.world_size, share, share)
-        )
+  def __init__(self, weight, rt):
+    *stack, rows, columns = weight.shape
+    count, share = math.prod(stack), -(-math.prod(stack) // rt.world_size)
+    dtype = torch.bfloat16 if rt.cuda else torch.float32
+    self.weight, self.scale, self.pending = weight, max(1.0, rows / columns) ** 0.5, None
+    self.padded, self.gradient, self.momentum = (  # gradients out, updates back in `padded`
+      torch.zeros(n, rows, columns, dtype=dtype, device=rt.device)
+      for n in (share * rt.world_size, share, share)
+    )
+    self.own = self.padded[:count].view_as(weight)
 
 
 class ParallelMuon:
-    """Muon sharded over ranks (PR #399): `reduce` starts the reduce-scatters, `step` overlaps each
-    bank's all-gather with the next bank's arithmetic."""
+  """Muon sharded over ranks (PR #399): `reduce` starts the reduce-scatters, `step` overlaps each
+  bank's all-gather with the next bank's arithmetic."""
 
-    def __init__(self, weights, rt, cfg):
-        weights = sorted(weights, key=Tensor.numel, reverse=True)  # the longest transfer first
-        self.banks, self.rt, self.cfg = [Bank(w, rt) for w in weights], rt, cfg
+  def __init__(self, weights, rt, cfg):
+    weights = sorted(weights, key=Tensor.numel, reverse=True)  # the longest transfer first
+    self.banks, self.rt, self.cfg = [Bank(w, rt) for w in weights], rt, cfg
 
-    def reduce(self):
-        """Start averaging: each rank gets its share of every bank's gradient."""
-        for bank in self.banks:
-            torch.div(bank.weight.grad, self.rt.world_size, out=bank.padded[: len(bank.weight)])
-            bank.padded[len(bank.weight) :].zero_()
-            if self.rt.world_size == 1:
-                bank.gradient, bank.pending = bank.padded, None
-            else:
-                bank.pending = reduce_scatter(bank.gradient, bank.padded, async_op=True)
+  def reduce(self):
+    """Start averaging; each rank gets its share of every bank."""
+    for bank in self.banks:
+      bank.padded.zero_()
+      torch.div(bank.weight.grad, self.rt.world_size, out=bank.own)
+      if self.rt.world_size == 1:
+        bank.gradient = bank.padded
+      else:
+        bank.pending = reduce_scatter(bank.gradient, bank.padded, async_op=True)
 
-    def wait(self):
-        """The averaged gradients of this rank's share of every bank."""
-        for bank in self.banks:
-            if bank.pending:
-                bank.pending.wait()
-        return [bank.gradient for bank in self.banks]
+  def wait(self):
+    """The averaged gradients of this rank's shares."""
+    for bank in self.banks:
+      if bank.pending:
+        bank.pending.wait()
+    return [bank.gradient for bank in self.banks]
 
-    @torch.no_grad()
-    def step(self, rate, momentum):
-        last = None
-        for bank in self.banks:
-            bank.momentum.mul_(momentum).add_(bank.gradient)
-            nesterov = bank.gradient.add(bank.momentum, alpha=momentum)
-            update = newton_schulz(nesterov, self.cfg.muon_backend_steps)
-            if self.rt.world_size == 1:
-                bank.padded, bank.pending = update, None
-            else:
-                bank.pending = all_gather(bank.padded, update.contiguous(), async_op=True)
-            self.apply(last, rate)
-            last = bank
-        self.apply(last, rate)
+  @torch.no_grad()
+  def step(self, rate, momentum):
+    last = None
+    for bank in self.banks:
+      bank.momentum.mul_(momentum).add_(bank.gradient)
+      nesterov = bank.gradient.add(bank.momentum, alpha=momentum)
+      update = newton_schulz(nesterov, self.cfg.muon_backend_steps)
+      if self.rt.world_size == 1:
+        bank.padded.copy_(update)
+      else:
+        bank.pending = all_gather(bank.padded, update.contiguous(), async_op=True)
+      self.apply(last, rate)
+      last = bank
+    self.apply(last, rate)
 
-    def apply(self, bank, rate):
-        if bank and bank.pending:
-            bank.pending.wait()
-        if bank:
-            bank.weight.mul_(1 - rate * self.cfg.muon_wd)
-            bank.weight.add_(bank.padded[: len(bank.weight)], alpha=-rate * bank.scale)
+  def apply(self, bank, rate):
+    if bank and bank.pending:
+      bank.pending.wait()
+    if bank:
+      bank.weight.mul_(1 - rate * self.cfg.muon_wd)
+      bank.weight.add_(bank.own, alpha=-rate * bank.scale)
 
 
 def optimizer_groups(cfg):
-    """group -> (parameter names, rate, weight decay)"""
-    groups = {
-        "muon": ([], cfg.matrix_lr, cfg.muon_wd),
-        "embed": ([], cfg.tied_embed_lr, cfg.adam_wd),
-        "scalar": ([], cfg.scalar_lr, cfg.adam_wd),
-    }
-    for name, spec in parameter_specs(cfg).items():
-        groups[spec.group][0].append(name)
-    return groups
+  """group -> (parameter names, rate, weight decay)"""
+  groups = {
+    "muon": ([], cfg.matrix_lr, cfg.muon_wd),
+    "embed": ([], cfg.tied_embed_lr, cfg.adam_wd),
+    "scalar": ([], cfg.scalar_lr, cfg.adam_wd),
+    "routing": ([], cfg.scalar_lr, 0.0),
+  }
+  for name, spec in parameter_specs(cfg).items():
+    groups[spec.group][0].append(name)
+  return {group: rest for group, rest in groups.items() if rest[0]}
+
+
+def average_gradients(weights, rt):
+  """Over ranks, by one all-reduce."""
+  if rt.world_size > 1:
+    flat = torch.cat([w.grad.flatten() for w in weights])
+    dist.all_reduce(flat)
+    parts = flat.div_(rt.world_size).split([w.numel() for w in weights])
+    for weight, part in zip(weights, parts, strict=True):
+      weight.grad = part.view_as(weight)
 
 
 class Optimizers:
-    """Averaging over ranks, clipping and update: Muon for the banks, AdamW for the rest."""
+  """Averaging over ranks, clipping and update: Muon for the banks, AdamW for the rest."""
 
-    def __init__(self, model, rt, cfg):
-        self.rt, self.cfg, groups = rt, cfg, optimizer_groups(cfg)
-        banks = [getattr(model, name) for name in groups.pop("muon")[0]]
-        self.muon = ParallelMuon(banks, rt, cfg)
-        adam = [
-            dict(params=[getattr(model, n) for n in names], base_lr=rate, weight_decay=decay)
-            for names, rate, decay in groups.values()
-        ]
-        betas = (cfg.beta1, cfg.beta2)
-        self.adam = torch.optim.AdamW(adam, 0.0, betas, cfg.adam_eps, fused=True)
-        self.small = [weight for group in adam for weight in group["params"]]
-        self.weights = self.small + banks
+  def __init__(self, model, rt, cfg):
+    self.rt, self.cfg, groups = rt, cfg, optimizer_groups(cfg)
+    banks = [getattr(model, name) for name in groups.pop("muon")[0]]
+    self.muon = ParallelMuon(banks, rt, cfg)
+    adam = [
+      dict(params=[getattr(model, n) for n in names], base_lr=rate, weight_decay=decay)
+      for names, rate, decay in groups.values()
+    ]
+    betas = (cfg.beta1, cfg.beta2)
+    self.adam = torch.optim.AdamW(adam, 0.0, betas, cfg.adam_eps, fused=True)
+    self.small = [weight for group in adam for weight in group["params"]]
+    self.weights = self.small + banks
 
-    @torch.no_grad()
-    def step(self, step, factor):
-        """Average the gradients, clip, update, clear -> their norm"""
-        if self.cfg.clip == "local":  # before averaging, as the published scripts do
-            norm = self.clip([w.grad for w in self.weights], [])
-        self.muon.reduce()
-        self.average_small()
-        if self.cfg.clip == "global":
-            norm = self.clip([w.grad for w in self.small], self.muon.wait())
-        else:
-            self.muon.wait()
-        for group in self.adam.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        self.adam.step()
-        self.muon.step(self.cfg.matrix_lr * factor, muon_momentum(step, self.cfg))
-        for weight in self.weights:
-            weight.grad = None
-        return norm
+  @torch.no_grad()
+  def step(self, step, factor):
+    """Average the gradients, clip, update, clear -> their norm"""
+    if self.cfg.clip == "local":  # before averaging, as the published scripts do
+      norm = self.clip([w.grad for w in self.weights], [])
+    self.muon.reduce()
+    average_gradients(self.small, self.rt)
+    shards = self.muon.wait()
+    if self.cfg.clip == "global":
+      norm = self.clip([w.grad for w in self.small], shards)
+    for group in self.adam.param_groups:
+      group["lr"] = group["base_lr"] * factor
+    self.adam.step()
+    self.muon.step(self.cfg.matrix_lr * factor, muon_momentum(step, self.cfg))
+    for weight in self.weights:
+      weight.grad = None
+    return norm
 
-    def average_small(self):
-        """One all-reduce for the gradients of everything that is not a bank."""
-        if self.rt.world_size > 1:
-            flat = torch.cat([w.grad.flatten() for w in self.small])
-            dist.all_reduce(flat)
-            parts = flat.div_(self.rt.world_size).split([w.numel() for w in self.small])
-            for weight, part in zip(self.small, parts, strict=True):
-                weight.grad = part.view_as(weight)
-
-    def clip(self, gradients, shards):
-        """Scale to a norm of at most GRAD_CLIP_NORM -> norm before. Shards add up over ranks."""
-        square = torch.zeros((), device=self.rt.device)
-        square = sum(((shard.float() ** 2).sum() for shard in shards), square)
-        if shards and self.rt.world_size > 1:
-            dist.all_reduce(square)
-        norm = sum(((g**2).sum() for g in gradients), square).sqrt()
-        if self.cfg.grad_clip_norm > 0:
-            factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([*gradients, *shards], factor)
-        return norm
+  def clip(self, gradients, shards):
+    """Scale to a norm of at most GRAD_CLIP_NORM -> norm before. Shards add up over ranks."""
+    square = torch.zeros((), device=self.rt.device)
+    square = sum(((shard.float() ** 2).sum() for shard in shards), square)
+    if shards and self.rt.world_size > 1:
+      dist.all_reduce(square)
+    norm = sum(((g**2).sum() for g in gradients), square).sqrt()
+    if self.cfg.grad_clip_norm > 0:
+      factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+      torch._foreach_mul_([*gradients, *shards], factor)
+    return norm
 
 
 # -----------------------------------------------------------------------------
@@ -1057,34 +1062,34 @@ SWA_FACTOR = 0.2  # snapshots are taken while the rate factor is below this
 
 
 class Averages:
-    """fp32 averages of every parameter, on its device."""
+  """fp32 averages of every parameter, on its device."""
 
-    def __init__(self, model, cfg):
-        self.cfg, self.names = cfg, [name for name, _ in model.named_parameters()]
-        self.weights = [p.data for p in model.parameters()]
-        self.ema = [w.clone() for w in self.weights] if cfg.ema_enabled else None
-        self.swa, self.snapshots = None, 0
+  def __init__(self, model, cfg):
+    self.cfg, self.names = cfg, [name for name, _ in model.named_parameters()]
+    self.weights = [p.data for p in model.parameters()]
+    self.ema = [w.clone() for w in self.weights] if cfg.ema_enabled else None
+    self.swa, self.snapshots = None, 0
 
-    def update(self, step, factor):
-        """After optimizer step `step` (from 0)."""
-        cfg = self.cfg
-        if self.ema:
-            warm = (1 + step) / (10 + step) if cfg.ema_warmup else 1.0  # forget the random start
-            decay = min(cfg.ema_decay, warm)
-            torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
-        if cfg.swa_enabled and factor < SWA_FACTOR and (step + 1) % cfg.swa_every == 0:
-            source = self.ema if cfg.swa_source == "ema" and self.ema else self.weights
-            self.snapshots += 1
-            self.swa = self.swa or [torch.zeros_like(w) for w in self.weights]
-            torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
+  def update(self, step, factor):
+    """After optimizer step `step` (from 0)."""
+    cfg = self.cfg
+    if self.ema:
+      warm = (1 + step) / (10 + step) if cfg.ema_warmup else 1.0  # forget the random start
+      decay = min(cfg.ema_decay, warm)
+      torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
+    if cfg.swa_enabled and factor < SWA_FACTOR and (step + 1) % cfg.swa_every == 0:
+      source = self.ema if cfg.swa_source == "ema" and self.ema else self.weights
+      self.snapshots += 1
+      self.swa = self.swa or [torch.zeros_like(w) for w in self.weights]
+      torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
 
-    def final(self):
-        """Name -> (1 - SWA_WEIGHT) EMA + SWA_WEIGHT SWA, or the one there is."""
-        if self.ema and self.swa:
-            mixed = torch._foreach_lerp(self.ema, self.swa, self.cfg.swa_weight)
-        else:
-            mixed = self.ema or self.swa or self.weights
-        return dict(zip(self.names, mixed, strict=True))
+  def final(self):
+    """Name -> (1 - SWA_WEIGHT) EMA + SWA_WEIGHT SWA, or the one there is."""
+    if self.ema and self.swa:
+      mixed = torch._foreach_lerp(self.ema, self.swa, self.cfg.swa_weight)
+    else:
+      mixed = self.ema or self.swa or self.weights
+    return dict(zip(self.names, mixed, strict=True))
 
 
 # -----------------------------------------------------------------------------
@@ -1099,160 +1104,190 @@ MAX_PAYLOAD = 2**31  # bytes; a header that claims more is refused
 
 
 class ArtifactError(UserError):
-    """An artifact that is missing, damaged or foreign; nothing was loaded."""
+  """An artifact that is missing, damaged or foreign; nothing was loaded."""
 
 
 def candidate_scale(sorted_abs, quantile, largest, floor):
-    """Step of the grid whose end is a quantile of |w| in each row, rounded as it is stored (fp16).
-    (..., r, c) ascending -> (..., r, 1)"""
-    place = quantile * (sorted_abs.shape[-1] - 1)
-    below, above = (sorted_abs[..., i : i + 1] for i in (math.floor(place), math.ceil(place)))
-    scale = torch.lerp(below, above, place - math.floor(place)) / largest
-    smallest = 1 / largest if floor else 2.0**-24  # 2^-24: the least fp16 above 0
-    return scale.clamp_min(smallest).half().float()
+  """Step of the grid whose end is a quantile of |w| in each row, rounded as it is stored (fp16).
+  (..., r, c) ascending -> (..., r, 1)"""
+  place = quantile * (sorted_abs.shape[-1] - 1)
+  below, above = (sorted_abs[..., i : i + 1] for i in (math.floor(place), math.ceil(place)))
+  scale = torch.lerp(below, above, place - math.floor(place)) / largest
+  smallest = 1 / largest if floor else 2.0**-24  # 2^-24: the least fp16 above 0
+  return scale.clamp_min(smallest).half().float()
 
 
 def round_to_grid(weight, scale, largest):
-    return (weight / scale).round().clamp(-largest, largest)
+  return (weight / scale).round().clamp(-largest, largest)
 
 
 def search_grid(weight, coding, cfg):
-    """GPTQ-lite: the candidate clip of least squared error, per row or matrix.
-    fp32 (..., r, c) -> scales (..., r, 1)"""
-    largest = LARGEST[coding]
-    quantiles = cfg.clip_quantiles if coding == "int6" else [INT8_QUANTILE]
-    ordered = weight.abs().sort(dim=-1).values
-    best_error = torch.full((*weight.shape[:-1], 1), math.inf, device=weight.device)
-    best_scale = torch.ones_like(best_error)
-    for quantile in quantiles:
-        scale = candidate_scale(ordered, quantile, largest, cfg.quant_floor)
-        residual = round_to_grid(weight, scale, largest) * scale - weight
-        error = residual.square().sum(-1, keepdim=True)
-        if cfg.quant_per == "matrix":
-            error = error.sum(-2, keepdim=True).expand_as(scale)
-        best_scale = torch.where(error < best_error, scale, best_scale)
-        best_error = torch.minimum(error, best_error)
-    return best_scale
+  """GPTQ-lite: the candidate clip of least squared error, per row or matrix.
+  fp32 (..., r, c) -> scales (..., r, 1)"""
+  largest = LARGEST[coding]
+  quantiles = cfg.clip_quantiles if coding == "int6" else [INT8_QUANTILE]
+  ordered = weight.abs().sort(dim=-1).values
+  best_error = torch.full((*weight.shape[:-1], 1), math.inf, device=weight.device)
+  best_scale = torch.ones_like(best_error)
+  for quantile in quantiles:
+    scale = candidate_scale(ordered, quantile, largest, cfg.quant_floor)
+    residual = round_to_grid(weight, scale, largest) * scale - weight
+    error = residual.square().sum(-1, keepdim=True)
+    if cfg.quant_per == "matrix":
+      error = error.sum(-2, keepdim=True).expand_as(scale)
+    best_scale = torch.where(error < best_error, scale, best_scale)
+    best_error = torch.minimum(error, best_error)
+  return best_scale
 
 
 @torch.no_grad()
 def update_qat_grids(model, cfg):
-    """Late QAT trains on the grid that the export would choose now."""
-    for name in BANKS:
-        getattr(model, f"{name}_grid").copy_(search_grid(getattr(model, name), "int6", cfg))
+  """Late QAT trains on the grid that the export would choose now."""
+  for name in model.gridded:
+    getattr(model, f"{name}_grid").copy_(search_grid(getattr(model, name), "int6", cfg))
 
 
 def pack_tensor(weight, coding, cfg):
-    """fp16 scales of the rows, then int8 integers; or fp16 / fp32 values. Little-endian."""
-    if coding in FLOATS:
-        return weight.cpu().numpy().astype(FLOATS[coding]).tobytes()
-    scale = search_grid(weight, coding, cfg)
-    integers = round_to_grid(weight, scale, LARGEST[coding]).cpu().numpy().astype("i1")
-    return scale.cpu().numpy().astype("<f2").tobytes() + integers.tobytes()
+  """fp16 scales of the rows, then int8 integers; or fp16 / fp32 values. Little-endian."""
+  if coding in FLOATS:
+    return weight.cpu().numpy().astype(FLOATS[coding]).tobytes()
+  scale = search_grid(weight, coding, cfg)
+  integers = round_to_grid(weight, scale, LARGEST[coding]).cpu().numpy().astype("i1")
+  return scale.cpu().numpy().astype("<f2").tobytes() + integers.tobytes()
 
 
 def packed_bytes(spec):
-    if spec.coding in FLOATS:
-        return math.prod(spec.shape) * np.dtype(FLOATS[spec.coding]).itemsize
-    return math.prod(spec.shape) + 2 * math.prod(spec.shape[:-1])
+  if spec.coding in FLOATS:
+    return math.prod(spec.shape) * np.dtype(FLOATS[spec.coding]).itemsize
+  return math.prod(spec.shape) + 2 * math.prod(spec.shape[:-1])
 
 
 def unpack_tensor(packed, spec):
-    def floats(part, kind):
-        return torch.from_numpy(np.frombuffer(part, kind).astype(np.float32))
+  def floats(part, kind):
+    return torch.from_numpy(np.frombuffer(part, kind).astype(np.float32))
 
-    if spec.coding in FLOATS:
-        return floats(packed, FLOATS[spec.coding]).view(spec.shape)
-    split = 2 * math.prod(spec.shape[:-1])
-    scale = floats(packed[:split], "<f2").view(*spec.shape[:-1], 1)
-    return floats(packed[split:], "i1").view(spec.shape) * scale
+  if spec.coding in FLOATS:
+    return floats(packed, FLOATS[spec.coding]).view(spec.shape)
+  split = 2 * math.prod(spec.shape[:-1])
+  scale = floats(packed[:split], "<f2").view(*spec.shape[:-1], 1)
+  return floats(packed[split:], "i1").view(spec.shape) * scale
 
 
 def compress(payload, how):
-    if how == "lzma":
-        return lzma.compress(payload, preset=6)
-    return backend("zstandard").ZstdCompressor(level=22).compress(payload)
+  if how == "lzma":
+    return lzma.compress(payload, preset=6)
+  return backend("zstandard").ZstdCompressor(level=22).compress(payload)
 
 
 def decompress(data, how, size):
-    """Raises ArtifactError unless `data` is one whole stream of exactly `size` bytes."""
-    try:
-        if how == "lzma":
-            stream = lzma.LZMADecompressor()
-            payload = stream.decompress(data, size + 1)
-        else:
-            zstd = backend("zstandard")
-            claimed = zstd.frame_content_size(data)
-            stream = zstd.ZstdDecompressor().decompressobj()
-            payload = stream.decompress(data) if claimed == size else b""
-    except Exception as error:  # each library has its own
-        raise ArtifactError(f"the payload does not decompress ({error})") from error
-    if len(payload) != size or not stream.eof or stream.unused_data:
-        raise ArtifactError("the payload's length is not what the header says")
-    return payload
+  """Raises ArtifactError unless `data` is one whole stream of exactly `size` bytes."""
+  try:
+    if how == "lzma":
+      stream = lzma.LZMADecompressor()
+      payload = stream.decompress(data, size + 1)
+    else:
+      zstd = backend("zstandard")
+      claimed = zstd.frame_content_size(data)
+      stream = zstd.ZstdDecompressor().decompressobj()
+      payload = stream.decompress(data) if claimed == size else b""
+  except Exception as error:  # each library has its own
+    raise ArtifactError(f"the payload does not decompress ({error})") from error
+  if len(payload) != size or not stream.eof or stream.unused_data:
+    raise ArtifactError("the payload's length is not what the header says")
+  return payload
 
 
 def artifact_header(cfg):
-    """Model configuration and tensors; nothing of the run."""
-    tensors, offset = [], 0
-    for name, spec in parameter_specs(cfg).items():
-        entry = dict(name=name, shape=list(spec.shape), coding=spec.coding, offset=offset)
-        tensors.append(entry)
-        offset += packed_bytes(spec)
-    model = {name: show(getattr(cfg, name)) for name in MODEL_FIELDS}
-    return dict(model=model, tensors=tensors, size=offset)
+  """Model configuration and tensors; nothing of the run."""
+  tensors, offset = [], 0
+  for name, spec in parameter_specs(cfg).items():
+    entry = dict(name=name, shape=list(spec.shape), coding=spec.coding, offset=offset)
+    tensors.append(entry)
+    offset += packed_bytes(spec)
+  model = {name: show(getattr(cfg, name)) for name in MODEL_FIELDS}
+  return dict(model=model, tensors=tensors, size=offset)
 
 
-def pack_artifact(weights, cfg):
-    """Quantise and pack: magic, version, header length, JSON header, payload, sha256 of all that.
-    The same weights give the same bytes; no pickle."""
-    specs = parameter_specs(cfg)
-    parts = [pack_tensor(weights[n].detach().float(), s.coding, cfg) for n, s in specs.items()]
-    header = json.dumps(artifact_header(cfg), separators=(",", ":")).encode()
-    body = MAGIC + struct.pack("<II", ARTIFACT_VERSION, len(header)) + header
+def pack_artifact(weights, cfg, log=None):
+  """Quantise and pack: magic, version, header length, JSON header, payload, sha256 of all that.
+  The same weights give the same bytes."""
+  specs = parameter_specs(cfg)
+  parts = [pack_tensor(weights[n].detach().float(), s.coding, cfg) for n, s in specs.items()]
+  header = json.dumps(artifact_header(cfg), separators=(",", ":")).encode()
+  body = MAGIC + struct.pack("<II", ARTIFACT_VERSION, len(header)) + header
+  if cfg.target_mb:
+    most = int(cfg.target_mb * 2**20) - CODE.stat().st_size - len(body) - SHA_BYTES
+    body += prune(np.frombuffer(b"".join(parts), np.uint8), most, cfg, log)
+  else:
     body += compress(b"".join(parts), cfg.compressor)
-    return body + hashlib.sha256(body).digest()
+  return body + hashlib.sha256(body).digest()
+
+
+def prune(packed, most, cfg, log):
+  """Selective pruning (PR #993): zero as many 256ths of the +-1 weights, smallest steps first, as
+  make the compressed payload fit into `most` bytes, or all -> payload"""
+  began, places, steps, end = time.perf_counter(), [], [], 0
+  for spec in parameter_specs(cfg).values():
+    start, end = end, end + packed_bytes(spec)
+    if spec.coding == "int6":
+      first = start + 2 * math.prod(spec.shape[:-1])
+      ones = np.flatnonzero(np.abs(packed[first:end].view("i1")) == 1)
+      places.append(first + ones)
+      steps.append(packed[start:first].view("<f2")[ones // spec.shape[-1]])
+  order = np.concatenate(places)[np.concatenate(steps).argsort(kind="stable")]
+
+  @functools.cache
+  def pruned(count):
+    trial = packed.copy()
+    trial[order[:count]] = 0
+    return compress(trial.tobytes(), cfg.compressor)
+
+  counts = [len(order) * i // 256 for i in range(257 if len(pruned(0)) > most else 1)]
+  count = counts[bisect.bisect_left(counts[:-1], True, key=lambda n: len(pruned(n)) <= most)]
+  seconds, size = time.perf_counter() - began, len(pruned(count))
+  log("prune", candidates=len(order), pruned=count, bytes=size, seconds=seconds)
+  return pruned(count)
 
 
 def open_container(data):
-    """Check magic, digest, version, and the header against what this program writes for its model
-    -> (configuration, compressed payload)"""
-    start, body = len(MAGIC) + 8, data[:-SHA_BYTES]
-    if len(body) < start or not data.startswith(MAGIC):
-        raise ArtifactError("not an artifact of this program")
-    if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
-        raise ArtifactError("damaged, its sha256 does not fit its bytes")
-    version, length = struct.unpack("<II", body[len(MAGIC) : start])
-    if version != ARTIFACT_VERSION:
-        raise ArtifactError(f"version {version}, this program reads {ARTIFACT_VERSION}")
-    try:
-        header = json.loads(body[start : start + length])
-        values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
-        cfg = Config(**values, eval_stride=1).check()
-        if not cfg.vocab_size or header["size"] > MAX_PAYLOAD:
-            raise ValueError("vocabulary or size out of range")
-        if header != artifact_header(cfg):
-            raise ValueError("it does not describe its model")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"broken header: {error}") from error
-    return cfg, body[start + length :]
+  """Check magic, digest, version, and the header against what this program writes for its model
+  -> (configuration, compressed payload)"""
+  start, body = len(MAGIC) + 8, data[:-SHA_BYTES]
+  if len(body) < start or not data.startswith(MAGIC):
+    raise ArtifactError("not an artifact of this program")
+  if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
+    raise ArtifactError("damaged, its sha256 does not fit its bytes")
+  version, length = struct.unpack("<II", body[len(MAGIC) : start])
+  if version != ARTIFACT_VERSION:
+    raise ArtifactError(f"version {version}, this program reads {ARTIFACT_VERSION}")
+  try:
+    header = json.loads(body[start : start + length])
+    values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
+    cfg = Config(**values, eval_stride=1).check()
+    if not cfg.vocab_size or header["size"] > MAX_PAYLOAD:
+      raise ValueError("vocabulary or size out of range")
+    if header != artifact_header(cfg):
+      raise ValueError("it does not describe its model")
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    raise ArtifactError(f"broken header: {error}") from error
+  return cfg, body[start + length :]
 
 
 def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) -> GPT:
-    """Read an artifact back: path -> model in eval mode, fp32, ready to score sequences of
-    TRAIN_SEQ_LEN or max_length tokens. ArtifactError for anything wrong."""
-    try:
-        cfg, compressed = open_container(Path(path).read_bytes())
-        specs = parameter_specs(cfg)
-        payload = io.BytesIO(
-            decompress(compressed, cfg.compressor, sum(map(packed_bytes, specs.values())))
-        )
-    except (OSError, ArtifactError) as error:
-        raise ArtifactError(f"{path}: {error}; fix: train or download it again") from error
-    model = GPT(cfg, max_length)
-    weights = {n: unpack_tensor(payload.read(packed_bytes(s)), s) for n, s in specs.items()}
-    model.load_state_dict(weights)
-    return model.to(device).eval().requires_grad_(False)
+  """Read an artifact back: path -> model in eval mode, fp32, ready to score sequences of
+  TRAIN_SEQ_LEN or max_length tokens. ArtifactError for anything wrong."""
+  try:
+    cfg, compressed = open_container(Path(path).read_bytes())
+    specs = parameter_specs(cfg)
+    payload = io.BytesIO(
+      decompress(compressed, cfg.compressor, sum(map(packed_bytes, specs.values())))
+    )
+  except (OSError, ArtifactError) as error:
+    raise ArtifactError(f"{path}: {error}; fix: train or download it again") from error
+  model = GPT(cfg, max_length)
+  weights = {n: unpack_tensor(payload.read(packed_bytes(s)), s) for n, s in specs.items()}
+  model.load_state_dict(weights)
+  return model.to(device).eval().requires_grad_(False)
 
 
 # -----------------------------------------------------------------------------
@@ -1261,70 +1296,134 @@ def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) ->
 
 
 class Scores(NamedTuple):
-    """Per target, float64 (N,), nats."""
+  """Per target, float64 (N,), nats."""
 
-    log_prob: np.ndarray
-    entropy: np.ndarray
+  log_prob: np.ndarray
+  entropy: np.ndarray
+  pe_delta: np.ndarray | None = None  # how far pre-enrichment moved the input, a norm
 
 
 def bits_per_byte(log_prob, token_bytes):
-    return float(-log_prob.sum() / math.log(2) / token_bytes.sum())
+  return float(-log_prob.sum() / math.log(2) / token_bytes.sum())
 
 
 class WindowScorer:
-    """Windows of cfg.window inputs, each scoring the `stride` targets at its end; the first ones,
-    all from position 0, theirs. stride = window: no overlap. All passes have one shape and go to
-    ranks by index: neither the future nor the number of ranks changes a value."""
+  """Windows of cfg.window inputs, each scoring the `stride` targets at its end; the first ones,
+  all from position 0, theirs. stride = window: no overlap. All passes have one shape and go to
+  ranks by index: neither the future nor the number of ranks changes a value."""
 
-    def __init__(self, model, rt, cfg):
-        self.model, self.rt = model, rt
-        self.batch, self.length = cfg.eval_batch_seqs, cfg.window
-        self.forward = rt.compile(self.score_rows)
+  def __init__(self, model, rt, cfg):
+    self.model, self.rt, self.cfg = model, rt, cfg
+    self.batch, self.length = cfg.eval_batch_seqs, cfg.window
+    self.forward = rt.compile(self.score_rows)
 
-    def log_probs(self, ids, first, count):
-        """ids (B, T) -> log-probabilities at `count` rows from first (B,): float64 (B, count, V)"""
-        with self.rt.autocast():
-            index = first.unsqueeze(1) + torch.arange(count, device=first.device)
-            hidden = self.model.hidden(ids)
-            hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-            logits = self.model.logits(hidden)
-        return logits.double().log_softmax(-1)
+  def log_probs(self, ids, first, count):
+    """ids (B, T) -> log-probabilities at `count` rows from first (B,): float64 (B, count, V);
+    change by pre-enrichment there (B, count)"""
+    with self.rt.autocast():
+      index = first.unsqueeze(1) + torch.arange(count, device=first.device)
+      hidden, change = self.model.hidden(ids)
+      hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+      logits = self.model.logits(hidden)
+    return logits.double().log_softmax(-1), change.gather(1, index)
 
-    def score_rows(self, ids, first, targets):
-        """-> log p of targets (B, S), entropy; float64 (B, S)"""
-        log_probs = self.log_probs(ids, first, targets.shape[1])
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
+  def score_rows(self, ids, first, targets):
+    """-> log p of targets (B, S), entropy, change; float64 (3, B, S)"""
+    log_probs, change = self.log_probs(ids, first, targets.shape[1])
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    chosen = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return torch.stack([chosen, entropy, change.double()])
 
-    def windows(self, stream, ends, stride):
-        """Inputs (B, T), first scored rows (B,), targets (B, S) of the windows that end before
-        target `ends`; beyond the stream's end lies a constant."""
-        starts = np.maximum(ends - self.length, 0)
-        inputs = starts[:, None] + np.arange(self.length)
-        goals = ends[:, None] - stride + np.arange(stride) + 1
-        ids, targets = (stream.take(i, mode="clip").astype(np.int64) for i in (inputs, goals))
-        ids[inputs >= len(stream) - 1] = 0
-        arrays = ids, ends - stride - starts, targets
-        return [torch.from_numpy(array).to(self.rt.device) for array in arrays]
+  def windows(self, stream, ends, stride):
+    """Inputs (B, T), first scored rows (B,), targets (B, S) of the windows that end before
+    target `ends`; beyond the stream's end lies a constant."""
+    starts = np.maximum(ends - self.length, 0)
+    inputs = starts[:, None] + np.arange(self.length)
+    goals = ends[:, None] - stride + np.arange(stride) + 1
+    ids, targets = (stream.take(i, mode="clip").astype(np.int64) for i in (inputs, goals))
+    ids[inputs >= len(stream) - 1] = 0
+    arrays = ids, ends - stride - starts, targets
+    return [torch.from_numpy(array).to(self.rt.device) for array in arrays]
 
-    @torch.no_grad()
-    def score(self, stream, stride):
-        """stream: N + 1 tokens -> Scores of the last N."""
-        ends = np.arange(stride, len(stream) - 1 + stride, stride)
-        result = np.zeros((2, len(ends), stride))
-        for b in range(self.rt.rank * self.batch, len(ends), self.rt.world_size * self.batch):
-            real = range(b, min(b + self.batch, len(ends)))
-            window = np.resize(real, self.batch)  # the last batch keeps its shape
-            scored = self.forward(*self.windows(stream, ends[window], stride))
-            result[:, real] = torch.stack(scored)[:, : len(real)].cpu().numpy()
-        return Scores(*self.rt.sum(result).reshape(2, -1)[:, : len(stream) - 1])
+  @torch.no_grad()
+  def score(self, stream, stride, probes=(), adapt=None):
+    """stream: N + 1 tokens -> Scores of the last N; (target, p (V,)) of each probed target.
+    adapt(chunk, progress), if given, learns from a chunk of scored targets."""
+    total, parts, seen = len(stream) - 1, [], []
+    size = self.cfg.ttt_chunk_tokens if adapt else total + stride
+    for a in range(0, total, size):
+      b = min(a + size, total)
+      parts.append(self.score_windows(stream, np.arange(a, b, stride) + stride, stride))
+      seen += [(t, self.distribution(stream, stride, t)) for t in probes if a <= t < b]
+      if adapt and b < total:
+        adapt(stream[a : b + 1], a / (total - size))
+    columns = np.concatenate(parts, 1).reshape(3, -1)[:, :total]
+    return Scores(*columns[:2], columns[2] if self.cfg.pre_enrich_dim else None), seen
 
-    @torch.no_grad()
-    def distribution(self, stream, stride, target):
-        """p over the vocabulary for one target (from 0), as `score` sees it: float64 (V,)"""
-        ends = np.full(self.batch, target // stride * stride + stride)
-        ids, first, _ = self.windows(stream, ends, stride)
-        return self.log_probs(ids, first + target % stride, 1)[0, 0].exp().cpu().numpy()
+  def score_windows(self, stream, ends, stride):
+    """float64 (3, windows, S), the same on every rank"""
+    result = np.zeros((3, len(ends), stride))
+    for b in range(self.rt.rank * self.batch, len(ends), self.rt.world_size * self.batch):
+      real = range(b, min(b + self.batch, len(ends)))
+      window = np.resize(real, self.batch)  # the last batch keeps its shape
+      scored = self.forward(*self.windows(stream, ends[window], stride))
+      result[:, real] = scored[:, : len(real)].cpu().numpy()
+    return self.rt.sum(result)
+
+  def distribution(self, stream, stride, target):
+    """p over the vocabulary for one target (from 0), as `score` sees it: float64 (V,)"""
+    ends = np.full(self.batch, target // stride * stride + stride)
+    ids, first, _ = self.windows(stream, ends, stride)
+    return self.log_probs(ids, first + target % stride, 1)[0][0, 0].exp().cpu().numpy()
+
+
+class TestTimeTraining:
+  """Learns from scored chunks only: SGD on all weights (PR #549), or Adam on low-rank additions
+  to the query and value matrices (PR #808). Every rank takes the same steps."""
+
+  def __init__(self, model, rt, cfg):
+    self.model, self.rt, self.cfg = copy.deepcopy(model), rt, cfg
+    if cfg.ttt_use_lora:
+      self.rate, self.weights = (
+        cfg.ttt_lora_lr,
+        [*self.factors("qo_bank"), *self.factors("kv_bank")],
+      )
+      self.optimizer = torch.optim.Adam(self.weights)
+    else:
+      self.rate, self.weights = cfg.ttt_lr, [*self.model.requires_grad_().parameters()]
+      self.optimizer = torch.optim.SGD(self.weights, momentum=cfg.ttt_momentum)
+    self.loss = rt.compile(self.model)
+
+  def factors(self, bank):
+    """W becomes W + A B, A random and B zero, for the queries or values of a bank -> A, B"""
+    twice, rows, columns = getattr(self.model, bank).shape
+    a = torch.randn(
+      twice // 2, rows, self.cfg.ttt_lora_rank, generator=torch.Generator().manual_seed(0)
+    )
+    b = torch.zeros(twice // 2, self.cfg.ttt_lora_rank, columns)
+    a, b = (factor.to(self.rt.device).requires_grad_() for factor in (a / 100, b))
+    self.model.lora[bank] = a, b, (0, twice // 2) if bank == "qo_bank" else (twice // 2, 0)
+    return a, b
+
+  @torch.enable_grad()
+  def learn(self, chunk, progress):
+    """chunk: scored targets and the token before them; progress 0..1 lowers the rate"""
+    cfg, rt = self.cfg, self.rt
+    tokens = torch.from_numpy(chunk.astype(np.int64)).to(rt.device)
+    inputs, targets = (part.view(-1, cfg.window) for part in (tokens[:-1], tokens[1:]))
+    for group in self.optimizer.param_groups:
+      group["lr"] = self.rate * (1 + math.cos(math.pi * progress)) / 2
+    for first in [*range(0, len(inputs), cfg.ttt_batch_seqs)] * cfg.ttt_epochs:
+      batch = range(first, min(first + cfg.ttt_batch_seqs, len(inputs)))
+      for weight in self.weights:
+        weight.grad = torch.zeros_like(weight)
+      if mine := batch[rt.rank :: rt.world_size]:
+        with rt.autocast():
+          loss = self.loss(inputs[mine], targets[mine])
+        (loss * len(mine) * rt.world_size / len(batch)).backward()
+      average_gradients(self.weights, rt)
+      nn.utils.clip_grad_norm_(self.weights, cfg.ttt_grad_clip)
+      self.optimizer.step()
 
 
 # -----------------------------------------------------------------------------
@@ -1337,292 +1436,288 @@ PROBES = 32  # targets at which the whole vocabulary is scored
 
 
 def ngram_counts(
-    tokens: np.ndarray, vocab_size: int, max_order: int, device: Any = "cpu"
-) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (order, context_count, target_count, types, singletons), orders 1..max_order.
+  tokens: np.ndarray, vocab_size: int, max_order: int, device: Any = "cpu"
+) -> Iterator[tuple[Any, ...]]:
+  """Yields (order, context_count, target_count, types, singletons), orders 1..max_order.
 
-    Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
-    before, its distinct continuations, and those seen once. tokens (N,) below vocab_size, else
-    ValueError.
-    """
-    tokens, size = np.asarray(tokens), len(tokens)
-    valid = not size or 0 <= tokens.min() <= tokens.max() < vocab_size
-    if tokens.dtype.kind not in "iu" or not valid:
-        raise ValueError(f"tokens must be integers in 0..{vocab_size - 1}, not {tokens.dtype}")
-    bits = max(1, (size - 1).bit_length())
-    # Where 63 bits do not suffice, group numbers wrap at `capacity`; keys are made in order of
-    # group, so the pieces between wraps (two groups at least) are sorted one by one.
-    code = bits, vocab_size, max(2, (1 << KEY_BITS - bits) // vocab_size)
-    keys = tokens.astype(np.int64) << bits
-    keys |= np.arange(size)
-    fast = torch.device(device).type == "cpu" and has_backend("numba")
-    orders = (numba_orders if fast else torch_orders)(keys, code, tokens.astype(np.int32), device)
-    del keys
-    for order in range(1, max_order + 1):
-        yield order, *next(orders).T
+  Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
+  before, its distinct continuations, and those seen once. tokens (N,) below vocab_size, else
+  ValueError.
+  """
+  tokens, size = np.asarray(tokens), len(tokens)
+  valid = not size or 0 <= tokens.min() <= tokens.max() < vocab_size
+  if tokens.dtype.kind not in "iu" or not valid:
+    raise ValueError(f"tokens must be integers in 0..{vocab_size - 1}, not {tokens.dtype}")
+  bits = max(1, (size - 1).bit_length())
+  # Where 63 bits do not suffice, group numbers wrap at `capacity`; keys come in order of group,
+  # so the pieces between wraps (two groups at least) are sorted one by one.
+  code = bits, vocab_size, max(2, (1 << KEY_BITS - bits) // vocab_size)
+  keys = tokens.astype(np.int64) << bits
+  keys |= np.arange(size)
+  fast = torch.device(device).type == "cpu" and has_backend("numba")
+  orders = (numba_orders if fast else torch_orders)(keys, code, tokens.astype(np.int32), device)
+  del keys
+  for order in range(1, max_order + 1):
+    yield order, *next(orders).T
 
 
 def sort_pieces(keys, cuts, sort, join):
-    pieces = [sort(keys[a:b]) for a, b in zip(cuts, [*cuts[1:], len(keys)], strict=True)]
-    return pieces[0] if len(pieces) == 1 else join(pieces)
+  pieces = [sort(keys[a:b]) for a, b in zip(cuts, [*cuts[1:], len(keys)], strict=True)]
+  return pieces[0] if len(pieces) == 1 else join(pieces)
 
 
 def numba_orders(keys, code, tokens, device):
-    """Statistics int32 (N, 4) of each order: a sort, a scan, a second scan beside the next sort."""
-    scan_ngrams, scan_contexts = compiled_scans()
-    packed = sort_pieces(keys, [0], np.sort, np.concatenate)
-    with ThreadPoolExecutor(1) as other_core:
-        while True:
-            stats = np.zeros((len(tokens), 4), np.int32)
-            following, cuts = scan_ngrams(packed, code, tokens, stats)
-            packed = other_core.submit(sort_pieces, following, cuts, np.sort, np.concatenate)
-            scan_contexts(keys, code, stats)
-            yield stats
-            keys, packed = following, packed.result()
-            del stats, following
+  """Statistics int32 (N, 4) of each order: a sort, a scan, a second scan beside the next sort."""
+  scan_ngrams, scan_contexts = compiled_scans()
+  packed = sort_pieces(keys, [0], np.sort, np.concatenate)
+  with ThreadPoolExecutor(1) as other_core:
+    while True:
+      stats = np.zeros((len(tokens), 4), np.int32)
+      following, cuts = scan_ngrams(packed, code, tokens, stats)
+      packed = other_core.submit(sort_pieces, following, cuts, np.sort, np.concatenate)
+      scan_contexts(keys, code, stats)
+      yield stats
+      keys, packed = following, packed.result()
+      del stats, following
 
 
 @functools.cache
 def compiled_scans():
-    return [backend("numba").njit(scan, nogil=True) for scan in (scan_ngrams, scan_contexts)]
+  return [backend("numba").njit(scan, nogil=True) for scan in (scan_ngrams, scan_contexts)]
 
 
 def scan_ngrams(packed, code, tokens, stats):
-    """Target counts (column 1) and the next order's keys."""
-    (bits, vocab_size, capacity), mask, cuts = code, (1 << code[0]) - 1, [0]
-    out, size, group, base, first = np.empty_like(packed), 0, -1, 0, 0
-    fresh = alone = True
-    for i in range(packed.size):
-        t, key = packed[i] & mask, packed[i] >> bits
-        if i == 0 or key != packed[i - 1] >> bits:
-            first, fresh = i, True
-            alone = i + 1 == packed.size or key != packed[i + 1] >> bits
-        stats[t, 1] = i - first
-        if alone or t + 1 == tokens.size:  # a context that never recurs counts nothing
-            continue
-        if fresh:
-            group, base, fresh = group + 1, base + vocab_size, False
-            if group % capacity == 0:
-                base = 0
-                if size:
-                    cuts.append(size)
-        out[size] = (base + np.int64(tokens[t + 1])) << bits | (t + 1)
-        size += 1
-    return out[:size], cuts
+  """Target counts (column 1) and the next order's keys."""
+  (bits, vocab_size, capacity), mask, cuts = code, (1 << code[0]) - 1, [0]
+  out, size, group, base, first = np.empty_like(packed), 0, -1, 0, 0
+  fresh = alone = True
+  for i in range(packed.size):
+    t, key = packed[i] & mask, packed[i] >> bits
+    if i == 0 or key != packed[i - 1] >> bits:
+      first, fresh = i, True
+      alone = i + 1 == packed.size or key != packed[i + 1] >> bits
+    stats[t, 1] = i - first
+    if alone or t + 1 == tokens.size:  # a context that never recurs counts nothing
+      continue
+    if fresh:
+      group, base, fresh = group + 1, base + vocab_size, False
+      if group % capacity == 0:
+        base = 0
+        if size:
+          cuts.append(size)
+    out[size] = (base + np.int64(tokens[t + 1])) << bits | (t + 1)
+    size += 1
+  return out[:size], cuts
 
 
 def scan_contexts(keys, code, stats):
-    """The other columns; keys lie grouped by context and in the order of time."""
-    (bits, vocab_size, _), mask, base = code, (1 << code[0]) - 1, -1
-    first = types = singles = 0
-    for i in range(keys.size):
-        t, key = keys[i] & mask, keys[i] >> bits
-        if base < 0 or not base <= key < base + vocab_size:
-            base, first, types, singles = key // vocab_size * vocab_size, i, 0, 0
-        stats[t, 0], stats[t, 2], stats[t, 3] = i - first, types, singles
-        types += stats[t, 1] == 0
-        singles += (stats[t, 1] == 0) - (stats[t, 1] == 1)
+  """The other columns; keys lie grouped by context and in the order of time."""
+  (bits, vocab_size, _), mask, base = code, (1 << code[0]) - 1, -1
+  first = types = singles = 0
+  for i in range(keys.size):
+    t, key = keys[i] & mask, keys[i] >> bits
+    if base < 0 or not base <= key < base + vocab_size:
+      base, first, types, singles = key // vocab_size * vocab_size, i, 0, 0
+    stats[t, 0], stats[t, 2], stats[t, 3] = i - first, types, singles
+    types += stats[t, 1] == 0
+    singles += (stats[t, 1] == 0) - (stats[t, 1] == 1)
 
 
 def torch_orders(keys, code, tokens, device):
-    """The same by sort, cumsum and scatter: CUDA, or a machine without numba."""
-    (bits, vocab_size, capacity), cuts = code, [0]
-    keys, tokens = (torch.from_numpy(a).to(device) for a in (keys, tokens))
-    index = torch.arange(len(keys) + 1, device=device)
+  """The same by sort, cumsum and scatter: CUDA, or a machine without numba."""
+  (bits, vocab_size, capacity), cuts = code, [0]
+  keys, tokens = (torch.from_numpy(a).to(device) for a in (keys, tokens))
+  index = torch.arange(len(keys) + 1, device=device)
 
-    def runs(group):  # does a group begin, and where did it
-        new = torch.ones(len(group), dtype=torch.bool, device=device)
-        new[1:] = group[1:] != group[:-1]
-        return new, torch.where(new, index[: len(group)], 0).cummax(0).values
+  def runs(group):  # does a group begin, and where did it
+    new = torch.ones(len(group), dtype=torch.bool, device=device)
+    new[1:] = group[1:] != group[:-1]
+    return new, torch.where(new, index[: len(group)], 0).cummax(0).values
 
-    while True:
-        stats = torch.zeros((len(tokens), 4), dtype=torch.int32, device=device)
-        packed = sort_pieces(keys, cuts, lambda k: k.sort().values, torch.cat)
-        t = packed & (1 << bits) - 1
-        new, first = runs(packed >> bits)
-        stats[t, 1] = (index[: len(t)] - first).int()
-        again = ~new
-        again[:-1] |= again[1:].clone()  # n-grams seen twice or more
-        keep = again & (t + 1 < len(tokens))
-        run, follow = new.cumsum(0)[keep], t[keep] + 1
-        group = torch.zeros_like(run)
-        group[1:] = (run[1:] != run[:-1]).cumsum(0)
+  while True:
+    stats = torch.zeros((len(tokens), 4), dtype=torch.int32, device=device)
+    packed = sort_pieces(keys, cuts, lambda k: k.sort().values, torch.cat)
+    t = packed & (1 << bits) - 1
+    new, first = runs(packed >> bits)
+    stats[t, 1] = (index[: len(t)] - first).int()
+    again = ~new
+    again[:-1] |= again[1:].clone()  # n-grams seen twice or more
+    keep = again & (t + 1 < len(tokens))
+    run, follow = new.cumsum(0)[keep], t[keep] + 1
+    group = torch.zeros_like(run)
+    group[1:] = (run[1:] != run[:-1]).cumsum(0)
 
-        t, (_, first) = keys & (1 << bits) - 1, runs((keys >> bits) // vocab_size)
-        stats[t, 0] = (index[: len(t)] - first).int()
-        new, again = (stats[t, 1] == 0).int(), (stats[t, 1] == 1).int()
-        for column, change in ((2, new), (3, new - again)):
-            before = change.cumsum(0) - change
-            stats[t, column] = (before - before[first]).int()
-        yield stats.cpu().numpy()
-        keys = (group % capacity * vocab_size + tokens[follow]) << bits | follow
-        cuts = [0, *(torch.nonzero(torch.diff(group // capacity))[:, 0] + 1).tolist()]
+    t, (_, first) = keys & (1 << bits) - 1, runs((keys >> bits) // vocab_size)
+    stats[t, 0] = (index[: len(t)] - first).int()
+    new, again = (stats[t, 1] == 0).int(), (stats[t, 1] == 1).int()
+    for column, change in ((2, new), (3, new - again)):
+      before = change.cumsum(0) - change
+      stats[t, column] = (before - before[first]).int()
+    yield stats.cpu().numpy()
+    keys = (group % capacity * vocab_size + tokens[follow]) << bits | follow
+    cuts = [0, *(torch.nonzero(torch.diff(group // capacity))[:, 0] + 1).tolist()]
 
 
 def backoff_match(counts, cfg):
-    """Order (0: none), n and c of the longest context seen NGRAM_MIN_COUNT times: int32 (3, N)"""
-    best = None
-    for order, *stats in counts:
-        best = np.zeros((3, len(stats[0])), np.int32) if best is None else best
-        if cfg.ngram_min_order <= order <= cfg.ngram_max_order:
-            usable = stats[0] >= cfg.ngram_min_count
-            for row, value in zip(best, (order, *stats[:2]), strict=True):
-                np.copyto(row, value, where=usable)
-        value = stats = None  # frees them before the next order is counted
-    return best
+  """Order (0: none), n and c of the longest context seen NGRAM_MIN_COUNT times: int32 (3, N)"""
+  best = None
+  for order, *stats in counts:
+    best = np.zeros((3, len(stats[0])), np.int32) if best is None else best
+    if cfg.ngram_min_order <= order <= cfg.ngram_max_order:
+      usable = stats[0] >= cfg.ngram_min_count
+      for row, value in zip(best, (order, *stats[:2]), strict=True):
+        np.copyto(row, value, where=usable)
+    value = stats = None  # frees them before the next order is counted
+  return best
 
 
-def backoff_alpha(order, entropy, cfg):
-    """Weight (N,) of the counts, from matched order (0: none) and the model's entropy in nats.
-    The multipliers act on it: on the probability they would create mass."""
-    low, high, scale = cfg.ngram_alpha_min, cfg.ngram_alpha_max, cfg.ngram_entropy_scale
-    centre = cfg.ngram_entropy_center - cfg.ngram_center_slope * (order - 2.0)
-    alpha = low + (high - low) / (1 + np.exp(-scale * (entropy - centre)))
-    alpha = alpha * np.take(cfg.ngram_multipliers, np.maximum(order - 2, 0), mode="clip")
-    return np.where(order > 0, alpha.clip(0, 0.95), 0.0)
+def backoff_alpha(order, entropy, cfg, boost=1.0):
+  """Weight (N,) of the counts, from matched order (0: none) and the model's entropy in nats.
+  Multipliers and boost act on it: on the probability they would create mass."""
+  low, high, scale = cfg.ngram_alpha_min, cfg.ngram_alpha_max, cfg.ngram_entropy_scale
+  place = np.maximum(order - 2, 0)
+  centre = np.take(cfg.ngram_entropy_center, place, mode="clip") - cfg.ngram_center_slope * place
+  alpha = low + (high - low) / (1 + np.exp(-scale * (entropy - centre)))
+  if cfg.ngram_alpha:  # PR #1026, entropy in the place of the target's own loss
+    alpha = cfg.ngram_alpha * (entropy / cfg.ngram_nll_threshold).clip(0.1, 2.0)
+  alpha = alpha * boost * np.take(cfg.ngram_multipliers, place, mode="clip")
+  return np.where(order > 0, alpha.clip(0, 0.95), 0.0)
 
 
-def backoff_log_prob(scores, match, cfg, floor=0.0):
-    """The published mixture (PR #864): (N,), nats."""
-    order, n, c = match
-    alpha, p_model = backoff_alpha(order, scores.entropy, cfg), np.exp(scores.log_prob)
-    p = (1 - alpha) * np.maximum(p_model, floor) + alpha * (c / np.maximum(n, 1))
-    return np.log(np.maximum(p, floor))
+def enrichment_boost(pe_delta):
+  """0.5 to 1.5 (N,): PR #810's confidence, over the largest change so far instead of a chunk's,
+  which later tokens enter."""
+  return 1.0 if pe_delta is None else 0.5 + pe_delta / np.maximum.accumulate(pe_delta)
+
+
+def backoff_log_prob(log_prob, alpha, match, floor=0.0):
+  """The published mixture (PR #864): (N,), nats."""
+  _, n, c = match
+  p = (1 - alpha) * np.maximum(np.exp(log_prob), floor) + alpha * (c / np.maximum(n, 1))
+  return np.log(np.maximum(p, floor))
 
 
 class CountStore:
-    """Counts at the targets (positions 1 on), kept where the context was seen."""
+  """Counts at the targets (positions 1 on), kept where the context was seen."""
 
-    def __init__(self, orders):
-        self.orders, self.columns, self.matched = orders, [], 0
+  def __init__(self, orders):
+    self.orders, self.columns, self.matched = orders, [], 0
 
-    def collect(self, counts):
-        """Keep what ngram_counts yields and pass it on, cut to the targets."""
-        for order, *stats in counts:
-            n, c, types, singles = stats = [column[1:] for column in stats]
-            if order in self.orders:
-                seen = np.flatnonzero(n).astype(np.int32)
-                few = np.stack([types[seen], singles[seen]], 1).astype(np.uint16)
-                self.columns.append((seen, np.stack([n[seen], c[seen]], 1), few))
-                self.matched = np.where(n > 0, np.int8(order), self.matched)
-            yield order, *stats
-            del n, c, types, singles, stats
+  def collect(self, counts):
+    """Keep what ngram_counts yields and pass it on, cut to the targets."""
+    for order, *stats in counts:
+      n, c, types, singles = stats = [column[1:] for column in stats]
+      if order in self.orders:
+        seen = np.flatnonzero(n).astype(np.int32)
+        few = np.stack([types[seen], singles[seen]], 1).astype(np.uint16)
+        self.columns.append((seen, np.stack([n[seen], c[seen]], 1), few))
+        self.matched = np.where(n > 0, np.int8(order), self.matched)
+      yield order, *stats
+      del n, c, types, singles, stats
 
-    def read(self, a, b):
-        """Targets a..b: int32 (K, b - a, 4): context, target, types, singletons."""
-        dense = np.zeros((len(self.orders), b - a, 4), np.int32)
-        ends = np.array([a, b], np.int32)  # of another type, searchsorted would copy `seen`
-        for row, (seen, many, few) in zip(dense, self.columns, strict=True):
-            part = slice(*np.searchsorted(seen, ends))
-            row[seen[part] - a] = np.concatenate([many[part], few[part]], 1)
-        return dense
+  def read(self, a, b):
+    """Targets a..b: int32 (K, b - a, 4): context, target, types, singletons."""
+    dense = np.zeros((len(self.orders), b - a, 4), np.int32)
+    ends = np.array([a, b], np.int32)  # of another type, searchsorted would copy `seen`
+    for row, (seen, many, few) in zip(dense, self.columns, strict=True):
+      part = slice(*np.searchsorted(seen, ends))
+      row[seen[part] - a] = np.concatenate([many[part], few[part]], 1)
+    return dense
 
 
 class Blend:
-    """The model and each order's plain c / n, mixed with weights learned online.
+  """The model and each order's plain c / n, mixed by a gate (one hidden layer) that learns from
+  each scored chunk. A Bayesian pair of gate and model alone, updated target by target, loses at
+  most one bit in total against either."""
 
-    A gate (one hidden layer) learns from each scored chunk. A Bayesian pair of gate and model
-    alone, updated target by target, loses at most one bit in total against either.
+  def __init__(self, orders, device):
+    self.device, inputs, experts, hidden = device, 5 * len(orders) + 3, len(orders) + 1, 32
+    first = torch.randn(inputs, hidden, generator=torch.Generator().manual_seed(0))
+    bias = torch.full((experts,), -1.0)
+    bias[0] = 1.0  # the model starts favoured
+    layers = first / inputs**0.5, torch.zeros(hidden), torch.zeros(hidden, experts), bias
+    self.layers = [layer.to(device).requires_grad_() for layer in layers]
+    self.optimizer = torch.optim.Adam(self.layers, 5e-3, fused=True)
+    self.odds, self.chunk, self.seen = 0.0, 256, 0
+
+  def rows(self, stats, logp, entropy):
+    """Inputs of the gate (rows, 5K + 3), scaled by constants, not by the stream (C1); the
+    experts' mask and p (rows, K + 1), of which only p knows the target.
+
+    stats: (K, rows, 4) int32; logp, entropy: (rows,) float64, nats.
     """
+    stats, logp, entropy = (torch.as_tensor(a).to(self.device) for a in (stats, logp, entropy))
+    (n, _, types, singles), h = stats.float().unbind(-1), entropy.float()[None]
+    known, total = n > 0, stats[..., 0].clamp(min=1)
+    inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
+    inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp()])
+    p = torch.cat([logp.exp()[None], stats[..., 1].double() / total])
+    return inputs.T, torch.cat([torch.ones_like(known[:1]), known]).T, p.T
 
-    def __init__(self, orders, device):
-        self.device, inputs, experts, hidden = device, 5 * len(orders) + 3, len(orders) + 1, 32
-        first = torch.randn(inputs, hidden, generator=torch.Generator().manual_seed(0))
-        bias = torch.full((experts,), -1.0)
-        bias[0] = 1.0  # the model starts favoured
-        layers = first / inputs**0.5, torch.zeros(hidden), torch.zeros(hidden, experts), bias
-        self.layers = [layer.to(device).requires_grad_() for layer in layers]
-        self.optimizer = torch.optim.Adam(self.layers, 5e-3, fused=True)
-        self.odds, self.chunk, self.seen = 0.0, 256, 0
+  def logits(self, inputs, known):
+    hidden = F.gelu(inputs @ self.layers[0] + self.layers[1])
+    return (hidden @ self.layers[2] + self.layers[3]).masked_fill(~known, -torch.inf)
 
-    def rows(self, stats, logp, entropy):
-        """Inputs of the gate (rows, 5K + 3), the experts' mask and p (rows, K + 1), of which only p
-        knows the target; inputs are scaled by constants, not by the stream (C1).
+  @torch.no_grad()
+  def weights(self, inputs, known, _):
+    """Of the experts: float64 (rows, K + 1)"""
+    return self.logits(inputs, known).double().softmax(1)
 
-        stats: (K, rows, 4) int32; logp, entropy: (rows,) float64, nats.
-        """
-        stats, logp, entropy = (torch.as_tensor(a).to(self.device) for a in (stats, logp, entropy))
-        (n, _, types, singles), h = stats.float().unbind(-1), entropy.float()[None]
-        known, total = n > 0, stats[..., 0].clamp(min=1)
-        inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
-        inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp()])
-        p = torch.cat([logp.exp()[None], stats[..., 1].double() / total])
-        return inputs.T, torch.cat([torch.ones_like(known[:1]), known]).T, p.T
+  @staticmethod
+  def mix(gate_logp, logp, odds):
+    """Gate against model alone at log-odds `odds`: float64 (rows,), nats."""
+    return np.logaddexp(gate_logp - np.logaddexp(0, -odds), logp - np.logaddexp(0, odds))
 
-    def logits(self, inputs, known):
-        hidden = F.gelu(inputs @ self.layers[0] + self.layers[1])
-        return (hidden @ self.layers[2] + self.layers[3]).masked_fill(~known, -torch.inf)
-
-    @torch.no_grad()
-    def gate_logp(self, inputs, known, p):
-        """Log of the weighted sum of p: float64 (rows,), nats."""
-        weights = self.logits(inputs, known).double().softmax(1)
-        return (weights * p).sum(1).log().cpu().numpy()
-
-    @staticmethod
-    def mix(gate_logp, logp, odds):
-        """Gate against model alone at log-odds `odds`: float64 (rows,), nats."""
-        return np.logaddexp(gate_logp - np.logaddexp(0, -odds), logp - np.logaddexp(0, odds))
-
-    def learn(self, inputs, known, p):
-        """Train on a scored chunk: four passes early in the stream, one from 2^19 targets."""
-        self.seen, self.chunk = self.seen + len(p), min(2 * self.chunk, 4096)
-        ratio = (p / p.amax(1, keepdim=True).clamp(1e-300)).float()
-        passes = min(4, max(1, (1 << 20) // self.seen))
-        batches = [a.split(256 if passes > 1 else 512) for a in (inputs, known, ratio)]
-        for _ in range(passes):
-            for x, mask, q in zip(*batches, strict=True):
-                loss = -(self.logits(x, mask).softmax(1) * q).sum(1).clamp(1e-30).log().mean()
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
+  def learn(self, inputs, known, p):
+    """Train on a scored chunk: four passes early in the stream, one from 2^19 targets."""
+    self.seen, self.chunk = self.seen + len(p), min(2 * self.chunk, 4096)
+    ratio = (p / p.amax(1, keepdim=True).clamp(1e-300)).float()
+    passes = min(4, max(1, (1 << 20) // self.seen))
+    batches = [a.split(256 if passes > 1 else 512) for a in (inputs, known, ratio)]
+    for _ in range(passes):
+      for x, mask, q in zip(*batches, strict=True):
+        loss = -(self.logits(x, mask).softmax(1) * q).sum(1).clamp(1e-30).log().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
 
 def blend(store, scores, device, probes=()):
-    """Score each target, then learn from it -> (log-probability (N,), mass at each probe).
-
-    probes: (target, p_model (V,), counts (K, V)), where the whole vocabulary is scored.
-    """
-    (logp, entropy), mixer = scores, Blend(store.orders, device)
-    out, masses, a, threads = np.empty(len(logp)), [], 0, torch.get_num_threads()
-    torch.set_num_threads(1)  # faster for a gate so small, and the same bits on any machine
-    while a < len(logp):
-        b = min(a + mixer.chunk, len(logp))
-        rows = mixer.rows(store.read(a, b), logp[a:b], entropy[a:b])
-        gate = mixer.gate_logp(*rows)
-        odds = mixer.odds + np.append(0.0, np.cumsum(gate - logp[a:b]))
-        out[a:b] = mixer.mix(gate, logp[a:b], odds[:-1])
-        for t, p_model, counts in probes:
-            if a <= t < b:
-                n, types, singles = counts.sum(1), (counts > 0).sum(1), (counts == 1).sum(1)
-                stats = np.broadcast_arrays(n[:, None], counts, types[:, None], singles[:, None])
-                every = np.log(np.maximum(p_model, 1e-300)), np.full(len(p_model), entropy[t])
-                gate = mixer.gate_logp(*mixer.rows(np.stack(stats, 2), *every))
-                masses.append(np.exp(mixer.mix(gate, every[0], odds[t - a])).sum())
-        mixer.odds = odds[-1]
-        mixer.learn(*rows)
-        a = b
-    torch.set_num_threads(threads)
-    return out, np.array(masses)
-
-
-def backoff_mass(scores, orders, probe, cfg):
-    """Sum of the backoff's probabilities at one probe of `blend`."""
-    t, p_model, counts = probe
-    every = Scores(np.log(np.maximum(p_model, 1e-300)), np.full(len(p_model), scores.entropy[t]))
-    columns = ((k, np.full_like(c, c.sum()), c) for k, c in zip(orders, counts, strict=True))
-    return np.exp(backoff_log_prob(every, backoff_match(columns, cfg), cfg)).sum()
+  """Score each target, then learn from it -> (log-probability (N,), mass at each probe:
+  (target, p_model (V,), counts (K, V)), where the whole vocabulary is scored)."""
+  (logp, entropy, _), mixer = scores, Blend(store.orders, device)
+  out, masses, a, threads = np.empty(len(logp)), [], 0, torch.get_num_threads()
+  torch.set_num_threads(1)  # faster for a gate so small, and the same bits on any machine
+  while a < len(logp):
+    b = min(a + mixer.chunk, len(logp))
+    stats = store.read(a, b)
+    rows = mixer.rows(stats, logp[a:b], entropy[a:b])
+    weights = mixer.weights(*rows)
+    gate = (weights * rows[-1]).sum(1).log().cpu().numpy()
+    odds = mixer.odds + np.append(0.0, np.cumsum(gate - logp[a:b]))
+    out[a:b] = mixer.mix(gate, logp[a:b], odds[:-1])
+    for t, p_model, counts in probes:
+      if a <= t < b:
+        ratios = counts / np.maximum(stats[:, t - a, :1], 1)  # (K, V)
+        gate = weights[t - a].cpu().numpy() @ np.vstack([p_model, ratios])
+        logs = np.log(np.maximum([gate, p_model], 1e-300))
+        masses.append(np.exp(mixer.mix(*logs, odds[t - a])).sum())
+    mixer.odds = odds[-1]
+    mixer.learn(*rows)
+    a = b
+  torch.set_num_threads(threads)
+  return out, np.array(masses)
 
 
 def vocabulary_counts(tokens, t, vocab_size, orders):
-    """Counts of the whole vocabulary at t, int64 (K, V), by comparing contexts."""
-    places, counts = np.arange(t), np.zeros((len(orders), vocab_size), np.int64)
-    for order in range(1, min(t + 1, max(orders)) + 1):
-        if order in orders:
-            counts[orders.index(order)] = np.bincount(tokens[places], minlength=vocab_size)
-        places = places[places >= order]
-        places = places[tokens[places - order] == tokens[t - order]]
-    return counts
+  """Counts of the whole vocabulary at t, int64 (K, V), by comparing contexts."""
+  places, counts = np.arange(t), np.zeros((len(orders), vocab_size), np.int64)
+  for order in range(1, min(t + 1, max(orders)) + 1):
+    if order in orders:
+      counts[orders.index(order)] = np.bincount(tokens[places], minlength=vocab_size)
+    places = places[places >= order]
+    places = places[tokens[places - order] == tokens[t - order]]
+  return counts
 
 
 # -----------------------------------------------------------------------------
@@ -1631,89 +1726,88 @@ def vocabulary_counts(tokens, t, vocab_size, orders):
 
 
 def micro_batches(cfg, rt):
-    """Micro-batches of a step on each rank; ConfigError where the batch does not divide."""
-    count = cfg.grad_accum_steps or (max(1, 8 // rt.world_size) if rt.cuda else 1)
-    unit = cfg.train_seq_len * rt.world_size * count
-    if cfg.train_batch_tokens % unit:
-        wanted = f"a multiple of {unit} = TRAIN_SEQ_LEN x {rt.world_size} ranks x {count} parts"
-        raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {wanted}")
-    return count
+  """Micro-batches of a step on each rank; ConfigError where the batch does not divide."""
+  count = cfg.grad_accum_steps or (max(1, 8 // rt.world_size) if rt.cuda else 1)
+  unit = cfg.train_seq_len * rt.world_size * count
+  if cfg.train_batch_tokens % unit:
+    wanted = f"a multiple of {unit} = TRAIN_SEQ_LEN x {rt.world_size} ranks x {count} parts"
+    raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {wanted}")
+  return count
 
 
 class Trainer:
-    """The state of a training run and its steps."""
+  """The state of a training run and its steps."""
 
-    def __init__(self, model, loader, rt, cfg):
-        self.model, self.loader, self.rt, self.cfg = model, loader, rt, cfg
-        self.micro, self.step, self.qat_since = micro_batches(cfg, rt), 0, None
-        self.optimizers, self.averages = Optimizers(model, rt, cfg), Averages(model, cfg)
-        self.loss = rt.compile(model, fullgraph=True)
+  def __init__(self, model, loader, rt, cfg):
+    self.model, self.loader, self.rt, self.cfg = model, loader, rt, cfg
+    self.micro, self.step, self.qat_since = micro_batches(cfg, rt), 0, None
+    self.optimizers, self.averages = Optimizers(model, rt, cfg), Averages(model, cfg)
+    self.loss = rt.compile(model, fullgraph=True)
 
-    def gradients(self):
-        """Forward and backward over this rank's rows of the next batch -> mean loss."""
-        rows = self.loader.rows(self.cfg, self.rt)
-        inputs, targets = (part.to(self.rt.device).chunk(self.micro) for part in rows)
-        total = torch.zeros((), device=self.rt.device)
-        for ids, goal in zip(inputs, targets, strict=True):
-            with self.rt.autocast():
-                loss = self.loss(ids, goal) / self.micro
-            loss.backward()
-            total += loss.detach()
-        return total
+  def gradients(self):
+    """Forward and backward over this rank's rows of the next batch -> mean loss."""
+    rows = self.loader.rows(self.cfg, self.rt)
+    inputs, targets = (part.to(self.rt.device).chunk(self.micro) for part in rows)
+    total = torch.zeros((), device=self.rt.device)
+    for ids, goal in zip(inputs, targets, strict=True):
+      with self.rt.autocast():
+        loss = self.loss(ids, goal) / self.micro
+      loss.backward()
+      total += loss.detach()
+    return total
 
-    def warm_up(self):
-        """Compile on real data, then rewind: no weight, state or position changes."""
-        state = self.loader.state()
-        for _ in range(self.cfg.warmup_steps):
-            self.gradients()
-        for weight in self.optimizers.weights:
-            weight.grad = None
-        self.loader.restore(state)
+  def warm_up(self):
+    """Compile on real data, then rewind: no weight, state or position changes."""
+    state = self.loader.state()
+    for _ in range(self.cfg.warmup_steps):
+      self.gradients()
+    for weight in self.optimizers.weights:
+      weight.grad = None
+    self.loader.restore(state)
 
-    def update(self, factor):
-        """One optimizer step at rate factor `factor` -> training loss."""
-        cfg = self.cfg
-        if cfg.late_qat and self.qat_since is None and factor < cfg.late_qat_threshold:
-            self.qat_since = self.step
-            self.rt.log("late_qat:enabled", step=self.step, scale=factor)
-        if self.qat_since is not None and (self.step - self.qat_since) % cfg.qat_every == 0:
-            update_qat_grids(self.model, cfg)
-        loss = self.gradients()
-        self.optimizers.step(self.step, factor)
-        self.averages.update(self.step, factor)
-        self.step += 1
-        return loss
+  def update(self, factor):
+    """One optimizer step at rate factor `factor` -> training loss."""
+    cfg = self.cfg
+    if cfg.late_qat and self.qat_since is None and factor < cfg.late_qat_threshold:
+      self.qat_since = self.step
+      self.rt.log("late_qat:enabled", step=self.step, scale=factor)
+    if self.qat_since is not None and (self.step - self.qat_since) % cfg.qat_every == 0:
+      update_qat_grids(self.model, cfg)
+    loss = self.gradients()
+    self.optimizers.step(self.step, factor)
+    self.averages.update(self.step, factor)
+    self.step += 1
+    return loss
 
-    def run(self, validate):
-        """Train to the last step or the cap -> averaged weights, fp32 by name."""
-        cfg, rt, loss = self.cfg, self.rt, torch.zeros(())
-        self.warm_up()
-        rt.largest(0)  # barrier
-        elapsed, stop = 0.0, False
-        while self.step < cfg.iterations and not stop:
-            with rt.clock("train"):
-                previous, loss = loss, self.update(lr_factor(self.step, elapsed, cfg))
-                previous.item()  # keeps the host at most one step ahead of the device
-            if cfg.max_wallclock_seconds:  # one clock for all ranks, or their rates would differ
-                elapsed = rt.largest(rt.seconds["train"])
-                stop = elapsed >= cfg.max_wallclock_seconds
-            last = stop or self.step == cfg.iterations
-            if last or self.step <= 10 or self.step % cfg.train_log_every == 0:
-                mean = rt.sum(np.array([loss.item()])) / rt.world_size
-                self.log_step(train_loss=float(mean[0]))
-            if cfg.val_loss_every and (last or self.step % cfg.val_loss_every == 0):
-                val_loss, val_bpb = validate()
-                self.log_step(val_loss=val_loss, val_bpb=val_bpb)
-        if stop:
-            rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
-        rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
-        return self.averages.final()
+  def run(self, validate):
+    """Train to the last step or the cap -> averaged weights, fp32 by name."""
+    cfg, rt, loss = self.cfg, self.rt, torch.zeros(())
+    self.warm_up()
+    rt.largest(0)  # barrier
+    elapsed, stop = 0.0, False
+    while self.step < cfg.iterations and not stop:
+      with rt.clock("train"):
+        previous, loss = loss, self.update(lr_factor(self.step, elapsed, cfg))
+        previous.item()  # keeps the host at most one step ahead of the device
+      if cfg.max_wallclock_seconds:  # one clock for all ranks, or their rates would differ
+        elapsed = rt.largest(rt.seconds["train"])
+        stop = elapsed >= cfg.max_wallclock_seconds
+      last = stop or self.step == cfg.iterations
+      if last or self.step <= 10 or self.step % cfg.train_log_every == 0:
+        mean = rt.sum(np.array([loss.item()])) / rt.world_size
+        self.log_step(train_loss=float(mean[0]))
+      if cfg.val_loss_every and (last or self.step % cfg.val_loss_every == 0):
+        self.log_step(**validate())
+    if stop:
+      rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
+    rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
+    return self.averages.final()
 
-    def log_step(self, **values):
-        seconds = self.rt.seconds["train"]
-        values |= {"train_time_ms": int(1000 * seconds), "step_avg_ms": 1000 * seconds / self.step}
-        values["tokens_per_s"] = int(self.cfg.train_batch_tokens * self.step / seconds)
-        self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
+  def log_step(self, **values):
+    seconds = self.rt.seconds["train"]
+    values |= {"train_time_ms": int(1000 * seconds), "step_avg_ms": 1000 * seconds / self.step}
+    values["tokens_per_s"] = int(self.cfg.train_batch_tokens * self.step / seconds)
+    self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
 
 
 # -----------------------------------------------------------------------------
@@ -1722,222 +1816,229 @@ class Trainer:
 
 OUTPUTS = """submission.json log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model
  config.env blocks.npz scores.npz scores_ema.npz stream.bin report.png""".split()  # its mark first
-BLOCK_TARGETS = 1024
 
 
 def open_run_folder(rt):
-    """runs/<RUN_ID>/, cleared of an unfinished run; a finished one is not touched unasked."""
-    if rt.finished and not rt.cfg.overwrite:
-        fix = "OVERWRITE=1 or another RUN_ID"
-        raise ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {rt.folder} is finished; fix: {fix}")
-    if rt.rank == 0:
-        rt.folder.mkdir(parents=True, exist_ok=True)
-        for name in OUTPUTS:
-            (rt.folder / name).unlink(missing_ok=True)
+  """runs/<RUN_ID>/, cleared of an unfinished run; a finished one is not touched unasked."""
+  if rt.finished and not rt.cfg.overwrite:
+    fix = "OVERWRITE=1 or another RUN_ID"
+    raise ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {rt.folder} is finished; fix: {fix}")
+  if rt.rank == 0:
+    rt.folder.mkdir(parents=True, exist_ok=True)
+    for name in OUTPUTS:
+      (rt.folder / name).unlink(missing_ok=True)
 
 
 def keep_sources(rt, cfg):
-    values = {name: show(getattr(cfg, name.lower())) for name in VARIABLES if name not in PATHS}
-    text = "".join(f"{name}={value}\n" for name, value in values.items())
-    (rt.folder / "config.env").write_text(text, encoding="utf-8")
-    shutil.copyfile(CODE, rt.folder / "train_gpt.py")
-    shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
+  values = {name: show(getattr(cfg, name.lower())) for name in VARIABLES if name not in PATHS}
+  text = "".join(f"{name}={value}\n" for name, value in values.items())
+  (rt.folder / "config.env").write_text(text, encoding="utf-8")
+  shutil.copyfile(CODE, rt.folder / "train_gpt.py")
+  shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
 
 
 def announce(rt, cfg):
-    """Where, with what, and every value with its origin."""
-    for note in cfg.notes:
-        rt.log("note", note)
-    values = {
-        n: f"{show(getattr(cfg, n.lower()))}({cfg.origin.get(n, 'default')})" for n in VARIABLES
-    }
-    rt.log("config", **values)
-    found = {name: int(has_backend(name)) for name in BACKENDS}
-    versions = dict(python=platform.python_version(), torch=torch.__version__)
-    kind = torch.cuda.get_device_name() if rt.cuda else f"cpu {platform.machine()}"
-    threads = torch.get_num_threads()
-    rt.log("hardware", f"{rt.world_size} x {kind}", threads=threads, **versions, **found)
-
-
-def dry_run(rt, cfg):
-    """What would run, without data or tokenizer."""
-    cfg = replace(cfg, vocab_size=cfg.vocab_size or 1024)
-    announce(rt, cfg)
-    micro_batches(cfg, rt)
-    rt.log("model_params", count_parameters(cfg))
-    for group, (names, rate, decay) in optimizer_groups(cfg).items():
-        rt.log("optimizer_group", group, rate=rate, decay=decay, parameters=",".join(names))
-    payload = sum(map(packed_bytes, parameter_specs(cfg).values()))
-    rt.log("byte_budget", code=CODE.stat().st_size, uncompressed_weights=payload, cap=CAP_BYTES)
+  """Where, with what, and every value with its origin."""
+  for note in cfg.notes:
+    rt.log("note", note)
+  values = {
+    n: f"{show(getattr(cfg, n.lower()))}({cfg.origin.get(n, 'default')})" for n in VARIABLES
+  }
+  rt.log("config", **values)
+  found = {name: int(has_backend(name)) for name in BACKENDS}
+  versions = dict(python=platform.python_version(), torch=torch.__version__)
+  kind = torch.cuda.get_device_name() if rt.cuda else f"cpu {platform.machine()}"
+  threads = torch.get_num_threads()
+  rt.log("hardware", f"{rt.world_size} x {kind}", threads=threads, **versions, **found)
 
 
 class Report:
-    """Prints the final lines and writes the run folder's results."""
+  """The final lines and the run folder's results."""
 
-    def __init__(self, rt, cfg, text):
-        self.rt, self.cfg, self.text = rt, cfg, text
+  def __init__(self, rt, cfg):
+    self.rt, self.cfg, self.text = rt, cfg, ValidationText(cfg)
+    rt.log("val_text", tokens=len(self.text.targets), bytes=int(self.text.bytes.sum()))
 
-    def score(self, stage, log_prob, **more):
-        """A stage's final line; log_prob (N,), nats."""
-        bpb = bits_per_byte(log_prob, self.text.bytes)
-        self.rt.log(f"final_{stage}_exact", val_loss=float(-log_prob.mean()), val_bpb=bpb, **more)
+  def score(self, stage, log_prob, **more):
+    """A stage's final line; log_prob (N,), nats."""
+    self.rt.log(f"final_{stage}_exact", **self.losses(log_prob), **more)
 
-    def budget(self):
-        """Bytes and seconds against the caps."""
-        rt, sizes = self.rt, dict(code="train_gpt.py", weights="artifact.bin")
-        sizes = {part: (rt.folder / name).stat().st_size for part, name in sizes.items()}
-        total = sum(sizes.values())
-        rt.log("final_artifact_bytes", **sizes, total=total, cap=CAP_BYTES)
-        rt.log("final_budget", **{f"{k}_seconds": v for k, v in rt.seconds.items()}, cap="600/600")
-        if total > CAP_BYTES:
-            rt.log("OVER THE CAP", f"{total} > {CAP_BYTES} bytes, not a valid submission")
+  def losses(self, log_prob):
+    bpb = bits_per_byte(log_prob, self.text.bytes)
+    return dict(val_loss=float(-log_prob.mean()), val_bpb=bpb)
 
-    def write(self, base, final):
-        columns = dict(logp_model=base.log_prob, logp_final=final, bytes=self.text.bytes)
-        edges = np.arange(0, len(final), BLOCK_TARGETS)
-        self.save("blocks.npz", **{n: np.add.reduceat(c, edges) for n, c in columns.items()})
-        if self.cfg.save_scores or self.cfg.ngram_scheme:
-            self.write_scores("scores.npz", base, final)
+  def budget(self):
+    """Bytes and seconds against the caps."""
+    rt, sizes = self.rt, dict(code="train_gpt.py", weights="artifact.bin")
+    sizes = {part: (rt.folder / name).stat().st_size for part, name in sizes.items()}
+    total = sum(sizes.values())
+    rt.log("final_artifact_bytes", **sizes, total=total, cap=CAP_BYTES)
+    rt.log("final_budget", **{f"{k}_seconds": v for k, v in rt.seconds.items()}, cap="600/600")
+    if total > CAP_BYTES:
+      rt.log("OVER THE CAP", f"{total} > {CAP_BYTES} bytes, not a valid submission")
 
-    def write_scores(self, name, base, final):
-        text, columns = self.text, dict(logp_model=base.log_prob, entropy=base.entropy)
-        tokens = dict(position=text.positions, token=text.targets, bytes=text.bytes)
-        self.save(name, **tokens, **columns, logp_final=final)
+  def write(self, base, final):
+    columns = dict(logp_model=base.log_prob, logp_final=final, bytes=self.text.bytes)
+    edges = np.arange(0, len(final), 1024)
+    self.save("blocks.npz", **{n: np.add.reduceat(c, edges) for n, c in columns.items()})
+    if self.cfg.save_scores or self.cfg.ngram_scheme:
+      self.write_scores("scores.npz", base, final)
 
-    def save(self, name, **arrays):
-        if self.rt.rank == 0:
-            write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
+  def write_scores(self, name, base, final):
+    text, columns = self.text, dict(logp_model=base.log_prob, entropy=base.entropy)
+    tokens = dict(position=text.positions, token=text.targets, bytes=text.bytes)
+    if base.pe_delta is not None:
+      columns["pe_delta"] = base.pe_delta
+    self.save(name, **tokens, **columns, logp_final=final)
 
-    def finish(self):
-        """submission.json, the mark of a finished run, and report.png."""
-        for script in ("submission.py", "plot.py"):
-            command = [sys.executable, ROOT / "records" / script, self.rt.folder]
-            if subprocess.run(command).returncode:
-                self.rt.log("note", f"records/{script} failed; run it again on {self.rt.folder}")
+  def save(self, name, **arrays):
+    if self.rt.rank == 0:
+      write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
+
+  def finish(self):
+    """submission.json, the mark of a finished run, and report.png."""
+    for script in ("records/submission.py", "records/plot.py"):
+      if tool(script, self.rt.folder).returncode:
+        self.rt.log("note", f"{script} failed; run it again on {self.rt.folder}")
 
 
-def train_model(rt, cfg, text):
-    """Train from fresh weights -> averaged weights by name"""
-    model = GPT(cfg).initialise().to(rt.device)
-    rt.log("model_params", count_parameters(cfg))
-    loader = TokenLoader(find_shards(cfg.data_path, "train"), cfg.vocab_size)
-    scorer = WindowScorer(model, rt, cfg)
+def train_model(report):
+  """Train from fresh weights -> averaged weights by name"""
+  rt, cfg, text = report.rt, report.cfg, report.text
+  model = GPT(cfg).initialise().to(rt.device)
+  rt.log("model_params", count_parameters(cfg))
+  loader = TokenLoader(find_shards(cfg.data_path, "train"), cfg.vocab_size)
+  scorer = WindowScorer(model, rt, cfg)
 
-    def validate():
-        log_prob = scorer.score(text.stream, scorer.length).log_prob
-        return float(-log_prob.mean()), bits_per_byte(log_prob, text.bytes)
+  def validate():
+    model.eval()
+    log_prob = scorer.score(text.stream, scorer.length)[0].log_prob
+    model.train()
+    return report.losses(log_prob)
 
-    return Trainer(model, loader, rt, cfg).run(validate)
+  weights = Trainer(model, loader, rt, cfg).run(validate)
+  if cfg.val_loss_every:  # what quantisation starts from
+    model.load_state_dict(weights)
+    rt.log("averaged", **validate())
+  return weights
 
 
 def evaluate(model, weights, report):
-    """Score the re-read artifact, mix in n-grams, write the scores down."""
-    cfg, rt, stream = report.cfg, report.rt, report.text.stream
-    scorer = WindowScorer(model, rt, cfg)
-    report.score("int6_roundtrip", scorer.score(stream, scorer.length).log_prob)
-    scores = scorer.score(stream, cfg.eval_stride)
-    report.score("int6_sliding_window", scores.log_prob, stride=cfg.eval_stride)
-    final = scores.log_prob
-    if not cfg.ngram_enabled or cfg.ngram_mixer == "none":
-        report.score("ngram", final, mixer="none")
-    elif rt.rank == 0:
-        final = mix_ngrams(scorer, scores, report)
-    report.write(scores, final)
-    if cfg.ngram_scheme and cfg.pseudo_weights == "ema":  # as #864 measured, unquantised
-        model.load_state_dict(weights)
-        raw = scorer.score(stream, cfg.eval_stride)
-        report.write_scores("scores_ema.npz", raw, raw.log_prob)
-    if cfg.ngram_scheme and rt.rank == 0:
-        pseudo_score(report)
+  """Score the re-read artifact, mix in n-grams, write the scores down."""
+  cfg, rt, stream = report.cfg, report.rt, report.text.stream
+  scorer, stride = WindowScorer(model, rt, cfg), cfg.eval_stride
+  probes = np.unique(np.linspace(0, len(stream) - 2, PROBES).astype(int))
+  report.score("int6_roundtrip", scorer.score(stream, scorer.length)[0].log_prob)
+  scores, seen = scorer.score(stream, stride, probes)
+  report.score("int6_sliding_window", scores.log_prob, stride=stride)
+  if cfg.ttt_enabled:
+    training = TestTimeTraining(model, rt, cfg)
+    adaptive = WindowScorer(training.model, rt, cfg)
+    scores, seen = adaptive.score(stream, stride, probes, training.learn)
+    report.score("ttt", scores.log_prob)
+  final = scores.log_prob
+  if not cfg.ngram_enabled or cfg.ngram_mixer == "none":
+    report.score("ngram", final, mixer="none")
+  elif rt.rank == 0:
+    final = mix_ngrams(scores, seen, report)
+  report.write(scores, final)
+  if cfg.ngram_scheme and cfg.pseudo_weights == "ema":  # as #864 measured, unquantised
+    model.load_state_dict(weights)
+    raw = scorer.score(stream, stride)[0]
+    report.write_scores("scores_ema.npz", raw, raw.log_prob)
+  if cfg.ngram_scheme and rt.rank == 0:
+    pseudo_score(report)
 
 
-def mix_ngrams(scorer, scores, report):
-    """Mix by the published backoff and by NGRAM_MIXER -> log p (N,), nats"""
-    cfg, rt, stream = report.cfg, report.rt, report.text.stream
-    shown = tuple(range(cfg.ngram_min_order, cfg.ngram_max_order + 1))
-    store = CountStore(tuple(sorted({1, *shown, *LONG_ORDERS})))
-    counts = ngram_counts(stream, cfg.vocab_size, max(store.orders), device=rt.device)
-    match = backoff_match(store.collect(counts), cfg)
-    orders = f"{shown[0]}-{shown[-1]}"
-    final = backoff_log_prob(scores, match, cfg)
-    report.score("ngram_backoff", final, orders=orders)
-    probes = []
-    for t in np.unique(np.linspace(0, len(final) - 1, PROBES).astype(int)):
-        p_model = scorer.distribution(stream, cfg.eval_stride, t)
-        probes.append((t, p_model, vocabulary_counts(stream, t + 1, cfg.vocab_size, store.orders)))
-    if cfg.ngram_mixer == "blend":
-        final, masses = blend(store, scores, rt.device, probes)
-    else:
-        masses = [backoff_mass(scores, store.orders, probe, cfg) for probe in probes]
-    bits = np.bincount(store.matched, (final - scores.log_prob) / math.log(2))
-    for order, count in enumerate(np.bincount(store.matched)):
-        if count:  # by the longest context seen before; 0: none
-            gain = dict(share=count / len(final), bits_saved=float(bits[order]))
-            rt.log("ngram_gain", order, positions=int(count), **gain)
-    error = float(np.abs(np.subtract(masses, 1)).max())
-    report.score("ngram", final, mixer=cfg.ngram_mixer, orders=orders, mass_error=error)
-    return final
+def mix_ngrams(scores, seen, report):
+  """Mix by the published backoff and by NGRAM_MIXER -> log p (N,), nats. seen: (target, p (V,))
+  of some, for the mass"""
+  cfg, rt, stream = report.cfg, report.rt, report.text.stream
+  shown = tuple(range(cfg.ngram_min_order, cfg.ngram_max_order + 1))
+  store = CountStore(tuple(sorted({1, *shown, *LONG_ORDERS})))
+  counts = ngram_counts(stream, cfg.vocab_size, max(store.orders), device=rt.device)
+  match = backoff_match(store.collect(counts), cfg)
+  orders = f"{shown[0]}-{shown[-1]}"
+  alpha = backoff_alpha(match[0], scores.entropy, cfg, enrichment_boost(scores.pe_delta))
+  final = backoff_log_prob(scores.log_prob, alpha, match)
+  report.score("ngram_backoff", final, orders=orders)
+  counts = [vocabulary_counts(stream, t + 1, cfg.vocab_size, store.orders) for t, _ in seen]
+  probes = [(*probe, count) for probe, count in zip(seen, counts, strict=True)]
+  if cfg.ngram_mixer == "blend":
+    final, masses = blend(store, scores, rt.device, probes)
+  else:
+    masses = []
+    for t, p_model, counts in probes:
+      order, n, _ = match[:, t]
+      ratio = counts[store.orders.index(order)] / n if order else p_model
+      masses.append(((1 - alpha[t]) * p_model + alpha[t] * ratio).sum())
+  saved = (final - scores.log_prob) / math.log(2)
+  for order in np.unique(store.matched).tolist():  # longest context seen before; 0: none
+    here = store.matched == order
+    gain = dict(share=float(here.mean()), bits_saved=float(saved[here].sum()))
+    rt.log("ngram_gain", order, positions=int(here.sum()), **gain)
+  error = float(np.abs(np.subtract(masses, 1)).max())
+  report.score("ngram", final, mixer=cfg.ngram_mixer, orders=orders, mass_error=error)
+  return final
 
 
 def pseudo_score(report):
-    """A published scorer as written: no code length, as its mass shows."""
-    cfg = report.cfg
-    options = ["--json", "--scheme", cfg.ngram_scheme, "--weights", cfg.pseudo_weights]
-    command = [sys.executable, ROOT / "records/as_written.py", report.rt.folder, *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE)
-    if done.returncode == 0:
-        report.rt.log("final_ngram_pseudo", **json.loads(done.stdout))
+  """A published scorer as written: no code length, as its mass shows."""
+  cfg = report.cfg
+  options = ["--json", "--scheme", cfg.ngram_scheme, "--weights", cfg.pseudo_weights]
+  done = tool("records/as_written.py", report.rt.folder, *options, stdout=subprocess.PIPE)
+  if done.returncode == 0:
+    report.rt.log("final_ngram_pseudo", **json.loads(done.stdout))
 
 
 def run(cfg):
-    """The life of a token, once through."""
-    rt = Runtime(cfg)
-    if cfg.dry_run:
-        return dry_run(rt, cfg)
-    if cfg.resume == "auto" and rt.finished:
-        return rt.log("note", f"{rt.folder} is finished")
-    if cfg.eval_only:
-        stored, packed = load_artifact(cfg.eval_only).cfg, Path(cfg.eval_only).read_bytes()
-        model = {name: getattr(stored, name) for name in MODEL_FIELDS}
-        cfg = replace(cfg, **model, pseudo_weights="artifact").check()
-    else:
-        micro_batches(cfg, rt)
-    open_run_folder(rt)
-    rt.start()
-    announce(rt, cfg)
-    prepare_sample(rt, cfg)
-    find_shards(cfg.data_path, "val")
-    cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
-    text, path = ValidationText(cfg), rt.folder / "artifact.bin"
-    rt.log("val_text", tokens=len(text.targets), bytes=int(text.bytes.sum()))
-    weights = {} if cfg.eval_only else train_model(rt, cfg, text)
+  """The life of a token, once through."""
+  rt = Runtime(cfg)
+  if cfg.dry_run:
+    return names_tool("dry_run", rt, cfg)
+  if cfg.resume == "auto" and rt.finished:
+    return rt.log("note", f"{rt.folder} is finished")
+  if cfg.eval_only:
+    stored, packed = load_artifact(cfg.eval_only).cfg, Path(cfg.eval_only).read_bytes()
+    model = {name: getattr(stored, name) for name in MODEL_FIELDS}
+    cfg = replace(cfg, **model, pseudo_weights="artifact").check()
+  else:
+    micro_batches(cfg, rt)
+  open_run_folder(rt)
+  rt.start()
+  announce(rt, cfg)
+  prepare_sample(rt, cfg)
+  find_shards(cfg.data_path, "val")
+  cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
+  report, path = Report(rt, cfg), rt.folder / "artifact.bin"
+  weights = {} if cfg.eval_only else train_model(report)
+  with rt.clock("eval"):  # quantisation is in its budget
     if rt.rank == 0:
-        keep_sources(rt, cfg)
-        packed = pack_artifact(weights, cfg) if weights else packed
-        write_atomically(path, lambda partial: partial.write_bytes(packed))
+      keep_sources(rt, cfg)
+      packed = pack_artifact(weights, cfg, rt.log) if weights else packed
+      write_atomically(path, lambda partial: partial.write_bytes(packed))
     rt.largest(0)  # barrier
-    with rt.clock("eval"):
-        model = load_artifact(path, rt.device, cfg.window)
-        report = Report(rt, cfg, text)
-        evaluate(model, weights, report)
-    if rt.rank == 0:
-        report.budget()
-        report.finish()
-    rt.largest(0)  # a rank that ends earlier could take rank 0 with it
+    model = load_artifact(path, rt.device, cfg.window)
+    evaluate(model, weights, report)
+  if rt.rank == 0:
+    report.budget()
+    report.finish()
+  rt.largest(0)  # a rank that ends earlier could take rank 0 with it
 
 
 def main():
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        return print_help()
-    try:
-        run(Config.from_env(os.environ))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+  if {"--help", "-h"} & set(sys.argv[1:]):
+    print(__doc__)
+    return names_tool("print_help")
+  try:
+    run(Config.from_env(os.environ))
+  except (UserError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  finally:
+    if dist.is_initialized():
+      dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+  main()

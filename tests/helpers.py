@@ -5,8 +5,10 @@ import fcntl
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import train_gpt  # noqa: E402
 
-ALIASES = train_gpt.read_pairs(ROOT / "records" / "aliases.env")
+names = types.SimpleNamespace(**runpy.run_path(str(ROOT / "records" / "variables.py")))
+PAIRS = names.read_pairs(names.ALIASES)
+ALIASES = {alias: ours for alias, ours in PAIRS.items() if ours in train_gpt.VARIABLES}
 
 # Every architecture switch on, small enough for loops.
 TINY = dict(
@@ -149,7 +153,7 @@ def clean_environment():
     return {
         name: text
         for name, text in os.environ.items()
-        if name not in ours | torchrun and not name.startswith(train_gpt.FAMILIES)
+        if name not in ours | torchrun and not name.startswith(names.FAMILIES)
     }
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 import pytest
-from helpers import ALIASES, ROOT, TINY, error_line, run_script, tiny, train_gpt
+from helpers import ALIASES, ROOT, TINY, error_line, names, run_script, tiny, train_gpt
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -233,7 +233,7 @@ def distance(a, b):
 
 @given(a=letters, b=letters)
 def test_edit_distance(a, b):
-    assert train_gpt.edit_distance(a, b) == distance(a, b)
+    assert names.edit_distance(a, b) == distance(a, b)
 
 
 @given(name=letters)
@@ -241,7 +241,7 @@ def test_other_names_are_judged_by_distance_and_family(name):
     if name in train_gpt.VARIABLES or name in ALIASES:
         return
     near = min(distance(name, ours) for ours in train_gpt.VARIABLES)
-    if name.startswith(train_gpt.FAMILIES) or (near <= 2 and len(name) > 5):
+    if name.startswith(names.FAMILIES) or (near <= 2 and len(name) > 5):
         assert name in refused(**{name: "1"})
     elif near > 2:
         resolve(**{name: "1"})

@@ -1,0 +1,142 @@
+"""Names of train_gpt.py's variables: the siblings' names, misspellings, RECORDs, the --help table.
+
+train_gpt.py runs without this file, on the variables' own names and its defaults; beside it a
+published run command resolves as it stands, RECORD=<name> finds its config.env, and a name that is
+nearly right stops the run with a suggestion.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+ALIASES = Path(__file__).parent / "aliases.env"
+FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
+PLANNED = ("CHECKPOINT_EVERY", "CODEC_TOKENS")  # known, no effect yet
+
+
+def resolve(environ: Mapping[str, str], script: ModuleType):
+  """-> ({name: (text, origin)}, notes) of train_gpt.py's variables that are given, by the
+  environment or by RECORD's config.env; ConfigError for what cannot be meant."""
+  given, notes = canonical_names(environ, script.ConfigError)
+  refuse_misspelt(given, script)
+  record, why = choose_record(given, script)
+  texts = {name: (text, f"RECORD={record}") for name, text in read_record(record, script).items()}
+  texts |= {name: (text, "env") for name, text in given.items() if name in script.VARIABLES}
+  texts["RECORD"] = record, texts.get("RECORD", ("", "default"))[1]
+  return texts, notes + why + [f"{name} has no effect yet" for name in PLANNED if name in given]
+
+
+def read_pairs(path: Path, error: type[Exception] = ValueError) -> dict[str, str]:
+  """The NAME=value lines of a file, without comments."""
+  lines = path.read_text(encoding="utf-8").splitlines()
+  lines = [line for line in lines if line.strip() and not line.startswith("#")]
+  if wrong := [line for line in lines if "=" not in line]:
+    raise error(f"{path}: {wrong[0]!r} is not NAME=value")
+  return {name: value.strip() for name, _, value in (line.partition("=") for line in lines)}
+
+
+def canonical_names(environ, error):
+  """Replace what the five scripts call the same thing by our names (aliases.env), unless they
+  contradict; accept what this script always or never does only at that value."""
+  aliases, notes = read_pairs(ALIASES), []
+  given = {name: text for name, text in environ.items() if name not in aliases}
+  for alias in sorted(aliases.keys() & environ.keys()):
+    text, meaning = environ[alias], aliases[alias]
+    if found := re.fullmatch(r"(\w*)\[(.*)\]", meaning):  # OURS[theirs:ours,...]
+      name, values = found[1], dict(v.split(":") for v in found[2].split(","))
+      if text not in values:
+        known = " or ".join(values)
+        raise error(f"{alias}={text!r}: only {known} can be had; fix: leave it out")
+      text = values[text]
+    elif found := re.fullmatch(r"(\w+)\+(\w+)=(.+)", meaning):  # OURS+theirs=default of theirs
+      name = found[1]
+      text = str(round(float(text) + float(environ.get(found[2], found[3])), 9))
+    else:
+      name = meaning
+    if not name:
+      notes.append(f"{alias}={environ[alias]} is what this script does anyway")
+      continue
+    if given.setdefault(name, text) != text:
+      raise error(f"{alias}={environ[alias]!r} contradicts {name}={given[name]!r}")
+    notes.append(f"{alias} is read as {name}={text}")
+  return given, notes
+
+
+def refuse_misspelt(names, script):
+  """Stop on names near ours or of one of our families; ignore the rest."""
+  for name in sorted(names.keys() - script.VARIABLES.keys()):
+    family = next((prefix for prefix in FAMILIES if name.startswith(prefix)), "")
+    known = [ours for ours in script.VARIABLES if ours.startswith(family)]
+    distance, near = min((edit_distance(name, ours), ours) for ours in known)
+    if family or 2 * distance <= min(4, len(name)):  # CI is no misspelt CLIP
+      message = f"{name}={names[name]!r} is not a variable; did you mean {near}?"
+      raise script.ConfigError(message)
+
+
+def edit_distance(a: str, b: str) -> int:
+  row = list(range(len(b) + 1))
+  for i, x in enumerate(a, 1):
+    diagonal, row[0] = row[0], i
+    for j, y in enumerate(b, 1):
+      diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+  return row[-1]
+
+
+def choose_record(given, script):
+  """-> (record, "" for the defaults; why, where nobody asked)."""
+  if given.get("RECORD"):
+    return given["RECORD"], []
+  cuda = given.get("DEVICE") != "cpu" and torch.cuda.is_available()
+  if cuda and (given.get("DATA_PATH") or script.FINEWEB_DATA.is_dir()):
+    return "", ["no RECORD: own configuration, since CUDA and data are here"]
+  missing = f"no FineWeb data in {script.FINEWEB_DATA}" if cuda else "no CUDA device"
+  if cuda and int(given.get("WORLD_SIZE", 1)) > 1 and given.get("DRY_RUN", "0") == "0":
+    fix = "python data/download_fineweb.py, or set DATA_PATH"
+    raise script.ConfigError(f"{missing}; fix: {fix}")
+  return "tiny", [f"no RECORD: tiny, since there is {missing}"]
+
+
+def read_record(name, script):
+  """The NAME=value lines of records/**/<name>*/config.env; {} for no record."""
+  if not name:
+    return {}
+  known = {path.parent.name: path for path in (script.ROOT / "records").glob("**/config.env")}
+  found = [name] if name in known else [folder for folder in known if folder.startswith(name)]
+  if len(found) != 1:
+    message = f"RECORD={name!r}: {len(found)} fit; fix: one of {sorted(known)}"
+    raise script.ConfigError(message)
+  pairs = read_pairs(known[found[0]], script.ConfigError)
+  for setting, text in pairs.items():
+    if setting not in script.VARIABLES or setting in script.PATHS:
+      raise script.ConfigError(f"{known[found[0]]}: {setting}={text} is not a setting")
+  return pairs
+
+
+def print_help(script: ModuleType) -> None:
+  """Name, type, default and meaning of each variable, as the source of Config says."""
+  for line in inspect.getsource(script.Config).splitlines():
+    if line.startswith("    # "):
+      print(f"\n{line[6:]}")
+    elif found := re.match(r" +(\w+): (.*) = .*  # (.+)", line):
+      name, choices = found[1].upper(), re.findall(r'"(\w+)"', found[2])
+      default = script.VARIABLES[name].default
+      kind = "|".join(choices) or type(default).__name__
+      print(f"{name:<28}{kind:<22}{script.show(default) or '-':<34}{found[3]}")
+
+
+def dry_run(rt, cfg, script: ModuleType) -> None:
+  """What would run, without data or tokenizer: configuration, parameters, optimizers, bytes."""
+  cfg = replace(cfg, vocab_size=cfg.vocab_size or 1024)
+  script.announce(rt, cfg)
+  script.micro_batches(cfg, rt)
+  rt.log("model_params", script.count_parameters(cfg))
+  for group, (names, rate, decay) in script.optimizer_groups(cfg).items():
+    rt.log("optimizer_group", group, rate=rate, decay=decay, parameters=",".join(names))
+  payload = sum(map(script.packed_bytes, script.parameter_specs(cfg).values()))
+  sizes = dict(code=script.CODE.stat().st_size, uncompressed_weights=payload)
+  rt.log("byte_budget", **sizes, cap=script.CAP_BYTES)
