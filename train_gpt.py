@@ -166,7 +166,7 @@ class Config:
   compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
   quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
   clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
-  quant_floor: bool = False  # scale >= 1 / largest, as published
+  quant_floor: bool = True  # scale >= 1 / largest: a bit a weight less
   target_mb: float = 0.0  # MiB, by zeroing +-1 weights; 0: any
 
   # Training
@@ -704,13 +704,13 @@ def shift_right(x):
 
 
 def rotary_tables(cfg, length):
-  """cos, sin (length, rope_dims / 2); the base stretched by the training length (NTK rule)."""
+  """cos, sin: (2, length, rope_dims / 2); the base stretched by the training length (NTK rule)."""
   dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
   stretch = max(1.0, cfg.train_seq_len / cfg.rope_train_seq_len)
   base = cfg.rope_base * stretch ** (dims / max(1, dims - 2))
   frequencies = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
   angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
-  return angles.cos().float(), angles.sin().float()
+  return torch.stack([angles.cos(), angles.sin()]).float()
 
 
 def rotate(x, cos, sin):
@@ -741,7 +741,7 @@ class Pass:
   def __init__(self, model, ids, x):
     self.x0, T = x, ids.shape[1]
     self.qo, self.kv, self.up, self.down = (model.bank(name).unbind() for name in BANKS)
-    self.rope = model.rope_cos[:T], model.rope_sin[:T]
+    self.rope = model.rope[:, :T]
     self.first_values = self.value_embedding = None
     if model.cfg.value_layers:
       table = F.embedding(ids, model.ve_embed)
@@ -756,14 +756,13 @@ class GPT(nn.Module):
     self.cfg, specs = cfg, parameter_specs(cfg)
     for name, spec in specs.items():
       self.register_parameter(name, nn.Parameter(torch.full(spec.shape, math.nan)))
-    self.gridded = [n for n, s in specs.items() if (s.group, s.coding) == ("muon", "int6")]
+    self.gridded = [n for n, s in specs.items() if s.group == "muon" and "bigram" not in n]
     for name in self.gridded:
       grid = torch.zeros(*specs[name].shape[:-1], 1)  # 0: quantisation is off
       self.register_buffer(f"{name}_grid", grid, persistent=False)
     self.lora = {}  # bank -> low-rank factors, the matrices before and after those they add to
-    tables = rotary_tables(cfg, max(max_length, cfg.window))
-    for name, table in zip(("rope_cos", "rope_sin"), tables, strict=True):
-      self.register_buffer(name, table, persistent=False)
+    table = rotary_tables(cfg, max(max_length, cfg.window))
+    self.register_buffer("rope", table, persistent=False)
 
   @torch.no_grad()
   def initialise(self):
@@ -1193,7 +1192,7 @@ def decompress(data, how, size):
   except Exception as error:  # each library has its own
     raise ArtifactError(f"the payload does not decompress ({error})") from error
   if len(payload) != size or not stream.eof or stream.unused_data:
-    raise ArtifactError("the payload's length is not what the header says")
+    raise ArtifactError("the payload is not as long as the header says")
   return payload
 
 
@@ -1244,8 +1243,9 @@ def prune(packed, most, cfg, log):
 
   counts = [len(order) * i // 256 for i in range(257 if len(pruned(0)) > most else 1)]
   count = counts[bisect.bisect_left(counts[:-1], True, key=lambda n: len(pruned(n)) <= most)]
-  seconds, size = time.perf_counter() - began, len(pruned(count))
-  log("prune", candidates=len(order), pruned=count, bytes=size, seconds=seconds)
+  if log:
+    seconds, size = time.perf_counter() - began, len(pruned(count))
+    log("prune", candidates=len(order), pruned=count, bytes=size, seconds=seconds)
   return pruned(count)
 
 
@@ -1300,7 +1300,7 @@ class Scores(NamedTuple):
 
   log_prob: np.ndarray
   entropy: np.ndarray
-  pe_delta: np.ndarray | None = None  # how far pre-enrichment moved the input, a norm
+  pe_delta: np.ndarray | None = None  # norm of the change by pre-enrichment
 
 
 def bits_per_byte(log_prob, token_bytes):
@@ -1356,7 +1356,7 @@ class WindowScorer:
       parts.append(self.score_windows(stream, np.arange(a, b, stride) + stride, stride))
       seen += [(t, self.distribution(stream, stride, t)) for t in probes if a <= t < b]
       if adapt and b < total:
-        adapt(stream[a : b + 1], a / (total - size))
+        adapt(stream[a : b + 1], a / size / ((total - 1) // size))
     columns = np.concatenate(parts, 1).reshape(3, -1)[:, :total]
     return Scores(*columns[:2], columns[2] if self.cfg.pre_enrich_dim else None), seen
 
@@ -1587,7 +1587,7 @@ def backoff_alpha(order, entropy, cfg, boost=1.0):
 def enrichment_boost(pe_delta):
   """0.5 to 1.5 (N,): PR #810's confidence, over the largest change so far instead of a chunk's,
   which later tokens enter."""
-  return 1.0 if pe_delta is None else 0.5 + pe_delta / np.maximum.accumulate(pe_delta)
+  return 1.0 if pe_delta is None else 0.5 + pe_delta / np.maximum.accumulate(pe_delta).clip(1e-8)
 
 
 def backoff_log_prob(log_prob, alpha, match, floor=0.0):
@@ -2027,10 +2027,10 @@ def run(cfg):
 
 
 def main():
-  if {"--help", "-h"} & set(sys.argv[1:]):
-    print(__doc__)
-    return names_tool("print_help")
   try:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+      print(__doc__)
+      return names_tool("print_help")
     run(Config.from_env(os.environ))
   except (UserError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)

@@ -80,7 +80,7 @@ SWITCHES = [
   Switch("embed_fp16", "other", "token embedding in 16 bits", "EMBED_CODING=fp16"),
   Switch("embed_int6", "other", "token embedding in 6 bits", "EMBED_CODING=int6"),
   Switch("lzma", "other", "artifact compressed by lzma", "COMPRESSOR=lzma"),
-  Switch("prune", "on", "selective pruning to 3 % fewer bytes", "TARGET_MB=?"),
+  Switch("prune", "on", "selective pruning, aimed at 3 % fewer bytes", "TARGET_MB=?"),
   Switch("muon_wd", "off", "weight decay of the matrices", "MUON_WD=0"),
   Switch("grad_clip", "off", "clip of the gradient", "GRAD_CLIP_NORM=0"),
   Switch("clip_local", "other", "clip on each rank (here there is one)", "CLIP=local"),
@@ -150,7 +150,7 @@ def table_row(switch: Switch, rows: Sequence[Row], baseline: Sequence[Row]) -> l
   return [
     switch.words,
     switch.how,
-    f"`{switch.variables}`",
+    f"`{switch.variables.replace('?', f'{PRUNED}*size')}`",
     *(cell(over_seeds(rows, measure)) for measure in MEASURES[:2]),
     cell(delta["int6_bpb"], "+.4f"),
     cell(delta["artifact_bytes"], "+,.0f", error=False),

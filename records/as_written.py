@@ -2,14 +2,15 @@
 
     python records/as_written.py runs/tiny_seed1337 --scheme pr864
 
-What they print is not a code length: the probabilities of all tokens add up to more than 1, mostly
-far more. So it is called pseudo_bpb and stands beside its mass, the sum over the whole vocabulary
-at sampled positions (mean, least, largest; 1 for a distribution). train_gpt.py calls this where
-NGRAM_SCHEME asks for it. Needs scores.npz (SAVE_SCORES=1), or scores_ema.npz with --weights ema.
+What they print is not a code length: the probabilities of all tokens do not add up to 1, but mostly
+to far more. So it is called pseudo_bpb and stands beside its mass, the sum over the whole
+vocabulary at sampled positions (mean, least, largest; 1 for a distribution). train_gpt.py calls
+this where NGRAM_SCHEME asks for it. Needs scores.npz (SAVE_SCORES=1), or scores_ema.npz with
+--weights ema.
 
 Orders, least count, buckets, targets between updates and number of caches are those of the run's
 configuration; hashes, weights and floors are the PR's. All targets are scored, whichever the PR
-left out: #864 and #810 some 2,000 at an edge, #1026 all but the first of eight ranks.
+left out: #864 some 2,000 at the start, #1026 all but the first of eight ranks.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 A run is a process with cores of its own, in a temporary folder. What it measured is a line of
 results.jsonl as soon as it ends, so a killed table goes on where it stopped: a line counts while
-the code, the settings and the data that it was measured with are the same.
+the code, the settings and the data that it was measured with are the same. A table ends where the
+code is edited under it; `git worktree add` gives it a copy of its own.
 """
 
 import argparse
@@ -113,15 +114,21 @@ def execute(task: Task) -> Row:
       RUNNING.add(process)
       output, _ = process.communicate()
       RUNNING.discard(process)
+    check_code()
     if process.returncode:
       last = (output.strip().splitlines() or ["no output"])[-1]
       raise RunError(f"{task.title()}: exit status {process.returncode}: {last}")
     found = measures(Path(cwd) / "runs/run")
-  if changed := [path.name for path, text in CODE.items() if path.read_bytes() != text]:
-    raise RunError(f"{task.title()}: {changed[0]} was edited meanwhile; fix: start again")
   settings = {name: text for name, text in task.env.items() if name not in NOT_SETTINGS}
   row = dict(labels=task.labels, digest=digest(task), date=now(), env=settings)
   return row | dict(seconds=time.perf_counter() - began, measures=found)
+
+
+def check_code() -> None:
+  """One table, one code."""
+  for path, code in CODE.items():
+    if path.read_bytes() != code:
+      raise UserError(f"{path} was edited meanwhile; fix: start again, finished runs are kept")
 
 
 def now() -> str:
@@ -285,6 +292,7 @@ def facts(command: Sequence[str], rows: Sequence[Row], jobs: int, began: float) 
     date=now(),
     hardware=f"{len(my_cores())} cores of {cpu}, {jobs} runs at a time",
     versions=f"Python {platform.python_version()}, torch {version('torch')}",
+    code=hashlib.sha256(CODE[SCRIPT]).hexdigest()[:16],
     runs=len(rows),
     run_minutes=round(sum(row["seconds"] for row in rows) / 60, 1),
     wall_minutes=round((time.perf_counter() - began) / 60, 1),
@@ -295,8 +303,9 @@ def write_table(out: Path, name: str, about: Row, text: str, **results: Any) -> 
   """README.md, the exact command at its top, and results.json; an estimate is [mean, error]."""
   top = (
     f"# {name}\n\n    {about['command']}\n\n{about['date']}; {about['hardware']};\n"
-    f"{about['versions']}. {about['runs']} runs, {about['run_minutes']} min one after the"
-    f" other; the command's last call took {about['wall_minutes']} min.\n\n"
+    f"{about['versions']}, train_gpt.py {about['code']} (sha256). {about['runs']} runs of\n"
+    f"{about['run_minutes']} min together; the command's last call took"
+    f" {about['wall_minutes']} min.\n\n"
   )
   (out / "README.md").write_text(top + text.rstrip() + "\n", encoding="utf-8")
   whole = json.dumps(about | results, indent=1, ensure_ascii=False)

@@ -22,7 +22,7 @@ PLANNED = ("CHECKPOINT_EVERY", "CODEC_TOKENS")  # known, no effect yet
 def resolve(environ: Mapping[str, str], script: ModuleType):
   """-> ({name: (text, origin)}, notes) of train_gpt.py's variables that are given, by the
   environment or by RECORD's config.env; ConfigError for what cannot be meant."""
-  given, notes = canonical_names(environ, script.ConfigError)
+  given, notes = canonical_names(environ, script)
   refuse_misspelt(given, script)
   record, why = choose_record(given, script)
   texts = {name: (text, f"RECORD={record}") for name, text in read_record(record, script).items()}
@@ -40,10 +40,10 @@ def read_pairs(path: Path, error: type[Exception] = ValueError) -> dict[str, str
   return {name: value.strip() for name, _, value in (line.partition("=") for line in lines)}
 
 
-def canonical_names(environ, error):
+def canonical_names(environ, script):
   """Replace what the five scripts call the same thing by our names (aliases.env), unless they
   contradict; accept what this script always or never does only at that value."""
-  aliases, notes = read_pairs(ALIASES), []
+  aliases, notes, error = read_pairs(ALIASES), [], script.ConfigError
   given = {name: text for name, text in environ.items() if name not in aliases}
   for alias in sorted(aliases.keys() & environ.keys()):
     text, meaning = environ[alias], aliases[alias]
@@ -55,13 +55,18 @@ def canonical_names(environ, error):
       text = values[text]
     elif found := re.fullmatch(r"(\w+)\+(\w+)=(.+)", meaning):  # OURS+theirs=default of theirs
       name = found[1]
-      text = str(round(float(text) + float(environ.get(found[2], found[3])), 9))
+      other = environ.get(found[2], found[3])
+      try:
+        text = str(round(float(text) + float(other), 9))
+      except ValueError:
+        raise error(f"{alias}={text!r} + {found[2]}={other!r}: must be numbers") from None
     else:
       name = meaning
     if not name:
       notes.append(f"{alias}={environ[alias]} is what this script does anyway")
       continue
-    if given.setdefault(name, text) != text:
+    ours = given.setdefault(name, text)
+    if ours != text and script.parse(name, ours) != script.parse(name, text):
       raise error(f"{alias}={environ[alias]!r} contradicts {name}={given[name]!r}")
     notes.append(f"{alias} is read as {name}={text}")
   return given, notes
