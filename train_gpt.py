@@ -23,8 +23,8 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The li
 
 import os
 
-if __name__ == "__main__":  # idle threads that spin long make every step slow on a shared CPU
-  os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it when torch is loaded
+if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
+  os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
 
 import bisect
 import contextlib
@@ -332,14 +332,14 @@ def show(value):
 def resolve(environ):
   """-> {name: (text, origin)} of the variables given, notes; this file alone knows no RECORDs and
   no other names."""
-  if NAMES_TOOL.exists():
+  if NAMES_TOOL.exists() or environ.get("RECORD"):
     return names_tool("resolve", environ)
-  if environ.get("RECORD"):
-    raise ConfigError(f"RECORD={environ['RECORD']!r}: {NAMES_TOOL.parent} is missing")
   return {name: (environ[name], "env") for name in VARIABLES if name in environ}, []
 
 
 def names_tool(function, *arguments):
+  if not NAMES_TOOL.exists():
+    raise ConfigError(f"{NAMES_TOOL}: missing, for RECORD, DRY_RUN, --help; fix: put it back")
   return runpy.run_path(str(NAMES_TOOL))[function](*arguments, sys.modules[__name__])
 
 
@@ -1687,7 +1687,7 @@ def blend(store, scores, device, probes=()):
   (target, p_model (V,), counts (K, V)), where the whole vocabulary is scored)."""
   (logp, entropy, _), mixer = scores, Blend(store.orders, device)
   out, masses, a, threads = np.empty(len(logp)), [], 0, torch.get_num_threads()
-  torch.set_num_threads(1)  # faster for a gate so small, and the same bits on any machine
+  torch.set_num_threads(1)  # faster for so small a gate, same bits anywhere
   while a < len(logp):
     b = min(a + mixer.chunk, len(logp))
     stats = store.read(a, b)

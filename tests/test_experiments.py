@@ -81,9 +81,10 @@ def row(name, seed, **measures) -> Row:
 # The real script
 
 
-def test_ablation_end_to_end(dataset, tmp_path):
+def test_ablation_end_to_end(dataset, tmp_path, monkeypatch):
   """One switch, one seed, four steps of a very small model."""
-  before = set(Path(tempfile.gettempdir()).glob("train_gpt_*"))
+  (tmp_path / "temporary").mkdir()
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
   size = ["--steps", "4", "--seeds", "1", "--val-tokens", "500", "--jobs", "1"]
   assert ablation(tmp_path, dataset, *size, "--only", "relu2", "--set", *SMALL) == 0
   done = list(runs.read_rows(tmp_path).values())
@@ -96,7 +97,7 @@ def test_ablation_end_to_end(dataset, tmp_path):
   assert plain["artifact_bytes"] < plain["total_bytes"] < 300_000
   change = relu2["int6_bpb"] - plain["int6_bpb"]
   assert table_rows(tmp_path)[ablate.SWITCHES[0].words][4] == f"{change:+.4f}"
-  assert set(Path(tempfile.gettempdir()).glob("train_gpt_*")) <= before
+  assert not any((tmp_path / "temporary").iterdir())
 
 
 # -----------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_a_killed_ablation_goes_on(fake, dataset, tmp_path, monkeypatch):
 
 def test_other_code_or_settings_or_data_are_other_runs(fake, dataset, tmp_path, monkeypatch):
   out, only = tmp_path / "out", ["--only", "relu2", "--seeds", "1"]
-  for more in ([], ["--steps", "60"], ["--val-tokens", "300"], ["--set", "ADAM_WD=0"]):
+  for more in ([], ["--val-tokens", "300"], ["--set", "ADAM_WD=0"]):
     before = len(fake())
     assert ablation(out, dataset, *only, *more) == 0
     assert len(fake()) == before + 2
@@ -237,11 +238,11 @@ def test_other_code_or_settings_or_data_are_other_runs(fake, dataset, tmp_path, 
   assert len(fake()) == before + 4
 
 
-def test_code_that_changes_meanwhile_is_refused(fake, dataset, tmp_path, capsys):
+def test_code_that_changes_meanwhile_ends_the_table(fake, dataset, tmp_path, capsys):
   runs.SCRIPT.write_text(FAKE + "# a comment\n")
-  assert ablation(tmp_path, dataset, "--only", "relu2", "--seeds", "1") == 2
-  assert "edited meanwhile" in capsys.readouterr().out
-  assert runs.read_rows(tmp_path) == {}
+  assert ablation(tmp_path, dataset, "--only", "relu2", "--jobs", "1") == 2
+  assert "edited meanwhile" in capsys.readouterr().err
+  assert runs.read_rows(tmp_path) == {} and len(fake()) <= 2
 
 
 def test_runs_have_cores_of_their_own(fake, dataset, tmp_path):
@@ -416,7 +417,7 @@ def test_ranks_are_within_text_and_seed():
 
 
 def test_python_text_is_the_same_each_time(tmp_path, monkeypatch):
-  monkeypatch.setattr(tournament, "PYTHON_BYTES", 300_000)
+  monkeypatch.setattr(tournament, "PYTHON_BYTES", 200_000)
   shards = []
   for name in "ab":
     tournament.prepare_python(tmp_path / name)
