@@ -842,11 +842,12 @@ class GPT(nn.Module):
     x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * shared.x0
     x = x + self.attn_scale[i] * self.attention(i, rms_norm(x) * scale, shared)
     up = F.linear(rms_norm(x) * scale, shared.up[i])
-    slope = self.cfg.leaky_slope
     if self.cfg.polyglu_enabled:  # PR #1026
       slope = torch.sigmoid(self.routing_alpha[i]).type_as(up)
-    activation = torch.where(up > 0, up, slope * up).square()
-    return x + self.mlp_scale[i] * F.linear(activation, shared.down[i])
+      up = torch.where(up > 0, up, slope * up)
+    else:
+      up = F.leaky_relu(up, self.cfg.leaky_slope)
+    return x + self.mlp_scale[i] * F.linear(up.square(), shared.down[i])
 
   def attention(self, i, h, shared):
     """Causal grouped-query attention; normed queries and keys, partly rotated."""
