@@ -1591,11 +1591,10 @@ def enrichment_boost(pe_delta):
   return 1.0 if pe_delta is None else 0.5 + pe_delta / np.maximum.accumulate(pe_delta).clip(1e-8)
 
 
-def backoff_log_prob(log_prob, alpha, match, floor=0.0):
+def backoff_log_prob(log_prob, alpha, match):
   """The published mixture (PR #864): (N,), nats."""
   _, n, c = match
-  p = (1 - alpha) * np.maximum(np.exp(log_prob), floor) + alpha * (c / np.maximum(n, 1))
-  return np.log(np.maximum(p, floor))
+  return np.log((1 - alpha) * np.exp(log_prob) + alpha * (c / np.maximum(n, 1)))
 
 
 class CountStore:

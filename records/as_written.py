@@ -28,6 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_gpt import (  # noqa: E402
+  BOS,
   Config,
   Scores,
   UserError,
@@ -36,7 +37,6 @@ from train_gpt import (  # noqa: E402
   ngram_counts,
 )
 
-BOS = 1
 PROBES = 64  # positions at which the mass is measured
 PE_CONFIDENCE = 0.5  # #810's, of a model without pre-enrichment: alpha stays what it is
 BLOCK = 1 << 18  # sorted keys counted at a time: fits a cache

@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
-from train_gpt import VARIABLES, Config, UserError, show  # noqa: E402
+from records.variables import ALIASES, read_pairs  # noqa: E402
+from train_gpt import SAMPLE_DATA, VARIABLES, Config, UserError, show  # noqa: E402
 
 CODE = {path: path.read_bytes() for path in (SCRIPT, ROOT / "records/as_written.py")}
-SAMPLE = ROOT / "data/datasets/sample_en"
 NOT_SETTINGS = ("RUN_ID", "DATA_PATH", "TOKENIZER_PATH")
 MEASURES = {  # measure -> line of metrics.jsonl, its field
   "step_ms": ("step", "step_avg_ms"),
@@ -80,8 +80,7 @@ class Estimate(NamedTuple):
 
 def environment() -> dict[str, str]:
   """This process's variables without train_gpt.py's, which a table sets itself."""
-  lines = (ROOT / "records/aliases.env").read_text(encoding="utf-8").splitlines()
-  ours = {*VARIABLES, *(line.partition("=")[0] for line in lines)}
+  ours = {*VARIABLES, *read_pairs(ALIASES)}
   return {name: text for name, text in os.environ.items() if name not in ours}
 
 
@@ -277,9 +276,9 @@ def overrides(pairs: Sequence[str]) -> dict[str, str]:
 
 def prepare_sample(folder: Path) -> None:
   """Tokenise the embedded text, if it is meant, before several runs would at the same time."""
-  if folder == SAMPLE and not (SAMPLE / "tokenizer.model").exists():
+  if folder == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
     script = ROOT / "data/prepare_sample.py"
-    subprocess.run([sys.executable, script, "--out", SAMPLE], check=True)
+    subprocess.run([sys.executable, script, "--out", SAMPLE_DATA], check=True)
 
 
 def facts(command: Sequence[str], rows: Sequence[Row], jobs: int, began: float) -> Row:

@@ -108,7 +108,7 @@ def schedule(seconds: int, step_ms: float) -> dict[str, str]:
 
 def text_folder(name: str) -> Path:
   """The dataset of a text, prepared where that is still to do."""
-  folder = {"sample": runs.SAMPLE, "python": PYTHON}.get(name, Path(name).resolve())
+  folder = {"sample": runs.SAMPLE_DATA, "python": PYTHON}.get(name, Path(name).resolve())
   runs.prepare_sample(folder)
   if folder == PYTHON and not (folder / "tokenizer.model").exists():
     prepare_python(folder)
