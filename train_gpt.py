@@ -698,18 +698,13 @@ def rms_norm(x):
   return F.rms_norm(x, x.shape[-1:])
 
 
-def shift_right(x):
-  """x_{t-1} at t, zeros first. (B, T, ...)"""
-  return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-
-
-def rotary_tables(cfg, length):
-  """cos, sin: (2, length, rope_dims / 2); the base stretched by the training length (NTK rule)."""
+def rotary(cfg, positions):
+  """(n,) -> cos, sin: (2, n, rope_dims / 2); base stretched by the training length (NTK rule)."""
   dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
   stretch = max(1.0, cfg.train_seq_len / cfg.rope_train_seq_len)
   base = cfg.rope_base * stretch ** (dims / max(1, dims - 2))
-  frequencies = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-  angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+  exponents = torch.arange(0, dims, 2, dtype=torch.float64, device=positions.device) / dims
+  angles = torch.outer(positions.double(), base**-exponents)
   return torch.stack([angles.cos(), angles.sin()]).float()
 
 
@@ -736,22 +731,63 @@ def fake_quantize(weight, scale):
 
 
 class Pass:
-  """What the blocks of one forward pass share."""
+  """What the blocks of one forward pass share, and how they see the past: rows of tokens."""
 
-  def __init__(self, model, ids, x):
-    self.x0, T = x, ids.shape[1]
+  def __init__(self, model, ids):
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    self.first, self.rope = positions == 0, rotary(model.cfg, positions)
     self.qo, self.kv, self.up, self.down = (model.bank(name).unbind() for name in BANKS)
-    self.rope = model.rope[:, :T]
-    self.first_values = self.value_embedding = None
-    if model.cfg.value_layers:
-      table = F.embedding(ids, model.ve_embed)
-      self.value_embedding = model.ve_scale * F.linear(table, model.ve_proj)  # (B, T, KV)
+    self.first_values = None
+
+  def before(self, _, x):
+    """x_{t-1} at t, zeros first. (B, T, ...)"""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+  def attend(self, q, k, v):
+    """Causal; (B, H, T, d), (B, H_kv, T, d) twice -> (B, H, T, d)"""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+class Lanes(Pass):
+  """One token a lane a step: each lane goes through a document of its own, with a cache of
+  cfg.window keys and values for each attention (a layer applied twice has two)."""
+
+  def __init__(self, model, count):
+    cfg, device = model.cfg, model.tok_emb.device
+    super().__init__(model, torch.zeros(count, 1, dtype=torch.int64, device=device))
+    self.cfg, self.lane, self.past = cfg, torch.arange(count, device=device), {}
+    calls = cfg.num_layers + sum(i in cfg.depth_recurrence for i in range(cfg.num_layers))
+    shape = calls, 2, count, cfg.num_kv_heads, cfg.window, cfg.model_dim // cfg.num_heads
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    self.caches = torch.zeros(shape, dtype=dtype, device=device)
+    self.slots = torch.arange(cfg.window, device=device)
+
+  def begin(self, positions):
+    """positions (B,): each lane's place in its document; 0 forgets the one before."""
+    self.first, self.call, self.first_values = positions.unsqueeze(1) == 0, 0, None
+    self.rope = rotary(self.cfg, positions)[:, :, None, None]
+    self.slot, self.seen = positions % self.cfg.window, self.slots <= positions.unsqueeze(1)
+
+  def before(self, name, x):
+    old = self.past.setdefault(name, torch.zeros_like(x))
+    before = old.masked_fill(self.first.view(-1, *[1] * (x.dim() - 1)), 0)
+    old.copy_(x)
+    return before
+
+  def attend(self, q, k, v):
+    keys, values = self.caches[self.call]
+    self.call += 1
+    for cache, new in ((keys, k), (values, v)):
+      cache[self.lane, :, self.slot] = new[:, :, 0].type_as(cache)
+    mask, grouped = self.seen[:, None, None], q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=grouped)
 
 
 class GPT(nn.Module):
   """The stack of PR #549 with its siblings' switches."""
 
-  def __init__(self, cfg, max_length=0):
+  def __init__(self, cfg):
     super().__init__()
     self.cfg, specs = cfg, parameter_specs(cfg)
     for name, spec in specs.items():
@@ -761,8 +797,6 @@ class GPT(nn.Module):
       grid = torch.zeros(*specs[name].shape[:-1], 1)  # 0: quantisation is off
       self.register_buffer(f"{name}_grid", grid, persistent=False)
     self.lora = {}  # bank -> low-rank factors, the matrices before and after those they add to
-    table = rotary_tables(cfg, max(max_length, cfg.window))
-    self.register_buffer("rope", table, persistent=False)
 
   @torch.no_grad()
   def initialise(self):
@@ -789,10 +823,10 @@ class GPT(nn.Module):
     logits = self.logits(self.hidden(ids)[0])
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-  def hidden(self, ids):
+  def hidden(self, ids, shared=None):
     """(B, T) -> normed output of the last block (B, T, D); (B, T) change by pre-enrichment"""
-    x, change = self.embed(ids)
-    shared, skips, half = Pass(self, ids, x), [], self.cfg.num_layers // 2
+    shared, skips, half = shared or Pass(self, ids), [], self.cfg.num_layers // 2
+    x, change = self.embed(ids, shared)
     for i in range(self.cfg.num_layers):
       if i >= half and skips:
         x = x + self.skip_weights[i - half] * skips.pop()
@@ -807,34 +841,37 @@ class GPT(nn.Module):
     cap = self.cfg.logit_softcap
     return cap * torch.tanh(F.linear(hidden / cap, self.tok_emb))
 
-  def embed(self, ids):
+  def embed(self, ids, shared):
     """Token + bigram embedding, norm, smear; with pre-enrichment the norm comes last.
     (B, T) -> (B, T, D), the change (B, T) or 0"""
     cfg, x, change = self.cfg, F.embedding(ids, self.tok_emb), torch.zeros_like(ids)
     starts = (ids == BOS) & cfg.bos_reset  # a document does not see the one before
     if cfg.bigram_vocab_size:
-      pairs = F.embedding(self.bigram_index(ids, starts), self.bigram_embed)
+      pairs = F.embedding(self.bigram_index(ids, starts, shared), self.bigram_embed)
       scale = 1.0 if cfg.bigram_kind == "linear" else self.bigram_scale
       x = x + scale * F.linear(pairs, self.bigram_proj)
     x = x if cfg.pre_enrich_dim else rms_norm(x)
     if cfg.smear_gate:
-      before = shift_right(x).masked_fill(starts.unsqueeze(-1), 0.0)
+      before = shared.before("x", x).masked_fill(starts.unsqueeze(-1), 0.0)
       x = torch.lerp(x, before, torch.sigmoid(self.smear).type_as(x))
     if cfg.pre_enrich_dim:
       plain, up, down = x, self.bank("enrich_up"), self.bank("enrich_down")
       x = F.linear(F.gelu(F.linear(plain, up)), down)
       x, change = rms_norm(x), (x - plain).detach().float().norm(dim=-1)
+    shared.x0, shared.value_embedding = x, None
+    if cfg.value_layers:
+      values = F.linear(F.embedding(ids, self.ve_embed), self.ve_proj)
+      shared.value_embedding = self.ve_scale * values  # (B, T, KV)
     return x, change
 
-  def bigram_index(self, ids, starts):
+  def bigram_index(self, ids, starts, shared):
     """Hash of (previous, current) id. At a start: the last row ("xor", wraps as int32 upstream) or
     previous id 0 ("linear", PR #810)."""
-    rows, before = self.cfg.bigram_vocab_size, shift_right(ids).masked_fill(starts, 0)
+    rows, before = self.cfg.bigram_vocab_size, shared.before("ids", ids).masked_fill(starts, 0)
     if self.cfg.bigram_kind == "linear":
       return (92821 * before + ids) % rows
     index = ((36313 * ids.int()) ^ (27191 * before.int())) % (rows - 1)
-    first = torch.arange(ids.shape[1], device=ids.device) == 0
-    return index.masked_fill(starts | first, rows - 1)
+    return index.masked_fill(starts | shared.first, rows - 1)
 
   def block(self, i, x, shared):
     """(B, T, D) -> (B, T, D)"""
@@ -851,19 +888,18 @@ class GPT(nn.Module):
 
   def attention(self, i, h, shared):
     """Causal grouped-query attention; normed queries and keys, partly rotated."""
-    cfg, L = self.cfg, self.cfg.num_layers
+    cfg = self.cfg
     v = self.values(i, h, shared)
     q, k = (self.heads(F.linear(h, bank[i])) for bank in (shared.qo, shared.kv))
     q, k = (rotate(rms_norm(t), *shared.rope) for t in (q, k))
     q = q * self.q_gain[i].view(-1, 1, 1)
-    grouped = cfg.num_heads != cfg.num_kv_heads
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    if i >= L - cfg.xsa_last_n:
+    y = shared.attend(q, k, v)
+    if i >= cfg.num_layers - cfg.xsa_last_n:
       y = exclude_self(y, v)  # (B, H, T, d)
     if cfg.gated_attention:
       gate = F.linear(h, self.attn_gate_weight[i], self.attn_gate_bias[i])  # (B, T, H)
       y = y * torch.sigmoid(gate).transpose(1, 2).unsqueeze(-1)
-    return F.linear(y.transpose(1, 2).flatten(2), shared.qo[L + i])
+    return F.linear(y.transpose(1, 2).flatten(2), shared.qo[cfg.num_layers + i])
 
   def heads(self, x):
     """(B, T, H * d) -> (B, H, T, d)"""
@@ -1274,9 +1310,9 @@ def open_container(data):
   return cfg, body[start + length :]
 
 
-def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) -> GPT:
-  """Read an artifact back: path -> model in eval mode, fp32, ready to score sequences of
-  TRAIN_SEQ_LEN or max_length tokens. ArtifactError for anything wrong."""
+def load_artifact(path: str | Path, device: Any = "cpu") -> GPT:
+  """Read an artifact back: path -> model in eval mode, fp32, ready to score sequences of any
+  length. ArtifactError for anything wrong."""
   try:
     cfg, compressed = open_container(Path(path).read_bytes())
     specs = parameter_specs(cfg)
@@ -1285,7 +1321,7 @@ def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) ->
     )
   except (OSError, ArtifactError) as error:
     raise ArtifactError(f"{path}: {error}; fix: train or download it again") from error
-  model = GPT(cfg, max_length)
+  model = GPT(cfg)
   weights = {n: unpack_tensor(payload.read(packed_bytes(s)), s) for n, s in specs.items()}
   model.load_state_dict(weights)
   return model.to(device).eval().requires_grad_(False)
@@ -2018,7 +2054,7 @@ def run(cfg):
       packed = pack_artifact(weights, cfg, rt.log) if weights else packed
       write_atomically(path, lambda partial: partial.write_bytes(packed))
     rt.largest(0)  # barrier
-    model = load_artifact(path, rt.device, cfg.window)
+    model = load_artifact(path, rt.device)
     evaluate(model, weights, report)
   if rt.rank == 0:
     report.budget()
