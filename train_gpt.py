@@ -32,6 +32,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -89,7 +90,14 @@ SAMPLE_DATA = ROOT / "data/datasets/sample_en"
 FINEWEB_DATA = ROOT / "data/datasets/fineweb10B_sp1024"
 FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
 NAMES_TOOL = ROOT / "records/variables.py"
-PATHS = ("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "RECORD", "RUN_ID")  # not in a config.env
+PATHS = (
+  "DATA_PATH",
+  "TOKENIZER_PATH",
+  "EVAL_ONLY",
+  "DECODE",
+  "RECORD",
+  "RUN_ID",
+)  # not in a config.env
 
 
 Count = Annotated[int, 1, 2**62]  # bounds; without them a number is at least 0
@@ -115,6 +123,7 @@ class Config:
   attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
   dry_run: bool = False  # only print what would run
   eval_only: str = ""  # artifact to score, no training
+  decode: str = ""  # folder of artifact.bin and stream.bin
   overwrite: bool = False  # a finished run folder
   resume: Literal["0", "auto"] = "0"  # auto: go on with a run
   checkpoint_every: str = "0"  # steps (10), minutes (10m); 0: never
@@ -208,9 +217,11 @@ class Config:
   eval_seq_len: int = 0  # window; 0: TRAIN_SEQ_LEN
   eval_stride: Count = 64  # new targets in a window
   eval_batch_seqs: Count = 32  # windows in a pass
-  scorer: Literal["sliding", "documents"] = "sliding"  # feeds the mixture
+  scorer: Literal["sliding", "documents"] = "documents"  # feeds the mixture
+  eval_lanes: Count = 1024  # documents side by side
   save_scores: bool = False  # write scores.npz
-  codec_tokens: Annotated[int, -1, 2**62] = 0  # to prove; -1: all
+  codec_tokens: Annotated[int, -1, 2**62] = 1_000_000  # to prove, documents only; -1: all
+  codec_device: Literal["same", "cpu"] = "same"  # where to prove
 
   # Test-time training, score first
   ttt_enabled: bool = False  # on each chunk once it is scored
@@ -280,7 +291,7 @@ class Config:
       ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
       ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
       ("CHECKPOINT_EVERY", not re.fullmatch(r"\d+m?", self.checkpoint_every), "10 or 10m"),
-      ("SCORER", self.scorer == "documents", "sliding (documents comes later)"),
+      ("SCORER", self.ttt_enabled and self.scorer != "sliding", "sliding with TTT_ENABLED=1"),
     ):
       if broken:
         raise ConfigError(f"{name}={show(getattr(self, name.lower()))}: must be {wanted}")
@@ -412,9 +423,6 @@ class Runtime:
     if self.world_size > 1:
       backends = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
       dist.init_process_group(backends, timeout=timedelta(minutes=15))
-    if self.rank == 0:
-      paths = [self.folder / name for name in ("log.txt", "metrics.jsonl")]
-      self.files = [open(path, "w", encoding="utf-8") for path in paths]
 
   def log(self, key, value=None, **values):
     """Rank 0 prints the line and appends it to log.txt and metrics.jsonl."""
@@ -447,6 +455,31 @@ class Runtime:
   def autocast(self):
     """bf16 on CUDA; fp32 on the CPU, where bf16 is slower."""
     return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
+
+  def on_cpu(self):
+    other = copy.copy(self)
+    other.device, other.cuda = torch.device("cpu"), False
+    return other
+
+  def graph(self, function, *inputs):
+    """On CUDA one launch: captured once, new inputs are copied in; outputs are overwritten."""
+    if not self.cuda:
+      return function
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+      function(*inputs)  # what is made on first use is not captured
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+      outputs = function(*inputs)
+
+    def replay(*values):
+      for old, new in zip(inputs, values, strict=True):
+        old.copy_(new)
+      graph.replay()
+      return outputs
+
+    return replay
 
   def compile(self, function, **how):
     return torch.compile(function, dynamic=False, **how) if self.cuda else function
@@ -1414,6 +1447,106 @@ class WindowScorer:
     return self.log_probs(ids, first + target % stride, 1)[0][0, 0].exp().cpu().numpy()
 
 
+class Shape(NamedTuple):
+  """What a decoder must know of a text beforehand."""
+
+  documents: int
+  last: int  # targets of the last document; 0: it ends with a BOS, as the others do
+  lanes: int  # documents side by side
+  groups: int  # forward passes a step, one a rank
+  targets: int  # to code
+
+  @staticmethod
+  def of(stream, cfg, groups, most=-1):
+    size, starts = len(stream) - 1, np.flatnonzero(stream[:-1] == BOS)
+    last = 0 if stream[-1] == BOS else size - int(starts[-1])
+    rows = -(-min(cfg.eval_lanes, len(starts)) // groups)
+    return Shape(len(starts), last, rows * groups, groups, size if most < 0 else min(most, size))
+
+
+class Order(NamedTuple):
+  """In which the targets are coded."""
+
+  tokens: np.ndarray  # starts of lanes, then the targets
+  targets: np.ndarray  # (N,) their places in the text
+  steps: tuple | None = None  # times and lanes of tokens; None: one by one
+
+
+@torch.no_grad()
+def drive(model, rt, shape, groups, choose):
+  """The one loop of scoring, encoding and decoding: lanes take documents in order and code a token
+  each in a step; BOS ends a document. choose(outputs of these groups' lanes, lanes at work, their
+  documents, their places) -> their tokens."""
+  rows = shape.lanes // shape.groups
+  forwards = [lane_pass(model, rt, rows) for _ in groups] if rows else []
+  ids, places, coded = np.full(shape.lanes, BOS), np.zeros(shape.lanes, int), 0
+  documents = np.arange(shape.lanes)
+  lanes, waiting = np.arange(min(shape.lanes, shape.documents)), shape.lanes
+  while len(lanes) and coded < shape.targets:
+    parts = [slice(group * rows, (group + 1) * rows) for group in groups]
+    outputs = [
+      forward(*(torch.from_numpy(a[part]).to(rt.device) for a in (ids, places)))
+      for forward, part in zip(forwards, parts, strict=True)
+    ]
+    joined = [torch.cat(column) for column in zip(*outputs, strict=True)]
+    tokens = choose(joined, lanes, documents[lanes], places[lanes])
+    coded += len(lanes)
+    ids[lanes], places[lanes] = tokens, places[lanes] + 1
+    end = (documents[lanes] == shape.documents - 1) & (places[lanes] == shape.last)
+    for lane in lanes[(tokens == BOS) | end]:
+      ids[lane], places[lane], documents[lane] = BOS, 0, waiting
+      waiting += 1
+    lanes = np.flatnonzero(documents < shape.documents)
+
+
+def lane_pass(model, rt, rows):
+  """-> forward(ids, places), int64 (rows,) each -> log-probabilities, float64 (rows, V), their
+  entropy and the change by pre-enrichment, (rows,)"""
+  lanes = Lanes(model, rows)
+
+  def forward(ids, places):
+    lanes.begin(places)
+    with rt.autocast():
+      hidden, change = model.hidden(ids.unsqueeze(1), lanes)
+      logits = model.logits(hidden[:, 0])
+    log_probs = logits.double().log_softmax(-1)
+    return log_probs, -(log_probs.exp() * log_probs).sum(-1), change[:, 0].double()
+
+  return rt.graph(forward, *torch.zeros(2, rows, dtype=torch.int64, device=rt.device))
+
+
+def score_documents(model, rt, cfg, stream, probes):
+  """stream: a BOS and N targets -> Scores of these, (target, p (V,)) of each probed one, Order"""
+  shape, starts = Shape.of(stream, cfg, rt.world_size), np.flatnonzero(stream == BOS)
+  rows, coded, scored = shape.lanes // shape.groups, [], []
+  seen = np.zeros((len(probes), model.cfg.vocab_size))
+
+  def choose(outputs, lanes, documents, places):
+    targets = starts[documents] + places
+    coded.append((targets, lanes))
+    tokens = stream[targets + 1].astype(np.int64)
+    mine = lanes // rows == rt.rank
+    at, goal = (torch.from_numpy(a[mine]).to(rt.device) for a in (lanes % rows, tokens))
+    log_probs, *others = outputs
+    scored.append(torch.stack([log_probs[at, goal], *(column[at] for column in others)]))
+    for i in np.flatnonzero(np.isin(probes, targets[mine])):
+      lane = lanes[targets == probes[i]] % rows
+      seen[i] = log_probs[lane].exp().cpu()
+    return tokens
+
+  drive(model, rt, shape, [rt.rank], choose)
+  targets, lanes = map(np.concatenate, zip(*coded, strict=True))
+  columns = np.zeros((3, shape.targets))
+  columns[:, targets[lanes // rows == rt.rank]] = torch.cat(scored, 1).cpu()
+  rt.sum(columns)
+  begun = np.arange(min(shape.lanes, shape.documents))
+  times = np.repeat(np.arange(len(coded) + 1), [len(begun), *(len(t) for t, _ in coded)])
+  tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
+  order = Order(tokens, targets, (times.astype(np.int32), np.append(begun, lanes).astype(np.int32)))
+  scores = Scores(*columns[:2], columns[2] if model.cfg.pre_enrich_dim else None)
+  return scores, list(zip(probes, rt.sum(seen), strict=True)), order
+
+
 class TestTimeTraining:
   """Learns from scored chunks only: SGD on all weights (PR #549), or Adam on low-rank additions
   to the query and value matrices (PR #808). Every rank takes the same steps."""
@@ -1473,68 +1606,86 @@ PROBES = 32  # targets at which the whole vocabulary is scored
 
 
 def ngram_counts(
-  tokens: np.ndarray, vocab_size: int, max_order: int, device: Any = "cpu"
+  tokens: np.ndarray, vocab_size: int, max_order: int, device: Any = "cpu", steps: Any = None
 ) -> Iterator[tuple[Any, ...]]:
   """Yields (order, context_count, target_count, types, singletons), orders 1..max_order.
 
   Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
   before, its distinct continuations, and those seen once. tokens (N,) below vocab_size, else
-  ValueError.
+  ValueError. steps: times and lanes, int32 (N,) each, of tokens in the order of coding: those of
+  equal time do not see each other; a context stays in its lane and does not reach beyond a BOS.
   """
   tokens, size = np.asarray(tokens), len(tokens)
   valid = not size or 0 <= tokens.min() <= tokens.max() < vocab_size
   if tokens.dtype.kind not in "iu" or not valid:
     raise ValueError(f"tokens must be integers in 0..{vocab_size - 1}, not {tokens.dtype}")
-  bits = max(1, (size - 1).bit_length())
-  # Where 63 bits do not suffice, group numbers wrap at `capacity`; keys come in order of group,
-  # so the pieces between wraps (two groups at least) are sorted one by one.
-  code = bits, vocab_size, max(2, (1 << KEY_BITS - bits) // vocab_size)
-  keys = tokens.astype(np.int64) << bits
-  keys |= np.arange(size)
+  times = following = np.zeros(0, np.int32)
+  if steps is not None:
+    times, following = steps[0], next_in_lane(steps[1])
+  text = tokens.astype(np.int32), times, following
   fast = torch.device(device).type == "cpu" and has_backend("numba")
-  orders = (numba_orders if fast else torch_orders)(keys, code, tokens.astype(np.int32), device)
-  del keys
+  orders = (numba_orders if fast else torch_orders)(text, vocab_size, device)
   for order in range(1, max_order + 1):
     yield order, *next(orders).T
 
 
-def sort_pieces(keys, cuts, sort, join):
-  pieces = [sort(keys[a:b]) for a, b in zip(cuts, [*cuts[1:], len(keys)], strict=True)]
-  return pieces[0] if len(pieces) == 1 else join(pieces)
-
-
-def numba_orders(keys, code, tokens, device):
-  """Statistics int32 (N, 4) of each order: a sort, a scan, a second scan beside the next sort."""
-  scan_ngrams, scan_contexts = compiled_scans()
-  packed = sort_pieces(keys, [0], np.sort, np.concatenate)
-  with ThreadPoolExecutor(1) as other_core:
-    while True:
-      stats = np.zeros((len(tokens), 4), np.int32)
-      following, cuts = scan_ngrams(packed, code, tokens, stats)
-      packed = other_core.submit(sort_pieces, following, cuts, np.sort, np.concatenate)
-      scan_contexts(keys, code, stats)
-      yield stats
-      keys, packed = following, packed.result()
-      del stats, following
+def next_in_lane(lanes):
+  """Place of the lane's next token, -1 at its end; int32 (N,)"""
+  order, following = np.argsort(lanes, kind="stable"), np.full(len(lanes), -1, np.int32)
+  following[order[:-1]] = np.where(np.diff(lanes[order]), -1, order[1:])
+  return following
 
 
 @functools.cache
-def compiled_scans():
-  return [backend("numba").njit(scan, nogil=True) for scan in (scan_ngrams, scan_contexts)]
+def jit(function):
+  """Compiled by numba where it is there."""
+  return backend("numba").njit(function, nogil=True) if has_backend("numba") else function
 
 
-def scan_ngrams(packed, code, tokens, stats):
-  """Target counts (column 1) and the next order's keys."""
+def sort_pieces(keys, cuts):
+  pieces = [np.sort(keys[a:b]) for a, b in zip(cuts, [*cuts[1:], len(keys)], strict=True)]
+  return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def numba_orders(text, vocab_size, _):
+  """Statistics int32 (N, 4) of each order: a sort, a scan, a second scan beside the next sort."""
+  size, cuts = len(text[0]), [0]
+  bits = max(1, (size - 1).bit_length())
+  # Where 63 bits do not suffice, group numbers wrap at `capacity`; keys come in order of group,
+  # so the pieces between wraps (two groups at least) are sorted one by one.
+  code = bits, vocab_size, max(2, (1 << KEY_BITS - bits) // vocab_size)
+  keys = text[0].astype(np.int64) << bits
+  keys |= np.arange(size)
+
+  packed = sort_pieces(keys, cuts)
+  with ThreadPoolExecutor(1) as other_core:
+    while True:
+      stats = np.zeros((size, 4), np.int32)
+      longer, cuts = jit(scan_ngrams)(packed, code, text, stats)
+      packed = other_core.submit(sort_pieces, longer, cuts)
+      jit(scan_contexts)(keys, code, text[1], stats)
+      yield stats
+      text[2][text[0][: len(text[2])] == BOS] = -1  # from order 2 on, a document ends there
+      keys, packed = longer, packed.result()
+      del stats, longer
+
+
+def scan_ngrams(packed, code, text, stats):
+  """Target counts (column 1), rank among equals (column 2) and the next order's keys."""
   (bits, vocab_size, capacity), mask, cuts = code, (1 << code[0]) - 1, [0]
-  out, size, group, base, first = np.empty_like(packed), 0, -1, 0, 0
+  (tokens, times, following), out = text, np.empty_like(packed)
+  size, group, base, first, same = 0, -1, 0, 0, 0
   fresh = alone = True
   for i in range(packed.size):
     t, key = packed[i] & mask, packed[i] >> bits
     if i == 0 or key != packed[i - 1] >> bits:
-      first, fresh = i, True
+      first, fresh, same = i, True, i
       alone = i + 1 == packed.size or key != packed[i + 1] >> bits
-    stats[t, 1] = i - first
-    if alone or t + 1 == tokens.size:  # a context that never recurs counts nothing
+    if times.size == 0 or times[t] != times[packed[i - 1] & mask]:
+      same = i
+    stats[t, 1], stats[t, 2] = same - first, i - first
+    after = following[t] if following.size else t + 1
+    if alone or after < 0 or after == tokens.size:  # a context that never recurs counts nothing
       continue
     if fresh:
       group, base, fresh = group + 1, base + vocab_size, False
@@ -1542,70 +1693,117 @@ def scan_ngrams(packed, code, tokens, stats):
         base = 0
         if size:
           cuts.append(size)
-    out[size] = (base + np.int64(tokens[t + 1])) << bits | (t + 1)
+    out[size] = (base + np.int64(tokens[after])) << bits | after
     size += 1
   return out[:size], cuts
 
 
-def scan_contexts(keys, code, stats):
+def scan_contexts(keys, code, times, stats):
   """The other columns; keys lie grouped by context and in the order of time."""
   (bits, vocab_size, _), mask, base = code, (1 << code[0]) - 1, -1
-  first = types = singles = 0
+  first = types = singles = before = old_types = old_singles = 0
   for i in range(keys.size):
     t, key = keys[i] & mask, keys[i] >> bits
-    if base < 0 or not base <= key < base + vocab_size:
+    new = base < 0 or not base <= key < base + vocab_size
+    if new:
       base, first, types, singles = key // vocab_size * vocab_size, i, 0, 0
-    stats[t, 0], stats[t, 2], stats[t, 3] = i - first, types, singles
-    types += stats[t, 1] == 0
-    singles += (stats[t, 1] == 0) - (stats[t, 1] == 1)
+    if new or times.size == 0 or times[t] != times[keys[i - 1] & mask]:
+      before, old_types, old_singles = i - first, types, singles
+    rank = stats[t, 2]
+    stats[t, 0], stats[t, 2], stats[t, 3] = before, old_types, old_singles
+    types += rank == 0
+    singles += (rank == 0) - (rank == 1)
 
 
-def torch_orders(keys, code, tokens, device):
-  """The same by sort, cumsum and scatter: CUDA, or a machine without numba."""
-  (bits, vocab_size, capacity), cuts = code, [0]
-  keys, tokens = (torch.from_numpy(a).to(device) for a in (keys, tokens))
-  index = torch.arange(len(keys) + 1, device=device)
+def torch_orders(text, vocab_size, device):
+  """The same by stable sorts, cumsum and scatter: CUDA, or a machine without numba."""
+  tokens, times, following = (torch.from_numpy(a).to(device) for a in text)
+  index, lanes = torch.arange(len(tokens), device=device), len(times) > 0
+  if not lanes:
+    times, following = index, index + 1
+    following = following.masked_fill(following == len(tokens), -1)
 
-  def runs(group):  # does a group begin, and where did it
-    new = torch.ones(len(group), dtype=torch.bool, device=device)
-    new[1:] = group[1:] != group[:-1]
-    return new, torch.where(new, index[: len(group)], 0).cummax(0).values
+  def by(keys, t):  # -> t in groups of equal keys, does one begin, where, and where its step
+    keys, place = keys.sort(stable=True)
+    t, new = t[place], torch.ones_like(t, dtype=torch.bool)
+    new[1:] = keys[1:] != keys[:-1]
+    step = new.clone()
+    step[1:] |= times[t[1:]] != times[t[:-1]]
+    first, step = (torch.where(flag, index[: len(t)], 0).cummax(0).values for flag in (new, step))
+    return t, new, first, step
 
+  context = torch.zeros_like(index)  # its number; -1: never seen before
   while True:
     stats = torch.zeros((len(tokens), 4), dtype=torch.int32, device=device)
-    packed = sort_pieces(keys, cuts, lambda k: k.sort().values, torch.cat)
-    t = packed & (1 << bits) - 1
-    new, first = runs(packed >> bits)
-    stats[t, 1] = (index[: len(t)] - first).int()
-    again = ~new
-    again[:-1] |= again[1:].clone()  # n-grams seen twice or more
-    keep = again & (t + 1 < len(tokens))
-    run, follow = new.cumsum(0)[keep], t[keep] + 1
-    group = torch.zeros_like(run)
-    group[1:] = (run[1:] != run[:-1]).cumsum(0)
-
-    t, (_, first) = keys & (1 << bits) - 1, runs((keys >> bits) // vocab_size)
-    stats[t, 0] = (index[: len(t)] - first).int()
-    new, again = (stats[t, 1] == 0).int(), (stats[t, 1] == 1).int()
-    for column, change in ((2, new), (3, new - again)):
+    live, rank = index[context >= 0], torch.zeros_like(index)
+    ngrams, new, first, step = by(context[live] * vocab_size + tokens[live], live)
+    stats[ngrams, 1], rank[ngrams] = (step - first).int(), index[: len(live)] - first
+    t, _, first, step = by(context[live], live)
+    stats[t, 0], fresh, again = (step - first).int(), 1 * (rank[t] == 0), 1 * (rank[t] == 1)
+    for column, change in ((2, fresh), (3, fresh - again)):
       before = change.cumsum(0) - change
-      stats[t, column] = (before - before[first]).int()
+      stats[t, column] = (before[step] - before[first]).int()
     yield stats.cpu().numpy()
-    keys = (group % capacity * vocab_size + tokens[follow]) << bits | follow
-    cuts = [0, *(torch.nonzero(torch.diff(group // capacity))[:, 0] + 1).tolist()]
+    twice = ~new
+    twice[:-1] |= twice[1:].clone()
+    keep, context = twice & (following[ngrams] >= 0), torch.full_like(index, -1)
+    context[following[ngrams[keep]].long()] = new.cumsum(0)[keep]
+    if lanes:
+      following[tokens == BOS] = -1
 
 
-def backoff_match(counts, cfg):
-  """Order (0: none), n and c of the longest context seen NGRAM_MIN_COUNT times: int32 (3, N)"""
-  best = None
-  for order, *stats in counts:
-    best = np.zeros((3, len(stats[0])), np.int32) if best is None else best
-    if cfg.ngram_min_order <= order <= cfg.ngram_max_order:
-      usable = stats[0] >= cfg.ngram_min_count
-      for row, value in zip(best, (order, *stats[:2]), strict=True):
-        np.copyto(row, value, where=usable)
-    value = stats = None  # frees them before the next order is counted
-  return best
+class CountStore:
+  """Counts at the targets, kept where the context was seen; `skip`: tokens before the first."""
+
+  def __init__(self, orders, skip=1):
+    self.orders, self.skip, self.columns, self.matched = orders, skip, [], 0
+
+  def collect(self, counts):
+    """Keep what ngram_counts yields."""
+    for order, *stats in counts:
+      n, c, types, singles = (column[self.skip :] for column in stats)
+      if order in self.orders:
+        seen = np.flatnonzero(n).astype(np.int32)
+        few = np.stack([types[seen], singles[seen]], 1).astype(np.uint16)
+        self.columns.append((seen, np.stack([n[seen], c[seen]], 1), few))
+        self.matched = np.where(n > 0, np.int8(order), self.matched)
+      del n, c, types, singles, stats  # before the next order is counted
+    return self
+
+  def read(self, a, b):
+    """Targets a..b: int32 (K, b - a, 4): context, target, types, singletons."""
+    dense = np.zeros((len(self.orders), b - a, 4), np.int32)
+    ends = np.array([a, b], np.int32)  # of another type, searchsorted would copy `seen`
+    for row, (seen, many, few) in zip(dense, self.columns, strict=True):
+      part = slice(*np.searchsorted(seen, ends))
+      row[seen[part] - a] = np.concatenate([many[part], few[part]], 1)
+    return dense
+
+
+class Cascade:
+  """The published backoff (PR #864): the counts of the longest context seen NGRAM_MIN_COUNT
+  times, their weight from its order and the model's entropy."""
+
+  def __init__(self, orders, cfg):
+    self.orders, self.cfg, self.chunk, self.largest = np.array(orders), cfg, 1 << 16, 1e-8
+
+  def rows(self, stats, entropy, change=None):
+    """Matched order, 0: none, and the weight of its counts, (rows,) each; Blend's arguments"""
+    cfg, known = self.cfg, stats[..., 0] >= self.cfg.ngram_min_count
+    known &= np.isin(self.orders, range(cfg.ngram_min_order, cfg.ngram_max_order + 1))[:, None]
+    order = (self.orders[:, None] * known).max(0)
+    boost = 1.0
+    if change is not None:  # PR #810, over the largest so far, not a chunk's, which is later
+      largest = np.maximum.accumulate(np.append(self.largest, change))
+      self.largest, boost = largest[-1], 0.5 + change / largest[1:]
+    return order, backoff_alpha(order, entropy, cfg, boost)
+
+  def weights(self, order, alpha):
+    """Of model and counts: float64 (rows, K + 1)"""
+    return np.vstack([1 - alpha, alpha * (self.orders[:, None] == order)]).T
+
+  def learn(self, *_):
+    pass
 
 
 def backoff_alpha(order, entropy, cfg, boost=1.0):
@@ -1621,50 +1819,9 @@ def backoff_alpha(order, entropy, cfg, boost=1.0):
   return np.where(order > 0, alpha.clip(0, 0.95), 0.0)
 
 
-def enrichment_boost(pe_delta):
-  """0.5 to 1.5 (N,): PR #810's confidence, over the largest change so far instead of a chunk's,
-  which later tokens enter."""
-  return 1.0 if pe_delta is None else 0.5 + pe_delta / np.maximum.accumulate(pe_delta).clip(1e-8)
-
-
-def backoff_log_prob(log_prob, alpha, match):
-  """The published mixture (PR #864): (N,), nats."""
-  _, n, c = match
-  return np.log((1 - alpha) * np.exp(log_prob) + alpha * (c / np.maximum(n, 1)))
-
-
-class CountStore:
-  """Counts at the targets (positions 1 on), kept where the context was seen."""
-
-  def __init__(self, orders):
-    self.orders, self.columns, self.matched = orders, [], 0
-
-  def collect(self, counts):
-    """Keep what ngram_counts yields and pass it on, cut to the targets."""
-    for order, *stats in counts:
-      n, c, types, singles = stats = [column[1:] for column in stats]
-      if order in self.orders:
-        seen = np.flatnonzero(n).astype(np.int32)
-        few = np.stack([types[seen], singles[seen]], 1).astype(np.uint16)
-        self.columns.append((seen, np.stack([n[seen], c[seen]], 1), few))
-        self.matched = np.where(n > 0, np.int8(order), self.matched)
-      yield order, *stats
-      del n, c, types, singles, stats
-
-  def read(self, a, b):
-    """Targets a..b: int32 (K, b - a, 4): context, target, types, singletons."""
-    dense = np.zeros((len(self.orders), b - a, 4), np.int32)
-    ends = np.array([a, b], np.int32)  # of another type, searchsorted would copy `seen`
-    for row, (seen, many, few) in zip(dense, self.columns, strict=True):
-      part = slice(*np.searchsorted(seen, ends))
-      row[seen[part] - a] = np.concatenate([many[part], few[part]], 1)
-    return dense
-
-
 class Blend:
   """The model and each order's plain c / n, mixed by a gate (one hidden layer) that learns from
-  each scored chunk. A Bayesian pair of gate and model alone, updated target by target, loses at
-  most one bit in total against either."""
+  each scored chunk; and, for safety, gate against model alone, as a Bayesian pair."""
 
   def __init__(self, orders, device):
     self.device, inputs, experts, hidden = device, 5 * len(orders) + 3, len(orders) + 1, 32
@@ -1674,40 +1831,41 @@ class Blend:
     layers = first / inputs**0.5, torch.zeros(hidden), torch.zeros(hidden, experts), bias
     self.layers = [layer.to(device).requires_grad_() for layer in layers]
     self.optimizer = torch.optim.Adam(self.layers, 5e-3, fused=True)
-    self.odds, self.chunk, self.seen = 0.0, 256, 0
+    self.odds, self.chunk, self.seen = 0.0, 32, 0
 
-  def rows(self, stats, logp, entropy):
-    """Inputs of the gate (rows, 5K + 3), scaled by constants, not by the stream (C1); the
-    experts' mask and p (rows, K + 1), of which only p knows the target.
-
-    stats: (K, rows, 4) int32; logp, entropy: (rows,) float64, nats.
-    """
-    stats, logp, entropy = (torch.as_tensor(a).to(self.device) for a in (stats, logp, entropy))
+  def rows(self, stats, entropy, _=None):
+    """Inputs of the gate (rows, 5K + 3), scaled by constants, not by the stream (C1), and the
+    experts' mask (rows, K + 1). stats: (K, rows, 4) int32; entropy: (rows,) float64, nats."""
+    stats, entropy = (torch.as_tensor(a).to(self.device) for a in (stats, entropy))
     (n, _, types, singles), h = stats.float().unbind(-1), entropy.float()[None]
-    known, total = n > 0, stats[..., 0].clamp(min=1)
+    known, total = n > 0, n.clamp(min=1)
     inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
     inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp()])
-    p = torch.cat([logp.exp()[None], stats[..., 1].double() / total])
-    return inputs.T, torch.cat([torch.ones_like(known[:1]), known]).T, p.T
+    return inputs.T, torch.cat([torch.ones_like(h, dtype=torch.bool), known]).T
 
   def logits(self, inputs, known):
     hidden = F.gelu(inputs @ self.layers[0] + self.layers[1])
     return (hidden @ self.layers[2] + self.layers[3]).masked_fill(~known, -torch.inf)
 
   @torch.no_grad()
-  def weights(self, inputs, known, _):
-    """Of the experts: float64 (rows, K + 1)"""
-    return self.logits(inputs, known).double().softmax(1)
+  def weights(self, inputs, known):
+    """Of model and counts: float64 (rows, K + 1)"""
+    share = torch.tensor(self.odds, dtype=torch.float64).sigmoid()
+    weights = share * self.logits(inputs, known).double().softmax(1).cpu()
+    weights[:, 0] += 1 - share
+    return weights.numpy()
 
-  @staticmethod
-  def mix(gate_logp, logp, odds):
-    """Gate against model alone at log-odds `odds`: float64 (rows,), nats."""
-    return np.logaddexp(gate_logp - np.logaddexp(0, -odds), logp - np.logaddexp(0, odds))
-
+  @torch.enable_grad()
   def learn(self, inputs, known, p):
-    """Train on a scored chunk: four passes early in the stream, one from 2^19 targets."""
+    """Train on a scored chunk: four passes early in the stream, one from 2^19 targets. p: of its
+    targets by each expert, float64 (rows, K + 1)"""
+    threads, p = torch.get_num_threads(), torch.from_numpy(p).to(self.device)
+    torch.set_num_threads(1)  # faster for so small a gate
+    with torch.no_grad():
+      gate = (self.logits(inputs, known).double().softmax(1) * p).sum(1)
+    self.odds += (gate.log() - p[:, 0].log()).sum().item()
     self.seen, self.chunk = self.seen + len(p), min(2 * self.chunk, 4096)
-    ratio = (p / p.amax(1, keepdim=True).clamp(1e-300)).float()
+    ratio = (p / p.amax(1, keepdim=True)).float()
     passes = min(4, max(1, (1 << 20) // self.seen))
     batches = [a.split(256 if passes > 1 else 512) for a in (inputs, known, ratio)]
     for _ in range(passes):
@@ -1716,44 +1874,274 @@ class Blend:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+    torch.set_num_threads(threads)
 
 
-def blend(store, scores, device, probes=()):
+def expert_p(stats, log_prob):
+  """p of the targets by the model and by each order: float64 (rows, K + 1)"""
+  n, c = stats[..., 0], stats[..., 1]
+  return np.vstack([np.exp(log_prob).clip(1e-300), c / np.maximum(n, 1)]).T
+
+
+def mix(mixer, store, scores, times=None, probes=()):
   """Score each target, then learn from it -> (log-probability (N,), mass at each probe:
-  (target, p_model (V,), counts (K, V)), where the whole vocabulary is scored)."""
-  (logp, entropy, _), mixer = scores, Blend(store.orders, device)
-  out, masses, a, threads = np.empty(len(logp)), [], 0, torch.get_num_threads()
-  torch.set_num_threads(1)  # faster for so small a gate, same bits anywhere
-  while a < len(logp):
-    b = min(a + mixer.chunk, len(logp))
-    stats = store.read(a, b)
-    rows = mixer.rows(stats, logp[a:b], entropy[a:b])
-    weights = mixer.weights(*rows)
-    gate = (weights * rows[-1]).sum(1).log().cpu().numpy()
-    odds = mixer.odds + np.append(0.0, np.cumsum(gate - logp[a:b]))
-    out[a:b] = mixer.mix(gate, logp[a:b], odds[:-1])
+  (target, p_model (V,), counts (K, V)), where the whole vocabulary is scored). times: steps of
+  the targets, which a chunk does not divide."""
+  out, masses, a = np.empty(len(scores.log_prob)), [], 0
+  while a < len(out):
+    b = min(a + mixer.chunk, len(out))
+    b = b if times is None else np.searchsorted(times, times[b - 1], "right")
+    stats, p_model = store.read(a, b), scores.log_prob[a:b]
+    rows = mixer.rows(stats, *(c if c is None else c[a:b] for c in scores[1:]))
+    weights, p = mixer.weights(*rows), expert_p(stats, p_model)
+    out[a:b] = np.log((weights * p).sum(1))
     for t, p_model, counts in probes:
       if a <= t < b:
         ratios = counts / np.maximum(stats[:, t - a, :1], 1)  # (K, V)
-        gate = weights[t - a].cpu().numpy() @ np.vstack([p_model, ratios])
-        logs = np.log(np.maximum([gate, p_model], 1e-300))
-        masses.append(np.exp(mixer.mix(*logs, odds[t - a])).sum())
-    mixer.odds = odds[-1]
-    mixer.learn(*rows)
+        masses.append((weights[t - a] @ np.vstack([p_model, ratios])).sum())
+    mixer.learn(*rows, p)
     a = b
-  torch.set_num_threads(threads)
   return out, np.array(masses)
 
 
-def vocabulary_counts(tokens, t, vocab_size, orders):
-  """Counts of the whole vocabulary at t, int64 (K, V), by comparing contexts."""
-  places, counts = np.arange(t), np.zeros((len(orders), vocab_size), np.int64)
-  for order in range(1, min(t + 1, max(orders)) + 1):
-    if order in orders:
-      counts[orders.index(order)] = np.bincount(tokens[places], minlength=vocab_size)
-    places = places[places >= order]
-    places = places[tokens[places - order] == tokens[t - order]]
+def vocabulary_counts(order, t, vocab_size, orders):
+  """Counts of the whole vocabulary at target t of an Order, int64 (K, V), by comparing contexts"""
+  tokens, (times, lanes) = order.tokens, order.steps or (np.arange(len(order.tokens)), None)
+  before, counts = np.arange(-1, len(tokens) - 1), np.zeros((len(orders), vocab_size), np.int64)
+  if lanes is not None:
+    after = next_in_lane(lanes)
+    before = np.full(len(tokens), -1)
+    before[after[after >= 0]] = np.flatnonzero(after >= 0)
+  here = t + len(tokens) - len(order.targets)
+  places = past = np.flatnonzero(times < times[here])
+  for k in range(1, max(orders) + 1):
+    if k in orders:
+      counts[orders.index(k)] = np.bincount(tokens[places], minlength=vocab_size)
+    here, past = before[here], before[past]
+    same = (past >= 0) & (tokens[past] == tokens[here])
+    places, past = places[same], past[same]
+    if here < 0:
+      break
+    if lanes is not None:
+      before[tokens == BOS] = -1
   return counts
+
+
+# -----------------------------------------------------------------------------
+# 12. Codec
+# The score as a file: a range coder spends the mixture's bits, a decoder gets the text back.
+
+STREAM_MAGIC, PRECISION = b"PGSTREAM", 24  # bits of a probability
+SCORING = NAMES[NAMES.index("eval_seq_len") : NAMES.index("ngram_scheme")]  # in a stream's header
+RANKS = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+
+
+class StreamError(UserError):
+  """A stream that is damaged, or that this code, artifact or machine did not write."""
+
+
+class Dictionary:
+  """What follows each context, {token: count}: the integers of ngram_counts, over a text that is
+  not there yet."""
+
+  def __init__(self, orders, vocab_size, lanes):
+    self.orders, self.vocab_size, self.tables = orders, vocab_size, [{} for _ in orders]
+    self.texts = [b""] * lanes  # of a lane's document, two bytes a token
+
+  def contexts(self, lane):
+    """Of each order; None where the document is shorter."""
+    text = self.texts[lane]
+    sizes = [2 * (order - 1) for order in self.orders]
+    return [text[len(text) - size :] if size <= len(text) else None for size in sizes]
+
+  def read(self, lanes):
+    """Tokens and counts after each lane's contexts; their rows as CountStore.read gives, (K, lanes, 4), without the target's counts"""
+    stats, found = np.zeros((len(self.orders), len(lanes), 4), np.int32), []
+    for i, lane in enumerate(lanes):
+      for k, context in enumerate(self.contexts(lane)):
+        if after := self.tables[k].get(context):
+          counts = np.fromiter(after.values(), np.int32, len(after))
+          tokens = np.fromiter(after, np.int64, len(after))
+          stats[k, i] = counts.sum(), 0, len(counts), (counts == 1).sum()
+          found.append((i, k, tokens, counts))
+    return stats, found
+
+  def insert(self, lanes, tokens):
+    """Append a token to each lane"""
+    for lane, token in zip(lanes, tokens.tolist(), strict=True):
+      for table, context in zip(self.tables, self.contexts(lane), strict=True):
+        if context is not None:
+          after = table.setdefault(context, {})
+          after[token] = after.get(token, 0) + 1
+      text = b"" if token == BOS else self.texts[lane][-2 * max(self.orders) :]
+      self.texts[lane] = text + token.to_bytes(2, "little")
+
+
+class Mixture:
+  """The distribution whose code length is the score, for the whole vocabulary, step by step."""
+
+  def __init__(self, rt, cfg, shape):
+    orders = mixed_orders(cfg)
+    self.enriched, self.mixer = (
+      bool(cfg.pre_enrich_dim),
+      make_mixer(cfg.ngram_mixer, cfg, orders, rt.device),
+    )
+    self.counts, self.chunk = Dictionary(orders, cfg.vocab_size, shape.lanes), []
+    begun = np.arange(min(shape.lanes, shape.documents))
+    self.counts.insert(begun, np.full_like(begun, BOS))
+
+  def distributions(self, outputs, lanes):
+    """outputs of `drive` -> p, float64 (lanes, V)"""
+    self.lanes, (self.log_probs, entropy, change) = lanes, (o.cpu().numpy()[lanes] for o in outputs)
+    stats, self.found = self.counts.read(lanes)
+    self.now = [stats, entropy, change if self.enriched else None]
+    weights = self.mixer.weights(*self.mixer.rows(*self.now))
+    p = weights[:, :1] * np.exp(self.log_probs)
+    for i, k, tokens, counts in self.found:
+      p[i, tokens] += weights[i, k + 1] / stats[k, i, 0] * counts
+    return p
+
+  def learn(self, tokens):
+    """Count the tokens of the step; when the mixer's chunk is full, train on it."""
+    (stats, entropy, _), rows = self.now, np.arange(len(tokens))
+    for i, k, after, counts in self.found:
+      stats[k, i, 1] = counts[after == tokens[i]].sum()
+    self.counts.insert(self.lanes, tokens)
+    self.chunk.append((stats, entropy, self.log_probs[rows, tokens]))
+    if sum(len(entropy) for _, entropy, _ in self.chunk) >= self.mixer.chunk:
+      stats, *rest = zip(*self.chunk, strict=True)
+      stats, (entropy, log_prob) = np.concatenate(stats, 1), map(np.concatenate, rest)
+      self.mixer.learn(*self.mixer.rows(stats, entropy), expert_p(stats, log_prob))
+      self.chunk = []
+
+
+def coder_integers(p):
+  """p, float64 (rows, V) -> integers that add up to 2^24 - V, as float64; the coder adds 1 each"""
+  free = (1 << PRECISION) - p.shape[1]
+  integers = np.floor(p * free)
+  rest = free - integers.sum(1)
+  if not (np.abs(rest) <= p.shape[1]).all():
+    raise ValueError(f"not a distribution: adds up to {1 - rest / free}")
+  integers[np.arange(len(p)), p.argmax(1)] += rest
+  return integers
+
+
+def code(model, rt, cfg, shape, pick):
+  """Encoder and decoder: pick(integers (lanes, V), documents, places) -> tokens (lanes,). Returns
+  the text of what was coded: a BOS before each document."""
+  mixture, text = Mixture(rt, cfg, shape), [[BOS] for _ in range(shape.documents)]
+
+  def choose(outputs, lanes, documents, places):
+    tokens = pick(coder_integers(mixture.distributions(outputs, lanes)), documents, places)
+    mixture.learn(tokens)
+    for document, token in zip(documents, tokens.tolist(), strict=True):
+      text[document].append(token)
+    return tokens.astype(np.int64)
+
+  drive(model, rt, shape, range(shape.groups), choose)
+  parts = [t[:-1] if t[-1] == BOS and len(t) > 1 else t for t in text[:-1]] + text[-1:]
+  return np.array(sum(parts, []) or [BOS], np.uint16)
+
+
+def encode(model, rt, cfg, stream, shape):
+  """-> range coder's words, the text that they code"""
+  queue, family = coder_parts()
+  coder, starts = queue.RangeEncoder(), np.flatnonzero(stream == BOS)
+
+  def pick(integers, documents, places):
+    tokens = stream[starts[documents] + places + 1].astype(np.int32)
+    coder.encode(tokens, family, integers)
+    return tokens
+
+  text = code(model, rt, cfg, shape, pick)
+  return coder.get_compressed().astype("<u4").tobytes(), text
+
+
+def decode(model, rt, cfg, words, shape):
+  queue, family = coder_parts()
+  coder = queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
+  return code(model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers))
+
+
+def fingerprint(rt, folder):
+  """Whatever a bit of the probabilities can depend on."""
+  kind = torch.cuda.get_device_name() if rt.cuda else torch.backends.cpu.get_cpu_capability()
+  found = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "constriction")}
+  for name, path in dict(code=CODE, artifact=folder / "artifact.bin").items():
+    found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+  return found | dict(device=f"{rt.device.type} {kind}", threads=torch.get_num_threads())
+
+
+def prove(report, log_prob):
+  """Write stream.bin; a fresh process decodes it from the run folder alone. log_prob: what is
+  claimed, in coding order"""
+  cfg, rt, stream, folder = report.cfg, report.rt, report.text.stream, report.rt.folder.resolve()
+  rt = rt.on_cpu() if cfg.codec_device == "cpu" else rt
+  shape, began = Shape.of(stream, cfg, rt.world_size, cfg.codec_tokens), time.perf_counter()
+  words, text = encode(load_artifact(folder / "artifact.bin", rt.device), rt, cfg, stream, shape)
+  header = dict(shape=shape, made=fingerprint(rt, folder), text=hashlib.sha256(text).hexdigest())
+  header["scoring"] = {name: show(getattr(cfg, name)) for name in SCORING}
+  head = json.dumps(header).encode()
+  body = STREAM_MAGIC + struct.pack("<I", len(head)) + head + words
+  data, encoded = body + hashlib.sha256(body).digest(), time.perf_counter()
+  write_atomically(folder / "stream.bin", lambda partial: partial.write_bytes(data))
+  keep = {n: v for n, v in os.environ.items() if n not in (*VARIABLES, *RANKS)}
+  done = subprocess.run(
+    [sys.executable, folder / "train_gpt.py"], env=keep | {"DECODE": str(folder)}
+  )
+  decoded = folder / "decoded.bin"
+  right = done.returncode == 0 and np.array_equal(read_shard(decoded, cfg.vocab_size), text)
+  decoded.unlink(missing_ok=True)
+  coded = len(text) - sum(text == BOS) + 0
+  rt.log("codec", encode_s=encoded - began, decode_s=time.perf_counter() - encoded)
+  rt.log(
+    "final_codec",
+    coded_bytes=len(words),
+    claimed_bytes=math.ceil(-log_prob[:coded].sum() / math.log(2) / 8),
+    proved_tokens=coded,
+    total_tokens=len(log_prob),
+    decoded="ok" if right else "FAILED",
+  )
+
+
+def decode_folder(cfg):
+  """DECODE: stream.bin and artifact.bin of a folder -> decoded.bin there, a shard of tokens."""
+  folder = Path(cfg.decode)
+  header, words = read_stream(folder / "stream.bin")
+  rt = Runtime(replace(cfg, device=header["made"]["device"].split()[0]))
+  rt.start()
+  torch.set_num_threads(header["made"]["threads"])
+  for name, value in fingerprint(rt, folder).items():
+    if header["made"][name] != value:
+      fix = "decode with what wrote it"
+      raise StreamError(
+        f"{folder}/stream.bin: made with {name} {header['made'][name]}, here it is {value}; fix: {fix}"
+      )
+  model = load_artifact(folder / "artifact.bin", rt.device)
+  values = {name: parse(name.upper(), header["scoring"][name]) for name in SCORING}
+  values |= {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
+  text = decode(model, rt, replace(cfg, **values), words, Shape(*header["shape"]))
+  if hashlib.sha256(text).hexdigest() != header["text"]:
+    raise StreamError(f"{folder}/stream.bin: the text decoded is not the text coded")
+  head = np.zeros(SHARD_HEADER_BYTES // 4, "<i4")
+  head[:3] = SHARD_MAGIC, SHARD_VERSION, len(text)
+  data = head.tobytes() + text.tobytes()
+  write_atomically(folder / "decoded.bin", lambda partial: partial.write_bytes(data))
+
+
+def read_stream(path):
+  """-> header, words of the range coder; StreamError unless every byte is as it was written"""
+  data = path.read_bytes()
+  body, start = data[:-SHA_BYTES], len(STREAM_MAGIC) + 4
+  if not data.startswith(STREAM_MAGIC) or hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
+    raise StreamError(f"{path}: damaged, its sha256 does not fit its bytes; fix: get it again")
+  end = start + struct.unpack("<I", body[start - 4 : start])[0]
+  return json.loads(body[start:end]), body[end:]
+
+
+def coder_parts():
+  stream = backend("constriction").stream
+  return stream.queue, stream.model.Categorical(perfect=False)
 
 
 # -----------------------------------------------------------------------------
@@ -1863,6 +2251,7 @@ def open_run_folder(rt):
     rt.folder.mkdir(parents=True, exist_ok=True)
     for name in OUTPUTS:
       (rt.folder / name).unlink(missing_ok=True)
+    rt.files = [open(rt.folder / name, "w", encoding="utf-8") for name in OUTPUTS[1:3]]
 
 
 def keep_sources(rt, cfg):
@@ -1892,7 +2281,7 @@ class Report:
   """The final lines and the run folder's results."""
 
   def __init__(self, rt, cfg):
-    self.rt, self.cfg, self.text = rt, cfg, ValidationText(cfg)
+    self.rt, self.cfg, self.text, self.claim = rt, cfg, ValidationText(cfg), None
     rt.log("val_text", tokens=len(self.text.targets), bytes=int(self.text.bytes.sum()))
 
   def score(self, stage, log_prob, **more):
@@ -1965,18 +2354,30 @@ def evaluate(model, weights, report):
   scorer, stride = WindowScorer(model, rt, cfg), cfg.eval_stride
   probes = np.unique(np.linspace(0, len(stream) - 2, PROBES).astype(int))
   report.score("int6_roundtrip", scorer.score(stream, scorer.length)[0].log_prob)
+  began = time.perf_counter()
   scores, seen = scorer.score(stream, stride, probes)
+  order, sliding_s = Order(stream, np.arange(len(stream) - 1)), time.perf_counter() - began
   report.score("int6_sliding_window", scores.log_prob, stride=stride)
   if cfg.ttt_enabled:
     training = TestTimeTraining(model, rt, cfg)
     adaptive = WindowScorer(training.model, rt, cfg)
     scores, seen = adaptive.score(stream, stride, probes, training.learn)
     report.score("ttt", scores.log_prob)
+  if cfg.scorer == "documents":
+    began, size = time.perf_counter(), len(stream) - 1
+    scores, seen, order = score_documents(model, rt, cfg, stream, probes)
+    speed = size / (time.perf_counter() - began)
+    report.score(
+      "documents",
+      scores.log_prob,
+      tokens_per_s=int(speed),
+      sliding_tokens_per_s=int(size / sliding_s),
+    )
   final = scores.log_prob
   if not cfg.ngram_enabled or cfg.ngram_mixer == "none":
     report.score("ngram", final, mixer="none")
   elif rt.rank == 0:
-    final = mix_ngrams(scores, seen, report)
+    final = mix_ngrams(scores, seen, order, report)
   report.write(scores, final)
   if cfg.ngram_scheme and cfg.pseudo_weights == "ema":  # as #864 measured, unquantised
     model.load_state_dict(weights)
@@ -1984,35 +2385,46 @@ def evaluate(model, weights, report):
     report.write_scores("scores_ema.npz", raw, raw.log_prob)
   if cfg.ngram_scheme and rt.rank == 0:
     pseudo_score(report)
+  if cfg.scorer == "documents" and cfg.codec_tokens and rt.rank == 0:
+    report.claim = final[order.targets]
 
 
-def mix_ngrams(scores, seen, report):
+def mixed_orders(cfg):
+  """Of the experts: the configured, single tokens, repeats beyond the model's window."""
+  shown = range(cfg.ngram_min_order, cfg.ngram_max_order + 1)
+  return tuple(sorted({1, *shown, *LONG_ORDERS})) if cfg.ngram_enabled else ()
+
+
+def make_mixer(name, cfg, orders, device):
+  return Cascade(orders, cfg) if name == "cascade" else Blend(orders, device)
+
+
+def mix_ngrams(scores, seen, order, report):
   """Mix by the published backoff and by NGRAM_MIXER -> log p (N,), nats. seen: (target, p (V,))
   of some, for the mass"""
-  cfg, rt, stream = report.cfg, report.rt, report.text.stream
-  shown = tuple(range(cfg.ngram_min_order, cfg.ngram_max_order + 1))
-  store = CountStore(tuple(sorted({1, *shown, *LONG_ORDERS})))
-  counts = ngram_counts(stream, cfg.vocab_size, max(store.orders), device=rt.device)
-  match = backoff_match(store.collect(counts), cfg)
-  orders = f"{shown[0]}-{shown[-1]}"
-  alpha = backoff_alpha(match[0], scores.entropy, cfg, enrichment_boost(scores.pe_delta))
-  final = backoff_log_prob(scores.log_prob, alpha, match)
-  report.score("ngram_backoff", final, orders=orders)
-  counts = [vocabulary_counts(stream, t + 1, cfg.vocab_size, store.orders) for t, _ in seen]
-  probes = [(*probe, count) for probe, count in zip(seen, counts, strict=True)]
-  if cfg.ngram_mixer == "blend":
-    final, masses = blend(store, scores, rt.device, probes)
-  else:
-    masses = []
-    for t, p_model, counts in probes:
-      order, n, _ = match[:, t]
-      ratio = counts[store.orders.index(order)] / n if order else p_model
-      masses.append(((1 - alpha[t]) * p_model + alpha[t] * ratio).sum())
-  saved = (final - scores.log_prob) / math.log(2)
-  for order in np.unique(store.matched).tolist():  # longest context seen before; 0: none
-    here = store.matched == order
+  cfg, rt = report.cfg, report.rt
+  store = CountStore(mixed_orders(cfg), len(order.tokens) - len(order.targets))
+  store.collect(
+    ngram_counts(order.tokens, cfg.vocab_size, max(store.orders), rt.device, order.steps)
+  )
+  coded = Scores(*(c if c is None else c[order.targets] for c in scores))
+  times = order.steps and order.steps[0][store.skip :]
+  places = [(int(np.flatnonzero(order.targets == t)[0]), p) for t, p in seen]
+  probes = [(t, p, vocabulary_counts(order, t, cfg.vocab_size, store.orders)) for t, p in places]
+  orders = f"{cfg.ngram_min_order}-{cfg.ngram_max_order}"
+  for mixer in dict.fromkeys(("cascade", cfg.ngram_mixer)):
+    mixed, masses = mix(
+      make_mixer(mixer, cfg, store.orders, rt.device), store, coded, times, probes
+    )
+    final = np.empty_like(mixed)
+    final[order.targets] = mixed
+    if mixer == "cascade":
+      report.score("ngram_backoff", final, orders=orders)
+  saved = (mixed - coded.log_prob) / math.log(2)
+  for longest in np.unique(store.matched).tolist():  # longest context seen before; 0: none
+    here = store.matched == longest
     gain = dict(share=float(here.mean()), bits_saved=float(saved[here].sum()))
-    rt.log("ngram_gain", order, positions=int(here.sum()), **gain)
+    rt.log("ngram_gain", longest, positions=int(here.sum()), **gain)
   error = float(np.abs(np.subtract(masses, 1)).max())
   report.score("ngram", final, mixer=cfg.ngram_mixer, orders=orders, mass_error=error)
   return final
@@ -2030,6 +2442,8 @@ def pseudo_score(report):
 def run(cfg):
   """The life of a token, once through."""
   rt = Runtime(cfg)
+  if cfg.decode:
+    return decode_folder(cfg)
   if cfg.dry_run:
     return names_tool("dry_run", rt, cfg)
   if cfg.resume == "auto" and rt.finished:
@@ -2057,6 +2471,8 @@ def run(cfg):
     model = load_artifact(path, rt.device)
     evaluate(model, weights, report)
   if rt.rank == 0:
+    if report.claim is not None:
+      prove(report, report.claim)
     report.budget()
     report.finish()
   rt.largest(0)  # a rank that ends earlier could take rank 0 with it
