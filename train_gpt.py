@@ -31,21 +31,19 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib
 import importlib.util
 import io
 import json
 import lzma
 import math
 import platform
-import re
 import runpy
 import shutil
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -90,7 +88,6 @@ FINEWEB_DATA = ROOT / "data/datasets/fineweb10B_sp1024"
 FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
 NAMES_TOOL = ROOT / "records/variables.py"
 PATHS = ("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "RECORD", "RUN_ID")  # not in a config.env
-
 
 Count = Annotated[int, 1, 2**62]  # bounds; without them a number is at least 0
 Positive = Annotated[float, 1e-30, 1e30]
@@ -248,22 +245,32 @@ class Config:
   ngram_caches: Count = 1  # as of so many ranks
   pseudo_weights: Literal["artifact", "ema"] = "artifact"  # they run on
 
-  origin: dict = field(default_factory=dict, compare=False, repr=False)
-  notes: tuple = field(default=(), compare=False, repr=False)
+  origin: dict = field(default_factory=dict, compare=False)
+  notes: tuple = field(default=(), compare=False)
 
   @staticmethod
-  def from_env(environ: Mapping[str, str]) -> "Config":
+  def from_env(environ):
     """Resolve a configuration; ConfigError names variable, value and fix. No RECORD means `tiny`
     where there is no CUDA device or no FineWeb data, else the defaults."""
-    texts, notes = resolve(environ)
+    texts, notes = {name: (environ[name], "env") for name in VARIABLES if name in environ}, ()
+    if NAMES_TOOL.exists() or environ.get("RECORD"):  # this file alone has no other names
+      texts, notes = names_tool("resolve", environ)
     values = {name.lower(): parse(name, text) for name, (text, _) in texts.items()}
     origin = {name: source for name, (_, source) in texts.items()}
-    return resolve_paths(Config(**values, origin=origin, notes=tuple(notes))).check()
+    cfg = Config(**values, origin=origin, notes=tuple(notes))
+    real = FINEWEB_DATA.is_dir() and cfg.record != "tiny"
+    data = Path(cfg.data_path or (FINEWEB_DATA if real else SAMPLE_DATA))
+    own = data == SAMPLE_DATA or (data / "tokenizer.model").exists()
+    tokenizer = data / "tokenizer.model" if own else FINEWEB_TOKENIZER
+    run_id = f"{'eval_' if cfg.eval_only else ''}{cfg.record or 'own'}_seed{cfg.seed}"
+    paths = dict(data_path=str(data), tokenizer_path=cfg.tokenizer_path or str(tokenizer))
+    return replace(cfg, **paths, run_id=cfg.run_id or run_id).check()
 
   def check(self):
     """Refuse values that cannot work together."""
     layers, longest = self.num_layers, self.ngram_max_order
-    head = self.model_dim // self.num_heads
+    every = self.checkpoint_every.removesuffix("m")
+    head, chunk_rest = self.model_dim // self.num_heads, self.ttt_chunk_tokens % self.window
     for name, broken, wanted in (
       ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
       ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
@@ -271,15 +278,12 @@ class Config:
       ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
       ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), f"< {layers}"),
       ("DEPTH_RECURRENCE", not {*self.depth_recurrence} <= {*range(layers)}, f"< {layers}"),
-      (
-        "TTT_CHUNK_TOKENS",
-        self.ttt_enabled and self.ttt_chunk_tokens % self.window,
-        "times EVAL_SEQ_LEN",
-      ),
+      ("TTT_CHUNK_TOKENS", self.ttt_enabled and chunk_rest, "times EVAL_SEQ_LEN"),
       ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
       ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
       ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
-      ("CHECKPOINT_EVERY", not re.fullmatch(r"\d+m?", self.checkpoint_every), "10 or 10m"),
+      ("CHECKPOINT_EVERY", not every.isdecimal(), "10 or 10m"),
+      ("RUN_ID", Path(self.run_id).name != self.run_id, "a plain folder name"),
       ("SCORER", self.scorer == "documents", "sliding (documents comes later)"),
     ):
       if broken:
@@ -302,58 +306,33 @@ MODEL_FIELDS = NAMES[NAMES.index("vocab_size") : NAMES.index("compressor") + 1] 
 
 def parse(name, text):
   """Text of a variable -> value of its type, within its bounds."""
-  kind, least, most = VARIABLES[name].type, 0, 2**62
+  kind, default, least, most = VARIABLES[name].type, VARIABLES[name].default, 0, 2**62
   if get_origin(kind) is Annotated:
     kind, least, most = get_args(kind)
-  choices = get_args(kind)
-  if kind is bool or get_origin(kind) is Literal:
-    choices = choices or ("0", "1")
-    if text not in choices:
-      raise ConfigError(f"{name}={text!r}: must be one of {', '.join(map(repr, choices))}")
-    return text == "1" if kind is bool else text
-  try:
-    parts = text.split(",") if text or VARIABLES[name].default else ()
-    value = tuple(map(choices[0], parts)) if choices else kind(text)
-    if isinstance(value, (int, float)) and not least <= value <= most:
-      raise ValueError
-  except ValueError:
-    wanted = f"{getattr(kind, '__name__', kind)}, {least} to {most:g}"
-    example = show(VARIABLES[name].default)
-    raise ConfigError(f"{name}={text!r}: must be {wanted}, such as {example}") from None
-  return value
+  inner = ("0", "1") if kind is bool else get_args(kind)
+  wanted = f"{kind.__name__}, {least} to {most:g}, such as {show(default)}"
+  with contextlib.suppress(ValueError):
+    if isinstance(default, tuple):
+      return tuple(map(inner[0], text.split(",") if text or default else ()))
+    if inner:
+      wanted = " or ".join(map(repr, inner))
+      place = inner.index(text)
+      return bool(place) if kind is bool else text
+    value = kind(text)
+    if kind is str or least <= value <= most:
+      return value
+  raise ConfigError(f"{name}={text!r}: must be {wanted}")
 
 
 def show(value):
-  if isinstance(value, tuple):
-    return ",".join(map(str, value))
-  return str(int(value) if isinstance(value, bool) else value)
-
-
-def resolve(environ):
-  """-> {name: (text, origin)} of the variables given, notes; this file alone knows no RECORDs and
-  no other names."""
-  if NAMES_TOOL.exists() or environ.get("RECORD"):
-    return names_tool("resolve", environ)
-  return {name: (environ[name], "env") for name in VARIABLES if name in environ}, []
+  parts = value if isinstance(value, tuple) else (value,)
+  return ",".join(str(int(x) if isinstance(x, bool) else x) for x in parts)
 
 
 def names_tool(function, *arguments):
   if not NAMES_TOOL.exists():
     raise ConfigError(f"{NAMES_TOOL}: missing, for RECORD, DRY_RUN, --help; fix: put it back")
   return runpy.run_path(str(NAMES_TOOL))[function](*arguments, sys.modules[__name__])
-
-
-def resolve_paths(cfg):
-  """Fill in the data folder, the tokenizer and the run's name."""
-  real = FINEWEB_DATA.is_dir() and cfg.record != "tiny"
-  data = Path(cfg.data_path or (FINEWEB_DATA if real else SAMPLE_DATA))
-  own = data == SAMPLE_DATA or (data / "tokenizer.model").exists()
-  tokenizer = cfg.tokenizer_path or str(data / "tokenizer.model" if own else FINEWEB_TOKENIZER)
-  prefix = "eval_" if cfg.eval_only else ""
-  run_id = cfg.run_id or f"{prefix}{cfg.record or 'own'}_seed{cfg.seed}"
-  if Path(run_id).name != run_id:
-    raise ConfigError(f"RUN_ID={run_id!r}: must be a plain folder name")
-  return replace(cfg, data_path=str(data), tokenizer_path=tokenizer, run_id=run_id)
 
 
 # -----------------------------------------------------------------------------
