@@ -83,7 +83,6 @@ def backend(name):
 # Environment > RECORD's config.env > defaults; each value typed, checked, printed with its origin.
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
-SAMPLE_DATA = ROOT / "data/datasets/sample_en"
 FINEWEB_DATA = ROOT / "data/datasets/fineweb10B_sp1024"
 FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
 NAMES_TOOL = ROOT / "records/variables.py"
@@ -258,18 +257,16 @@ class Config:
     values = {name.lower(): parse(name, text) for name, (text, _) in texts.items()}
     origin = {name: source for name, (_, source) in texts.items()}
     cfg = Config(**values, origin=origin, notes=tuple(notes))
-    real = FINEWEB_DATA.is_dir() and cfg.record != "tiny"
-    data = Path(cfg.data_path or (FINEWEB_DATA if real else SAMPLE_DATA))
-    own = data == SAMPLE_DATA or (data / "tokenizer.model").exists()
-    tokenizer = data / "tokenizer.model" if own else FINEWEB_TOKENIZER
-    run_id = f"{'eval_' if cfg.eval_only else ''}{cfg.record or 'own'}_seed{cfg.seed}"
-    paths = dict(data_path=str(data), tokenizer_path=cfg.tokenizer_path or str(tokenizer))
-    return replace(cfg, **paths, run_id=cfg.run_id or run_id).check()
+    data = cfg.data_path or str(FINEWEB_DATA)
+    beside = Path(data, "tokenizer.model")
+    tokenizer = cfg.tokenizer_path or str(beside if beside.exists() else FINEWEB_TOKENIZER)
+    prefix = "eval_" if cfg.eval_only else ""
+    run_id = cfg.run_id or f"{prefix}{cfg.record or 'own'}_seed{cfg.seed}"
+    return replace(cfg, data_path=data, tokenizer_path=tokenizer, run_id=run_id).check()
 
   def check(self):
     """Refuse values that cannot work together."""
     layers, longest = self.num_layers, self.ngram_max_order
-    every = self.checkpoint_every.removesuffix("m")
     head, chunk_rest = self.model_dim // self.num_heads, self.ttt_chunk_tokens % self.window
     for name, broken, wanted in (
       ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
@@ -282,7 +279,7 @@ class Config:
       ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
       ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
       ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
-      ("CHECKPOINT_EVERY", not every.isdecimal(), "10 or 10m"),
+      ("CHECKPOINT_EVERY", not self.checkpoint_every.removesuffix("m").isdecimal(), "10 or 10m"),
       ("RUN_ID", Path(self.run_id).name != self.run_id, "a plain folder name"),
       ("SCORER", self.scorer == "documents", "sliding (documents comes later)"),
     ):
@@ -340,26 +337,15 @@ def names_tool(function, *arguments):
 # Ranks, device, clock, log and seeds: one object, handed down.
 
 
-@dataclass(frozen=True)
-class Line:
-  """A log line as text, `key:value name:x`, and as JSON; names in _ms print as ms."""
-
-  key: str
-  value: Any
-  values: dict[str, Any]
-
-  def text(self):
-    head = self.key if self.value is None else f"{self.key}:{self.value}"
-    return " ".join([head, *(self.render(*item) for item in self.values.items())])
-
-  def render(self, name, value):
-    short, unit = name.removesuffix("_ms"), "ms" if name.endswith("_ms") else ""
-    if isinstance(value, float) and not self.key.startswith("final_"):
-      value = f"{value:.2f}" if unit else f"{value:.4f}"
-    return f"{short}:{value}{unit}"
-
-  def json(self):
-    return json.dumps({"key": self.key, "value": self.value} | self.values)
+def line_text(key, value, values):
+  """`key:value name:x`; names in _ms print as ms, floats in full in final lines only."""
+  words = [key if value is None else f"{key}:{value}"]
+  for name, x in values.items():
+    unit = "ms" if name.endswith("_ms") else ""
+    if isinstance(x, float) and not key.startswith("final_"):
+      x = f"{x:.2f}" if unit else f"{x:.4f}"
+    words.append(f"{name.removesuffix('_ms')}:{x}{unit}")
+  return " ".join(words)
 
 
 class Runtime:
@@ -367,21 +353,20 @@ class Runtime:
 
   def __init__(self, cfg):
     self.cfg, self.folder = cfg, Path("runs") / cfg.run_id
-    self.rank = int(os.environ.get("RANK", 0))
-    self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    launch = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)  # torchrun's
+    ranks = (int(os.environ.get(name, alone)) for name, alone in launch.items())
+    self.rank, local, self.world_size, self.local_ranks = ranks
     self.cuda = cfg.device != "cpu" and torch.cuda.is_available()
     if cfg.device == "cuda" and not self.cuda:
       raise ConfigError("DEVICE=cuda: torch sees no CUDA device; fix: DEVICE=cpu")
-    self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
+    self.device = torch.device(f"cuda:{local}" if self.cuda else "cpu")
     self.finished = (self.folder / "submission.json").exists()
-    self.seconds, self.files = {"train": 0.0, "eval": 0.0}, []
+    self.seconds, self.files = {"train": 0.0, "eval": 0.0}, [sys.stdout]
 
   def start(self):
     """Threads, seed, kernels, process group; rank 0 opens the run folder's log."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # Linux
-    torch.set_num_threads(max(1, len(affinity(0)) // local_ranks))
+    torch.set_num_threads(max(1, len(affinity(0)) // self.local_ranks))
     torch.manual_seed(self.cfg.seed)
     if self.cuda:
       torch.cuda.set_device(self.device)
@@ -392,29 +377,25 @@ class Runtime:
       backends = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
       dist.init_process_group(backends, timeout=timedelta(minutes=15))
     if self.rank == 0:
-      paths = [self.folder / name for name in ("log.txt", "metrics.jsonl")]
-      self.files = [open(path, "w", encoding="utf-8") for path in paths]
+      for name in ("log.txt", "metrics.jsonl"):
+        self.files.append(open(self.folder / name, "w", encoding="utf-8"))
 
   def log(self, key, value=None, **values):
     """Rank 0 prints the line and appends it to log.txt and metrics.jsonl."""
     if self.rank == 0:
-      line = Line(key, value, values)
-      print(line.text(), flush=True)
-      for file, text in zip(self.files, (line.text(), line.json()), strict=False):
-        print(text, file=file, flush=True)
+      text, entry = line_text(key, value, values), json.dumps(dict(key=key, value=value) | values)
+      for file, line in zip(self.files, (text, text, entry), strict=False):
+        print(line, file=file, flush=True)
+
+  def sum(self, array, how=dist.ReduceOp.SUM):
+    """Sum over ranks, in place; exact where one rank holds each element. Through gloo, without
+    waiting for the device."""
+    if self.world_size > 1:
+      dist.all_reduce(torch.from_numpy(array), how)
+    return array
 
   def largest(self, value):
-    """Maximum over ranks; through gloo, without waiting for the device."""
-    shared = torch.tensor([value], dtype=torch.float64)
-    if self.world_size > 1:
-      dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return shared.item()
-
-  def sum(self, array):
-    """Sum over ranks, in place; exact where one rank holds each element."""
-    if self.world_size > 1:
-      dist.all_reduce(torch.from_numpy(array))
-    return array
+    return self.sum(np.array([float(value)]), dist.ReduceOp.MAX).item()
 
   @contextlib.contextmanager
   def clock(self, stage):
@@ -451,36 +432,25 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS = 1
 
 
-class DataError(UserError):
-  """A broken shard or tokenizer."""
-
-
 def read_shard(path, vocab_size):
   """Map one shard: a header of 256 int32 (magic, version, count), then uint16 tokens."""
   size = path.stat().st_size
   header = np.fromfile(path, "<i4", 3) if size >= SHARD_HEADER_BYTES else (0, 0, 0)
   magic, version, count = map(int, header)
-  for right, problem in (
-    (size >= SHARD_HEADER_BYTES, "shorter than its 1,024-byte header"),
-    (magic == SHARD_MAGIC, f"magic {magic} instead of {SHARD_MAGIC}, not a token shard"),
-    (version == SHARD_VERSION, f"version {version} instead of {SHARD_VERSION}"),
-    (count > 0, f"the header counts {count} tokens"),
-    (size == SHARD_HEADER_BYTES + 2 * count, f"length {size} bytes for {count} tokens"),
-  ):
-    if not right:
-      raise DataError(f"{path}: {problem}; fix: write or download it again")
+  wanted = SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES + 2 * count
+  if (magic, version, size) != wanted or count < 1:
+    found = f"magic {magic}, version {version}, length {size} for {count} tokens"
+    raise UserError(f"{path}: {found} instead of {wanted}; fix: write or download it again")
   tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
   if tokens.max() >= vocab_size:
-    fix = "use the tokenizer it was written with"
-    raise DataError(f"{path}: token {tokens.max()} >= vocabulary {vocab_size}; fix: {fix}")
+    raise UserError(f"{path}: token {tokens.max()} >= vocabulary {vocab_size}; fix: VOCAB_SIZE")
   return tokens
 
 
 def find_shards(folder, split):
   shards = sorted(Path(folder).glob(f"*_{split}_*.bin"))
   if not shards:
-    fix = f"python data/prepare_text.py --input TEXT --out {folder}"
-    raise DataError(f"DATA_PATH={folder!r}: no *_{split}_*.bin shards there; fix: {fix}")
+    raise UserError(f"DATA_PATH={folder!r}: no *_{split}_*.bin; fix: see data/prepare_text.py")
   return shards
 
 
@@ -490,31 +460,28 @@ class TokenLoader:
 
   def __init__(self, shards, vocab_size):
     self.shards, self.vocab_size, self.shard = shards, vocab_size, None
-    self.restore({"shard": 0, "offset": 0})
+    self.restore((0, 0))
 
   def state(self):
-    return {"shard": self.shard, "offset": self.offset}
+    return self.shard, self.offset
 
   def restore(self, state):
-    if self.shard != state["shard"]:
-      self.tokens = read_shard(self.shards[state["shard"]], self.vocab_size)
-    self.shard, self.offset = state["shard"], state["offset"]
+    shard, self.offset = state
+    if shard != self.shard:
+      self.shard, self.tokens = shard, read_shard(self.shards[shard], self.vocab_size)
 
   def rows(self, cfg, rt):
     """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
-    parts, missing = [], cfg.train_batch_tokens + 1
-    while missing:
+    tokens, size = self.tokens[:0], cfg.train_batch_tokens
+    while len(tokens) <= size:
       if self.offset == len(self.tokens):
-        self.restore({"shard": (self.shard + 1) % len(self.shards), "offset": 0})
-      parts.append(self.tokens[self.offset : self.offset + missing])
-      self.offset += len(parts[-1])
-      missing -= len(parts[-1])
+        self.restore(((self.shard + 1) % len(self.shards), 0))
+      part = self.tokens[self.offset :][: size + 1 - len(tokens)]
+      tokens, self.offset = np.append(tokens, part), self.offset + len(part)
     self.offset -= 1
-    tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-    inputs, targets = (t.view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
-    share = len(inputs) // rt.world_size
-    mine = slice(rt.rank * share, (rt.rank + 1) * share)
-    return inputs[mine], targets[mine]
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    rows = (t.view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
+    return [t.chunk(rt.world_size)[rt.rank] for t in rows]
 
 
 class TokenBytes(NamedTuple):
@@ -531,7 +498,7 @@ class TokenBytes(NamedTuple):
 
 
 def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
-  """Byte accounting of a SentencePiece model; DataError if missing or of another size (0: any).
+  """Byte accounting of a SentencePiece model; UserError if missing or of another size (0: any).
 
   Every U+2581 is one byte, a space; control and unknown ids are none, and after them a leading
   space is free where the tokenizer strips or invents one (upstream's rule on its own models).
@@ -539,43 +506,32 @@ def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
   try:
     model = backend("sentencepiece").SentencePieceProcessor(model_file=str(tokenizer_path))
   except (RuntimeError, OSError) as error:
-    fix = "set TOKENIZER_PATH to a SentencePiece model"
-    raise DataError(f"TOKENIZER_PATH={tokenizer_path!r}: cannot be read; fix: {fix}") from error
-  ids = range(model.vocab_size())
+    raise UserError(f"TOKENIZER_PATH={tokenizer_path!r}: must be SentencePiece's") from error
+  ids = [*range(model.vocab_size())]
   if vocab_size not in (0, len(ids)):
-    fix = "leave VOCAB_SIZE out"
-    raise DataError(f"VOCAB_SIZE={vocab_size}: {tokenizer_path} has {len(ids)}; fix: {fix}")
-  silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
-  pieces = ["" if none else model.id_to_piece(i) for i, none in zip(ids, silent, strict=True)]
-  base = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
-  base = np.where([model.is_byte(i) for i in ids], 1, base)
-  leading = np.array([p.startswith("▁") for p in pieces])
+    raise UserError(f"VOCAB_SIZE={vocab_size}: must be that of {tokenizer_path}, {len(ids)}")
+  silent = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
+  pieces = ["" if silent[i] else model.id_to_piece(i) for i in ids]
+  leading = np.array([piece.startswith("▁") for piece in pieces])
+  sizes = [len(piece.replace("▁", " ").encode()) for piece in pieces]
+  base = np.where(model.is_byte(ids), 1, sizes - leading)
   invents, keeps = ("".join(model.encode(t, out_type=str))[:1] == "▁" for t in ("a", " a"))
-  return TokenBytes(base, leading, np.array(silent) & (invents or not keeps))
+  return TokenBytes(base, leading, silent & (invents or not keeps))
 
 
 class ValidationText:
   """The validation stream, with a BOS before it, its targets and their bytes."""
 
   def __init__(self, cfg):
-    shards = find_shards(cfg.data_path, "val")
-    tokens = np.concatenate([read_shard(path, cfg.vocab_size) for path in shards])
-    implied = int(tokens[0] != BOS)  # 1: the first token is a target too, predicted from BOS
-    self.stream = np.concatenate([np.full(implied, BOS, tokens.dtype), tokens])
+    shards = [read_shard(path, cfg.vocab_size) for path in find_shards(cfg.data_path, "val")]
+    implied = int(shards[0][0] != BOS)  # 1: the first token is a target too, predicted from BOS
+    self.stream = np.concatenate([np.full(implied, BOS, np.uint16), *shards])
     self.targets = self.stream[1:]  # (N,)
     tables = token_bytes(cfg.tokenizer_path, cfg.vocab_size)
     self.bytes = tables.count(self.targets, self.stream[:-1])
     self.positions = np.arange(len(self.targets)) + 1 - implied  # in the shards
     if not self.bytes.sum():
-      raise DataError(f"DATA_PATH={cfg.data_path!r}: no text to validate on; fix: more text")
-
-
-def prepare_sample(rt, cfg):
-  """Tokenise the embedded text on its first use."""
-  if Path(cfg.data_path) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
-    if rt.rank == 0 and tool("data/prepare_sample.py", "--out", SAMPLE_DATA).returncode:
-      raise DataError("data/prepare_sample.py failed, see above")
-    rt.largest(0)  # barrier
+      raise UserError(f"DATA_PATH={cfg.data_path!r}: no text to validate on; fix: more text")
 
 
 # -----------------------------------------------------------------------------
@@ -1725,10 +1681,9 @@ class Trainer:
 
   def gradients(self):
     """Forward and backward over this rank's rows of the next batch -> mean loss."""
-    rows = self.loader.rows(self.cfg, self.rt)
-    inputs, targets = (part.to(self.rt.device).chunk(self.micro) for part in rows)
-    total = torch.zeros((), device=self.rt.device)
-    for ids, goal in zip(inputs, targets, strict=True):
+    rows, total = self.loader.rows(self.cfg, self.rt), 0.0
+    parts = (side.to(self.rt.device).chunk(self.micro) for side in rows)
+    for ids, goal in zip(*parts, strict=True):
       with self.rt.autocast():
         loss = self.loss(ids, goal) / self.micro
       loss.backward()
@@ -1740,8 +1695,7 @@ class Trainer:
     state = self.loader.state()
     for _ in range(self.cfg.warmup_steps):
       self.gradients()
-    for weight in self.optimizers.weights:
-      weight.grad = None
+    self.model.zero_grad()
     self.loader.restore(state)
 
   def update(self, factor):
@@ -1762,19 +1716,17 @@ class Trainer:
     """Train to the last step or the cap -> averaged weights, fp32 by name."""
     cfg, rt, loss = self.cfg, self.rt, torch.zeros(())
     self.warm_up()
-    rt.largest(0)  # barrier
-    elapsed, stop = 0.0, False
+    elapsed, stop = rt.largest(0), False  # a barrier
     while self.step < cfg.iterations and not stop:
       with rt.clock("train"):
         previous, loss = loss, self.update(lr_factor(self.step, elapsed, cfg))
         previous.item()  # keeps the host at most one step ahead of the device
-      if cfg.max_wallclock_seconds:  # one clock for all ranks, or their rates would differ
-        elapsed = rt.largest(rt.seconds["train"])
-        stop = elapsed >= cfg.max_wallclock_seconds
+      elapsed = rt.largest(rt.seconds["train"])  # one clock, or the ranks' rates would differ
+      stop = 0 < cfg.max_wallclock_seconds <= elapsed
       last = stop or self.step == cfg.iterations
       if last or self.step <= 10 or self.step % cfg.train_log_every == 0:
-        mean = rt.sum(np.array([loss.item()])) / rt.world_size
-        self.log_step(train_loss=float(mean[0]))
+        total = rt.sum(np.array([loss.item()])).item()
+        self.log_step(train_loss=total / rt.world_size)
       if cfg.val_loss_every and (last or self.step % cfg.val_loss_every == 0):
         self.log_step(**validate())
     if stop:
@@ -1783,10 +1735,10 @@ class Trainer:
     return self.averages.final()
 
   def log_step(self, **values):
-    seconds = self.rt.seconds["train"]
-    values |= {"train_time_ms": int(1000 * seconds), "step_avg_ms": 1000 * seconds / self.step}
-    values["tokens_per_s"] = int(self.cfg.train_batch_tokens * self.step / seconds)
-    self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
+    seconds, tokens = self.rt.seconds["train"], self.cfg.train_batch_tokens * self.step
+    values |= dict(train_time_ms=int(1000 * seconds), step_avg_ms=1000 * seconds / self.step)
+    step = f"{self.step}/{self.cfg.iterations}"
+    self.rt.log("step", step, **values, tokens_per_s=int(tokens / seconds))
 
 
 # -----------------------------------------------------------------------------
@@ -1986,7 +1938,9 @@ def run(cfg):
   open_run_folder(rt)
   rt.start()
   announce(rt, cfg)
-  prepare_sample(rt, cfg)
+  if rt.rank == 0 and NAMES_TOOL.exists():
+    names_tool("prepare_sample", cfg.data_path)
+  rt.largest(0)  # barrier
   find_shards(cfg.data_path, "val")
   cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
   report, path = Report(rt, cfg), rt.folder / "artifact.bin"

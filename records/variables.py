@@ -1,4 +1,5 @@
-"""Names of train_gpt.py's variables: the siblings' names, misspellings, RECORDs, the --help table.
+"""Names of train_gpt.py's variables: the siblings' names, misspellings, RECORDs, the --help table;
+and the embedded text.
 
 train_gpt.py runs without this file, on the variables' own names and its defaults; beside it a
 published run command resolves as it stands, RECORD=<name> finds its config.env, and a name that is
@@ -15,6 +16,7 @@ from types import ModuleType
 import torch
 
 ALIASES = Path(__file__).parent / "aliases.env"
+SAMPLE_DATA = Path(__file__).resolve().parents[1] / "data/datasets/sample_en"
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
 PLANNED = ("CHECKPOINT_EVERY", "CODEC_TOKENS")  # known, no effect yet
 
@@ -28,6 +30,10 @@ def resolve(environ: Mapping[str, str], script: ModuleType):
   texts = {name: (text, f"RECORD={record}") for name, text in read_record(record, script).items()}
   texts |= {name: (text, "env") for name, text in given.items() if name in script.VARIABLES}
   texts["RECORD"] = record, texts.get("RECORD", ("", "default"))[1]
+  if not given.get("DATA_PATH") and (record == "tiny" or not script.FINEWEB_DATA.is_dir()):
+    texts["DATA_PATH"] = str(SAMPLE_DATA), "default"
+  if Path(texts.get("DATA_PATH", ("",))[0]) == SAMPLE_DATA and not given.get("TOKENIZER_PATH"):
+    texts["TOKENIZER_PATH"] = str(SAMPLE_DATA / "tokenizer.model"), "default"
   return texts, notes + why + [f"{name} has no effect yet" for name in PLANNED if name in given]
 
 
@@ -120,6 +126,13 @@ def read_record(name, script):
     if setting not in script.VARIABLES or setting in script.PATHS:
       raise script.ConfigError(f"{known[found[0]]}: {setting}={text} is not a setting")
   return pairs
+
+
+def prepare_sample(folder: str | Path, script: ModuleType) -> None:
+  """Tokenise the embedded text, if that is the folder, on its first use."""
+  if Path(folder) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
+    if script.tool("data/prepare_sample.py", "--out", SAMPLE_DATA).returncode:
+      raise script.UserError("data/prepare_sample.py failed, see above")
 
 
 def print_help(script: ModuleType) -> None:
