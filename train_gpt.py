@@ -1,20 +1,19 @@
-"""Train, compress, re-read and honestly score a small GPT for the Parameter Golf task, in one file.
+"""Train, compress, re-read and honestly score a small GPT for Parameter Golf, in one file.
 
 The task: least bits per byte (bpb) on FineWeb validation; code + weights <= 16,000,000 bytes; 10
-minutes of training and 10 of evaluation on 8xH100. Every number printed as val_bpb is the code
-length of a normalised, causal distribution of the artifact re-read from disk.
+minutes of training and 10 of evaluation on 8xH100. Each val_bpb is the code length of a
+normalised, causal distribution of the artifact re-read from disk.
 
-    python train_gpt.py                                     # laptop: `tiny` on embedded text
-    RECORD=pr864 python train_gpt.py                        # one GPU, a published system
-    torchrun --standalone --nproc_per_node=8 train_gpt.py   # 8 GPUs, the record configuration
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-        --rdzv_endpoint=HOST:29500 train_gpt.py             # two hosts, the same on each
+  python train_gpt.py  # laptop: `tiny` on embedded text
+  RECORD=pr864 python train_gpt.py  # one GPU, a published system
+  torchrun --standalone --nproc_per_node=8 train_gpt.py  # 8 GPUs, the record configuration
+  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+    train_gpt.py  # two hosts, the same on each
 
 Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
-
-    1 imports          5 model                       9 quantisation and artifact
-    2 configuration    6 optimizers and schedules   10 neural scoring   13 training loop
-    3 runtime, 4 data  7 weight averaging           11 n-gram scoring   14 report and main
+1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules, 7 weight
+averaging, 9 quantisation and artifact, 10 neural scoring, 11 n-gram scoring, 13 training loop,
+14 report and main.
 """
 
 # -----------------------------------------------------------------------------
@@ -63,7 +62,7 @@ BACKENDS = ("sentencepiece", "zstandard", "numba", "matplotlib")  # optional pac
 
 
 class UserError(ValueError):
-  """Something the user can mend; main prints one line and exits with status 2."""
+  """What the user can mend: main prints one line and exits with status 2."""
 
 
 def has_backend(name):
@@ -80,7 +79,7 @@ def backend(name):
 
 # -----------------------------------------------------------------------------
 # 2. Configuration
-# Environment > RECORD's config.env > defaults; each value typed, checked, printed with its origin.
+# Environment > RECORD's config.env > defaults; each value checked and printed with its origin.
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
 FINEWEB_DATA = ROOT / "data/datasets/fineweb10B_sp1024"
@@ -88,7 +87,7 @@ FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
 NAMES_TOOL = ROOT / "records/variables.py"
 PATHS = ("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "RECORD", "RUN_ID")  # not in a config.env
 
-Count = Annotated[int, 1, 2**62]  # bounds; without them a number is at least 0
+Count = Annotated[int, 1, 2**62]  # bounds; a plain number is at least 0
 Positive = Annotated[float, 1e-30, 1e30]
 Fraction = Annotated[float, 0, 1]
 Beta = Annotated[float, 0, 0.999999]
@@ -104,50 +103,50 @@ class Config:
   """Everything a run depends on; field `x_y` is environment variable `X_Y`."""
 
   # Run
-  record: str = ""  # folder under records/
-  run_id: str = ""  # default <config>_seed<SEED>
+  record: str = ""  # folder in records/
+  run_id: str = ""  # else <config>_seed<SEED>
   seed: int = 1337  # of the initial weights
   device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
   attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
-  dry_run: bool = False  # only print what would run
-  eval_only: str = ""  # artifact to score, no training
+  dry_run: bool = False  # print what would run
+  eval_only: str = ""  # artifact to score instead
   overwrite: bool = False  # a finished run folder
   resume: Literal["0", "auto"] = "0"  # auto: go on with a run
   checkpoint_every: str = "0"  # steps (10), minutes (10m); 0: never
 
   # Data
   data_path: str = ""  # folder of token shards
-  tokenizer_path: str = ""  # default: beside the shards
-  train_batch_tokens: Count = 786_432  # in a step, over all ranks
+  tokenizer_path: str = ""  # else beside the shards
+  train_batch_tokens: Count = 786_432  # in a step, all ranks
   grad_accum_steps: int = 0  # 0: 8 // ranks on CUDA, 1 on CPU
 
   # Model
   vocab_size: Annotated[int, 0, 65_536] = 0  # 0: the tokenizer's
   train_seq_len: Annotated[int, 1, 2**20] = 2048  # tokens in a sequence
-  num_layers: Annotated[int, 2, 999] = 11  # U-Net skips join the halves
+  num_layers: Annotated[int, 2, 999] = 11  # joined as a U-Net
   model_dim: Count = 512  # residual width
   num_heads: Count = 8  # query heads
   num_kv_heads: Count = 4  # key/value heads
-  mlp_mult: Positive = 3.0  # MLP width over MODEL_DIM
+  mlp_mult: Positive = 3.0  # MLP over MODEL_DIM
   leaky_slope: float = 0.5  # of leaky_relu(x)^2; 0: relu^2
-  polyglu_enabled: bool = False  # learn the slope of each neuron
+  polyglu_enabled: bool = False  # learn each neuron's slope
   depth_recurrence: tuple[int, ...] = ()  # layers applied twice
-  tied_embed_init_std: float = 0.005  # of the token embedding
-  overtone_init: bool = False  # singular values as 1/sqrt(k)
-  ortho_init: bool = True  # start orthogonal; 0: uniform
-  logit_softcap: Positive = 30.0  # logits are c tanh(z / c)
-  qk_gain_init: float = 1.5  # gain of each query head
+  tied_embed_init_std: float = 0.005  # token embedding
+  overtone_init: bool = False  # its spectrum is 1/sqrt(k)
+  ortho_init: bool = True  # orthogonal; 0: uniform
+  logit_softcap: Positive = 30.0  # c tanh(z / c)
+  qk_gain_init: float = 1.5  # of each query head
   rope_base: Positive = 10_000.0  # rotary base
-  rope_dims: int = 16  # rotated part of a head; 0: all
+  rope_dims: int = 16  # rotated in a head; 0: all
   rope_train_seq_len: Count = 1024  # longer ones stretch the base
-  ln_scale: bool = True  # inputs times 1/sqrt(layer + 1)
+  ln_scale: bool = True  # times 1/sqrt(layer + 1)
   xsa_last_n: int = 11  # last layers that exclude self
-  value_residual: bool = False  # mix in the first layer's values
-  gated_attention: bool = False  # gate on each head
+  value_residual: bool = False  # mix in the first layer's
+  gated_attention: bool = False  # gate each head
   smear_gate: bool = True  # blend in the previous token
   smear_init: Real = 0.0  # logit of its share
   bos_reset: bool = True  # smear, bigram stop at BOS
-  bigram_vocab_size: int = 2048  # rows; 0: no bigram embedding
+  bigram_vocab_size: int = 2048  # rows; 0: none
   bigram_dim: Count = 128  # its width
   bigram_kind: Literal["xor", "linear"] = "xor"  # hash; linear: Muon, no gain
   pre_enrich_dim: int = 0  # GELU before the blocks; 0: none
@@ -157,19 +156,19 @@ class Config:
 
   # Artifact
   embed_coding: Literal["int6", "int8", "fp16"] = "int8"  # token embedding
-  table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram and value embedding
+  table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram, value embedding
   control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates
   compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
   quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
   clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
-  quant_floor: bool = True  # scale >= 1 / largest: a bit a weight less
+  quant_floor: bool = True  # scale >= 1 / largest saves a bit a weight
   target_mb: float = 0.0  # MiB, by zeroing +-1 weights; 0: any
 
   # Training
   iterations: Count = 20_000  # steps at most
   max_wallclock_seconds: float = 600.0  # of training; 0: no cap
   warmup_steps: int = 20  # untimed
-  warmdown_iters: int = 3500  # last steps, the rate falls to 0
+  warmdown_iters: int = 3500  # last steps, rate falls to 0
   matrix_lr: float = 0.025  # Muon: the banks
   scalar_lr: float = 0.025  # AdamW: gains, projections
   tied_embed_lr: float = 0.035  # AdamW: embeddings
@@ -177,12 +176,12 @@ class Config:
   muon_momentum_warmup_start: Fraction = 0.92  # at step 0
   muon_momentum_warmup_steps: int = 1500  # steps between them
   muon_backend_steps: Count = 5  # Newton-Schulz iterations
-  muon_wd: float = 0.04  # weight decay of the banks
-  adam_wd: float = 0.04  # weight decay of the rest
+  muon_wd: float = 0.04  # decay of the banks
+  adam_wd: float = 0.04  # decay of the rest
   beta1: Beta = 0.9  # AdamW
   beta2: Beta = 0.95  # AdamW
   adam_eps: Positive = 1e-8  # AdamW
-  grad_clip_norm: float = 0.3  # largest gradient norm; 0: any
+  grad_clip_norm: float = 0.3  # largest norm; 0: any
   clip: Literal["global", "local"] = "global"  # of the average or each rank
   val_loss_every: int = 4000  # steps; 0: never
   train_log_every: Count = 500  # steps
@@ -190,15 +189,15 @@ class Config:
   # Averaging and QAT
   ema_enabled: bool = True  # exponential mean
   ema_decay: Fraction = 0.997  # weight of the past
-  ema_warmup: bool = True  # decay min(EMA_DECAY, (1 + s) / (10 + s))
+  ema_warmup: bool = True  # at most (1 + s) / (10 + s)
   swa_enabled: bool = True  # mean of late snapshots
   swa_every: Count = 50  # steps
   swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
   swa_weight: Fraction = 0.5  # share of SWA beside EMA
-  qat_enabled: bool = False  # train on each row's grid from step 0
-  late_qat: bool = True  # train on the export's grid
-  late_qat_threshold: float = 0.15  # rate factor of its start
-  qat_every: Count = 50  # steps between its searches
+  qat_enabled: bool = False  # on each row's grid from step 0
+  late_qat: bool = True  # on the export's grid
+  late_qat_threshold: float = 0.15  # rate factor at its start
+  qat_every: Count = 50  # steps between searches
 
   # Scoring
   eval_seq_len: int = 0  # window; 0: TRAIN_SEQ_LEN
@@ -209,8 +208,8 @@ class Config:
   codec_tokens: Annotated[int, -1, 2**62] = 0  # to prove; -1: all
 
   # Test-time training, score first
-  ttt_enabled: bool = False  # on each chunk once it is scored
-  ttt_use_lora: bool = False  # Adam on low-rank additions; 0: SGD on all
+  ttt_enabled: bool = False  # on each scored chunk
+  ttt_use_lora: bool = False  # Adam on low rank; 0: SGD on all
   ttt_lora_rank: Count = 8  # of queries, values
   ttt_lora_lr: float = 0.01  # falls as a cosine
   ttt_lr: float = 0.002  # SGD, the same
@@ -228,13 +227,13 @@ class Config:
 
   # Published n-gram mixture, on exact counts
   ngram_min_count: int = 2  # least count of a context
-  ngram_alpha_min: Fraction = 0.05  # least weight of counts
-  ngram_alpha_max: Fraction = 0.60  # largest weight of counts
+  ngram_alpha_min: Fraction = 0.05  # least weight
+  ngram_alpha_max: Fraction = 0.60  # largest weight
   ngram_entropy_center: tuple[float, ...] = (3.0,)  # of the sigmoid, orders 2, 3, ..., nats
   ngram_center_slope: float = 0.25  # its fall per order
   ngram_entropy_scale: float = 2.0  # its steepness
   ngram_multipliers: tuple[float, ...] = (0.3, 0.3, 0.97, 2.0)  # of the weight, orders 2, 3, ...
-  ngram_alpha: Fraction = 0.0  # weight at NGRAM_NLL_THRESHOLD, linear; 0: sigmoid
+  ngram_alpha: Fraction = 0.0  # linear, at NGRAM_NLL_THRESHOLD; 0: sigmoid
   ngram_nll_threshold: Positive = 2.5  # entropy, nats
 
   # Published n-gram scorers as written
@@ -249,10 +248,10 @@ class Config:
 
   @staticmethod
   def from_env(environ):
-    """Resolve a configuration; ConfigError names variable, value and fix. No RECORD means `tiny`
-    where there is no CUDA device or no FineWeb data, else the defaults."""
+    """Resolve a configuration; ConfigError names variable, value and fix. Without RECORD: `tiny`
+    where CUDA or FineWeb data lack, else the defaults; this file alone knows the defaults only."""
     texts, notes = {name: (environ[name], "env") for name in VARIABLES if name in environ}, ()
-    if NAMES_TOOL.exists() or environ.get("RECORD"):  # this file alone has no other names
+    if NAMES_TOOL.exists() or environ.get("RECORD"):
       texts, notes = names_tool("resolve", environ)
     values = {name.lower(): parse(name, text) for name, (text, _) in texts.items()}
     origin = {name: source for name, (_, source) in texts.items()}
@@ -260,9 +259,9 @@ class Config:
     data = cfg.data_path or str(FINEWEB_DATA)
     beside = Path(data, "tokenizer.model")
     tokenizer = cfg.tokenizer_path or str(beside if beside.exists() else FINEWEB_TOKENIZER)
-    prefix = "eval_" if cfg.eval_only else ""
-    run_id = cfg.run_id or f"{prefix}{cfg.record or 'own'}_seed{cfg.seed}"
-    return replace(cfg, data_path=data, tokenizer_path=tokenizer, run_id=run_id).check()
+    name = f"{'eval_' if cfg.eval_only else ''}{cfg.record or 'own'}_seed{cfg.seed}"
+    paths = dict(data_path=data, tokenizer_path=tokenizer, run_id=cfg.run_id or name)
+    return replace(cfg, **paths).check()
 
   def check(self):
     """Refuse values that cannot work together."""
@@ -328,7 +327,7 @@ def show(value):
 
 def names_tool(function, *arguments):
   if not NAMES_TOOL.exists():
-    raise ConfigError(f"{NAMES_TOOL}: missing, for RECORD, DRY_RUN, --help; fix: put it back")
+    raise ConfigError(f"{NAMES_TOOL}: needed by RECORD, DRY_RUN, --help; fix: put it back")
   return runpy.run_path(str(NAMES_TOOL))[function](*arguments, sys.modules[__name__])
 
 
@@ -1725,8 +1724,7 @@ class Trainer:
       stop = 0 < cfg.max_wallclock_seconds <= elapsed
       last = stop or self.step == cfg.iterations
       if last or self.step <= 10 or self.step % cfg.train_log_every == 0:
-        total = rt.sum(np.array([loss.item()])).item()
-        self.log_step(train_loss=total / rt.world_size)
+        self.log_step(train_loss=rt.sum(np.array([loss.item()])).item() / rt.world_size)
       if cfg.val_loss_every and (last or self.step % cfg.val_loss_every == 0):
         self.log_step(**validate())
     if stop:
@@ -1735,10 +1733,10 @@ class Trainer:
     return self.averages.final()
 
   def log_step(self, **values):
-    seconds, tokens = self.rt.seconds["train"], self.cfg.train_batch_tokens * self.step
+    seconds = self.rt.seconds["train"]
     values |= dict(train_time_ms=int(1000 * seconds), step_avg_ms=1000 * seconds / self.step)
-    step = f"{self.step}/{self.cfg.iterations}"
-    self.rt.log("step", step, **values, tokens_per_s=int(tokens / seconds))
+    values["tokens_per_s"] = int(self.cfg.train_batch_tokens * self.step / seconds)
+    self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
 
 
 # -----------------------------------------------------------------------------
