@@ -47,7 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -82,8 +82,6 @@ def backend(name):
 # Environment > RECORD's config.env > defaults; each value checked and printed with its origin.
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
-FINEWEB_DATA = ROOT / "data/datasets/fineweb10B_sp1024"
-FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
 NAMES_TOOL = ROOT / "records/variables.py"
 PATHS = ("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "RECORD", "RUN_ID")  # not in a config.env
 
@@ -91,7 +89,6 @@ Count = Annotated[int, 1, 2**62]  # bounds; a plain number is at least 0
 Positive = Annotated[float, 1e-30, 1e30]
 Fraction = Annotated[float, 0, 1]
 Beta = Annotated[float, 0, 0.999999]
-Real = Annotated[float, -1e30, 1e30]
 
 
 class ConfigError(UserError):
@@ -144,7 +141,7 @@ class Config:
   value_residual: bool = False  # mix in the first layer's
   gated_attention: bool = False  # gate each head
   smear_gate: bool = True  # blend in the previous token
-  smear_init: Real = 0.0  # logit of its share
+  smear_init: Annotated[float, -1e30, 1e30] = 0.0  # logit of its share
   bos_reset: bool = True  # smear, bigram stop at BOS
   bigram_vocab_size: int = 2048  # rows; 0: none
   bigram_dim: Count = 128  # its width
@@ -248,20 +245,17 @@ class Config:
 
   @staticmethod
   def from_env(environ):
-    """Resolve a configuration; ConfigError names variable, value and fix. Without RECORD: `tiny`
-    where CUDA or FineWeb data lack, else the defaults; this file alone knows the defaults only."""
+    """Resolve a configuration; ConfigError names variable, value and fix. Beside records/ there
+    are RECORDs, of which `tiny` is meant where CUDA or data lack, and default paths."""
     texts, notes = {name: (environ[name], "env") for name in VARIABLES if name in environ}, ()
     if NAMES_TOOL.exists() or environ.get("RECORD"):
       texts, notes = names_tool("resolve", environ)
     values = {name.lower(): parse(name, text) for name, (text, _) in texts.items()}
     origin = {name: source for name, (_, source) in texts.items()}
     cfg = Config(**values, origin=origin, notes=tuple(notes))
-    data = cfg.data_path or str(FINEWEB_DATA)
-    beside = Path(data, "tokenizer.model")
-    tokenizer = cfg.tokenizer_path or str(beside if beside.exists() else FINEWEB_TOKENIZER)
-    name = f"{'eval_' if cfg.eval_only else ''}{cfg.record or 'own'}_seed{cfg.seed}"
-    paths = dict(data_path=data, tokenizer_path=tokenizer, run_id=cfg.run_id or name)
-    return replace(cfg, **paths).check()
+    run_id = f"{'eval_' if cfg.eval_only else ''}{cfg.record or 'own'}_seed{cfg.seed}"
+    tokenizer = cfg.tokenizer_path or str(Path(cfg.data_path, "tokenizer.model"))
+    return replace(cfg, tokenizer_path=tokenizer, run_id=cfg.run_id or run_id).check()
 
   def check(self):
     """Refuse values that cannot work together."""
@@ -296,26 +290,25 @@ class Config:
 
 
 VARIABLES = {f.name.upper(): f for f in fields(Config) if f.compare}
-NAMES = [name.lower() for name in VARIABLES]
-MODEL_FIELDS = NAMES[NAMES.index("vocab_size") : NAMES.index("compressor") + 1]  # in the artifact
+NAMES = [f.name for f in fields(Config)]
+MODEL_FIELDS = NAMES[NAMES.index("vocab_size") : NAMES.index("quant_per")]  # in the artifact
 
 
 def parse(name, text):
   """Text of a variable -> value of its type, within its bounds."""
-  kind, default, least, most = VARIABLES[name].type, VARIABLES[name].default, 0, 2**62
-  if get_origin(kind) is Annotated:
-    kind, least, most = get_args(kind)
-  inner = ("0", "1") if kind is bool else get_args(kind)
-  wanted = f"{kind.__name__}, {least} to {most:g}, such as {show(default)}"
+  kind, default = VARIABLES[name].type, VARIABLES[name].default
+  least, most = getattr(kind, "__metadata__", (0, 2**62))
+  wanted = f"{type(default).__name__}, {least} to {most:g}, such as {show(default)}"
   with contextlib.suppress(ValueError):
     if isinstance(default, tuple):
-      return tuple(map(inner[0], text.split(",") if text or default else ()))
-    if inner:
-      wanted = " or ".join(map(repr, inner))
-      place = inner.index(text)
+      return tuple(map(get_args(kind)[0], text.split(",") if text or default else ()))
+    if isinstance(default, bool | str):
+      choices = ("0", "1") if kind is bool else get_args(kind) or (text,)
+      wanted = " or ".join(map(repr, choices))
+      place = choices.index(text)
       return bool(place) if kind is bool else text
-    value = kind(text)
-    if kind is str or least <= value <= most:
+    value = type(default)(text)
+    if least <= value <= most:
       return value
   raise ConfigError(f"{name}={text!r}: must be {wanted}")
 
@@ -337,7 +330,7 @@ def names_tool(function, *arguments):
 
 
 def line_text(key, value, values):
-  """`key:value name:x`; names in _ms print as ms, floats in full in final lines only."""
+  """`key:value name:x`; floats in full in final lines only."""
   words = [key if value is None else f"{key}:{value}"]
   for name, x in values.items():
     unit = "ms" if name.endswith("_ms") else ""
@@ -348,7 +341,7 @@ def line_text(key, value, values):
 
 
 class Runtime:
-  """This process among its ranks: device, run folder, log, stage clocks."""
+  """A process among its ranks: device, run folder, log, clocks."""
 
   def __init__(self, cfg):
     self.cfg, self.folder = cfg, Path("runs") / cfg.run_id
@@ -363,7 +356,7 @@ class Runtime:
     self.seconds, self.files = {"train": 0.0, "eval": 0.0}, [sys.stdout]
 
   def start(self):
-    """Threads, seed, kernels, process group; rank 0 opens the run folder's log."""
+    """Threads, seed, kernels, process group, log."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # Linux
     torch.set_num_threads(max(1, len(affinity(0)) // self.local_ranks))
     torch.manual_seed(self.cfg.seed)
@@ -380,15 +373,15 @@ class Runtime:
         self.files.append(open(self.folder / name, "w", encoding="utf-8"))
 
   def log(self, key, value=None, **values):
-    """Rank 0 prints the line and appends it to log.txt and metrics.jsonl."""
+    """On rank 0, to standard output, log.txt and metrics.jsonl."""
     if self.rank == 0:
       text, entry = line_text(key, value, values), json.dumps(dict(key=key, value=value) | values)
       for file, line in zip(self.files, (text, text, entry), strict=False):
         print(line, file=file, flush=True)
 
   def sum(self, array, how=dist.ReduceOp.SUM):
-    """Sum over ranks, in place; exact where one rank holds each element. Through gloo, without
-    waiting for the device."""
+    """Over ranks, in place, through gloo: no waiting for the device. Exact where one rank holds
+    each element."""
     if self.world_size > 1:
       dist.all_reduce(torch.from_numpy(array), how)
     return array
@@ -398,7 +391,7 @@ class Runtime:
 
   @contextlib.contextmanager
   def clock(self, stage):
-    """Add the block's seconds to a budget, "train" or "eval"."""
+    """Add the block's seconds to a budget."""
     began = time.perf_counter()
     yield
     self.seconds[stage] += time.perf_counter() - began
@@ -413,7 +406,7 @@ class Runtime:
 
 def write_atomically(path, write):
   """What `write(path)` writes appears whole or not at all."""
-  partial = path.with_name(f".{path.name}.partial{path.suffix}")
+  partial = path.with_name(f".partial_{path.name}")
   write(partial)
   os.replace(partial, path)
 
@@ -442,7 +435,7 @@ def read_shard(path, vocab_size):
     raise UserError(f"{path}: {found} instead of {wanted}; fix: write or download it again")
   tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
   if tokens.max() >= vocab_size:
-    raise UserError(f"{path}: token {tokens.max()} >= vocabulary {vocab_size}; fix: VOCAB_SIZE")
+    raise UserError(f"{path}: token {tokens.max()} >= vocabulary {vocab_size}; fix: its tokenizer")
   return tokens
 
 
@@ -454,8 +447,8 @@ def find_shards(folder, split):
 
 
 class TokenLoader:
-  """Consecutive tokens of the training shards, around and around. In each step every rank reads
-  the same TRAIN_BATCH_TOKENS + 1 and takes its own rows; the last is the next step's first."""
+  """Consecutive tokens of the training shards, around and around. In a step every rank reads the
+  same TRAIN_BATCH_TOKENS + 1 and takes its rows; the last token is the next step's first."""
 
   def __init__(self, shards, vocab_size):
     self.shards, self.vocab_size, self.shard = shards, vocab_size, None
@@ -470,7 +463,7 @@ class TokenLoader:
       self.shard, self.tokens = shard, read_shard(self.shards[shard], self.vocab_size)
 
   def rows(self, cfg, rt):
-    """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
+    """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN)."""
     tokens, size = self.tokens[:0], cfg.train_batch_tokens
     while len(tokens) <= size:
       if self.offset == len(self.tokens):
@@ -486,22 +479,20 @@ class TokenLoader:
 class TokenBytes(NamedTuple):
   """Byte tables of a tokenizer, each (vocab_size,)."""
 
-  base_bytes: np.ndarray  # int64, UTF-8 bytes without one leading space
+  base_bytes: np.ndarray  # int64, UTF-8, without one leading space
   leading_space: np.ndarray  # bool
-  swallows_space: np.ndarray  # bool: after this token a leading space stands for no byte
+  swallows_space: np.ndarray  # bool: after this token a leading space is no byte
 
   def count(self, targets, previous):
-    """UTF-8 bytes each target adds to the text, int64."""
+    """UTF-8 bytes that each target adds, int64."""
     space = self.leading_space[targets] & ~self.swallows_space[previous]
     return self.base_bytes[targets] + space
 
 
 def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
-  """Byte accounting of a SentencePiece model; UserError if missing or of another size (0: any).
-
-  Every U+2581 is one byte, a space; control and unknown ids are none, and after them a leading
-  space is free where the tokenizer strips or invents one (upstream's rule on its own models).
-  """
+  """Byte accounting of a SentencePiece model of this size (0: any). Every U+2581 is one byte, a
+  space; control and unknown ids are none, and after them a leading space is free where the
+  tokenizer strips or invents one (upstream's rule on its own models)."""
   try:
     model = backend("sentencepiece").SentencePieceProcessor(model_file=str(tokenizer_path))
   except (RuntimeError, OSError) as error:
@@ -1660,17 +1651,16 @@ def vocabulary_counts(tokens, t, vocab_size, orders):
 
 
 def micro_batches(cfg, rt):
-  """Micro-batches of a step on each rank; ConfigError where the batch does not divide."""
+  """Micro-batches of a step on each rank; each, on every rank, is of whole sequences."""
   count = cfg.grad_accum_steps or (max(1, 8 // rt.world_size) if rt.cuda else 1)
   unit = cfg.train_seq_len * rt.world_size * count
   if cfg.train_batch_tokens % unit:
-    wanted = f"a multiple of {unit} = TRAIN_SEQ_LEN x {rt.world_size} ranks x {count} parts"
-    raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {wanted}")
+    raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be a multiple of {unit}")
   return count
 
 
 class Trainer:
-  """The state of a training run and its steps."""
+  """A training run's state and steps."""
 
   def __init__(self, model, loader, rt, cfg):
     self.model, self.loader, self.rt, self.cfg = model, loader, rt, cfg
@@ -1679,7 +1669,7 @@ class Trainer:
     self.loss = rt.compile(model, fullgraph=True)
 
   def gradients(self):
-    """Forward and backward over this rank's rows of the next batch -> mean loss."""
+    """Of this rank's rows of the next batch -> mean loss"""
     rows, total = self.loader.rows(self.cfg, self.rt), 0.0
     parts = (side.to(self.rt.device).chunk(self.micro) for side in rows)
     for ids, goal in zip(*parts, strict=True):
@@ -1690,7 +1680,7 @@ class Trainer:
     return total
 
   def warm_up(self):
-    """Compile on real data, then rewind: no weight, state or position changes."""
+    """Compile on real data, then rewind."""
     state = self.loader.state()
     for _ in range(self.cfg.warmup_steps):
       self.gradients()
@@ -1698,7 +1688,7 @@ class Trainer:
     self.loader.restore(state)
 
   def update(self, factor):
-    """One optimizer step at rate factor `factor` -> training loss."""
+    """One optimizer step at a rate factor -> training loss"""
     cfg = self.cfg
     if cfg.late_qat and self.qat_since is None and factor < cfg.late_qat_threshold:
       self.qat_since = self.step
@@ -1712,7 +1702,7 @@ class Trainer:
     return loss
 
   def run(self, validate):
-    """Train to the last step or the cap -> averaged weights, fp32 by name."""
+    """Train to the last step or the cap -> averaged weights by name"""
     cfg, rt, loss = self.cfg, self.rt, torch.zeros(())
     self.warm_up()
     elapsed, stop = rt.largest(0), False  # a barrier
