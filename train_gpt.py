@@ -1,20 +1,19 @@
-"""Train, compress, re-read and honestly score a small GPT for the Parameter Golf task, in one file.
+"""Train, compress, re-read and honestly score a small GPT for Parameter Golf, in one file.
 
 The task: least bits per byte (bpb) on FineWeb validation; code + weights <= 16,000,000 bytes; 10
-minutes of training and 10 of evaluation on 8xH100. Every number printed as val_bpb is the code
-length of a normalised, causal distribution of the artifact re-read from disk.
+minutes of training and 10 of evaluation on 8xH100. Each val_bpb is the code length of a
+normalised, causal distribution of the artifact re-read from disk.
 
-    python train_gpt.py                                     # laptop: `tiny` on embedded text
-    RECORD=pr864 python train_gpt.py                        # one GPU, a published system
-    torchrun --standalone --nproc_per_node=8 train_gpt.py   # 8 GPUs, the record configuration
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-        --rdzv_endpoint=HOST:29500 train_gpt.py             # two hosts, the same on each
+  python train_gpt.py  # laptop: `tiny` on embedded text
+  RECORD=pr864 python train_gpt.py  # one GPU, a published system
+  torchrun --standalone --nproc_per_node=8 train_gpt.py  # 8 GPUs, the record configuration
+  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+    train_gpt.py  # two hosts, the same on each
 
 Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
-
-    1 imports          5 model                       9 quantisation and artifact
-    2 configuration    6 optimizers and schedules   10 neural scoring   13 training loop
-    3 runtime, 4 data  7 weight averaging           11 n-gram scoring   14 report and main
+1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules, 7 weight
+averaging, 9 quantisation and artifact, 10 neural scoring, 11 n-gram scoring, 13 training loop,
+14 report and main.
 """
 
 # -----------------------------------------------------------------------------
@@ -31,7 +30,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -39,19 +37,18 @@ import json
 import lzma
 import math
 import platform
-import re
 import runpy
 import shutil
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -66,7 +63,7 @@ BACKENDS = ("sentencepiece", "zstandard", "numba", "matplotlib")  # optional pac
 
 
 class UserError(ValueError):
-  """Something the user can mend; main prints one line and exits with status 2."""
+  """What the user can mend: main prints one line and exits with status 2."""
 
 
 def has_backend(name):
@@ -83,12 +80,9 @@ def backend(name):
 
 # -----------------------------------------------------------------------------
 # 2. Configuration
-# Environment > RECORD's config.env > defaults; each value typed, checked, printed with its origin.
+# Environment > RECORD's config.env > defaults; each value checked and printed with its origin.
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
-SAMPLE_DATA = ROOT / "data/datasets/sample_en"
-FINEWEB_DATA = ROOT / "data/datasets/fineweb10B_sp1024"
-FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
 NAMES_TOOL = ROOT / "records/variables.py"
 PATHS = (
   "DATA_PATH",
@@ -99,12 +93,10 @@ PATHS = (
   "RUN_ID",
 )  # not in a config.env
 
-
-Count = Annotated[int, 1, 2**62]  # bounds; without them a number is at least 0
+Count = Annotated[int, 1, 2**62]  # bounds; a plain number is at least 0
 Positive = Annotated[float, 1e-30, 1e30]
 Fraction = Annotated[float, 0, 1]
 Beta = Annotated[float, 0, 0.999999]
-Real = Annotated[float, -1e30, 1e30]
 
 
 class ConfigError(UserError):
@@ -116,51 +108,51 @@ class Config:
   """Everything a run depends on; field `x_y` is environment variable `X_Y`."""
 
   # Run
-  record: str = ""  # folder under records/
-  run_id: str = ""  # default <config>_seed<SEED>
+  record: str = ""  # folder in records/
+  run_id: str = ""  # else <config>_seed<SEED>
   seed: int = 1337  # of the initial weights
   device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
   attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
-  dry_run: bool = False  # only print what would run
-  eval_only: str = ""  # artifact to score, no training
-  decode: str = ""  # folder of artifact.bin and stream.bin
+  dry_run: bool = False  # print what would run
+  eval_only: str = ""  # artifact to score instead
+  decode: str = ""  # run folder to decode
   overwrite: bool = False  # a finished run folder
   resume: Literal["0", "auto"] = "0"  # auto: go on with a run
   checkpoint_every: str = "0"  # steps (10), minutes (10m); 0: never
 
   # Data
   data_path: str = ""  # folder of token shards
-  tokenizer_path: str = ""  # default: beside the shards
-  train_batch_tokens: Count = 786_432  # in a step, over all ranks
+  tokenizer_path: str = ""  # else beside the shards
+  train_batch_tokens: Count = 786_432  # in a step, all ranks
   grad_accum_steps: int = 0  # 0: 8 // ranks on CUDA, 1 on CPU
 
   # Model
   vocab_size: Annotated[int, 0, 65_536] = 0  # 0: the tokenizer's
   train_seq_len: Annotated[int, 1, 2**20] = 2048  # tokens in a sequence
-  num_layers: Annotated[int, 2, 999] = 11  # U-Net skips join the halves
+  num_layers: Annotated[int, 2, 999] = 11  # joined as a U-Net
   model_dim: Count = 512  # residual width
   num_heads: Count = 8  # query heads
   num_kv_heads: Count = 4  # key/value heads
-  mlp_mult: Positive = 3.0  # MLP width over MODEL_DIM
+  mlp_mult: Positive = 3.0  # MLP over MODEL_DIM
   leaky_slope: float = 0.5  # of leaky_relu(x)^2; 0: relu^2
-  polyglu_enabled: bool = False  # learn the slope of each neuron
+  polyglu_enabled: bool = False  # learn each neuron's slope
   depth_recurrence: tuple[int, ...] = ()  # layers applied twice
-  tied_embed_init_std: float = 0.005  # of the token embedding
-  overtone_init: bool = False  # singular values as 1/sqrt(k)
-  ortho_init: bool = True  # start orthogonal; 0: uniform
-  logit_softcap: Positive = 30.0  # logits are c tanh(z / c)
-  qk_gain_init: float = 1.5  # gain of each query head
+  tied_embed_init_std: float = 0.005  # token embedding
+  overtone_init: bool = False  # its spectrum is 1/sqrt(k)
+  ortho_init: bool = True  # orthogonal; 0: uniform
+  logit_softcap: Positive = 30.0  # c tanh(z / c)
+  qk_gain_init: float = 1.5  # of each query head
   rope_base: Positive = 10_000.0  # rotary base
-  rope_dims: int = 16  # rotated part of a head; 0: all
+  rope_dims: int = 16  # rotated in a head; 0: all
   rope_train_seq_len: Count = 1024  # longer ones stretch the base
-  ln_scale: bool = True  # inputs times 1/sqrt(layer + 1)
+  ln_scale: bool = True  # times 1/sqrt(layer + 1)
   xsa_last_n: int = 11  # last layers that exclude self
-  value_residual: bool = False  # mix in the first layer's values
-  gated_attention: bool = False  # gate on each head
+  value_residual: bool = False  # mix in the first layer's
+  gated_attention: bool = False  # gate each head
   smear_gate: bool = True  # blend in the previous token
-  smear_init: Real = 0.0  # logit of its share
+  smear_init: Annotated[float, -1e30, 1e30] = 0.0  # logit of its share
   bos_reset: bool = True  # smear, bigram stop at BOS
-  bigram_vocab_size: int = 2048  # rows; 0: no bigram embedding
+  bigram_vocab_size: int = 2048  # rows; 0: none
   bigram_dim: Count = 128  # its width
   bigram_kind: Literal["xor", "linear"] = "xor"  # hash; linear: Muon, no gain
   pre_enrich_dim: int = 0  # GELU before the blocks; 0: none
@@ -170,19 +162,19 @@ class Config:
 
   # Artifact
   embed_coding: Literal["int6", "int8", "fp16"] = "int8"  # token embedding
-  table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram and value embedding
+  table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram, value embedding
   control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates
   compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
   quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
   clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
-  quant_floor: bool = True  # scale >= 1 / largest: a bit a weight less
+  quant_floor: bool = True  # scale >= 1 / largest saves a bit a weight
   target_mb: float = 0.0  # MiB, by zeroing +-1 weights; 0: any
 
   # Training
   iterations: Count = 20_000  # steps at most
   max_wallclock_seconds: float = 600.0  # of training; 0: no cap
   warmup_steps: int = 20  # untimed
-  warmdown_iters: int = 3500  # last steps, the rate falls to 0
+  warmdown_iters: int = 3500  # last steps, rate falls to 0
   matrix_lr: float = 0.025  # Muon: the banks
   scalar_lr: float = 0.025  # AdamW: gains, projections
   tied_embed_lr: float = 0.035  # AdamW: embeddings
@@ -190,12 +182,12 @@ class Config:
   muon_momentum_warmup_start: Fraction = 0.92  # at step 0
   muon_momentum_warmup_steps: int = 1500  # steps between them
   muon_backend_steps: Count = 5  # Newton-Schulz iterations
-  muon_wd: float = 0.04  # weight decay of the banks
-  adam_wd: float = 0.04  # weight decay of the rest
+  muon_wd: float = 0.04  # decay of the banks
+  adam_wd: float = 0.04  # decay of the rest
   beta1: Beta = 0.9  # AdamW
   beta2: Beta = 0.95  # AdamW
   adam_eps: Positive = 1e-8  # AdamW
-  grad_clip_norm: float = 0.3  # largest gradient norm; 0: any
+  grad_clip_norm: float = 0.3  # largest norm; 0: any
   clip: Literal["global", "local"] = "global"  # of the average or each rank
   val_loss_every: int = 4000  # steps; 0: never
   train_log_every: Count = 500  # steps
@@ -203,15 +195,15 @@ class Config:
   # Averaging and QAT
   ema_enabled: bool = True  # exponential mean
   ema_decay: Fraction = 0.997  # weight of the past
-  ema_warmup: bool = True  # decay min(EMA_DECAY, (1 + s) / (10 + s))
+  ema_warmup: bool = True  # at most (1 + s) / (10 + s)
   swa_enabled: bool = True  # mean of late snapshots
   swa_every: Count = 50  # steps
   swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
   swa_weight: Fraction = 0.5  # share of SWA beside EMA
-  qat_enabled: bool = False  # train on each row's grid from step 0
-  late_qat: bool = True  # train on the export's grid
-  late_qat_threshold: float = 0.15  # rate factor of its start
-  qat_every: Count = 50  # steps between its searches
+  qat_enabled: bool = False  # on each row's grid from step 0
+  late_qat: bool = True  # on the export's grid
+  late_qat_threshold: float = 0.15  # rate factor at its start
+  qat_every: Count = 50  # steps between searches
 
   # Scoring
   eval_seq_len: int = 0  # window; 0: TRAIN_SEQ_LEN
@@ -224,8 +216,8 @@ class Config:
   codec_device: Literal["same", "cpu"] = "same"  # where to prove
 
   # Test-time training, score first
-  ttt_enabled: bool = False  # on each chunk once it is scored
-  ttt_use_lora: bool = False  # Adam on low-rank additions; 0: SGD on all
+  ttt_enabled: bool = False  # on each scored chunk
+  ttt_use_lora: bool = False  # Adam on low rank; 0: SGD on all
   ttt_lora_rank: Count = 8  # of queries, values
   ttt_lora_lr: float = 0.01  # falls as a cosine
   ttt_lr: float = 0.002  # SGD, the same
@@ -243,13 +235,13 @@ class Config:
 
   # Published n-gram mixture, on exact counts
   ngram_min_count: int = 2  # least count of a context
-  ngram_alpha_min: Fraction = 0.05  # least weight of counts
-  ngram_alpha_max: Fraction = 0.60  # largest weight of counts
+  ngram_alpha_min: Fraction = 0.05  # least weight
+  ngram_alpha_max: Fraction = 0.60  # largest weight
   ngram_entropy_center: tuple[float, ...] = (3.0,)  # of the sigmoid, orders 2, 3, ..., nats
   ngram_center_slope: float = 0.25  # its fall per order
   ngram_entropy_scale: float = 2.0  # its steepness
   ngram_multipliers: tuple[float, ...] = (0.3, 0.3, 0.97, 2.0)  # of the weight, orders 2, 3, ...
-  ngram_alpha: Fraction = 0.0  # weight at NGRAM_NLL_THRESHOLD, linear; 0: sigmoid
+  ngram_alpha: Fraction = 0.0  # linear, at NGRAM_NLL_THRESHOLD; 0: sigmoid
   ngram_nll_threshold: Positive = 2.5  # entropy, nats
 
   # Published n-gram scorers as written
@@ -259,22 +251,27 @@ class Config:
   ngram_caches: Count = 1  # as of so many ranks
   pseudo_weights: Literal["artifact", "ema"] = "artifact"  # they run on
 
-  origin: dict = field(default_factory=dict, compare=False, repr=False)
-  notes: tuple = field(default=(), compare=False, repr=False)
+  origin: dict = field(default_factory=dict, compare=False)
+  notes: tuple = field(default=(), compare=False)
 
   @staticmethod
-  def from_env(environ: Mapping[str, str]) -> "Config":
-    """Resolve a configuration; ConfigError names variable, value and fix. No RECORD means `tiny`
-    where there is no CUDA device or no FineWeb data, else the defaults."""
-    texts, notes = resolve(environ)
+  def from_env(environ):
+    """Resolve a configuration; ConfigError names variable, value and fix. Beside records/ there
+    are RECORDs, of which `tiny` is meant where CUDA or data lack, and default paths."""
+    texts, notes = {name: (environ[name], "env") for name in VARIABLES if name in environ}, ()
+    if NAMES_TOOL.exists() or environ.get("RECORD"):
+      texts, notes = names_tool("resolve", environ)
     values = {name.lower(): parse(name, text) for name, (text, _) in texts.items()}
     origin = {name: source for name, (_, source) in texts.items()}
-    return resolve_paths(Config(**values, origin=origin, notes=tuple(notes))).check()
+    cfg = Config(**values, origin=origin, notes=tuple(notes))
+    run_id = f"{'eval_' if cfg.eval_only else ''}{cfg.record or 'own'}_seed{cfg.seed}"
+    tokenizer = cfg.tokenizer_path or str(Path(cfg.data_path, "tokenizer.model"))
+    return replace(cfg, tokenizer_path=tokenizer, run_id=cfg.run_id or run_id).check()
 
   def check(self):
     """Refuse values that cannot work together."""
     layers, longest = self.num_layers, self.ngram_max_order
-    head = self.model_dim // self.num_heads
+    head, chunk_rest = self.model_dim // self.num_heads, self.ttt_chunk_tokens % self.window
     for name, broken, wanted in (
       ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
       ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
@@ -282,15 +279,12 @@ class Config:
       ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
       ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), f"< {layers}"),
       ("DEPTH_RECURRENCE", not {*self.depth_recurrence} <= {*range(layers)}, f"< {layers}"),
-      (
-        "TTT_CHUNK_TOKENS",
-        self.ttt_enabled and self.ttt_chunk_tokens % self.window,
-        "times EVAL_SEQ_LEN",
-      ),
+      ("TTT_CHUNK_TOKENS", self.ttt_enabled and chunk_rest, "times EVAL_SEQ_LEN"),
       ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
       ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
       ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
-      ("CHECKPOINT_EVERY", not re.fullmatch(r"\d+m?", self.checkpoint_every), "10 or 10m"),
+      ("CHECKPOINT_EVERY", not self.checkpoint_every.removesuffix("m").isdecimal(), "10 or 10m"),
+      ("RUN_ID", Path(self.run_id).name != self.run_id, "a plain folder name"),
       ("SCORER", self.ttt_enabled and self.scorer != "sliding", "sliding with TTT_ENABLED=1"),
     ):
       if broken:
@@ -307,64 +301,38 @@ class Config:
 
 
 VARIABLES = {f.name.upper(): f for f in fields(Config) if f.compare}
-NAMES = [name.lower() for name in VARIABLES]
-MODEL_FIELDS = NAMES[NAMES.index("vocab_size") : NAMES.index("compressor") + 1]  # in the artifact
+NAMES = [f.name for f in fields(Config)]
+MODEL_FIELDS = NAMES[NAMES.index("vocab_size") : NAMES.index("quant_per")]  # in the artifact
 
 
 def parse(name, text):
   """Text of a variable -> value of its type, within its bounds."""
-  kind, least, most = VARIABLES[name].type, 0, 2**62
-  if get_origin(kind) is Annotated:
-    kind, least, most = get_args(kind)
-  choices = get_args(kind)
-  if kind is bool or get_origin(kind) is Literal:
-    choices = choices or ("0", "1")
-    if text not in choices:
-      raise ConfigError(f"{name}={text!r}: must be one of {', '.join(map(repr, choices))}")
-    return text == "1" if kind is bool else text
-  try:
-    parts = text.split(",") if text or VARIABLES[name].default else ()
-    value = tuple(map(choices[0], parts)) if choices else kind(text)
-    if isinstance(value, (int, float)) and not least <= value <= most:
-      raise ValueError
-  except ValueError:
-    wanted = f"{getattr(kind, '__name__', kind)}, {least} to {most:g}"
-    example = show(VARIABLES[name].default)
-    raise ConfigError(f"{name}={text!r}: must be {wanted}, such as {example}") from None
-  return value
+  kind, default = VARIABLES[name].type, VARIABLES[name].default
+  least, most = getattr(kind, "__metadata__", (0, 2**62))
+  wanted = f"{type(default).__name__}, {least} to {most:g}, such as {show(default)}"
+  with contextlib.suppress(ValueError):
+    if isinstance(default, tuple):
+      return tuple(map(get_args(kind)[0], text.split(",") if text or default else ()))
+    if isinstance(default, bool | str):
+      choices = ("0", "1") if kind is bool else get_args(kind) or (text,)
+      wanted = " or ".join(map(repr, choices))
+      place = choices.index(text)
+      return bool(place) if kind is bool else text
+    value = type(default)(text)
+    if least <= value <= most:
+      return value
+  raise ConfigError(f"{name}={text!r}: must be {wanted}")
 
 
 def show(value):
-  if isinstance(value, tuple):
-    return ",".join(map(str, value))
-  return str(int(value) if isinstance(value, bool) else value)
-
-
-def resolve(environ):
-  """-> {name: (text, origin)} of the variables given, notes; this file alone knows no RECORDs and
-  no other names."""
-  if NAMES_TOOL.exists() or environ.get("RECORD"):
-    return names_tool("resolve", environ)
-  return {name: (environ[name], "env") for name in VARIABLES if name in environ}, []
+  parts = value if isinstance(value, tuple) else (value,)
+  return ",".join(str(int(x) if isinstance(x, bool) else x) for x in parts)
 
 
 def names_tool(function, *arguments):
   if not NAMES_TOOL.exists():
-    raise ConfigError(f"{NAMES_TOOL}: missing, for RECORD, DRY_RUN, --help; fix: put it back")
+    raise ConfigError(f"{NAMES_TOOL}: needed by RECORD, DRY_RUN, --help; fix: put it back")
   return runpy.run_path(str(NAMES_TOOL))[function](*arguments, sys.modules[__name__])
-
-
-def resolve_paths(cfg):
-  """Fill in the data folder, the tokenizer and the run's name."""
-  real = FINEWEB_DATA.is_dir() and cfg.record != "tiny"
-  data = Path(cfg.data_path or (FINEWEB_DATA if real else SAMPLE_DATA))
-  own = data == SAMPLE_DATA or (data / "tokenizer.model").exists()
-  tokenizer = cfg.tokenizer_path or str(data / "tokenizer.model" if own else FINEWEB_TOKENIZER)
-  prefix = "eval_" if cfg.eval_only else ""
-  run_id = cfg.run_id or f"{prefix}{cfg.record or 'own'}_seed{cfg.seed}"
-  if Path(run_id).name != run_id:
-    raise ConfigError(f"RUN_ID={run_id!r}: must be a plain folder name")
-  return replace(cfg, data_path=str(data), tokenizer_path=tokenizer, run_id=run_id)
 
 
 # -----------------------------------------------------------------------------
@@ -372,48 +340,36 @@ def resolve_paths(cfg):
 # Ranks, device, clock, log and seeds: one object, handed down.
 
 
-@dataclass(frozen=True)
-class Line:
-  """A log line as text, `key:value name:x`, and as JSON; names in _ms print as ms."""
-
-  key: str
-  value: Any
-  values: dict[str, Any]
-
-  def text(self):
-    head = self.key if self.value is None else f"{self.key}:{self.value}"
-    return " ".join([head, *(self.render(*item) for item in self.values.items())])
-
-  def render(self, name, value):
-    short, unit = name.removesuffix("_ms"), "ms" if name.endswith("_ms") else ""
-    if isinstance(value, float) and not self.key.startswith("final_"):
-      value = f"{value:.2f}" if unit else f"{value:.4f}"
-    return f"{short}:{value}{unit}"
-
-  def json(self):
-    return json.dumps({"key": self.key, "value": self.value} | self.values)
+def line_text(key, value, values):
+  """`key:value name:x`; floats in full in final lines only."""
+  words = [key if value is None else f"{key}:{value}"]
+  for name, x in values.items():
+    unit = "ms" if name.endswith("_ms") else ""
+    if isinstance(x, float) and not key.startswith("final_"):
+      x = f"{x:.2f}" if unit else f"{x:.4f}"
+    words.append(f"{name.removesuffix('_ms')}:{x}{unit}")
+  return " ".join(words)
 
 
 class Runtime:
-  """This process among its ranks: device, run folder, log, stage clocks."""
+  """A process among its ranks: device, run folder, log, clocks."""
 
   def __init__(self, cfg):
     self.cfg, self.folder = cfg, Path("runs") / cfg.run_id
-    self.rank = int(os.environ.get("RANK", 0))
-    self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    launch = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)  # torchrun's
+    ranks = (int(os.environ.get(name, alone)) for name, alone in launch.items())
+    self.rank, local, self.world_size, self.local_ranks = ranks
     self.cuda = cfg.device != "cpu" and torch.cuda.is_available()
     if cfg.device == "cuda" and not self.cuda:
       raise ConfigError("DEVICE=cuda: torch sees no CUDA device; fix: DEVICE=cpu")
-    self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
+    self.device = torch.device(f"cuda:{local}" if self.cuda else "cpu")
     self.finished = (self.folder / "submission.json").exists()
-    self.seconds, self.files = {"train": 0.0, "eval": 0.0}, []
+    self.seconds, self.files = {"train": 0.0, "eval": 0.0}, [sys.stdout]
 
   def start(self):
-    """Threads, seed, kernels, process group; rank 0 opens the run folder's log."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Threads, seed, kernels, process group, log."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # Linux
-    torch.set_num_threads(max(1, len(affinity(0)) // local_ranks))
+    torch.set_num_threads(max(1, len(affinity(0)) // self.local_ranks))
     torch.manual_seed(self.cfg.seed)
     if self.cuda:
       torch.cuda.set_device(self.device)
@@ -425,29 +381,25 @@ class Runtime:
       dist.init_process_group(backends, timeout=timedelta(minutes=15))
 
   def log(self, key, value=None, **values):
-    """Rank 0 prints the line and appends it to log.txt and metrics.jsonl."""
+    """On rank 0, to standard output, log.txt and metrics.jsonl."""
     if self.rank == 0:
-      line = Line(key, value, values)
-      print(line.text(), flush=True)
-      for file, text in zip(self.files, (line.text(), line.json()), strict=False):
-        print(text, file=file, flush=True)
+      text, entry = line_text(key, value, values), json.dumps(dict(key=key, value=value) | values)
+      for file, line in zip(self.files, (text, text, entry), strict=False):
+        print(line, file=file, flush=True)
+
+  def sum(self, array, how=dist.ReduceOp.SUM):
+    """Over ranks, in place, through gloo: no waiting for the device. Exact where one rank holds
+    each element."""
+    if self.world_size > 1:
+      dist.all_reduce(torch.from_numpy(array), how)
+    return array
 
   def largest(self, value):
-    """Maximum over ranks; through gloo, without waiting for the device."""
-    shared = torch.tensor([value], dtype=torch.float64)
-    if self.world_size > 1:
-      dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return shared.item()
-
-  def sum(self, array):
-    """Sum over ranks, in place; exact where one rank holds each element."""
-    if self.world_size > 1:
-      dist.all_reduce(torch.from_numpy(array))
-    return array
+    return self.sum(np.array([float(value)]), dist.ReduceOp.MAX).item()
 
   @contextlib.contextmanager
   def clock(self, stage):
-    """Add the block's seconds to a budget, "train" or "eval"."""
+    """Add the block's seconds to a budget."""
     began = time.perf_counter()
     yield
     self.seconds[stage] += time.perf_counter() - began
@@ -487,7 +439,7 @@ class Runtime:
 
 def write_atomically(path, write):
   """What `write(path)` writes appears whole or not at all."""
-  partial = path.with_name(f".{path.name}.partial{path.suffix}")
+  partial = path.with_name(f".partial_{path.name}")
   write(partial)
   os.replace(partial, path)
 
@@ -505,131 +457,104 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS = 1
 
 
-class DataError(UserError):
-  """A broken shard or tokenizer."""
-
-
 def read_shard(path, vocab_size):
   """Map one shard: a header of 256 int32 (magic, version, count), then uint16 tokens."""
   size = path.stat().st_size
   header = np.fromfile(path, "<i4", 3) if size >= SHARD_HEADER_BYTES else (0, 0, 0)
   magic, version, count = map(int, header)
-  for right, problem in (
-    (size >= SHARD_HEADER_BYTES, "shorter than its 1,024-byte header"),
-    (magic == SHARD_MAGIC, f"magic {magic} instead of {SHARD_MAGIC}, not a token shard"),
-    (version == SHARD_VERSION, f"version {version} instead of {SHARD_VERSION}"),
-    (count > 0, f"the header counts {count} tokens"),
-    (size == SHARD_HEADER_BYTES + 2 * count, f"length {size} bytes for {count} tokens"),
-  ):
-    if not right:
-      raise DataError(f"{path}: {problem}; fix: write or download it again")
+  wanted = SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES + 2 * count
+  if (magic, version, size) != wanted or count < 1:
+    found = f"magic {magic}, version {version}, length {size} for {count} tokens"
+    raise UserError(f"{path}: {found} instead of {wanted}; fix: write or download it again")
   tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
   if tokens.max() >= vocab_size:
-    fix = "use the tokenizer it was written with"
-    raise DataError(f"{path}: token {tokens.max()} >= vocabulary {vocab_size}; fix: {fix}")
+    raise UserError(f"{path}: token {tokens.max()} >= vocabulary {vocab_size}; fix: its tokenizer")
   return tokens
 
 
 def find_shards(folder, split):
   shards = sorted(Path(folder).glob(f"*_{split}_*.bin"))
   if not shards:
-    fix = f"python data/prepare_text.py --input TEXT --out {folder}"
-    raise DataError(f"DATA_PATH={folder!r}: no *_{split}_*.bin shards there; fix: {fix}")
+    raise UserError(f"DATA_PATH={folder!r}: no *_{split}_*.bin; fix: see data/prepare_text.py")
   return shards
 
 
 class TokenLoader:
-  """Consecutive tokens of the training shards, around and around. In each step every rank reads
-  the same TRAIN_BATCH_TOKENS + 1 and takes its own rows; the last is the next step's first."""
+  """Consecutive tokens of the training shards, around and around. In a step every rank reads the
+  same TRAIN_BATCH_TOKENS + 1 and takes its rows; the last token is the next step's first."""
 
   def __init__(self, shards, vocab_size):
     self.shards, self.vocab_size, self.shard = shards, vocab_size, None
-    self.restore({"shard": 0, "offset": 0})
+    self.restore((0, 0))
 
   def state(self):
-    return {"shard": self.shard, "offset": self.offset}
+    return self.shard, self.offset
 
   def restore(self, state):
-    if self.shard != state["shard"]:
-      self.tokens = read_shard(self.shards[state["shard"]], self.vocab_size)
-    self.shard, self.offset = state["shard"], state["offset"]
+    shard, self.offset = state
+    if shard != self.shard:
+      self.shard, self.tokens = shard, read_shard(self.shards[shard], self.vocab_size)
 
   def rows(self, cfg, rt):
-    """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
-    parts, missing = [], cfg.train_batch_tokens + 1
-    while missing:
+    """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN)."""
+    tokens, size = self.tokens[:0], cfg.train_batch_tokens
+    while len(tokens) <= size:
       if self.offset == len(self.tokens):
-        self.restore({"shard": (self.shard + 1) % len(self.shards), "offset": 0})
-      parts.append(self.tokens[self.offset : self.offset + missing])
-      self.offset += len(parts[-1])
-      missing -= len(parts[-1])
+        self.restore(((self.shard + 1) % len(self.shards), 0))
+      part = self.tokens[self.offset :][: size + 1 - len(tokens)]
+      tokens, self.offset = np.append(tokens, part), self.offset + len(part)
     self.offset -= 1
-    tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-    inputs, targets = (t.view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
-    share = len(inputs) // rt.world_size
-    mine = slice(rt.rank * share, (rt.rank + 1) * share)
-    return inputs[mine], targets[mine]
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    rows = (t.view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
+    return [t.chunk(rt.world_size)[rt.rank] for t in rows]
 
 
 class TokenBytes(NamedTuple):
   """Byte tables of a tokenizer, each (vocab_size,)."""
 
-  base_bytes: np.ndarray  # int64, UTF-8 bytes without one leading space
+  base_bytes: np.ndarray  # int64, UTF-8, without one leading space
   leading_space: np.ndarray  # bool
-  swallows_space: np.ndarray  # bool: after this token a leading space stands for no byte
+  swallows_space: np.ndarray  # bool: after this token a leading space is no byte
 
   def count(self, targets, previous):
-    """UTF-8 bytes each target adds to the text, int64."""
+    """UTF-8 bytes that each target adds, int64."""
     space = self.leading_space[targets] & ~self.swallows_space[previous]
     return self.base_bytes[targets] + space
 
 
 def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
-  """Byte accounting of a SentencePiece model; DataError if missing or of another size (0: any).
-
-  Every U+2581 is one byte, a space; control and unknown ids are none, and after them a leading
-  space is free where the tokenizer strips or invents one (upstream's rule on its own models).
-  """
+  """Byte accounting of a SentencePiece model of this size (0: any). Every U+2581 is one byte, a
+  space; control and unknown ids are none, and after them a leading space is free where the
+  tokenizer strips or invents one (upstream's rule on its own models)."""
   try:
     model = backend("sentencepiece").SentencePieceProcessor(model_file=str(tokenizer_path))
   except (RuntimeError, OSError) as error:
-    fix = "set TOKENIZER_PATH to a SentencePiece model"
-    raise DataError(f"TOKENIZER_PATH={tokenizer_path!r}: cannot be read; fix: {fix}") from error
-  ids = range(model.vocab_size())
+    raise UserError(f"TOKENIZER_PATH={tokenizer_path!r}: must be SentencePiece's") from error
+  ids = [*range(model.vocab_size())]
   if vocab_size not in (0, len(ids)):
-    fix = "leave VOCAB_SIZE out"
-    raise DataError(f"VOCAB_SIZE={vocab_size}: {tokenizer_path} has {len(ids)}; fix: {fix}")
-  silent = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
-  pieces = ["" if none else model.id_to_piece(i) for i, none in zip(ids, silent, strict=True)]
-  base = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
-  base = np.where([model.is_byte(i) for i in ids], 1, base)
-  leading = np.array([p.startswith("▁") for p in pieces])
+    raise UserError(f"VOCAB_SIZE={vocab_size}: must be that of {tokenizer_path}, {len(ids)}")
+  silent = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
+  pieces = ["" if silent[i] else model.id_to_piece(i) for i in ids]
+  leading = np.array([piece.startswith("▁") for piece in pieces])
+  sizes = [len(piece.replace("▁", " ").encode()) for piece in pieces]
+  base = np.where(model.is_byte(ids), 1, sizes - leading)
   invents, keeps = ("".join(model.encode(t, out_type=str))[:1] == "▁" for t in ("a", " a"))
-  return TokenBytes(base, leading, np.array(silent) & (invents or not keeps))
+  return TokenBytes(base, leading, silent & (invents or not keeps))
 
 
 class ValidationText:
   """The validation stream, with a BOS before it, its targets and their bytes."""
 
   def __init__(self, cfg):
-    shards = find_shards(cfg.data_path, "val")
-    tokens = np.concatenate([read_shard(path, cfg.vocab_size) for path in shards])
-    implied = int(tokens[0] != BOS)  # 1: the first token is a target too, predicted from BOS
-    self.stream = np.concatenate([np.full(implied, BOS, tokens.dtype), tokens])
+    shards = [read_shard(path, cfg.vocab_size) for path in find_shards(cfg.data_path, "val")]
+    implied = int(shards[0][0] != BOS)  # 1: the first token is a target too, predicted from BOS
+    self.stream = np.concatenate([np.full(implied, BOS, np.uint16), *shards])
     self.targets = self.stream[1:]  # (N,)
     tables = token_bytes(cfg.tokenizer_path, cfg.vocab_size)
     self.bytes = tables.count(self.targets, self.stream[:-1])
     self.positions = np.arange(len(self.targets)) + 1 - implied  # in the shards
     if not self.bytes.sum():
-      raise DataError(f"DATA_PATH={cfg.data_path!r}: no text to validate on; fix: more text")
-
-
-def prepare_sample(rt, cfg):
-  """Tokenise the embedded text on its first use."""
-  if Path(cfg.data_path) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
-    if rt.rank == 0 and tool("data/prepare_sample.py", "--out", SAMPLE_DATA).returncode:
-      raise DataError("data/prepare_sample.py failed, see above")
-    rt.largest(0)  # barrier
+      raise UserError(f"DATA_PATH={cfg.data_path!r}: no text to validate on; fix: more text")
 
 
 # -----------------------------------------------------------------------------
@@ -2150,17 +2075,16 @@ def coder_parts():
 
 
 def micro_batches(cfg, rt):
-  """Micro-batches of a step on each rank; ConfigError where the batch does not divide."""
+  """Micro-batches of a step on each rank; each, on every rank, is of whole sequences."""
   count = cfg.grad_accum_steps or (max(1, 8 // rt.world_size) if rt.cuda else 1)
   unit = cfg.train_seq_len * rt.world_size * count
   if cfg.train_batch_tokens % unit:
-    wanted = f"a multiple of {unit} = TRAIN_SEQ_LEN x {rt.world_size} ranks x {count} parts"
-    raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be {wanted}")
+    raise ConfigError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be a multiple of {unit}")
   return count
 
 
 class Trainer:
-  """The state of a training run and its steps."""
+  """A training run's state and steps."""
 
   def __init__(self, model, loader, rt, cfg):
     self.model, self.loader, self.rt, self.cfg = model, loader, rt, cfg
@@ -2169,11 +2093,10 @@ class Trainer:
     self.loss = rt.compile(model, fullgraph=True)
 
   def gradients(self):
-    """Forward and backward over this rank's rows of the next batch -> mean loss."""
-    rows = self.loader.rows(self.cfg, self.rt)
-    inputs, targets = (part.to(self.rt.device).chunk(self.micro) for part in rows)
-    total = torch.zeros((), device=self.rt.device)
-    for ids, goal in zip(inputs, targets, strict=True):
+    """Of this rank's rows of the next batch -> mean loss"""
+    rows, total = self.loader.rows(self.cfg, self.rt), 0.0
+    parts = (side.to(self.rt.device).chunk(self.micro) for side in rows)
+    for ids, goal in zip(*parts, strict=True):
       with self.rt.autocast():
         loss = self.loss(ids, goal) / self.micro
       loss.backward()
@@ -2181,16 +2104,15 @@ class Trainer:
     return total
 
   def warm_up(self):
-    """Compile on real data, then rewind: no weight, state or position changes."""
+    """Compile on real data, then rewind."""
     state = self.loader.state()
     for _ in range(self.cfg.warmup_steps):
       self.gradients()
-    for weight in self.optimizers.weights:
-      weight.grad = None
+    self.model.zero_grad()
     self.loader.restore(state)
 
   def update(self, factor):
-    """One optimizer step at rate factor `factor` -> training loss."""
+    """One optimizer step at a rate factor -> training loss"""
     cfg = self.cfg
     if cfg.late_qat and self.qat_since is None and factor < cfg.late_qat_threshold:
       self.qat_since = self.step
@@ -2204,22 +2126,19 @@ class Trainer:
     return loss
 
   def run(self, validate):
-    """Train to the last step or the cap -> averaged weights, fp32 by name."""
+    """Train to the last step or the cap -> averaged weights by name"""
     cfg, rt, loss = self.cfg, self.rt, torch.zeros(())
     self.warm_up()
-    rt.largest(0)  # barrier
-    elapsed, stop = 0.0, False
+    elapsed, stop = rt.largest(0), False  # a barrier
     while self.step < cfg.iterations and not stop:
       with rt.clock("train"):
         previous, loss = loss, self.update(lr_factor(self.step, elapsed, cfg))
         previous.item()  # keeps the host at most one step ahead of the device
-      if cfg.max_wallclock_seconds:  # one clock for all ranks, or their rates would differ
-        elapsed = rt.largest(rt.seconds["train"])
-        stop = elapsed >= cfg.max_wallclock_seconds
+      elapsed = rt.largest(rt.seconds["train"])  # one clock, or the ranks' rates would differ
+      stop = 0 < cfg.max_wallclock_seconds <= elapsed
       last = stop or self.step == cfg.iterations
       if last or self.step <= 10 or self.step % cfg.train_log_every == 0:
-        mean = rt.sum(np.array([loss.item()])) / rt.world_size
-        self.log_step(train_loss=float(mean[0]))
+        self.log_step(train_loss=rt.sum(np.array([loss.item()])).item() / rt.world_size)
       if cfg.val_loss_every and (last or self.step % cfg.val_loss_every == 0):
         self.log_step(**validate())
     if stop:
@@ -2229,7 +2148,7 @@ class Trainer:
 
   def log_step(self, **values):
     seconds = self.rt.seconds["train"]
-    values |= {"train_time_ms": int(1000 * seconds), "step_avg_ms": 1000 * seconds / self.step}
+    values |= dict(train_time_ms=int(1000 * seconds), step_avg_ms=1000 * seconds / self.step)
     values["tokens_per_s"] = int(self.cfg.train_batch_tokens * self.step / seconds)
     self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
 
@@ -2251,7 +2170,7 @@ def open_run_folder(rt):
     rt.folder.mkdir(parents=True, exist_ok=True)
     for name in OUTPUTS:
       (rt.folder / name).unlink(missing_ok=True)
-    rt.files = [open(rt.folder / name, "w", encoding="utf-8") for name in OUTPUTS[1:3]]
+    rt.files += [open(rt.folder / name, "w", encoding="utf-8") for name in OUTPUTS[1:3]]
 
 
 def keep_sources(rt, cfg):
@@ -2457,7 +2376,9 @@ def run(cfg):
   open_run_folder(rt)
   rt.start()
   announce(rt, cfg)
-  prepare_sample(rt, cfg)
+  if rt.rank == 0 and NAMES_TOOL.exists():
+    names_tool("prepare_sample", cfg.data_path)
+  rt.largest(0)  # barrier
   find_shards(cfg.data_path, "val")
   cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
   report, path = Report(rt, cfg), rt.folder / "artifact.bin"

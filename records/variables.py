@@ -1,8 +1,9 @@
-"""Names of train_gpt.py's variables: the siblings' names, misspellings, RECORDs, the --help table.
+"""Names of train_gpt.py's variables: the siblings' names, misspellings, RECORDs, the --help table;
+the repository's data folders.
 
-train_gpt.py runs without this file, on the variables' own names and its defaults; beside it a
-published run command resolves as it stands, RECORD=<name> finds its config.env, and a name that is
-nearly right stops the run with a suggestion.
+train_gpt.py runs without this file, on the variables' own names, its defaults and a DATA_PATH with
+a tokenizer; beside it a published run command resolves as it stands, RECORD=<name> finds its
+config.env, and a name that is nearly right stops the run with a suggestion.
 """
 
 import inspect
@@ -15,6 +16,10 @@ from types import ModuleType
 import torch
 
 ALIASES = Path(__file__).parent / "aliases.env"
+DATA = Path(__file__).resolve().parents[1] / "data"
+SAMPLE_DATA = DATA / "datasets/sample_en"
+FINEWEB_DATA = DATA / "datasets/fineweb10B_sp1024"
+FINEWEB_TOKENIZER = DATA / "tokenizers/fineweb_1024_bpe.model"
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
 PLANNED = ("CHECKPOINT_EVERY", "CODEC_TOKENS")  # known, no effect yet
 
@@ -28,6 +33,7 @@ def resolve(environ: Mapping[str, str], script: ModuleType):
   texts = {name: (text, f"RECORD={record}") for name, text in read_record(record, script).items()}
   texts |= {name: (text, "env") for name, text in given.items() if name in script.VARIABLES}
   texts["RECORD"] = record, texts.get("RECORD", ("", "default"))[1]
+  texts |= {name: (str(path), "default") for name, path in default_paths(given, record).items()}
   return texts, notes + why + [f"{name} has no effect yet" for name in PLANNED if name in given]
 
 
@@ -97,13 +103,24 @@ def choose_record(given, script):
   if given.get("RECORD"):
     return given["RECORD"], []
   cuda = given.get("DEVICE") != "cpu" and torch.cuda.is_available()
-  if cuda and (given.get("DATA_PATH") or script.FINEWEB_DATA.is_dir()):
+  if cuda and (given.get("DATA_PATH") or FINEWEB_DATA.is_dir()):
     return "", ["no RECORD: own configuration, since CUDA and data are here"]
-  missing = f"no FineWeb data in {script.FINEWEB_DATA}" if cuda else "no CUDA device"
+  missing = f"no FineWeb data in {FINEWEB_DATA}" if cuda else "no CUDA device"
   if cuda and int(given.get("WORLD_SIZE", 1)) > 1 and given.get("DRY_RUN", "0") == "0":
     fix = "python data/download_fineweb.py, or set DATA_PATH"
     raise script.ConfigError(f"{missing}; fix: {fix}")
   return "tiny", [f"no RECORD: tiny, since there is {missing}"]
+
+
+def default_paths(given, record):
+  """The data folder, its tokenizer or else upstream's, where none is given."""
+  real = FINEWEB_DATA.is_dir() and record != "tiny"
+  data = Path(given.get("DATA_PATH") or (FINEWEB_DATA if real else SAMPLE_DATA))
+  tokenizer = data / "tokenizer.model"
+  if data != SAMPLE_DATA and not tokenizer.exists():  # the sample's is made at its first use
+    tokenizer = FINEWEB_TOKENIZER
+  paths = dict(DATA_PATH=data, TOKENIZER_PATH=tokenizer)
+  return {name: path for name, path in paths.items() if not given.get(name)}
 
 
 def read_record(name, script):
@@ -120,6 +137,13 @@ def read_record(name, script):
     if setting not in script.VARIABLES or setting in script.PATHS:
       raise script.ConfigError(f"{known[found[0]]}: {setting}={text} is not a setting")
   return pairs
+
+
+def prepare_sample(folder: str | Path, script: ModuleType) -> None:
+  """Tokenise the embedded text, if that is the folder, on its first use."""
+  if Path(folder) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
+    if script.tool("data/prepare_sample.py", "--out", SAMPLE_DATA).returncode:
+      raise script.UserError("data/prepare_sample.py failed, see above")
 
 
 def print_help(script: ModuleType) -> None:

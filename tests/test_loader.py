@@ -13,7 +13,7 @@ from helpers import random_stream, tiny, train_gpt, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-DataError = train_gpt.DataError
+UserError = train_gpt.UserError
 
 # -----------------------------------------------------------------------------
 # Shards
@@ -44,7 +44,7 @@ def test_broken_shards_are_refused(name, tmp_path):
   path = write_shard(tmp_path / "x_val_000000.bin", **dict(tokens=range(2, 52)) | how)
   if "tokens" not in how:
     write_shard(path, list(range(2, 52)) * 2, **how)
-  with pytest.raises(DataError) as caught:
+  with pytest.raises(UserError) as caught:
     train_gpt.read_shard(path, 64)
   message = str(caught.value)
   assert str(path) in message and "\n" not in message
@@ -55,14 +55,14 @@ def test_broken_shards_are_refused(name, tmp_path):
 def test_short_files_are_refused(size, tmp_path):
   path = write_shard(tmp_path / "x_val_000000.bin", [1, 2])
   path.write_bytes(path.read_bytes()[:size])
-  with pytest.raises(DataError, match=re.escape(str(path))):
+  with pytest.raises(UserError, match=re.escape(str(path))):
     train_gpt.read_shard(path, 64)
 
 
 def test_odd_byte_is_refused(tmp_path):
   path = write_shard(tmp_path / "x_val_000000.bin", [1, 2])
   path.write_bytes(path.read_bytes() + b"\0")
-  with pytest.raises(DataError, match="length"):
+  with pytest.raises(UserError, match="length"):
     train_gpt.read_shard(path, 64)
 
 
@@ -73,7 +73,7 @@ def test_shards_are_found_in_order_and_by_split(tmp_path):
   found = [path.name for path in train_gpt.find_shards(str(tmp_path), "train")]
   assert found == ["b_train_000000.bin", "b_train_000001.bin"]
   assert len(train_gpt.find_shards(str(tmp_path), "val")) == 1
-  with pytest.raises(DataError, match="DATA_PATH='nowhere'"):
+  with pytest.raises(UserError, match="DATA_PATH='nowhere'"):
     train_gpt.find_shards("nowhere", "train")
 
 
@@ -275,12 +275,12 @@ def test_prepared_text_counts_every_byte(dataset):
 
 def test_wrong_tokenizers_are_refused(dataset, tmp_path):
   path = dataset / "tokenizer.model"
-  with pytest.raises(DataError, match="VOCAB_SIZE=1024.* 512"):
+  with pytest.raises(UserError, match="VOCAB_SIZE=1024.* 512"):
     train_gpt.token_bytes(str(path), 1024)
   (tmp_path / "junk.model").write_bytes(b"junk")
   (tmp_path / "empty.model").touch()
   for name in ("junk.model", "empty.model", "none.model", "."):
-    with pytest.raises(DataError, match="TOKENIZER_PATH"):
+    with pytest.raises(UserError, match="TOKENIZER_PATH"):
       train_gpt.token_bytes(str(tmp_path / name), 0)
 
 
@@ -318,13 +318,13 @@ def test_one_token_is_a_stream(token, dataset, tmp_path):
 
 
 def test_a_lone_bos_is_refused(dataset, tmp_path):
-  with pytest.raises(DataError, match="DATA_PATH"):
+  with pytest.raises(UserError, match="DATA_PATH"):
     stream_of(dataset, tmp_path, [1])
 
 
 def test_text_without_bytes_is_refused(dataset, tmp_path):
   """Bits per byte of no bytes is no number."""
-  with pytest.raises(DataError, match="DATA_PATH"):
+  with pytest.raises(UserError, match="DATA_PATH"):
     stream_of(dataset, tmp_path, [1, 1, 1])
 
 
