@@ -889,18 +889,17 @@ class GPT(nn.Module):
 # torch 2.13 renamed the collectives; 2.11 has the old names only
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values towards 1
 
 
 def lr_factor(step, elapsed_seconds, cfg):
   """1, then linear to 0 over the last WARMDOWN_ITERS steps; under a wall-clock cap, over the
-  seconds that so many steps take at the mean time so far."""
-  if cfg.max_wallclock_seconds <= 0:
-    left = cfg.iterations - step
-    return min(1.0, max(0.0, left / max(1, min(cfg.warmdown_iters, cfg.iterations))))
-  warmdown_seconds = cfg.warmdown_iters * elapsed_seconds / max(1, step)
-  left_seconds = max(0.0, cfg.max_wallclock_seconds - elapsed_seconds)
-  return 1.0 if left_seconds >= warmdown_seconds else left_seconds / warmdown_seconds
+  seconds that so many take at the mean so far."""
+  length, left = max(1, min(cfg.warmdown_iters, cfg.iterations)), cfg.iterations - step
+  if cfg.max_wallclock_seconds:
+    length = cfg.warmdown_iters * elapsed_seconds / max(1, step)
+    left = cfg.max_wallclock_seconds - elapsed_seconds
+  left = max(0, left)
+  return 1.0 if left >= length else left / length
 
 
 def muon_momentum(step, cfg):
@@ -909,9 +908,9 @@ def muon_momentum(step, cfg):
 
 
 def newton_schulz(matrices, steps):
-  """Orthogonalise a batch: singular values to about 1, zero matrices stay zero. (n, r, c), the
-  dtype of the input. Jordan 2024, https://kellerjordan.github.io/posts/muon"""
-  a, b, c = NEWTON_SCHULZ
+  """Singular values to about 1, zero matrices stay zero. (n, r, c), any dtype.
+  Jordan 2024, https://kellerjordan.github.io/posts/muon"""
+  a, b, c = 3.4445, -4.7750, 2.0315
   tall = matrices.shape[-2] > matrices.shape[-1]
   x = matrices.mT if tall else matrices  # the smaller Gram matrix
   x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -925,20 +924,28 @@ class Bank:
   """A bank's buffers on this rank, which owns `share` of its matrices."""
 
   def __init__(self, weight, rt):
-    *stack, rows, columns = weight.shape
-    count, share = math.prod(stack), -(-math.prod(stack) // rt.world_size)
-    dtype = torch.bfloat16 if rt.cuda else torch.float32
+    count, rows, columns = weight.view(-1, *weight.shape[-2:]).shape
+    share, kind = -(-count // rt.world_size), torch.bfloat16 if rt.cuda else torch.float32
     self.weight, self.scale, self.pending = weight, max(1.0, rows / columns) ** 0.5, None
-    self.padded, self.gradient, self.momentum = (  # gradients out, updates back in `padded`
-      torch.zeros(n, rows, columns, dtype=dtype, device=rt.device)
-      for n in (share * rt.world_size, share, share)
-    )
+    # gradients out, updates back in; the padding's are zero
+    self.padded = weight.new_zeros(share * rt.world_size, rows, columns, dtype=kind)
     self.own = self.padded[:count].view_as(weight)
+    self.gradient, self.momentum = (torch.zeros_like(self.padded[:share]) for _ in range(2))
+
+  def start(self, collective, output, source):
+    """Between `padded` and this rank's share, which on one rank is all of it."""
+    if output.shape == source.shape:
+      output.copy_(source)
+    else:
+      self.pending = collective(output, source.contiguous(), async_op=True)
+
+  def wait(self):
+    if self.pending:
+      self.pending.wait()
 
 
 class ParallelMuon:
-  """Muon sharded over ranks (PR #399): `reduce` starts the reduce-scatters, `step` overlaps each
-  bank's all-gather with the next bank's arithmetic."""
+  """Muon sharded over ranks (PR #399): transfers run beside the arithmetic."""
 
   def __init__(self, weights, rt, cfg):
     weights = sorted(weights, key=Tensor.numel, reverse=True)  # the longest transfer first
@@ -947,39 +954,24 @@ class ParallelMuon:
   def reduce(self):
     """Start averaging; each rank gets its share of every bank."""
     for bank in self.banks:
-      bank.padded.zero_()
       torch.div(bank.weight.grad, self.rt.world_size, out=bank.own)
-      if self.rt.world_size == 1:
-        bank.gradient = bank.padded
-      else:
-        bank.pending = reduce_scatter(bank.gradient, bank.padded, async_op=True)
+      bank.start(reduce_scatter, bank.gradient, bank.padded)
 
   def wait(self):
     """The averaged gradients of this rank's shares."""
     for bank in self.banks:
-      if bank.pending:
-        bank.pending.wait()
+      bank.wait()
     return [bank.gradient for bank in self.banks]
 
   @torch.no_grad()
   def step(self, rate, momentum):
-    last = None
     for bank in self.banks:
       bank.momentum.mul_(momentum).add_(bank.gradient)
       nesterov = bank.gradient.add(bank.momentum, alpha=momentum)
       update = newton_schulz(nesterov, self.cfg.muon_backend_steps)
-      if self.rt.world_size == 1:
-        bank.padded.copy_(update)
-      else:
-        bank.pending = all_gather(bank.padded, update.contiguous(), async_op=True)
-      self.apply(last, rate)
-      last = bank
-    self.apply(last, rate)
-
-  def apply(self, bank, rate):
-    if bank and bank.pending:
-      bank.pending.wait()
-    if bank:
+      bank.start(all_gather, bank.padded, update)
+    for bank in self.banks:
+      bank.wait()
       bank.weight.mul_(1 - rate * self.cfg.muon_wd)
       bank.weight.add_(bank.own, alpha=-rate * bank.scale)
 
@@ -1000,26 +992,24 @@ def optimizer_groups(cfg):
 def average_gradients(weights, rt):
   """Over ranks, by one all-reduce."""
   if rt.world_size > 1:
-    flat = torch.cat([w.grad.flatten() for w in weights])
+    gradients = [w.grad for w in weights]
+    flat = nn.utils.parameters_to_vector(gradients)
     dist.all_reduce(flat)
-    parts = flat.div_(rt.world_size).split([w.numel() for w in weights])
-    for weight, part in zip(weights, parts, strict=True):
-      weight.grad = part.view_as(weight)
+    nn.utils.vector_to_parameters(flat / rt.world_size, gradients)
 
 
 class Optimizers:
   """Averaging over ranks, clipping and update: Muon for the banks, AdamW for the rest."""
 
   def __init__(self, model, rt, cfg):
-    self.rt, self.cfg, groups = rt, cfg, optimizer_groups(cfg)
-    banks = [getattr(model, name) for name in groups.pop("muon")[0]]
+    self.model, self.rt, self.cfg, groups = model, rt, cfg, optimizer_groups(cfg)
+    banks = [*map(model.get_parameter, groups.pop("muon")[0])]
     self.muon = ParallelMuon(banks, rt, cfg)
     adam = [
-      dict(params=[getattr(model, n) for n in names], base_lr=rate, weight_decay=decay)
+      dict(params=[*map(model.get_parameter, names)], base_lr=rate, weight_decay=decay)
       for names, rate, decay in groups.values()
     ]
-    betas = (cfg.beta1, cfg.beta2)
-    self.adam = torch.optim.AdamW(adam, 0.0, betas, cfg.adam_eps, fused=True)
+    self.adam = torch.optim.AdamW(adam, 0.0, (cfg.beta1, cfg.beta2), cfg.adam_eps, fused=True)
     self.small = [weight for group in adam for weight in group["params"]]
     self.weights = self.small + banks
 
@@ -1037,14 +1027,12 @@ class Optimizers:
       group["lr"] = group["base_lr"] * factor
     self.adam.step()
     self.muon.step(self.cfg.matrix_lr * factor, muon_momentum(step, self.cfg))
-    for weight in self.weights:
-      weight.grad = None
+    self.model.zero_grad()
     return norm
 
   def clip(self, gradients, shards):
     """Scale to a norm of at most GRAD_CLIP_NORM -> norm before. Shards add up over ranks."""
-    square = torch.zeros((), device=self.rt.device)
-    square = sum(((shard.float() ** 2).sum() for shard in shards), square)
+    square = sum((shard.float() ** 2).sum() for shard in shards)
     if shards and self.rt.world_size > 1:
       dist.all_reduce(square)
     norm = sum(((g**2).sum() for g in gradients), square).sqrt()
@@ -1065,30 +1053,26 @@ class Averages:
   """fp32 averages of every parameter, on its device."""
 
   def __init__(self, model, cfg):
-    self.cfg, self.names = cfg, [name for name, _ in model.named_parameters()]
-    self.weights = [p.data for p in model.parameters()]
-    self.ema = [w.clone() for w in self.weights] if cfg.ema_enabled else None
-    self.swa, self.snapshots = None, 0
+    self.cfg, state = cfg, model.state_dict()
+    self.names, self.weights = [*state], [*state.values()]
+    self.ema = [w.clone() for w in self.weights] if cfg.ema_enabled else self.weights
+    self.swa, self.snapshots = [torch.zeros_like(w) for w in self.weights], 0
 
   def update(self, step, factor):
     """After optimizer step `step` (from 0)."""
     cfg = self.cfg
-    if self.ema:
+    if cfg.ema_enabled:
       warm = (1 + step) / (10 + step) if cfg.ema_warmup else 1.0  # forget the random start
-      decay = min(cfg.ema_decay, warm)
-      torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
+      torch._foreach_lerp_(self.ema, self.weights, 1 - min(cfg.ema_decay, warm))
     if cfg.swa_enabled and factor < SWA_FACTOR and (step + 1) % cfg.swa_every == 0:
-      source = self.ema if cfg.swa_source == "ema" and self.ema else self.weights
+      source = self.ema if cfg.swa_source == "ema" else self.weights
       self.snapshots += 1
-      self.swa = self.swa or [torch.zeros_like(w) for w in self.weights]
       torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
 
   def final(self):
     """Name -> (1 - SWA_WEIGHT) EMA + SWA_WEIGHT SWA, or the one there is."""
-    if self.ema and self.swa:
-      mixed = torch._foreach_lerp(self.ema, self.swa, self.cfg.swa_weight)
-    else:
-      mixed = self.ema or self.swa or self.weights
+    share = self.cfg.swa_weight if self.cfg.ema_enabled else 1.0
+    mixed = torch._foreach_lerp(self.ema, self.swa, share) if self.snapshots else self.ema
     return dict(zip(self.names, mixed, strict=True))
 
 
@@ -1385,42 +1369,35 @@ class TestTimeTraining:
   def __init__(self, model, rt, cfg):
     self.model, self.rt, self.cfg = copy.deepcopy(model), rt, cfg
     if cfg.ttt_use_lora:
-      self.rate, self.weights = (
-        cfg.ttt_lora_lr,
-        [*self.factors("qo_bank"), *self.factors("kv_bank")],
-      )
-      self.optimizer = torch.optim.Adam(self.weights)
+      self.weights = [*self.factors("qo_bank"), *self.factors("kv_bank")]
+      self.optimizer = torch.optim.Adam(self.weights, cfg.ttt_lora_lr)
     else:
-      self.rate, self.weights = cfg.ttt_lr, [*self.model.requires_grad_().parameters()]
-      self.optimizer = torch.optim.SGD(self.weights, momentum=cfg.ttt_momentum)
+      self.weights = [*self.model.requires_grad_().parameters()]
+      self.optimizer = torch.optim.SGD(self.weights, cfg.ttt_lr, cfg.ttt_momentum)
     self.loss = rt.compile(self.model)
 
   def factors(self, bank):
     """W becomes W + A B, A random and B zero, for the queries or values of a bank -> A, B"""
-    twice, rows, columns = getattr(self.model, bank).shape
-    a = torch.randn(
-      twice // 2, rows, self.cfg.ttt_lora_rank, generator=torch.Generator().manual_seed(0)
-    )
-    b = torch.zeros(twice // 2, self.cfg.ttt_lora_rank, columns)
-    a, b = (factor.to(self.rt.device).requires_grad_() for factor in (a / 100, b))
-    self.model.lora[bank] = a, b, (0, twice // 2) if bank == "qo_bank" else (twice // 2, 0)
+    L, rank = self.cfg.num_layers, self.cfg.ttt_lora_rank
+    _, rows, columns = getattr(self.model, bank).shape
+    a = torch.randn(L, rows, rank, generator=torch.Generator().manual_seed(0)) / 100
+    a, b = (t.to(self.rt.device).requires_grad_() for t in (a, torch.zeros(L, rank, columns)))
+    self.model.lora[bank] = a, b, (0, L) if bank == "qo_bank" else (L, 0)
     return a, b
 
   @torch.enable_grad()
   def learn(self, chunk, progress):
     """chunk: scored targets and the token before them; progress 0..1 lowers the rate"""
-    cfg, rt = self.cfg, self.rt
+    cfg, rt, length = self.cfg, self.rt, self.cfg.window
     tokens = torch.from_numpy(chunk.astype(np.int64)).to(rt.device)
-    inputs, targets = (part.view(-1, cfg.window) for part in (tokens[:-1], tokens[1:]))
     for group in self.optimizer.param_groups:
-      group["lr"] = self.rate * (1 + math.cos(math.pi * progress)) / 2
-    for first in [*range(0, len(inputs), cfg.ttt_batch_seqs)] * cfg.ttt_epochs:
-      batch = range(first, min(first + cfg.ttt_batch_seqs, len(inputs)))
+      group["lr"] = self.optimizer.defaults["lr"] * (1 + math.cos(math.pi * progress)) / 2
+    for batch in tokens.unfold(0, length + 1, length).split(cfg.ttt_batch_seqs) * cfg.ttt_epochs:
       for weight in self.weights:
         weight.grad = torch.zeros_like(weight)
-      if mine := batch[rt.rank :: rt.world_size]:
+      if len(mine := batch[rt.rank :: rt.world_size]):  # (rows, window + 1)
         with rt.autocast():
-          loss = self.loss(inputs[mine], targets[mine])
+          loss = self.loss(mine[:, :-1], mine[:, 1:])
         (loss * len(mine) * rt.world_size / len(batch)).backward()
       average_gradients(self.weights, rt)
       nn.utils.clip_grad_norm_(self.weights, cfg.ttt_grad_clip)
