@@ -33,7 +33,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import io
 import json
 import lzma
 import math
@@ -41,7 +40,6 @@ import platform
 import re
 import runpy
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -1084,7 +1082,7 @@ LARGEST = {"int6": 31, "int8": 127}  # integers -largest .. largest
 FLOATS = {"fp16": "<f2", "fp32": "<f4"}
 INT8_QUANTILE = 0.9999984
 MAGIC, ARTIFACT_VERSION, SHA_BYTES = b"PGOLFGPT", 1, 32
-MAX_PAYLOAD = 2**31  # bytes; a header that claims more is refused
+PREFIX = MAGIC + ARTIFACT_VERSION.to_bytes(4, "little")
 
 
 class ArtifactError(UserError):
@@ -1096,9 +1094,8 @@ def candidate_scale(sorted_abs, quantile, largest, floor):
   (..., r, c) ascending -> (..., r, 1)"""
   place = quantile * (sorted_abs.shape[-1] - 1)
   below, above = (sorted_abs[..., i : i + 1] for i in (math.floor(place), math.ceil(place)))
-  scale = torch.lerp(below, above, place - math.floor(place)) / largest
-  smallest = 1 / largest if floor else 2.0**-24  # 2^-24: the least fp16 above 0
-  return scale.clamp_min(smallest).half().float()
+  smallest = 1 / largest if floor else 2.0**-24  # the least fp16 above 0
+  return (torch.lerp(below, above, place % 1) / largest).clamp_min(smallest).half().float()
 
 
 def round_to_grid(weight, scale, largest):
@@ -1108,20 +1105,14 @@ def round_to_grid(weight, scale, largest):
 def search_grid(weight, coding, cfg):
   """GPTQ-lite: the candidate clip of least squared error, per row or matrix.
   fp32 (..., r, c) -> scales (..., r, 1)"""
-  largest = LARGEST[coding]
+  largest, ordered = LARGEST[coding], weight.abs().sort(dim=-1).values
   quantiles = cfg.clip_quantiles if coding == "int6" else [INT8_QUANTILE]
-  ordered = weight.abs().sort(dim=-1).values
-  best_error = torch.full((*weight.shape[:-1], 1), math.inf, device=weight.device)
-  best_scale = torch.ones_like(best_error)
-  for quantile in quantiles:
-    scale = candidate_scale(ordered, quantile, largest, cfg.quant_floor)
-    residual = round_to_grid(weight, scale, largest) * scale - weight
-    error = residual.square().sum(-1, keepdim=True)
-    if cfg.quant_per == "matrix":
-      error = error.sum(-2, keepdim=True).expand_as(scale)
-    best_scale = torch.where(error < best_error, scale, best_scale)
-    best_error = torch.minimum(error, best_error)
-  return best_scale
+  scales = [candidate_scale(ordered, q, largest, cfg.quant_floor) for q in quantiles]
+  residuals = (round_to_grid(weight, scale, largest) * scale - weight for scale in scales)
+  errors = torch.stack([r.square().sum(-1, keepdim=True) for r in residuals])
+  if cfg.quant_per == "matrix":
+    errors = errors.sum(-2, keepdim=True).expand_as(errors)
+  return torch.stack(scales).gather(0, errors.argmin(0, keepdim=True))[0]
 
 
 @torch.no_grad()
@@ -1131,147 +1122,135 @@ def update_qat_grids(model, cfg):
     getattr(model, f"{name}_grid").copy_(search_grid(getattr(model, name), "int6", cfg))
 
 
+def payload_type(specs):
+  """numpy type of all tensors: scales of the rows and integers, or fp16 or fp32 values."""
+  kinds = {}
+  for name, (shape, _, _, coding) in specs.items():
+    integers = [("scale", "<f2", (*shape[:-1], 1)), ("integers", "i1", shape)]
+    kinds[name] = np.dtype((FLOATS[coding], shape) if coding in FLOATS else integers)
+  if sum(kind.itemsize for kind in kinds.values()) >= 2**31:  # numpy would count on from -2^31
+    raise ArtifactError("weights of 2 GiB or more")
+  return np.dtype([*kinds.items()])
+
+
 def pack_tensor(weight, coding, cfg):
-  """fp16 scales of the rows, then int8 integers; or fp16 / fp32 values. Little-endian."""
   if coding in FLOATS:
-    return weight.cpu().numpy().astype(FLOATS[coding]).tobytes()
+    return weight.cpu().numpy()
   scale = search_grid(weight, coding, cfg)
-  integers = round_to_grid(weight, scale, LARGEST[coding]).cpu().numpy().astype("i1")
-  return scale.cpu().numpy().astype("<f2").tobytes() + integers.tobytes()
+  return scale.cpu().numpy(), round_to_grid(weight, scale, LARGEST[coding]).cpu().numpy()
 
 
-def packed_bytes(spec):
-  if spec.coding in FLOATS:
-    return math.prod(spec.shape) * np.dtype(FLOATS[spec.coding]).itemsize
-  return math.prod(spec.shape) + 2 * math.prod(spec.shape[:-1])
-
-
-def unpack_tensor(packed, spec):
-  def floats(part, kind):
-    return torch.from_numpy(np.frombuffer(part, kind).astype(np.float32))
-
-  if spec.coding in FLOATS:
-    return floats(packed, FLOATS[spec.coding]).view(spec.shape)
-  split = 2 * math.prod(spec.shape[:-1])
-  scale = floats(packed[:split], "<f2").view(*spec.shape[:-1], 1)
-  return floats(packed[split:], "i1").view(spec.shape) * scale
+def unpack_tensor(packed):
+  if packed.dtype.names:
+    packed = packed["integers"] * packed["scale"].astype(np.float32)
+  return torch.from_numpy(packed.astype(np.float32))
 
 
 def compress(payload, how):
   if how == "lzma":
-    return lzma.compress(payload, preset=6)
-  return backend("zstandard").ZstdCompressor(level=22).compress(payload)
+    return lzma.compress(payload)
+  return backend("zstandard").compress(payload, 22)
 
 
 def decompress(data, how, size):
-  """Raises ArtifactError unless `data` is one whole stream of exactly `size` bytes."""
-  try:
-    if how == "lzma":
-      stream = lzma.LZMADecompressor()
-      payload = stream.decompress(data, size + 1)
-    else:
-      zstd = backend("zstandard")
-      claimed = zstd.frame_content_size(data)
-      stream = zstd.ZstdDecompressor().decompressobj()
-      payload = stream.decompress(data) if claimed == size else b""
-  except Exception as error:  # each library has its own
-    raise ArtifactError(f"the payload does not decompress ({error})") from error
-  if len(payload) != size or not stream.eof or stream.unused_data:
-    raise ArtifactError("the payload is not as long as the header says")
-  return payload
+  """One whole stream of exactly `size` bytes, or an exception; never many more of them."""
+  if how == "zstd":
+    zstd = backend("zstandard")
+    if zstd.frame_content_size(data) == size:
+      return zstd.ZstdDecompressor().decompress(data, allow_extra_data=False)
+  else:
+    stream = lzma.LZMADecompressor()
+    payload = stream.decompress(data, size + 1)
+    if len(payload) == size and stream.eof and not stream.unused_data:
+      return payload
+  raise ArtifactError("the payload is not as long as the header says")
 
 
 def artifact_header(cfg):
   """Model configuration and tensors; nothing of the run."""
-  tensors, offset = [], 0
-  for name, spec in parameter_specs(cfg).items():
-    entry = dict(name=name, shape=list(spec.shape), coding=spec.coding, offset=offset)
-    tensors.append(entry)
-    offset += packed_bytes(spec)
+  specs = parameter_specs(cfg)
+  kind = payload_type(specs)
+  tensors = [
+    dict(name=name, shape=list(spec.shape), coding=spec.coding, offset=kind.fields[name][1])
+    for name, spec in specs.items()
+  ]
   model = {name: show(getattr(cfg, name)) for name in MODEL_FIELDS}
-  return dict(model=model, tensors=tensors, size=offset)
+  return dict(model=model, tensors=tensors, size=kind.itemsize)
 
 
 def pack_artifact(weights, cfg, log=None):
   """Quantise and pack: magic, version, header length, JSON header, payload, sha256 of all that.
   The same weights give the same bytes."""
   specs = parameter_specs(cfg)
-  parts = [pack_tensor(weights[n].detach().float(), s.coding, cfg) for n, s in specs.items()]
+  payload = np.zeros((), payload_type(specs))
+  for name, spec in specs.items():
+    payload[name] = pack_tensor(weights[name].detach().float(), spec.coding, cfg)
   header = json.dumps(artifact_header(cfg), separators=(",", ":")).encode()
-  body = MAGIC + struct.pack("<II", ARTIFACT_VERSION, len(header)) + header
+  body = PREFIX + len(header).to_bytes(4, "little") + header
   if cfg.target_mb:
     most = int(cfg.target_mb * 2**20) - CODE.stat().st_size - len(body) - SHA_BYTES
-    body += prune(np.frombuffer(b"".join(parts), np.uint8), most, cfg, log)
+    body += prune(payload, most, cfg, log)
   else:
-    body += compress(b"".join(parts), cfg.compressor)
+    body += compress(payload.tobytes(), cfg.compressor)
   return body + hashlib.sha256(body).digest()
 
 
-def prune(packed, most, cfg, log):
+def prune(payload, most, cfg, log):
   """Selective pruning (PR #993): zero as many 256ths of the +-1 weights, smallest steps first, as
   make the compressed payload fit into `most` bytes, or all -> payload"""
-  began, places, steps, end = time.perf_counter(), [], [], 0
-  for spec in parameter_specs(cfg).values():
-    start, end = end, end + packed_bytes(spec)
+  began, places, steps = time.perf_counter(), [], []
+  for name, spec in parameter_specs(cfg).items():
     if spec.coding == "int6":
-      first = start + 2 * math.prod(spec.shape[:-1])
-      ones = np.flatnonzero(np.abs(packed[first:end].view("i1")) == 1)
-      places.append(first + ones)
-      steps.append(packed[start:first].view("<f2")[ones // spec.shape[-1]])
+      kind, start = payload.dtype.fields[name]
+      ones = np.flatnonzero(abs(payload[name]["integers"]) == 1)
+      places.append(start + kind.fields["integers"][1] + ones)
+      steps.append(payload[name]["scale"].ravel()[ones // spec.shape[-1]])
   order = np.concatenate(places)[np.concatenate(steps).argsort(kind="stable")]
 
   @functools.cache
-  def pruned(count):
-    trial = packed.copy()
-    trial[order[:count]] = 0
+  def pruned(part):
+    trial = np.frombuffer(payload.tobytes(), np.uint8).copy()
+    trial[order[: len(order) * part // 256]] = 0
     return compress(trial.tobytes(), cfg.compressor)
 
-  counts = [len(order) * i // 256 for i in range(257 if len(pruned(0)) > most else 1)]
-  count = counts[bisect.bisect_left(counts[:-1], True, key=lambda n: len(pruned(n)) <= most)]
-  if log:
-    seconds, size = time.perf_counter() - began, len(pruned(count))
-    log("prune", candidates=len(order), pruned=count, bytes=size, seconds=seconds)
-  return pruned(count)
+  def fits(part):
+    return len(pruned(part)) <= most
+
+  part = 0 if fits(0) else bisect.bisect_left(range(256), True, key=fits)
+  count, seconds = len(order) * part // 256, time.perf_counter() - began
+  log("prune", candidates=len(order), pruned=count, bytes=len(pruned(part)), seconds=seconds)
+  return pruned(part)
 
 
 def open_container(data):
-  """Check magic, digest, version, and the header against what this program writes for its model
+  """Check prefix, digest, and the header against what this program writes for its model
   -> (configuration, compressed payload)"""
-  start, body = len(MAGIC) + 8, data[:-SHA_BYTES]
-  if len(body) < start or not data.startswith(MAGIC):
-    raise ArtifactError("not an artifact of this program")
+  body, start = data[:-SHA_BYTES], len(PREFIX) + 4
+  if not data.startswith(PREFIX):
+    raise ArtifactError(f"not an artifact of this program, version {ARTIFACT_VERSION}")
   if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
     raise ArtifactError("damaged, its sha256 does not fit its bytes")
-  version, length = struct.unpack("<II", body[len(MAGIC) : start])
-  if version != ARTIFACT_VERSION:
-    raise ArtifactError(f"version {version}, this program reads {ARTIFACT_VERSION}")
-  try:
-    header = json.loads(body[start : start + length])
-    values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
-    cfg = Config(**values, eval_stride=1).check()
-    if not cfg.vocab_size or header["size"] > MAX_PAYLOAD:
-      raise ValueError("vocabulary or size out of range")
-    if header != artifact_header(cfg):
-      raise ValueError("it does not describe its model")
-  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-    raise ArtifactError(f"broken header: {error}") from error
-  return cfg, body[start + length :]
+  end = start + int.from_bytes(body[len(PREFIX) : start], "little")
+  header = json.loads(body[start:end])
+  values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
+  cfg = Config(**values, eval_stride=1).check()
+  if not cfg.vocab_size or header != artifact_header(cfg):
+    raise ArtifactError("its header does not describe its model")
+  return cfg, body[end:]
 
 
 def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) -> GPT:
   """Read an artifact back: path -> model in eval mode, fp32, ready to score sequences of
   TRAIN_SEQ_LEN or max_length tokens. ArtifactError for anything wrong."""
   try:
-    cfg, compressed = open_container(Path(path).read_bytes())
-    specs = parameter_specs(cfg)
-    payload = io.BytesIO(
-      decompress(compressed, cfg.compressor, sum(map(packed_bytes, specs.values())))
-    )
-  except (OSError, ArtifactError) as error:
-    raise ArtifactError(f"{path}: {error}; fix: train or download it again") from error
+    cfg, data = open_container(Path(path).read_bytes())
+    kind = payload_type(parameter_specs(cfg))
+    payload = np.frombuffer(decompress(data, cfg.compressor, kind.itemsize), kind).reshape(())
+  except Exception as error:  # json and each decompressor have their own
+    fix = "train or download it again"
+    raise ArtifactError(f"{path}: cannot be read ({error}); fix: {fix}") from error
   model = GPT(cfg, max_length)
-  weights = {n: unpack_tensor(payload.read(packed_bytes(s)), s) for n, s in specs.items()}
-  model.load_state_dict(weights)
+  model.load_state_dict({name: unpack_tensor(payload[name]) for name in kind.names})
   return model.to(device).eval().requires_grad_(False)
 
 
