@@ -1044,8 +1044,6 @@ class Optimizers:
 # 7. Weight averaging
 # What is exported: an exponential mean of the weights, the mean of late snapshots, or both.
 
-SWA_FACTOR = 0.2  # snapshots are taken while the rate factor is below this
-
 
 class Averages:
   """fp32 averages of every parameter, on its device."""
@@ -1062,7 +1060,7 @@ class Averages:
     if cfg.ema_enabled:
       warm = (1 + step) / (10 + step) if cfg.ema_warmup else 1.0  # forget the random start
       torch._foreach_lerp_(self.ema, self.weights, 1 - min(cfg.ema_decay, warm))
-    if cfg.swa_enabled and factor < SWA_FACTOR and (step + 1) % cfg.swa_every == 0:
+    if cfg.swa_enabled and factor < 0.2 and (step + 1) % cfg.swa_every == 0:  # a late rate
       source = self.ema if cfg.swa_source == "ema" else self.weights
       self.snapshots += 1
       torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
@@ -1080,7 +1078,6 @@ class Averages:
 
 LARGEST = {"int6": 31, "int8": 127}  # integers -largest .. largest
 FLOATS = {"fp16": "<f2", "fp32": "<f4"}
-INT8_QUANTILE = 0.9999984
 MAGIC, ARTIFACT_VERSION, SHA_BYTES = b"PGOLFGPT", 1, 32
 PREFIX = MAGIC + ARTIFACT_VERSION.to_bytes(4, "little")
 
@@ -1089,27 +1086,24 @@ class ArtifactError(UserError):
   """An artifact that is missing, damaged or foreign; nothing was loaded."""
 
 
-def candidate_scale(sorted_abs, quantile, largest, floor):
-  """Step of the grid whose end is a quantile of |w| in each row, rounded as it is stored (fp16).
-  (..., r, c) ascending -> (..., r, 1)"""
-  place = quantile * (sorted_abs.shape[-1] - 1)
-  below, above = (sorted_abs[..., i : i + 1] for i in (math.floor(place), math.ceil(place)))
-  smallest = 1 / largest if floor else 2.0**-24  # the least fp16 above 0
-  return (torch.lerp(below, above, place % 1) / largest).clamp_min(smallest).half().float()
-
-
 def round_to_grid(weight, scale, largest):
   return (weight / scale).round().clamp(-largest, largest)
 
 
 def search_grid(weight, coding, cfg):
-  """GPTQ-lite: the candidate clip of least squared error, per row or matrix.
-  fp32 (..., r, c) -> scales (..., r, 1)"""
+  """GPTQ-lite: each row's grid ends at a quantile of its |w|, that of least squared error in the
+  row or matrix. fp32 (..., r, c) -> steps (..., r, 1), rounded as stored"""
   largest, ordered = LARGEST[coding], weight.abs().sort(dim=-1).values
-  quantiles = cfg.clip_quantiles if coding == "int6" else [INT8_QUANTILE]
-  scales = [candidate_scale(ordered, q, largest, cfg.quant_floor) for q in quantiles]
-  residuals = (round_to_grid(weight, scale, largest) * scale - weight for scale in scales)
-  errors = torch.stack([r.square().sum(-1, keepdim=True) for r in residuals])
+  smallest = 1 / largest if cfg.quant_floor else 2.0**-24  # the least fp16 above 0
+  scales, errors = [], []
+  for quantile in cfg.clip_quantiles if coding == "int6" else [0.9999984]:
+    place = quantile * (weight.shape[-1] - 1)
+    below, above = (ordered[..., i : i + 1] for i in (math.floor(place), math.ceil(place)))
+    scale = torch.lerp(below, above, place % 1) / largest
+    scales.append(scale.clamp_min(smallest).half().float())
+    residual = round_to_grid(weight, scales[-1], largest) * scales[-1] - weight
+    errors.append(residual.square().sum(-1, keepdim=True))
+  errors = torch.stack(errors)
   if cfg.quant_per == "matrix":
     errors = errors.sum(-2, keepdim=True).expand_as(errors)
   return torch.stack(scales).gather(0, errors.argmin(0, keepdim=True))[0]
@@ -1171,7 +1165,7 @@ def artifact_header(cfg):
   specs = parameter_specs(cfg)
   kind = payload_type(specs)
   tensors = [
-    dict(name=name, shape=list(spec.shape), coding=spec.coding, offset=kind.fields[name][1])
+    dict(name=name, shape=[*spec.shape], coding=spec.coding, offset=kind.fields[name][1])
     for name, spec in specs.items()
   ]
   model = {name: show(getattr(cfg, name)) for name in MODEL_FIELDS}
@@ -1209,14 +1203,13 @@ def prune(payload, most, cfg, log):
 
   @functools.cache
   def pruned(part):
-    trial = np.frombuffer(payload.tobytes(), np.uint8).copy()
+    trial = payload.reshape(1).view("u1").copy()
     trial[order[: len(order) * part // 256]] = 0
-    return compress(trial.tobytes(), cfg.compressor)
+    return compress(trial, cfg.compressor)
 
-  def fits(part):
-    return len(pruned(part)) <= most
-
-  part = 0 if fits(0) else bisect.bisect_left(range(256), True, key=fits)
+  part = 0
+  if len(pruned(0)) > most:
+    part = bisect.bisect_left(range(256), True, key=lambda part: len(pruned(part)) <= most)
   count, seconds = len(order) * part // 256, time.perf_counter() - began
   log("prune", candidates=len(order), pruned=count, bytes=len(pruned(part)), seconds=seconds)
   return pruned(part)
@@ -1224,7 +1217,7 @@ def prune(payload, most, cfg, log):
 
 def open_container(data):
   """Check prefix, digest, and the header against what this program writes for its model
-  -> (configuration, compressed payload)"""
+  -> configuration, payload"""
   body, start = data[:-SHA_BYTES], len(PREFIX) + 4
   if not data.startswith(PREFIX):
     raise ArtifactError(f"not an artifact of this program, version {ARTIFACT_VERSION}")
@@ -1236,21 +1229,20 @@ def open_container(data):
   cfg = Config(**values, eval_stride=1).check()
   if not cfg.vocab_size or header != artifact_header(cfg):
     raise ArtifactError("its header does not describe its model")
-  return cfg, body[end:]
+  kind = payload_type(parameter_specs(cfg))
+  return cfg, np.frombuffer(decompress(body[end:], cfg.compressor, kind.itemsize), kind).reshape(())
 
 
 def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) -> GPT:
   """Read an artifact back: path -> model in eval mode, fp32, ready to score sequences of
   TRAIN_SEQ_LEN or max_length tokens. ArtifactError for anything wrong."""
   try:
-    cfg, data = open_container(Path(path).read_bytes())
-    kind = payload_type(parameter_specs(cfg))
-    payload = np.frombuffer(decompress(data, cfg.compressor, kind.itemsize), kind).reshape(())
+    cfg, payload = open_container(Path(path).read_bytes())
   except Exception as error:  # json and each decompressor have their own
     fix = "train or download it again"
     raise ArtifactError(f"{path}: cannot be read ({error}); fix: {fix}") from error
   model = GPT(cfg, max_length)
-  model.load_state_dict({name: unpack_tensor(payload[name]) for name in kind.names})
+  model.load_state_dict({name: unpack_tensor(payload[name]) for name in payload.dtype.names})
   return model.to(device).eval().requires_grad_(False)
 
 
