@@ -890,8 +890,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 def lr_factor(step, elapsed_seconds, cfg):
-  """1, then linear to 0 over the last WARMDOWN_ITERS steps; under a wall-clock cap, over the
-  seconds that so many take at the mean so far."""
+  """1, then linear to 0 over the last WARMDOWN_ITERS steps or, under a cap, over the seconds
+  that so many take on average."""
   length, left = max(1, min(cfg.warmdown_iters, cfg.iterations)), cfg.iterations - step
   if cfg.max_wallclock_seconds:
     length = cfg.warmdown_iters * elapsed_seconds / max(1, step)
@@ -919,7 +919,7 @@ def newton_schulz(matrices, steps):
 
 
 class Bank:
-  """A bank's buffers on this rank, which owns `share` of its matrices."""
+  """Buffers of a bank; each rank owns `share` of its matrices."""
 
   def __init__(self, weight, rt):
     count, rows, columns = weight.view(-1, *weight.shape[-2:]).shape
@@ -950,13 +950,10 @@ class ParallelMuon:
     self.banks, self.rt, self.cfg = [Bank(w, rt) for w in weights], rt, cfg
 
   def reduce(self):
-    """Start averaging; each rank gets its share of every bank."""
+    """-> averaged gradients of this rank's shares"""
     for bank in self.banks:
       torch.div(bank.weight.grad, self.rt.world_size, out=bank.own)
       bank.start(reduce_scatter, bank.gradient, bank.padded)
-
-  def wait(self):
-    """The averaged gradients of this rank's shares."""
     for bank in self.banks:
       bank.wait()
     return [bank.gradient for bank in self.banks]
@@ -997,7 +994,7 @@ def average_gradients(weights, rt):
 
 
 class Optimizers:
-  """Averaging over ranks, clipping and update: Muon for the banks, AdamW for the rest."""
+  """From each rank's gradients to new weights."""
 
   def __init__(self, model, rt, cfg):
     self.model, self.rt, self.cfg, groups = model, rt, cfg, optimizer_groups(cfg)
@@ -1013,12 +1010,11 @@ class Optimizers:
 
   @torch.no_grad()
   def step(self, step, factor):
-    """Average the gradients, clip, update, clear -> their norm"""
-    if self.cfg.clip == "local":  # before averaging, as the published scripts do
+    """Average over ranks, clip, update, clear -> norm of the gradients"""
+    if self.cfg.clip == "local":  # as published
       norm = self.clip([w.grad for w in self.weights], [])
-    self.muon.reduce()
     average_gradients(self.small, self.rt)
-    shards = self.muon.wait()
+    shards = self.muon.reduce()
     if self.cfg.clip == "global":
       norm = self.clip([w.grad for w in self.small], shards)
     for group in self.adam.param_groups:
@@ -1029,7 +1025,7 @@ class Optimizers:
     return norm
 
   def clip(self, gradients, shards):
-    """Scale to a norm of at most GRAD_CLIP_NORM -> norm before. Shards add up over ranks."""
+    """To a norm of at most GRAD_CLIP_NORM, shards of all ranks included -> norm before"""
     square = sum((shard.float() ** 2).sum() for shard in shards)
     if shards and self.rt.world_size > 1:
       dist.all_reduce(square)
@@ -1141,13 +1137,11 @@ def unpack_tensor(packed):
 
 
 def compress(payload, how):
-  if how == "lzma":
-    return lzma.compress(payload)
-  return backend("zstandard").compress(payload, 22)
+  return lzma.compress(payload) if how == "lzma" else backend("zstandard").compress(payload, 22)
 
 
 def decompress(data, how, size):
-  """One whole stream of exactly `size` bytes, or an exception; never many more of them."""
+  """One whole stream of exactly `size` bytes; an exception before it grows further."""
   if how == "zstd":
     zstd = backend("zstandard")
     if zstd.frame_content_size(data) == size:
@@ -1165,16 +1159,16 @@ def artifact_header(cfg):
   specs = parameter_specs(cfg)
   kind = payload_type(specs)
   tensors = [
-    dict(name=name, shape=[*spec.shape], coding=spec.coding, offset=kind.fields[name][1])
-    for name, spec in specs.items()
+    dict(name=n, shape=[*s.shape], coding=s.coding, offset=kind.fields[n][1])
+    for n, s in specs.items()
   ]
   model = {name: show(getattr(cfg, name)) for name in MODEL_FIELDS}
   return dict(model=model, tensors=tensors, size=kind.itemsize)
 
 
 def pack_artifact(weights, cfg, log=None):
-  """Quantise and pack: magic, version, header length, JSON header, payload, sha256 of all that.
-  The same weights give the same bytes."""
+  """Magic, version, length of the JSON header, header, payload, sha256 of all that. The same
+  weights give the same bytes."""
   specs = parameter_specs(cfg)
   payload = np.zeros((), payload_type(specs))
   for name, spec in specs.items():
@@ -1190,8 +1184,8 @@ def pack_artifact(weights, cfg, log=None):
 
 
 def prune(payload, most, cfg, log):
-  """Selective pruning (PR #993): zero as many 256ths of the +-1 weights, smallest steps first, as
-  make the compressed payload fit into `most` bytes, or all -> payload"""
+  """Selective pruning (PR #993): zero the fewest 256ths of the +-1 weights, smallest steps first,
+  with which the payload fits into `most` bytes, or all -> it, compressed"""
   began, places, steps = time.perf_counter(), [], []
   for name, spec in parameter_specs(cfg).items():
     if spec.coding == "int6":
@@ -1216,13 +1210,12 @@ def prune(payload, most, cfg, log):
 
 
 def open_container(data):
-  """Check prefix, digest, and the header against what this program writes for its model
-  -> configuration, payload"""
+  """Check everything, the header against what would be written -> configuration, payload"""
   body, start = data[:-SHA_BYTES], len(PREFIX) + 4
   if not data.startswith(PREFIX):
     raise ArtifactError(f"not an artifact of this program, version {ARTIFACT_VERSION}")
   if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
-    raise ArtifactError("damaged, its sha256 does not fit its bytes")
+    raise ArtifactError("damaged, its sha256 does not fit")
   end = start + int.from_bytes(body[len(PREFIX) : start], "little")
   header = json.loads(body[start:end])
   values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
@@ -1234,8 +1227,8 @@ def open_container(data):
 
 
 def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) -> GPT:
-  """Read an artifact back: path -> model in eval mode, fp32, ready to score sequences of
-  TRAIN_SEQ_LEN or max_length tokens. ArtifactError for anything wrong."""
+  """-> model in eval mode, fp32, for sequences of TRAIN_SEQ_LEN or max_length tokens;
+  ArtifactError for anything wrong."""
   try:
     cfg, payload = open_container(Path(path).read_bytes())
   except Exception as error:  # json and each decompressor have their own
