@@ -884,7 +884,7 @@ class GPT(nn.Module):
 # 6. Optimizers and schedules
 # Parallel Muon for the banks, AdamW for the rest; every schedule is a pure function.
 
-# torch 2.13 renamed the collectives; 2.11 has the old names only
+# names since torch 2.13, or before
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -943,7 +943,7 @@ class Bank:
 
 
 class ParallelMuon:
-  """Muon sharded over ranks (PR #399): transfers run beside the arithmetic."""
+  """Muon sharded over ranks (PR #399); a bank's update travels while the next one is computed."""
 
   def __init__(self, weights, rt, cfg):
     weights = sorted(weights, key=Tensor.numel, reverse=True)  # the longest transfer first
@@ -1172,7 +1172,7 @@ def pack_artifact(weights, cfg, log=None):
   specs = parameter_specs(cfg)
   payload = np.zeros((), payload_type(specs))
   for name, spec in specs.items():
-    payload[name] = pack_tensor(weights[name].detach().float(), spec.coding, cfg)
+    payload[name] = pack_tensor(weights[name].detach(), spec.coding, cfg)
   header = json.dumps(artifact_header(cfg), separators=(",", ":")).encode()
   body = PREFIX + len(header).to_bytes(4, "little") + header
   if cfg.target_mb:
@@ -1232,8 +1232,7 @@ def load_artifact(path: str | Path, device: Any = "cpu", max_length: int = 0) ->
   try:
     cfg, payload = open_container(Path(path).read_bytes())
   except Exception as error:  # json and each decompressor have their own
-    fix = "train or download it again"
-    raise ArtifactError(f"{path}: cannot be read ({error}); fix: {fix}") from error
+    raise ArtifactError(f"{path}: unreadable ({error}); fix: train or download it anew") from error
   model = GPT(cfg, max_length)
   model.load_state_dict({name: unpack_tensor(payload[name]) for name in payload.dtype.names})
   return model.to(device).eval().requires_grad_(False)
