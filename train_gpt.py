@@ -32,14 +32,12 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import lzma
 import math
 import platform
 import runpy
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -880,21 +878,20 @@ class GPT(nn.Module):
 # 6. Optimizers and schedules
 # Parallel Muon for the banks, AdamW for the rest; every schedule is a pure function.
 
-# torch 2.13 renamed the collectives; 2.11 has the old names only
+# names since torch 2.13, or before
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values towards 1
 
 
 def lr_factor(step, elapsed_seconds, cfg):
-  """1, then linear to 0 over the last WARMDOWN_ITERS steps; under a wall-clock cap, over the
-  seconds that so many steps take at the mean time so far."""
-  if cfg.max_wallclock_seconds <= 0:
-    left = cfg.iterations - step
-    return min(1.0, max(0.0, left / max(1, min(cfg.warmdown_iters, cfg.iterations))))
-  warmdown_seconds = cfg.warmdown_iters * elapsed_seconds / max(1, step)
-  left_seconds = max(0.0, cfg.max_wallclock_seconds - elapsed_seconds)
-  return 1.0 if left_seconds >= warmdown_seconds else left_seconds / warmdown_seconds
+  """1, then linear to 0 over the last WARMDOWN_ITERS steps or, under a cap, over the seconds
+  that so many take on average."""
+  length, left = max(1, min(cfg.warmdown_iters, cfg.iterations)), cfg.iterations - step
+  if cfg.max_wallclock_seconds:
+    length = cfg.warmdown_iters * elapsed_seconds / max(1, step)
+    left = cfg.max_wallclock_seconds - elapsed_seconds
+  left = max(0, left)
+  return 1.0 if left >= length else left / length
 
 
 def muon_momentum(step, cfg):
@@ -903,9 +900,9 @@ def muon_momentum(step, cfg):
 
 
 def newton_schulz(matrices, steps):
-  """Orthogonalise a batch: singular values to about 1, zero matrices stay zero. (n, r, c), the
-  dtype of the input. Jordan 2024, https://kellerjordan.github.io/posts/muon"""
-  a, b, c = NEWTON_SCHULZ
+  """Singular values to about 1, zero matrices stay zero. (n, r, c), any dtype.
+  Jordan 2024, https://kellerjordan.github.io/posts/muon"""
+  a, b, c = 3.4445, -4.7750, 2.0315
   tall = matrices.shape[-2] > matrices.shape[-1]
   x = matrices.mT if tall else matrices  # the smaller Gram matrix
   x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -916,64 +913,54 @@ def newton_schulz(matrices, steps):
 
 
 class Bank:
-  """A bank's buffers on this rank, which owns `share` of its matrices."""
+  """Buffers of a bank; each rank owns `share` of its matrices."""
 
   def __init__(self, weight, rt):
-    *stack, rows, columns = weight.shape
-    count, share = math.prod(stack), -(-math.prod(stack) // rt.world_size)
-    dtype = torch.bfloat16 if rt.cuda else torch.float32
+    count, rows, columns = weight.view(-1, *weight.shape[-2:]).shape
+    share, kind = -(-count // rt.world_size), torch.bfloat16 if rt.cuda else torch.float32
     self.weight, self.scale, self.pending = weight, max(1.0, rows / columns) ** 0.5, None
-    self.padded, self.gradient, self.momentum = (  # gradients out, updates back in `padded`
-      torch.zeros(n, rows, columns, dtype=dtype, device=rt.device)
-      for n in (share * rt.world_size, share, share)
-    )
+    # gradients out, updates back in; the padding's are zero
+    self.padded = weight.new_zeros(share * rt.world_size, rows, columns, dtype=kind)
     self.own = self.padded[:count].view_as(weight)
+    self.gradient, self.momentum = (torch.zeros_like(self.padded[:share]) for _ in range(2))
+
+  def start(self, collective, output, source):
+    """Between `padded` and this rank's share, which on one rank is all of it."""
+    if output.shape == source.shape:
+      output.copy_(source)
+    else:
+      self.pending = collective(output, source.contiguous(), async_op=True)
+
+  def wait(self):
+    if self.pending:
+      self.pending.wait()
 
 
 class ParallelMuon:
-  """Muon sharded over ranks (PR #399): `reduce` starts the reduce-scatters, `step` overlaps each
-  bank's all-gather with the next bank's arithmetic."""
+  """Muon sharded over ranks (PR #399); a bank's update travels while the next one is computed."""
 
   def __init__(self, weights, rt, cfg):
     weights = sorted(weights, key=Tensor.numel, reverse=True)  # the longest transfer first
     self.banks, self.rt, self.cfg = [Bank(w, rt) for w in weights], rt, cfg
 
   def reduce(self):
-    """Start averaging; each rank gets its share of every bank."""
+    """-> averaged gradients of this rank's shares"""
     for bank in self.banks:
-      bank.padded.zero_()
       torch.div(bank.weight.grad, self.rt.world_size, out=bank.own)
-      if self.rt.world_size == 1:
-        bank.gradient = bank.padded
-      else:
-        bank.pending = reduce_scatter(bank.gradient, bank.padded, async_op=True)
-
-  def wait(self):
-    """The averaged gradients of this rank's shares."""
+      bank.start(reduce_scatter, bank.gradient, bank.padded)
     for bank in self.banks:
-      if bank.pending:
-        bank.pending.wait()
+      bank.wait()
     return [bank.gradient for bank in self.banks]
 
   @torch.no_grad()
   def step(self, rate, momentum):
-    last = None
     for bank in self.banks:
       bank.momentum.mul_(momentum).add_(bank.gradient)
       nesterov = bank.gradient.add(bank.momentum, alpha=momentum)
       update = newton_schulz(nesterov, self.cfg.muon_backend_steps)
-      if self.rt.world_size == 1:
-        bank.padded.copy_(update)
-      else:
-        bank.pending = all_gather(bank.padded, update.contiguous(), async_op=True)
-      self.apply(last, rate)
-      last = bank
-    self.apply(last, rate)
-
-  def apply(self, bank, rate):
-    if bank and bank.pending:
-      bank.pending.wait()
-    if bank:
+      bank.start(all_gather, bank.padded, update)
+    for bank in self.banks:
+      bank.wait()
       bank.weight.mul_(1 - rate * self.cfg.muon_wd)
       bank.weight.add_(bank.own, alpha=-rate * bank.scale)
 
@@ -994,51 +981,46 @@ def optimizer_groups(cfg):
 def average_gradients(weights, rt):
   """Over ranks, by one all-reduce."""
   if rt.world_size > 1:
-    flat = torch.cat([w.grad.flatten() for w in weights])
+    gradients = [w.grad for w in weights]
+    flat = nn.utils.parameters_to_vector(gradients)
     dist.all_reduce(flat)
-    parts = flat.div_(rt.world_size).split([w.numel() for w in weights])
-    for weight, part in zip(weights, parts, strict=True):
-      weight.grad = part.view_as(weight)
+    nn.utils.vector_to_parameters(flat / rt.world_size, gradients)
 
 
 class Optimizers:
-  """Averaging over ranks, clipping and update: Muon for the banks, AdamW for the rest."""
+  """From each rank's gradients to new weights."""
 
   def __init__(self, model, rt, cfg):
-    self.rt, self.cfg, groups = rt, cfg, optimizer_groups(cfg)
-    banks = [getattr(model, name) for name in groups.pop("muon")[0]]
+    self.model, self.rt, self.cfg, groups = model, rt, cfg, optimizer_groups(cfg)
+    banks = [*map(model.get_parameter, groups.pop("muon")[0])]
     self.muon = ParallelMuon(banks, rt, cfg)
     adam = [
-      dict(params=[getattr(model, n) for n in names], base_lr=rate, weight_decay=decay)
+      dict(params=[*map(model.get_parameter, names)], base_lr=rate, weight_decay=decay)
       for names, rate, decay in groups.values()
     ]
-    betas = (cfg.beta1, cfg.beta2)
-    self.adam = torch.optim.AdamW(adam, 0.0, betas, cfg.adam_eps, fused=True)
+    self.adam = torch.optim.AdamW(adam, 0.0, (cfg.beta1, cfg.beta2), cfg.adam_eps, fused=True)
     self.small = [weight for group in adam for weight in group["params"]]
     self.weights = self.small + banks
 
   @torch.no_grad()
   def step(self, step, factor):
-    """Average the gradients, clip, update, clear -> their norm"""
-    if self.cfg.clip == "local":  # before averaging, as the published scripts do
+    """Average over ranks, clip, update, clear -> norm of the gradients"""
+    if self.cfg.clip == "local":  # as published
       norm = self.clip([w.grad for w in self.weights], [])
-    self.muon.reduce()
     average_gradients(self.small, self.rt)
-    shards = self.muon.wait()
+    shards = self.muon.reduce()
     if self.cfg.clip == "global":
       norm = self.clip([w.grad for w in self.small], shards)
     for group in self.adam.param_groups:
       group["lr"] = group["base_lr"] * factor
     self.adam.step()
     self.muon.step(self.cfg.matrix_lr * factor, muon_momentum(step, self.cfg))
-    for weight in self.weights:
-      weight.grad = None
+    self.model.zero_grad()
     return norm
 
   def clip(self, gradients, shards):
-    """Scale to a norm of at most GRAD_CLIP_NORM -> norm before. Shards add up over ranks."""
-    square = torch.zeros((), device=self.rt.device)
-    square = sum(((shard.float() ** 2).sum() for shard in shards), square)
+    """To a norm of at most GRAD_CLIP_NORM, shards of all ranks included -> norm before"""
+    square = sum((shard.float() ** 2).sum() for shard in shards)
     if shards and self.rt.world_size > 1:
       dist.all_reduce(square)
     norm = sum(((g**2).sum() for g in gradients), square).sqrt()
@@ -1052,37 +1034,31 @@ class Optimizers:
 # 7. Weight averaging
 # What is exported: an exponential mean of the weights, the mean of late snapshots, or both.
 
-SWA_FACTOR = 0.2  # snapshots are taken while the rate factor is below this
-
 
 class Averages:
   """fp32 averages of every parameter, on its device."""
 
   def __init__(self, model, cfg):
-    self.cfg, self.names = cfg, [name for name, _ in model.named_parameters()]
-    self.weights = [p.data for p in model.parameters()]
-    self.ema = [w.clone() for w in self.weights] if cfg.ema_enabled else None
-    self.swa, self.snapshots = None, 0
+    self.cfg, state = cfg, model.state_dict()
+    self.names, self.weights = [*state], [*state.values()]
+    self.ema = [w.clone() for w in self.weights] if cfg.ema_enabled else self.weights
+    self.swa, self.snapshots = [torch.zeros_like(w) for w in self.weights], 0
 
   def update(self, step, factor):
     """After optimizer step `step` (from 0)."""
     cfg = self.cfg
-    if self.ema:
+    if cfg.ema_enabled:
       warm = (1 + step) / (10 + step) if cfg.ema_warmup else 1.0  # forget the random start
-      decay = min(cfg.ema_decay, warm)
-      torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
-    if cfg.swa_enabled and factor < SWA_FACTOR and (step + 1) % cfg.swa_every == 0:
-      source = self.ema if cfg.swa_source == "ema" and self.ema else self.weights
+      torch._foreach_lerp_(self.ema, self.weights, 1 - min(cfg.ema_decay, warm))
+    if cfg.swa_enabled and factor < 0.2 and (step + 1) % cfg.swa_every == 0:  # a late rate
+      source = self.ema if cfg.swa_source == "ema" else self.weights
       self.snapshots += 1
-      self.swa = self.swa or [torch.zeros_like(w) for w in self.weights]
       torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
 
   def final(self):
     """Name -> (1 - SWA_WEIGHT) EMA + SWA_WEIGHT SWA, or the one there is."""
-    if self.ema and self.swa:
-      mixed = torch._foreach_lerp(self.ema, self.swa, self.cfg.swa_weight)
-    else:
-      mixed = self.ema or self.swa or self.weights
+    share = self.cfg.swa_weight if self.cfg.ema_enabled else 1.0
+    mixed = torch._foreach_lerp(self.ema, self.swa, share) if self.snapshots else self.ema
     return dict(zip(self.names, mixed, strict=True))
 
 
@@ -1092,23 +1068,12 @@ class Averages:
 
 LARGEST = {"int6": 31, "int8": 127}  # integers -largest .. largest
 FLOATS = {"fp16": "<f2", "fp32": "<f4"}
-INT8_QUANTILE = 0.9999984
 MAGIC, ARTIFACT_VERSION, SHA_BYTES = b"PGOLFGPT", 1, 32
-MAX_PAYLOAD = 2**31  # bytes; a header that claims more is refused
+PREFIX = MAGIC + ARTIFACT_VERSION.to_bytes(4, "little")
 
 
 class ArtifactError(UserError):
   """An artifact that is missing, damaged or foreign; nothing was loaded."""
-
-
-def candidate_scale(sorted_abs, quantile, largest, floor):
-  """Step of the grid whose end is a quantile of |w| in each row, rounded as it is stored (fp16).
-  (..., r, c) ascending -> (..., r, 1)"""
-  place = quantile * (sorted_abs.shape[-1] - 1)
-  below, above = (sorted_abs[..., i : i + 1] for i in (math.floor(place), math.ceil(place)))
-  scale = torch.lerp(below, above, place - math.floor(place)) / largest
-  smallest = 1 / largest if floor else 2.0**-24  # 2^-24: the least fp16 above 0
-  return scale.clamp_min(smallest).half().float()
 
 
 def round_to_grid(weight, scale, largest):
@@ -1116,22 +1081,22 @@ def round_to_grid(weight, scale, largest):
 
 
 def search_grid(weight, coding, cfg):
-  """GPTQ-lite: the candidate clip of least squared error, per row or matrix.
-  fp32 (..., r, c) -> scales (..., r, 1)"""
-  largest = LARGEST[coding]
-  quantiles = cfg.clip_quantiles if coding == "int6" else [INT8_QUANTILE]
-  ordered = weight.abs().sort(dim=-1).values
-  best_error = torch.full((*weight.shape[:-1], 1), math.inf, device=weight.device)
-  best_scale = torch.ones_like(best_error)
-  for quantile in quantiles:
-    scale = candidate_scale(ordered, quantile, largest, cfg.quant_floor)
-    residual = round_to_grid(weight, scale, largest) * scale - weight
-    error = residual.square().sum(-1, keepdim=True)
-    if cfg.quant_per == "matrix":
-      error = error.sum(-2, keepdim=True).expand_as(scale)
-    best_scale = torch.where(error < best_error, scale, best_scale)
-    best_error = torch.minimum(error, best_error)
-  return best_scale
+  """GPTQ-lite: each row's grid ends at a quantile of its |w|, that of least squared error in the
+  row or matrix. fp32 (..., r, c) -> steps (..., r, 1), rounded as stored"""
+  largest, ordered = LARGEST[coding], weight.abs().sort(dim=-1).values
+  smallest = 1 / largest if cfg.quant_floor else 2.0**-24  # the least fp16 above 0
+  scales, errors = [], []
+  for quantile in cfg.clip_quantiles if coding == "int6" else [0.9999984]:
+    place = quantile * (weight.shape[-1] - 1)
+    below, above = (ordered[..., i : i + 1] for i in (math.floor(place), math.ceil(place)))
+    scale = torch.lerp(below, above, place % 1) / largest
+    scales.append(scale.clamp_min(smallest).half().float())
+    residual = round_to_grid(weight, scales[-1], largest) * scales[-1] - weight
+    errors.append(residual.square().sum(-1, keepdim=True))
+  errors = torch.stack(errors)
+  if cfg.quant_per == "matrix":
+    errors = errors.sum(-2, keepdim=True).expand_as(errors)
+  return torch.stack(scales).gather(0, errors.argmin(0, keepdim=True))[0]
 
 
 @torch.no_grad()
@@ -1141,147 +1106,128 @@ def update_qat_grids(model, cfg):
     getattr(model, f"{name}_grid").copy_(search_grid(getattr(model, name), "int6", cfg))
 
 
+def payload_type(specs):
+  """numpy type of all tensors: scales of the rows and integers, or fp16 or fp32 values."""
+  kinds = {}
+  for name, (shape, _, _, coding) in specs.items():
+    integers = [("scale", "<f2", (*shape[:-1], 1)), ("integers", "i1", shape)]
+    kinds[name] = np.dtype((FLOATS[coding], shape) if coding in FLOATS else integers)
+  if sum(kind.itemsize for kind in kinds.values()) >= 2**31:  # numpy would count on from -2^31
+    raise ArtifactError("weights of 2 GiB or more")
+  return np.dtype([*kinds.items()])
+
+
 def pack_tensor(weight, coding, cfg):
-  """fp16 scales of the rows, then int8 integers; or fp16 / fp32 values. Little-endian."""
   if coding in FLOATS:
-    return weight.cpu().numpy().astype(FLOATS[coding]).tobytes()
+    return weight.cpu().numpy()
   scale = search_grid(weight, coding, cfg)
-  integers = round_to_grid(weight, scale, LARGEST[coding]).cpu().numpy().astype("i1")
-  return scale.cpu().numpy().astype("<f2").tobytes() + integers.tobytes()
+  return scale.cpu().numpy(), round_to_grid(weight, scale, LARGEST[coding]).cpu().numpy()
 
 
-def packed_bytes(spec):
-  if spec.coding in FLOATS:
-    return math.prod(spec.shape) * np.dtype(FLOATS[spec.coding]).itemsize
-  return math.prod(spec.shape) + 2 * math.prod(spec.shape[:-1])
-
-
-def unpack_tensor(packed, spec):
-  def floats(part, kind):
-    return torch.from_numpy(np.frombuffer(part, kind).astype(np.float32))
-
-  if spec.coding in FLOATS:
-    return floats(packed, FLOATS[spec.coding]).view(spec.shape)
-  split = 2 * math.prod(spec.shape[:-1])
-  scale = floats(packed[:split], "<f2").view(*spec.shape[:-1], 1)
-  return floats(packed[split:], "i1").view(spec.shape) * scale
+def unpack_tensor(packed):
+  if packed.dtype.names:
+    packed = packed["integers"] * packed["scale"].astype(np.float32)
+  return torch.from_numpy(packed.astype(np.float32))
 
 
 def compress(payload, how):
-  if how == "lzma":
-    return lzma.compress(payload, preset=6)
-  return backend("zstandard").ZstdCompressor(level=22).compress(payload)
+  return lzma.compress(payload) if how == "lzma" else backend("zstandard").compress(payload, 22)
 
 
 def decompress(data, how, size):
-  """Raises ArtifactError unless `data` is one whole stream of exactly `size` bytes."""
-  try:
-    if how == "lzma":
-      stream = lzma.LZMADecompressor()
-      payload = stream.decompress(data, size + 1)
-    else:
-      zstd = backend("zstandard")
-      claimed = zstd.frame_content_size(data)
-      stream = zstd.ZstdDecompressor().decompressobj()
-      payload = stream.decompress(data) if claimed == size else b""
-  except Exception as error:  # each library has its own
-    raise ArtifactError(f"the payload does not decompress ({error})") from error
-  if len(payload) != size or not stream.eof or stream.unused_data:
-    raise ArtifactError("the payload is not as long as the header says")
-  return payload
+  """One whole stream of exactly `size` bytes; an exception before it grows further."""
+  if how == "zstd":
+    zstd = backend("zstandard")
+    if zstd.frame_content_size(data) == size:
+      return zstd.ZstdDecompressor().decompress(data, allow_extra_data=False)
+  else:
+    stream = lzma.LZMADecompressor()
+    payload = stream.decompress(data, size + 1)
+    if len(payload) == size and stream.eof and not stream.unused_data:
+      return payload
+  raise ArtifactError("the payload is not as long as the header says")
 
 
 def artifact_header(cfg):
   """Model configuration and tensors; nothing of the run."""
-  tensors, offset = [], 0
-  for name, spec in parameter_specs(cfg).items():
-    entry = dict(name=name, shape=list(spec.shape), coding=spec.coding, offset=offset)
-    tensors.append(entry)
-    offset += packed_bytes(spec)
+  specs = parameter_specs(cfg)
+  kind = payload_type(specs)
+  tensors = [
+    dict(name=n, shape=[*s.shape], coding=s.coding, offset=kind.fields[n][1])
+    for n, s in specs.items()
+  ]
   model = {name: show(getattr(cfg, name)) for name in MODEL_FIELDS}
-  return dict(model=model, tensors=tensors, size=offset)
+  return dict(model=model, tensors=tensors, size=kind.itemsize)
 
 
 def pack_artifact(weights, cfg, log=None):
-  """Quantise and pack: magic, version, header length, JSON header, payload, sha256 of all that.
-  The same weights give the same bytes."""
+  """Magic, version, length of the JSON header, header, payload, sha256 of all that. The same
+  weights give the same bytes."""
   specs = parameter_specs(cfg)
-  parts = [pack_tensor(weights[n].detach().float(), s.coding, cfg) for n, s in specs.items()]
+  payload = np.zeros((), payload_type(specs))
+  for name, spec in specs.items():
+    payload[name] = pack_tensor(weights[name].detach(), spec.coding, cfg)
   header = json.dumps(artifact_header(cfg), separators=(",", ":")).encode()
-  body = MAGIC + struct.pack("<II", ARTIFACT_VERSION, len(header)) + header
+  body = PREFIX + len(header).to_bytes(4, "little") + header
   if cfg.target_mb:
     most = int(cfg.target_mb * 2**20) - CODE.stat().st_size - len(body) - SHA_BYTES
-    body += prune(np.frombuffer(b"".join(parts), np.uint8), most, cfg, log)
+    body += prune(payload, most, cfg, log)
   else:
-    body += compress(b"".join(parts), cfg.compressor)
+    body += compress(payload.tobytes(), cfg.compressor)
   return body + hashlib.sha256(body).digest()
 
 
-def prune(packed, most, cfg, log):
-  """Selective pruning (PR #993): zero as many 256ths of the +-1 weights, smallest steps first, as
-  make the compressed payload fit into `most` bytes, or all -> payload"""
-  began, places, steps, end = time.perf_counter(), [], [], 0
-  for spec in parameter_specs(cfg).values():
-    start, end = end, end + packed_bytes(spec)
+def prune(payload, most, cfg, log):
+  """Selective pruning (PR #993): zero the fewest 256ths of the +-1 weights, smallest steps first,
+  with which the payload fits into `most` bytes, or all -> it, compressed"""
+  began, places, steps = time.perf_counter(), [], []
+  for name, spec in parameter_specs(cfg).items():
     if spec.coding == "int6":
-      first = start + 2 * math.prod(spec.shape[:-1])
-      ones = np.flatnonzero(np.abs(packed[first:end].view("i1")) == 1)
-      places.append(first + ones)
-      steps.append(packed[start:first].view("<f2")[ones // spec.shape[-1]])
+      kind, start = payload.dtype.fields[name]
+      ones = np.flatnonzero(abs(payload[name]["integers"]) == 1)
+      places.append(start + kind.fields["integers"][1] + ones)
+      steps.append(payload[name]["scale"].ravel()[ones // spec.shape[-1]])
   order = np.concatenate(places)[np.concatenate(steps).argsort(kind="stable")]
 
   @functools.cache
-  def pruned(count):
-    trial = packed.copy()
-    trial[order[:count]] = 0
-    return compress(trial.tobytes(), cfg.compressor)
+  def pruned(part):
+    trial = payload.reshape(1).view("u1").copy()
+    trial[order[: len(order) * part // 256]] = 0
+    return compress(trial, cfg.compressor)
 
-  counts = [len(order) * i // 256 for i in range(257 if len(pruned(0)) > most else 1)]
-  count = counts[bisect.bisect_left(counts[:-1], True, key=lambda n: len(pruned(n)) <= most)]
-  if log:
-    seconds, size = time.perf_counter() - began, len(pruned(count))
-    log("prune", candidates=len(order), pruned=count, bytes=size, seconds=seconds)
-  return pruned(count)
+  part = 0
+  if len(pruned(0)) > most:
+    part = bisect.bisect_left(range(256), True, key=lambda part: len(pruned(part)) <= most)
+  count, seconds = len(order) * part // 256, time.perf_counter() - began
+  log("prune", candidates=len(order), pruned=count, bytes=len(pruned(part)), seconds=seconds)
+  return pruned(part)
 
 
 def open_container(data):
-  """Check magic, digest, version, and the header against what this program writes for its model
-  -> (configuration, compressed payload)"""
-  start, body = len(MAGIC) + 8, data[:-SHA_BYTES]
-  if len(body) < start or not data.startswith(MAGIC):
-    raise ArtifactError("not an artifact of this program")
+  """Check everything, the header against what would be written -> configuration, payload"""
+  body, start = data[:-SHA_BYTES], len(PREFIX) + 4
+  if not data.startswith(PREFIX):
+    raise ArtifactError(f"not an artifact of this program, version {ARTIFACT_VERSION}")
   if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
-    raise ArtifactError("damaged, its sha256 does not fit its bytes")
-  version, length = struct.unpack("<II", body[len(MAGIC) : start])
-  if version != ARTIFACT_VERSION:
-    raise ArtifactError(f"version {version}, this program reads {ARTIFACT_VERSION}")
-  try:
-    header = json.loads(body[start : start + length])
-    values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
-    cfg = Config(**values, eval_stride=1).check()
-    if not cfg.vocab_size or header["size"] > MAX_PAYLOAD:
-      raise ValueError("vocabulary or size out of range")
-    if header != artifact_header(cfg):
-      raise ValueError("it does not describe its model")
-  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-    raise ArtifactError(f"broken header: {error}") from error
-  return cfg, body[start + length :]
+    raise ArtifactError("damaged, its sha256 does not fit")
+  end = start + int.from_bytes(body[len(PREFIX) : start], "little")
+  header = json.loads(body[start:end])
+  values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
+  cfg = Config(**values, eval_stride=1).check()
+  if not cfg.vocab_size or header != artifact_header(cfg):
+    raise ArtifactError("its header does not describe its model")
+  kind = payload_type(parameter_specs(cfg))
+  return cfg, np.frombuffer(decompress(body[end:], cfg.compressor, kind.itemsize), kind).reshape(())
 
 
 def load_artifact(path: str | Path, device: Any = "cpu") -> GPT:
-  """Read an artifact back: path -> model in eval mode, fp32, ready to score sequences of any
-  length. ArtifactError for anything wrong."""
+  """-> model in eval mode, fp32, for sequences of any length; ArtifactError for anything wrong."""
   try:
-    cfg, compressed = open_container(Path(path).read_bytes())
-    specs = parameter_specs(cfg)
-    payload = io.BytesIO(
-      decompress(compressed, cfg.compressor, sum(map(packed_bytes, specs.values())))
-    )
-  except (OSError, ArtifactError) as error:
-    raise ArtifactError(f"{path}: {error}; fix: train or download it again") from error
+    cfg, payload = open_container(Path(path).read_bytes())
+  except Exception as error:  # json and each decompressor have their own
+    raise ArtifactError(f"{path}: unreadable ({error}); fix: train or download it anew") from error
   model = GPT(cfg)
-  weights = {n: unpack_tensor(payload.read(packed_bytes(s)), s) for n, s in specs.items()}
-  model.load_state_dict(weights)
+  model.load_state_dict({name: unpack_tensor(payload[name]) for name in payload.dtype.names})
   return model.to(device).eval().requires_grad_(False)
 
 
@@ -1479,42 +1425,35 @@ class TestTimeTraining:
   def __init__(self, model, rt, cfg):
     self.model, self.rt, self.cfg = copy.deepcopy(model), rt, cfg
     if cfg.ttt_use_lora:
-      self.rate, self.weights = (
-        cfg.ttt_lora_lr,
-        [*self.factors("qo_bank"), *self.factors("kv_bank")],
-      )
-      self.optimizer = torch.optim.Adam(self.weights)
+      self.weights = [*self.factors("qo_bank"), *self.factors("kv_bank")]
+      self.optimizer = torch.optim.Adam(self.weights, cfg.ttt_lora_lr)
     else:
-      self.rate, self.weights = cfg.ttt_lr, [*self.model.requires_grad_().parameters()]
-      self.optimizer = torch.optim.SGD(self.weights, momentum=cfg.ttt_momentum)
+      self.weights = [*self.model.requires_grad_().parameters()]
+      self.optimizer = torch.optim.SGD(self.weights, cfg.ttt_lr, cfg.ttt_momentum)
     self.loss = rt.compile(self.model)
 
   def factors(self, bank):
     """W becomes W + A B, A random and B zero, for the queries or values of a bank -> A, B"""
-    twice, rows, columns = getattr(self.model, bank).shape
-    a = torch.randn(
-      twice // 2, rows, self.cfg.ttt_lora_rank, generator=torch.Generator().manual_seed(0)
-    )
-    b = torch.zeros(twice // 2, self.cfg.ttt_lora_rank, columns)
-    a, b = (factor.to(self.rt.device).requires_grad_() for factor in (a / 100, b))
-    self.model.lora[bank] = a, b, (0, twice // 2) if bank == "qo_bank" else (twice // 2, 0)
+    L, rank = self.cfg.num_layers, self.cfg.ttt_lora_rank
+    _, rows, columns = getattr(self.model, bank).shape
+    a = torch.randn(L, rows, rank, generator=torch.Generator().manual_seed(0)) / 100
+    a, b = (t.to(self.rt.device).requires_grad_() for t in (a, torch.zeros(L, rank, columns)))
+    self.model.lora[bank] = a, b, (0, L) if bank == "qo_bank" else (L, 0)
     return a, b
 
   @torch.enable_grad()
   def learn(self, chunk, progress):
     """chunk: scored targets and the token before them; progress 0..1 lowers the rate"""
-    cfg, rt = self.cfg, self.rt
+    cfg, rt, length = self.cfg, self.rt, self.cfg.window
     tokens = torch.from_numpy(chunk.astype(np.int64)).to(rt.device)
-    inputs, targets = (part.view(-1, cfg.window) for part in (tokens[:-1], tokens[1:]))
     for group in self.optimizer.param_groups:
-      group["lr"] = self.rate * (1 + math.cos(math.pi * progress)) / 2
-    for first in [*range(0, len(inputs), cfg.ttt_batch_seqs)] * cfg.ttt_epochs:
-      batch = range(first, min(first + cfg.ttt_batch_seqs, len(inputs)))
+      group["lr"] = self.optimizer.defaults["lr"] * (1 + math.cos(math.pi * progress)) / 2
+    for batch in tokens.unfold(0, length + 1, length).split(cfg.ttt_batch_seqs) * cfg.ttt_epochs:
       for weight in self.weights:
         weight.grad = torch.zeros_like(weight)
-      if mine := batch[rt.rank :: rt.world_size]:
+      if len(mine := batch[rt.rank :: rt.world_size]):  # (rows, window + 1)
         with rt.autocast():
-          loss = self.loss(inputs[mine], targets[mine])
+          loss = self.loss(mine[:, :-1], mine[:, 1:])
         (loss * len(mine) * rt.world_size / len(batch)).backward()
       average_gradients(self.weights, rt)
       nn.utils.clip_grad_norm_(self.weights, cfg.ttt_grad_clip)

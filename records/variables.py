@@ -166,6 +166,6 @@ def dry_run(rt, cfg, script: ModuleType) -> None:
   rt.log("model_params", script.count_parameters(cfg))
   for group, (names, rate, decay) in script.optimizer_groups(cfg).items():
     rt.log("optimizer_group", group, rate=rate, decay=decay, parameters=",".join(names))
-  payload = sum(map(script.packed_bytes, script.parameter_specs(cfg).values()))
+  payload = script.payload_type(script.parameter_specs(cfg)).itemsize
   sizes = dict(code=script.CODE.stat().st_size, uncompressed_weights=payload)
   rt.log("byte_budget", **sizes, cap=script.CAP_BYTES)

@@ -414,7 +414,7 @@ def test_payload_of_the_other_compressor(load_bytes):
 
 
 def test_signed_bomb_with_a_consistent_header(good, load_bytes):
-  """Nearly MAX_PAYLOAD by its header and zstd's own length field, and a few bytes in truth."""
+  """Nearly 2 GiB by its header and zstd's own length field, and a few bytes in truth."""
   _, payload = opened(good)
   cfg = tiny(num_layers=64, model_dim=1024, vocab_size=65_536)
   header = train_gpt.artifact_header(cfg)
