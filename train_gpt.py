@@ -35,7 +35,6 @@ import importlib.util
 import json
 import lzma
 import math
-import platform
 import runpy
 import shutil
 import subprocess
@@ -57,7 +56,6 @@ from torch import Tensor, nn
 
 CODE = Path(__file__).resolve()
 ROOT = CODE.parent
-BACKENDS = ("sentencepiece", "zstandard", "numba", "matplotlib")  # optional packages
 
 
 class UserError(ValueError):
@@ -81,7 +79,7 @@ def backend(name):
 # Environment > RECORD's config.env > defaults; each value checked and printed with its origin.
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
-NAMES_TOOL = ROOT / "records/variables.py"
+RECORDS = (ROOT / "records/variables.py").exists()  # the file works alone, too
 PATHS = (
   "DATA_PATH",
   "TOKENIZER_PATH",
@@ -257,8 +255,8 @@ class Config:
     """Resolve a configuration; ConfigError names variable, value and fix. Beside records/ there
     are RECORDs, of which `tiny` is meant where CUDA or data lack, and default paths."""
     texts, notes = {name: (environ[name], "env") for name in VARIABLES if name in environ}, ()
-    if NAMES_TOOL.exists() or environ.get("RECORD"):
-      texts, notes = names_tool("resolve", environ)
+    if RECORDS or environ.get("RECORD"):
+      texts, notes = beside("variables.resolve", environ)
     values = {name.lower(): parse(name, text) for name, (text, _) in texts.items()}
     origin = {name: source for name, (_, source) in texts.items()}
     cfg = Config(**values, origin=origin, notes=tuple(notes))
@@ -294,6 +292,14 @@ class Config:
     return self.eval_seq_len or self.train_seq_len
 
   @property
+  def mixer(self):
+    return self.ngram_mixer if self.ngram_enabled else "none"
+
+  @property
+  def orders(self):
+    return f"{self.ngram_min_order}-{self.ngram_max_order}"
+
+  @property
   def value_layers(self):
     return [i % self.num_layers for i in self.ve_layers] if self.ve_enabled else []
 
@@ -327,10 +333,13 @@ def show(value):
   return ",".join(str(int(x) if isinstance(x, bool) else x) for x in parts)
 
 
-def names_tool(function, *arguments):
-  if not NAMES_TOOL.exists():
-    raise ConfigError(f"{NAMES_TOOL}: needed by RECORD, DRY_RUN, --help; fix: put it back")
-  return runpy.run_path(str(NAMES_TOOL))[function](*arguments, sys.modules[__name__])
+def beside(name, *arguments):
+  """Call a function of records/, file.function; it is handed this module last."""
+  file, _, function = name.partition(".")
+  path = ROOT / f"records/{file}.py"
+  if not path.exists():
+    raise ConfigError(f"{path}: needed by RECORD, DRY_RUN, --help; fix: put it back")
+  return runpy.run_path(str(path))[function](*arguments, sys.modules[__name__])
 
 
 # -----------------------------------------------------------------------------
@@ -436,9 +445,9 @@ class Runtime:
 
 
 def write_atomically(path, write):
-  """What `write(path)` writes appears whole or not at all."""
+  """What `write(path)` writes, or the bytes `write`, appears whole or not at all."""
   partial = path.with_name(f".partial_{path.name}")
-  write(partial)
+  write(partial) if callable(write) else partial.write_bytes(write)
   os.replace(partial, path)
 
 
@@ -1167,14 +1176,11 @@ def pack_artifact(weights, cfg, log=None):
   payload = np.zeros((), payload_type(specs))
   for name, spec in specs.items():
     payload[name] = pack_tensor(weights[name].detach(), spec.coding, cfg)
-  header = json.dumps(artifact_header(cfg), separators=(",", ":")).encode()
-  body = PREFIX + len(header).to_bytes(4, "little") + header
-  if cfg.target_mb:
-    most = int(cfg.target_mb * 2**20) - CODE.stat().st_size - len(body) - SHA_BYTES
-    body += prune(payload, most, cfg, log)
-  else:
-    body += compress(payload.tobytes(), cfg.compressor)
-  return body + hashlib.sha256(body).digest()
+  header = artifact_header(cfg)
+  if not cfg.target_mb:
+    return seal(PREFIX, header, compress(payload.tobytes(), cfg.compressor))
+  most = int(cfg.target_mb * 2**20) - CODE.stat().st_size - len(seal(PREFIX, header, b""))
+  return seal(PREFIX, header, prune(payload, most, cfg, log))
 
 
 def prune(payload, most, cfg, log):
@@ -1203,21 +1209,33 @@ def prune(payload, most, cfg, log):
   return pruned(part)
 
 
+def seal(prefix, header, payload):
+  """prefix, length of the JSON header, header, payload, sha256 of all that"""
+  header = json.dumps(header, separators=(",", ":")).encode()
+  body = prefix + len(header).to_bytes(4, "little") + header + payload
+  return body + hashlib.sha256(body).digest()
+
+
+def unseal(prefix, data):
+  """-> header, payload; ValueError for one byte more, less or different"""
+  body, start = data[:-SHA_BYTES], len(prefix) + 4
+  if not data.startswith(prefix):
+    raise ValueError(f"it does not begin with {prefix}")
+  if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
+    raise ValueError("damaged, its sha256 does not fit")
+  end = start + int.from_bytes(body[len(prefix) : start], "little")
+  return json.loads(body[start:end]), body[end:]
+
+
 def open_container(data):
   """Check everything, the header against what would be written -> configuration, payload"""
-  body, start = data[:-SHA_BYTES], len(PREFIX) + 4
-  if not data.startswith(PREFIX):
-    raise ArtifactError(f"not an artifact of this program, version {ARTIFACT_VERSION}")
-  if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
-    raise ArtifactError("damaged, its sha256 does not fit")
-  end = start + int.from_bytes(body[len(PREFIX) : start], "little")
-  header = json.loads(body[start:end])
+  header, payload = unseal(PREFIX, data)
   values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
   cfg = Config(**values, eval_stride=1).check()
   if not cfg.vocab_size or header != artifact_header(cfg):
     raise ArtifactError("its header does not describe its model")
   kind = payload_type(parameter_specs(cfg))
-  return cfg, np.frombuffer(decompress(body[end:], cfg.compressor, kind.itemsize), kind).reshape(())
+  return cfg, np.frombuffer(decompress(payload, cfg.compressor, kind.itemsize), kind).reshape(())
 
 
 def load_artifact(path: str | Path, device: Any = "cpu") -> GPT:
@@ -1242,6 +1260,17 @@ class Scores(NamedTuple):
   log_prob: np.ndarray
   entropy: np.ndarray
   pe_delta: np.ndarray | None = None  # norm of the change by pre-enrichment
+
+  @staticmethod
+  def of(columns, cfg):
+    return Scores(*columns[: 3 if cfg.pre_enrich_dim else 2])
+
+  def take(self, places):
+    return Scores(*(c if c is None else c[places] for c in self))
+
+
+def entropy_of(log_probs):
+  return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def bits_per_byte(log_prob, token_bytes):
@@ -1271,9 +1300,8 @@ class WindowScorer:
   def score_rows(self, ids, first, targets):
     """-> log p of targets (B, S), entropy, change; float64 (3, B, S)"""
     log_probs, change = self.log_probs(ids, first, targets.shape[1])
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
     chosen = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return torch.stack([chosen, entropy, change.double()])
+    return torch.stack([chosen, entropy_of(log_probs), change.double()])
 
   def windows(self, stream, ends, stride):
     """Inputs (B, T), first scored rows (B,), targets (B, S) of the windows that end before
@@ -1287,19 +1315,17 @@ class WindowScorer:
     return [torch.from_numpy(array).to(self.rt.device) for array in arrays]
 
   @torch.no_grad()
-  def score(self, stream, stride, probes=(), adapt=None):
-    """stream: N + 1 tokens -> Scores of the last N; (target, p (V,)) of each probed target.
-    adapt(chunk, progress), if given, learns from a chunk of scored targets."""
-    total, parts, seen = len(stream) - 1, [], []
+  def score(self, stream, stride, adapt=None):
+    """stream: N + 1 tokens -> Scores of the last N. adapt(chunk, progress), if given, learns from
+    a chunk of scored targets."""
+    total, parts = len(stream) - 1, []
     size = self.cfg.ttt_chunk_tokens if adapt else total + stride
     for a in range(0, total, size):
       b = min(a + size, total)
       parts.append(self.score_windows(stream, np.arange(a, b, stride) + stride, stride))
-      seen += [(t, self.distribution(stream, stride, t)) for t in probes if a <= t < b]
       if adapt and b < total:
         adapt(stream[a : b + 1], a / size / ((total - 1) // size))
-    columns = np.concatenate(parts, 1).reshape(3, -1)[:, :total]
-    return Scores(*columns[:2], columns[2] if self.cfg.pre_enrich_dim else None), seen
+    return Scores.of(np.concatenate(parts, 1).reshape(3, -1)[:, :total], self.cfg)
 
   def score_windows(self, stream, ends, stride):
     """float64 (3, windows, S), the same on every rank"""
@@ -1311,68 +1337,56 @@ class WindowScorer:
       result[:, real] = scored[:, : len(real)].cpu().numpy()
     return self.rt.sum(result)
 
-  def distribution(self, stream, stride, target):
-    """p over the vocabulary for one target (from 0), as `score` sees it: float64 (V,)"""
-    ends = np.full(self.batch, target // stride * stride + stride)
-    ids, first, _ = self.windows(stream, ends, stride)
-    return self.log_probs(ids, first + target % stride, 1)[0][0, 0].exp().cpu().numpy()
-
 
 class Shape(NamedTuple):
   """What a decoder must know of a text beforehand."""
 
   documents: int
-  last: int  # targets of the last document; 0: it ends with a BOS, as the others do
+  last: int  # targets of the last one; 0: it ends with a BOS, as the others do
   lanes: int  # documents side by side
-  groups: int  # forward passes a step, one a rank
+  groups: int  # of lanes, one a rank
   targets: int  # to code
 
   @staticmethod
-  def of(stream, cfg, groups, most=-1):
+  def of(stream, cfg, groups):
     size, starts = len(stream) - 1, np.flatnonzero(stream[:-1] == BOS)
     last = 0 if stream[-1] == BOS else size - int(starts[-1])
-    rows = -(-min(cfg.eval_lanes, len(starts)) // groups)
-    return Shape(len(starts), last, rows * groups, groups, size if most < 0 else min(most, size))
+    lanes = -(-min(cfg.eval_lanes, len(starts)) // groups) * groups
+    return Shape(len(starts), last, lanes, groups, size)
 
 
 class Order(NamedTuple):
-  """In which the targets are coded."""
+  """In which targets are coded."""
 
-  tokens: np.ndarray  # starts of lanes, then the targets
+  tokens: np.ndarray  # starts of lanes, then targets
   targets: np.ndarray  # (N,) their places in the text
-  steps: tuple | None = None  # times and lanes of tokens; None: one by one
+  steps: Any = None  # times, lanes of tokens; None: one by one
 
 
 @torch.no_grad()
 def drive(model, rt, shape, groups, choose):
-  """The one loop of scoring, encoding and decoding: lanes take documents in order and code a token
-  each in a step; BOS ends a document. choose(outputs of these groups' lanes, lanes at work, their
-  documents, their places) -> their tokens."""
+  """The loop of scoring, encoding and decoding: a step is a token in each lane, a BOS ends a
+  document, a free lane takes the next. choose(outputs of these groups' lanes, lanes at work,
+  their documents and places there) -> their tokens. Returns the number of tokens."""
   rows = shape.lanes // shape.groups
-  forwards = [lane_pass(model, rt, rows) for _ in groups] if rows else []
-  ids, places, coded = np.full(shape.lanes, BOS), np.zeros(shape.lanes, int), 0
-  documents = np.arange(shape.lanes)
-  lanes, waiting = np.arange(min(shape.lanes, shape.documents)), shape.lanes
-  while len(lanes) and coded < shape.targets:
-    parts = [slice(group * rows, (group + 1) * rows) for group in groups]
-    outputs = [
-      forward(*(torch.from_numpy(a[part]).to(rt.device) for a in (ids, places)))
-      for forward, part in zip(forwards, parts, strict=True)
-    ]
-    joined = [torch.cat(column) for column in zip(*outputs, strict=True)]
+  passes = [lane_pass(model, rt, rows) for _ in groups if rows]
+  ids, places = np.full(shape.lanes, BOS), np.zeros(shape.lanes, int)
+  documents, waiting, coded = np.arange(shape.lanes), shape.lanes, 0
+  while len(lanes := np.flatnonzero(documents < shape.documents)) and coded < shape.targets:
+    inputs = torch.from_numpy(np.stack([ids, places])).to(rt.device).split(rows, 1)
+    outputs = [forward(*inputs[i]) for i, forward in zip(groups, passes, strict=True)]
+    joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
     tokens = choose(joined, lanes, documents[lanes], places[lanes])
-    coded += len(lanes)
-    ids[lanes], places[lanes] = tokens, places[lanes] + 1
+    ids[lanes], places[lanes], coded = tokens, places[lanes] + 1, coded + len(lanes)
     end = (documents[lanes] == shape.documents - 1) & (places[lanes] == shape.last)
-    for lane in lanes[(tokens == BOS) | end]:
-      ids[lane], places[lane], documents[lane] = BOS, 0, waiting
-      waiting += 1
-    lanes = np.flatnonzero(documents < shape.documents)
+    for lane in lanes[end | (tokens == BOS)]:
+      ids[lane], places[lane], documents[lane], waiting = BOS, 0, waiting, waiting + 1
+  return coded
 
 
 def lane_pass(model, rt, rows):
-  """-> forward(ids, places), int64 (rows,) each -> log-probabilities, float64 (rows, V), their
-  entropy and the change by pre-enrichment, (rows,)"""
+  """-> forward(ids, places), int64 (rows,) each -> log-probabilities, float64 (rows, V), entropy
+  and change by pre-enrichment (rows,)"""
   lanes = Lanes(model, rows)
 
   def forward(ids, places):
@@ -1381,41 +1395,34 @@ def lane_pass(model, rt, rows):
       hidden, change = model.hidden(ids.unsqueeze(1), lanes)
       logits = model.logits(hidden[:, 0])
     log_probs = logits.double().log_softmax(-1)
-    return log_probs, -(log_probs.exp() * log_probs).sum(-1), change[:, 0].double()
+    return log_probs, entropy_of(log_probs), change[:, 0].double()
 
   return rt.graph(forward, *torch.zeros(2, rows, dtype=torch.int64, device=rt.device))
 
 
-def score_documents(model, rt, cfg, stream, probes):
-  """stream: a BOS and N targets -> Scores of these, (target, p (V,)) of each probed one, Order"""
+def score_documents(model, rt, cfg, stream):
+  """stream: a BOS and N targets -> Scores of these in the text's order, Order of coding"""
   shape, starts = Shape.of(stream, cfg, rt.world_size), np.flatnonzero(stream == BOS)
-  rows, coded, scored = shape.lanes // shape.groups, [], []
-  seen = np.zeros((len(probes), model.cfg.vocab_size))
+  rows, coded, parts = shape.lanes // shape.groups, [], []
 
   def choose(outputs, lanes, documents, places):
     targets = starts[documents] + places
-    coded.append((targets, lanes))
-    tokens = stream[targets + 1].astype(np.int64)
-    mine = lanes // rows == rt.rank
+    tokens, mine = stream[targets + 1].astype(np.int64), lanes // rows == rt.rank
     at, goal = (torch.from_numpy(a[mine]).to(rt.device) for a in (lanes % rows, tokens))
     log_probs, *others = outputs
-    scored.append(torch.stack([log_probs[at, goal], *(column[at] for column in others)]))
-    for i in np.flatnonzero(np.isin(probes, targets[mine])):
-      lane = lanes[targets == probes[i]] % rows
-      seen[i] = log_probs[lane].exp().cpu()
+    parts.append(torch.stack([log_probs[at, goal], *(column[at] for column in others)]))
+    coded.append((targets, lanes))
     return tokens
 
   drive(model, rt, shape, [rt.rank], choose)
   targets, lanes = map(np.concatenate, zip(*coded, strict=True))
-  columns = np.zeros((3, shape.targets))
-  columns[:, targets[lanes // rows == rt.rank]] = torch.cat(scored, 1).cpu()
-  rt.sum(columns)
-  begun = np.arange(min(shape.lanes, shape.documents))
-  times = np.repeat(np.arange(len(coded) + 1), [len(begun), *(len(t) for t, _ in coded)])
+  columns, begun = np.zeros((3, shape.targets)), np.arange(min(shape.lanes, shape.documents))
+  columns[:, targets[lanes // rows == rt.rank]] = torch.cat(parts, 1).cpu()
+  sizes = [len(begun), *(len(lanes) for _, lanes in coded)]
+  times = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
   tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
-  order = Order(tokens, targets, (times.astype(np.int32), np.append(begun, lanes).astype(np.int32)))
-  scores = Scores(*columns[:2], columns[2] if model.cfg.pre_enrich_dim else None)
-  return scores, list(zip(probes, rt.sum(seen), strict=True)), order
+  order = Order(tokens, targets, (times, np.append(begun, lanes)))
+  return Scores.of(rt.sum(columns), model.cfg), order
 
 
 class TestTimeTraining:
@@ -1644,45 +1651,6 @@ class CountStore:
     return dense
 
 
-class Cascade:
-  """The published backoff (PR #864): the counts of the longest context seen NGRAM_MIN_COUNT
-  times, their weight from its order and the model's entropy."""
-
-  def __init__(self, orders, cfg):
-    self.orders, self.cfg, self.chunk, self.largest = np.array(orders), cfg, 1 << 16, 1e-8
-
-  def rows(self, stats, entropy, change=None):
-    """Matched order, 0: none, and the weight of its counts, (rows,) each; Blend's arguments"""
-    cfg, known = self.cfg, stats[..., 0] >= self.cfg.ngram_min_count
-    known &= np.isin(self.orders, range(cfg.ngram_min_order, cfg.ngram_max_order + 1))[:, None]
-    order = (self.orders[:, None] * known).max(0)
-    boost = 1.0
-    if change is not None:  # PR #810, over the largest so far, not a chunk's, which is later
-      largest = np.maximum.accumulate(np.append(self.largest, change))
-      self.largest, boost = largest[-1], 0.5 + change / largest[1:]
-    return order, backoff_alpha(order, entropy, cfg, boost)
-
-  def weights(self, order, alpha):
-    """Of model and counts: float64 (rows, K + 1)"""
-    return np.vstack([1 - alpha, alpha * (self.orders[:, None] == order)]).T
-
-  def learn(self, *_):
-    pass
-
-
-def backoff_alpha(order, entropy, cfg, boost=1.0):
-  """Weight (N,) of the counts, from matched order (0: none) and the model's entropy in nats.
-  Multipliers and boost act on it: on the probability they would create mass."""
-  low, high, scale = cfg.ngram_alpha_min, cfg.ngram_alpha_max, cfg.ngram_entropy_scale
-  place = np.maximum(order - 2, 0)
-  centre = np.take(cfg.ngram_entropy_center, place, mode="clip") - cfg.ngram_center_slope * place
-  alpha = low + (high - low) / (1 + np.exp(-scale * (entropy - centre)))
-  if cfg.ngram_alpha:  # PR #1026, entropy in the place of the target's own loss
-    alpha = cfg.ngram_alpha * (entropy / cfg.ngram_nll_threshold).clip(0.1, 2.0)
-  alpha = alpha * boost * np.take(cfg.ngram_multipliers, place, mode="clip")
-  return np.where(order > 0, alpha.clip(0, 0.95), 0.0)
-
-
 class Blend:
   """The model and each order's plain c / n, mixed by a gate (one hidden layer) that learns from
   each scored chunk; and, for safety, gate against model alone, as a Bayesian pair."""
@@ -1747,57 +1715,59 @@ def expert_p(stats, log_prob):
   return np.vstack([np.exp(log_prob).clip(1e-300), c / np.maximum(n, 1)]).T
 
 
-def mix(mixer, store, scores, times=None, probes=()):
-  """Score each target, then learn from it -> (log-probability (N,), mass at each probe:
-  (target, p_model (V,), counts (K, V)), where the whole vocabulary is scored). times: steps of
-  the targets, which a chunk does not divide."""
-  out, masses, a = np.empty(len(scores.log_prob)), [], 0
+def mix(mixer, store, scores, times):
+  """Score each target, then learn from it -> log-probability (N,). times: steps of the targets,
+  which a chunk does not divide; None: one by one"""
+  out, a = np.empty(len(scores.log_prob)), 0
   while a < len(out):
     b = min(a + mixer.chunk, len(out))
     b = b if times is None else np.searchsorted(times, times[b - 1], "right")
-    stats, p_model = store.read(a, b), scores.log_prob[a:b]
-    rows = mixer.rows(stats, *(c if c is None else c[a:b] for c in scores[1:]))
-    weights, p = mixer.weights(*rows), expert_p(stats, p_model)
-    out[a:b] = np.log((weights * p).sum(1))
-    for t, p_model, counts in probes:
-      if a <= t < b:
-        ratios = counts / np.maximum(stats[:, t - a, :1], 1)  # (K, V)
-        masses.append((weights[t - a] @ np.vstack([p_model, ratios])).sum())
+    stats, (log_prob, *inputs) = store.read(a, b), scores.take(slice(a, b))
+    rows, p = mixer.rows(stats, *inputs), expert_p(stats, log_prob)
+    out[a:b] = np.log((mixer.weights(*rows) * p).sum(1))
     mixer.learn(*rows, p)
     a = b
-  return out, np.array(masses)
+  return out
 
 
-def vocabulary_counts(order, t, vocab_size, orders):
-  """Counts of the whole vocabulary at target t of an Order, int64 (K, V), by comparing contexts"""
-  tokens, (times, lanes) = order.tokens, order.steps or (np.arange(len(order.tokens)), None)
-  before, counts = np.arange(-1, len(tokens) - 1), np.zeros((len(orders), vocab_size), np.int64)
-  if lanes is not None:
-    after = next_in_lane(lanes)
-    before = np.full(len(tokens), -1)
-    before[after[after >= 0]] = np.flatnonzero(after >= 0)
-  here = t + len(tokens) - len(order.targets)
-  places = past = np.flatnonzero(times < times[here])
-  for k in range(1, max(orders) + 1):
-    if k in orders:
-      counts[orders.index(k)] = np.bincount(tokens[places], minlength=vocab_size)
-    here, past = before[here], before[past]
-    same = (past >= 0) & (tokens[past] == tokens[here])
-    places, past = places[same], past[same]
-    if here < 0:
-      break
-    if lanes is not None:
-      before[tokens == BOS] = -1
-  return counts
+def make_mixer(name, cfg, device):
+  """Its experts are the model, the configured orders, single tokens and long repeats."""
+  orders = range(cfg.ngram_min_order, cfg.ngram_max_order + 1)
+  orders = tuple(sorted({1, *orders, *LONG_ORDERS}))
+  if name == "cascade":
+    return beside("cascade.Cascade", orders, cfg)
+  return Blend(orders if name == "blend" else (), device)
+
+
+def mix_ngrams(scores, order, report):
+  """Mix by the published backoff and by NGRAM_MIXER -> log p (N,), nats"""
+  cfg, rt, final = report.cfg, report.rt, scores.log_prob.copy()
+  names = dict.fromkeys(("cascade", cfg.mixer) if RECORDS else (cfg.mixer,))
+  mixers = {name: make_mixer(name, cfg, rt.device) for name in names}
+  orders = mixers[cfg.mixer].orders
+  store, steps = CountStore(orders, len(order.tokens) - len(final)), order.steps
+  store.collect(ngram_counts(order.tokens, cfg.vocab_size, max(orders), rt.device, steps))
+  scores, times = scores.take(order.targets), steps and steps[0][store.skip :]
+  for name, mixer in mixers.items():
+    mixed = mix(mixer, store, scores, times)
+    final[order.targets] = mixed
+    if name == "cascade":
+      report.score("ngram_backoff", final, orders=cfg.orders)
+  saved = (mixed - scores.log_prob) / math.log(2)
+  for longest in np.unique(store.matched).tolist():  # longest context seen before; 0: none
+    here = store.matched == longest
+    gain = dict(share=float(here.mean()), bits_saved=float(saved[here].sum()))
+    rt.log("ngram_gain", longest, positions=int(here.sum()), **gain)
+  return final
 
 
 # -----------------------------------------------------------------------------
 # 12. Codec
 # The score as a file: a range coder spends the mixture's bits, a decoder gets the text back.
 
-STREAM_MAGIC, PRECISION = b"PGSTREAM", 24  # bits of a probability
+STREAM_PREFIX, PRECISION = b"PGSTREAM\x01", 24  # bits of a probability
 SCORING = NAMES[NAMES.index("eval_seq_len") : NAMES.index("ngram_scheme")]  # in a stream's header
-RANKS = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+WITNESSES = 2048  # targets at least whose whole distribution is added up
 
 
 class StreamError(UserError):
@@ -1805,29 +1775,28 @@ class StreamError(UserError):
 
 
 class Dictionary:
-  """What follows each context, {token: count}: the integers of ngram_counts, over a text that is
-  not there yet."""
+  """What follows each context, {token: count}: the integers of ngram_counts, for a text that is
+  not there yet. isolated: a context does not reach beyond a BOS."""
 
-  def __init__(self, orders, vocab_size, lanes):
-    self.orders, self.vocab_size, self.tables = orders, vocab_size, [{} for _ in orders]
-    self.texts = [b""] * lanes  # of a lane's document, two bytes a token
+  def __init__(self, orders, lanes, isolated):
+    self.sizes, self.isolated = [2 * order - 2 for order in orders], isolated
+    self.tables, self.texts = [{} for _ in orders], [b""] * lanes  # two bytes a token
 
   def contexts(self, lane):
-    """Of each order; None where the document is shorter."""
+    """Of each order; None where the text is shorter."""
     text = self.texts[lane]
-    sizes = [2 * (order - 1) for order in self.orders]
-    return [text[len(text) - size :] if size <= len(text) else None for size in sizes]
+    return [text[len(text) - size :] if size <= len(text) else None for size in self.sizes]
 
   def read(self, lanes):
-    """Tokens and counts after each lane's contexts; their rows as CountStore.read gives, (K, lanes, 4), without the target's counts"""
-    stats, found = np.zeros((len(self.orders), len(lanes), 4), np.int32), []
+    """CountStore.read's rows (K, lanes, 4), without target counts; (lane, k, tokens, counts) of
+    each context that is known"""
+    stats, found = np.zeros((len(self.tables), len(lanes), 4), np.int32), []
     for i, lane in enumerate(lanes):
       for k, context in enumerate(self.contexts(lane)):
         if after := self.tables[k].get(context):
           counts = np.fromiter(after.values(), np.int32, len(after))
-          tokens = np.fromiter(after, np.int64, len(after))
           stats[k, i] = counts.sum(), 0, len(counts), (counts == 1).sum()
-          found.append((i, k, tokens, counts))
+          found.append((i, k, np.fromiter(after, np.int64, len(after)), counts))
     return stats, found
 
   def insert(self, lanes, tokens):
@@ -1837,41 +1806,38 @@ class Dictionary:
         if context is not None:
           after = table.setdefault(context, {})
           after[token] = after.get(token, 0) + 1
-      text = b"" if token == BOS else self.texts[lane][-2 * max(self.orders) :]
-      self.texts[lane] = text + token.to_bytes(2, "little")
+      text = b"" if token == BOS and self.isolated else self.texts[lane]
+      self.texts[lane] = (text + token.to_bytes(2, "little"))[-64:]
 
 
 class Mixture:
-  """The distribution whose code length is the score, for the whole vocabulary, step by step."""
+  """The distribution whose code length is the score, over the whole vocabulary, step by step."""
 
-  def __init__(self, rt, cfg, shape):
-    orders = mixed_orders(cfg)
-    self.enriched, self.mixer = (
-      bool(cfg.pre_enrich_dim),
-      make_mixer(cfg.ngram_mixer, cfg, orders, rt.device),
-    )
-    self.counts, self.chunk = Dictionary(orders, cfg.vocab_size, shape.lanes), []
-    begun = np.arange(min(shape.lanes, shape.documents))
-    self.counts.insert(begun, np.full_like(begun, BOS))
+  def __init__(self, rt, cfg, begun, isolated=True):
+    self.mixer, self.chunk, self.mass_error = make_mixer(cfg.mixer, cfg, rt.device), [], 0.0
+    self.counts, self.enriched = Dictionary(self.mixer.orders, begun, isolated), cfg.pre_enrich_dim
+    self.counts.insert(range(begun), np.full(begun, BOS))
 
   def distributions(self, outputs, lanes):
-    """outputs of `drive` -> p, float64 (lanes, V)"""
-    self.lanes, (self.log_probs, entropy, change) = lanes, (o.cpu().numpy()[lanes] for o in outputs)
-    stats, self.found = self.counts.read(lanes)
-    self.now = [stats, entropy, change if self.enriched else None]
-    weights = self.mixer.weights(*self.mixer.rows(*self.now))
-    p = weights[:, :1] * np.exp(self.log_probs)
+    """log-probabilities (rows, V), entropy, change -> p of the lanes, float64 (lanes, V)"""
+    self.log_probs, entropy, change = (column.cpu().numpy()[lanes] for column in outputs)
+    self.lanes, (stats, self.found) = lanes, self.counts.read(lanes)
+    weights = self.mixer.weights(
+      *self.mixer.rows(stats, entropy, change if self.enriched else None)
+    )
+    p, self.now = weights[:, :1] * np.exp(self.log_probs), (stats, entropy)
     for i, k, tokens, counts in self.found:
       p[i, tokens] += weights[i, k + 1] / stats[k, i, 0] * counts
+    self.mass_error = max(self.mass_error, float(np.abs(p.sum(1) - 1).max()))
     return p
 
   def learn(self, tokens):
     """Count the tokens of the step; when the mixer's chunk is full, train on it."""
-    (stats, entropy, _), rows = self.now, np.arange(len(tokens))
+    stats, entropy = self.now
     for i, k, after, counts in self.found:
       stats[k, i, 1] = counts[after == tokens[i]].sum()
     self.counts.insert(self.lanes, tokens)
-    self.chunk.append((stats, entropy, self.log_probs[rows, tokens]))
+    self.chunk.append((stats, entropy, self.log_probs[np.arange(len(tokens)), tokens]))
     if sum(len(entropy) for _, entropy, _ in self.chunk) >= self.mixer.chunk:
       stats, *rest = zip(*self.chunk, strict=True)
       stats, (entropy, log_prob) = np.concatenate(stats, 1), map(np.concatenate, rest)
@@ -1880,132 +1846,130 @@ class Mixture:
 
 
 def coder_integers(p):
-  """p, float64 (rows, V) -> integers that add up to 2^24 - V, as float64; the coder adds 1 each"""
+  """p, float64 (rows, V) -> integers that add up to 2^24 - V; the coder adds 1 to each"""
   free = (1 << PRECISION) - p.shape[1]
   integers = np.floor(p * free)
   rest = free - integers.sum(1)
   if not (np.abs(rest) <= p.shape[1]).all():
-    raise ValueError(f"not a distribution: adds up to {1 - rest / free}")
+    raise ValueError(f"not a distribution: its mass is {p.sum(1)}")
   integers[np.arange(len(p)), p.argmax(1)] += rest
   return integers
 
 
+def range_coder(words=None):
+  """-> constriction's encoder, or a decoder of words, and its family of distributions"""
+  stream = backend("constriction").stream
+  coder = stream.queue.RangeEncoder() if words is None else stream.queue.RangeDecoder(words)
+  return coder, stream.model.Categorical(perfect=False)
+
+
 def code(model, rt, cfg, shape, pick):
-  """Encoder and decoder: pick(integers (lanes, V), documents, places) -> tokens (lanes,). Returns
-  the text of what was coded: a BOS before each document."""
-  mixture, text = Mixture(rt, cfg, shape), [[BOS] for _ in range(shape.documents)]
+  """Encoder and decoder: pick(integers (lanes, V), documents, places) -> tokens (lanes,) -> text
+  coded, a BOS before each document; number of its targets; largest error of a mass"""
+  mixture = Mixture(rt, cfg, min(shape.lanes, shape.documents))
+  text = [[BOS] for _ in range(shape.documents)]
 
   def choose(outputs, lanes, documents, places):
     tokens = pick(coder_integers(mixture.distributions(outputs, lanes)), documents, places)
     mixture.learn(tokens)
     for document, token in zip(documents, tokens.tolist(), strict=True):
       text[document].append(token)
-    return tokens.astype(np.int64)
+    return tokens
 
-  drive(model, rt, shape, range(shape.groups), choose)
-  parts = [t[:-1] if t[-1] == BOS and len(t) > 1 else t for t in text[:-1]] + text[-1:]
-  return np.array(sum(parts, []) or [BOS], np.uint16)
+  coded = drive(model, rt, shape, range(shape.groups), choose)
+  ends = [len(part) - (part[-1] == BOS and len(part) > 1) for part in text[:-1]]
+  parts = [part[:end] for part, end in zip(text, [*ends, None], strict=False)]
+  return np.array(sum(parts, []) or [BOS], np.uint16), coded, mixture.mass_error
 
 
 def encode(model, rt, cfg, stream, shape):
-  """-> range coder's words, the text that they code"""
-  queue, family = coder_parts()
-  coder, starts = queue.RangeEncoder(), np.flatnonzero(stream == BOS)
+  """-> the coder's words, and what `code` returns"""
+  (coder, family), starts = range_coder(), np.flatnonzero(stream == BOS)
 
   def pick(integers, documents, places):
     tokens = stream[starts[documents] + places + 1].astype(np.int32)
     coder.encode(tokens, family, integers)
     return tokens
 
-  text = code(model, rt, cfg, shape, pick)
-  return coder.get_compressed().astype("<u4").tobytes(), text
+  coded = code(model, rt, cfg, shape, pick)
+  return coder.get_compressed().astype("<u4").tobytes(), *coded
 
 
 def decode(model, rt, cfg, words, shape):
-  queue, family = coder_parts()
-  coder = queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
-  return code(model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers))
+  coder, family = range_coder(np.frombuffer(words, "<u4").astype(np.uint32))
+  return code(model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers))[0]
 
 
-def fingerprint(rt, folder):
-  """Whatever a bit of the probabilities can depend on."""
+def fingerprint(rt, artifact):
+  """Whatever a bit of a probability can depend on."""
   kind = torch.cuda.get_device_name() if rt.cuda else torch.backends.cpu.get_cpu_capability()
-  found = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "constriction")}
-  for name, path in dict(code=CODE, artifact=folder / "artifact.bin").items():
-    found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-  return found | dict(device=f"{rt.device.type} {kind}", threads=torch.get_num_threads())
-
-
-def prove(report, log_prob):
-  """Write stream.bin; a fresh process decodes it from the run folder alone. log_prob: what is
-  claimed, in coding order"""
-  cfg, rt, stream, folder = report.cfg, report.rt, report.text.stream, report.rt.folder.resolve()
-  rt = rt.on_cpu() if cfg.codec_device == "cpu" else rt
-  shape, began = Shape.of(stream, cfg, rt.world_size, cfg.codec_tokens), time.perf_counter()
-  words, text = encode(load_artifact(folder / "artifact.bin", rt.device), rt, cfg, stream, shape)
-  header = dict(shape=shape, made=fingerprint(rt, folder), text=hashlib.sha256(text).hexdigest())
-  header["scoring"] = {name: show(getattr(cfg, name)) for name in SCORING}
-  head = json.dumps(header).encode()
-  body = STREAM_MAGIC + struct.pack("<I", len(head)) + head + words
-  data, encoded = body + hashlib.sha256(body).digest(), time.perf_counter()
-  write_atomically(folder / "stream.bin", lambda partial: partial.write_bytes(data))
-  keep = {n: v for n, v in os.environ.items() if n not in (*VARIABLES, *RANKS)}
-  done = subprocess.run(
-    [sys.executable, folder / "train_gpt.py"], env=keep | {"DECODE": str(folder)}
-  )
-  decoded = folder / "decoded.bin"
-  right = done.returncode == 0 and np.array_equal(read_shard(decoded, cfg.vocab_size), text)
-  decoded.unlink(missing_ok=True)
-  coded = len(text) - sum(text == BOS) + 0
-  rt.log("codec", encode_s=encoded - began, decode_s=time.perf_counter() - encoded)
-  rt.log(
-    "final_codec",
-    coded_bytes=len(words),
-    claimed_bytes=math.ceil(-log_prob[:coded].sum() / math.log(2) / 8),
-    proved_tokens=coded,
-    total_tokens=len(log_prob),
-    decoded="ok" if right else "FAILED",
-  )
+  made = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "constriction")}
+  for name, path in dict(code=CODE, artifact=artifact).items():
+    made[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+  return made | dict(device=f"{rt.device.type} {kind}", threads=torch.get_num_threads())
 
 
 def decode_folder(cfg):
-  """DECODE: stream.bin and artifact.bin of a folder -> decoded.bin there, a shard of tokens."""
-  folder = Path(cfg.decode)
-  header, words = read_stream(folder / "stream.bin")
-  rt = Runtime(replace(cfg, device=header["made"]["device"].split()[0]))
+  """DECODE: the text of a folder's artifact.bin and stream.bin -> decoded.npy there, uint16"""
+  path, artifact = (Path(cfg.decode, name) for name in ("stream.bin", "artifact.bin"))
+  try:
+    header, words = unseal(STREAM_PREFIX, path.read_bytes())
+    made, values = header["made"], {n: parse(n.upper(), header["scoring"][n]) for n in SCORING}
+  except Exception as error:
+    raise StreamError(f"{path}: unreadable ({error}); fix: get it again") from error
+  rt = Runtime(replace(cfg, device=made["device"].split()[0]))
   rt.start()
-  torch.set_num_threads(header["made"]["threads"])
-  for name, value in fingerprint(rt, folder).items():
-    if header["made"][name] != value:
-      fix = "decode with what wrote it"
-      raise StreamError(
-        f"{folder}/stream.bin: made with {name} {header['made'][name]}, here it is {value}; fix: {fix}"
-      )
-  model = load_artifact(folder / "artifact.bin", rt.device)
-  values = {name: parse(name.upper(), header["scoring"][name]) for name in SCORING}
+  torch.set_num_threads(made["threads"])
+  for name, value in fingerprint(rt, artifact).items():
+    if made[name] != value:
+      raise StreamError(f"{path}: made with {name} {made[name]}, not {value}; fix: use that")
+  model = load_artifact(artifact, rt.device)
   values |= {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
   text = decode(model, rt, replace(cfg, **values), words, Shape(*header["shape"]))
   if hashlib.sha256(text).hexdigest() != header["text"]:
-    raise StreamError(f"{folder}/stream.bin: the text decoded is not the text coded")
-  head = np.zeros(SHARD_HEADER_BYTES // 4, "<i4")
-  head[:3] = SHARD_MAGIC, SHARD_VERSION, len(text)
-  data = head.tobytes() + text.tobytes()
-  write_atomically(folder / "decoded.bin", lambda partial: partial.write_bytes(data))
+    raise StreamError(f"{path}: decodes to another text than was coded; fix: use its machine")
+  write_atomically(Path(cfg.decode, "decoded.npy"), lambda partial: np.save(partial, text))
 
 
-def read_stream(path):
-  """-> header, words of the range coder; StreamError unless every byte is as it was written"""
-  data = path.read_bytes()
-  body, start = data[:-SHA_BYTES], len(STREAM_MAGIC) + 4
-  if not data.startswith(STREAM_MAGIC) or hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
-    raise StreamError(f"{path}: damaged, its sha256 does not fit its bytes; fix: get it again")
-  end = start + struct.unpack("<I", body[start - 4 : start])[0]
-  return json.loads(body[start:end]), body[end:]
+def window_mass(model, rt, cfg, stream):
+  """Largest error of a mass among the first targets, as sliding windows score them"""
+  scorer, mixture = WindowScorer(model, rt, cfg), Mixture(rt, cfg, 1, isolated=False)
+  ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
+  ids, first, _ = scorer.windows(stream, ends, cfg.eval_stride)
+  rows = [x.flatten(0, 1) for x in scorer.log_probs(ids, first, cfg.eval_stride)]
+  for t in range(min(WITNESSES, len(rows[0]), len(stream) - 1)):
+    log_probs, change = (x[t : t + 1] for x in rows)
+    mixture.distributions((log_probs, entropy_of(log_probs), change), np.array([0]))
+    mixture.learn(stream[t + 1 : t + 2])
+  return mixture.mass_error
 
 
-def coder_parts():
-  stream = backend("constriction").stream
-  return stream.queue, stream.model.Categorical(perfect=False)
+def prove(report, log_prob):
+  """Write stream.bin; a fresh process decodes it from the run folder alone. log_prob: claimed, in
+  the order of coding -> largest error of a mass, values of the codec's line"""
+  cfg, rt, stream, folder = report.cfg, report.rt, report.text.stream, report.rt.folder.resolve()
+  rt = rt if cfg.codec_device == "same" else rt.on_cpu()
+  shape, artifact = Shape.of(stream, cfg, report.rt.world_size), folder / "artifact.bin"
+  most = cfg.codec_tokens % (shape.targets + 1)  # -1: all
+  shape = shape._replace(targets=min(max(most, WITNESSES), shape.targets))
+  model = load_artifact(artifact, rt.device)
+  words, text, coded, mass_error = encode(model, rt, cfg, stream, shape)
+  if not most:
+    return mass_error, {}
+  header = dict(shape=shape, made=fingerprint(rt, artifact), text=hashlib.sha256(text).hexdigest())
+  header["scoring"] = {name: show(getattr(cfg, name)) for name in SCORING}
+  write_atomically(folder / "stream.bin", seal(STREAM_PREFIX, header, words))
+  ours = {*VARIABLES, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+  environ = {name: text for name, text in os.environ.items() if name not in ours}
+  command = [sys.executable, folder / "train_gpt.py"]
+  done = subprocess.run(command, env=environ | {"DECODE": str(folder)})
+  decoded = folder / "decoded.npy"
+  right = done.returncode == 0 and np.array_equal(np.load(decoded), text)
+  decoded.unlink(missing_ok=True)
+  claimed = math.ceil(-log_prob[:coded].sum() / math.log(256))
+  sizes = dict(coded_bytes=len(words), claimed_bytes=claimed)
+  tokens = dict(proved_tokens=coded, total_tokens=len(log_prob))
+  return mass_error, sizes | tokens | dict(decoded="ok" if right else "FAILED")
 
 
 # -----------------------------------------------------------------------------
@@ -2120,26 +2084,11 @@ def keep_sources(rt, cfg):
   shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
 
 
-def announce(rt, cfg):
-  """Where, with what, and every value with its origin."""
-  for note in cfg.notes:
-    rt.log("note", note)
-  values = {
-    n: f"{show(getattr(cfg, n.lower()))}({cfg.origin.get(n, 'default')})" for n in VARIABLES
-  }
-  rt.log("config", **values)
-  found = {name: int(has_backend(name)) for name in BACKENDS}
-  versions = dict(python=platform.python_version(), torch=torch.__version__)
-  kind = torch.cuda.get_device_name() if rt.cuda else f"cpu {platform.machine()}"
-  threads = torch.get_num_threads()
-  rt.log("hardware", f"{rt.world_size} x {kind}", threads=threads, **versions, **found)
-
-
 class Report:
-  """The final lines and the run folder's results."""
+  """The log's final lines and the run folder's results."""
 
   def __init__(self, rt, cfg):
-    self.rt, self.cfg, self.text, self.claim = rt, cfg, ValidationText(cfg), None
+    self.rt, self.cfg, self.text = rt, cfg, ValidationText(cfg)
     rt.log("val_text", tokens=len(self.text.targets), bytes=int(self.text.bytes.sum()))
 
   def score(self, stage, log_prob, **more):
@@ -2150,39 +2099,40 @@ class Report:
     bpb = bits_per_byte(log_prob, self.text.bytes)
     return dict(val_loss=float(-log_prob.mean()), val_bpb=bpb)
 
-  def budget(self):
-    """Bytes and seconds against the caps."""
-    rt, sizes = self.rt, dict(code="train_gpt.py", weights="artifact.bin")
+  def save_scores(self, name, scores, final):
+    text, columns = self.text, dict(logp_model=scores.log_prob, entropy=scores.entropy)
+    columns |= dict(position=text.positions, token=text.targets, bytes=text.bytes)
+    columns |= {} if scores.pe_delta is None else dict(pe_delta=scores.pe_delta)
+    self.save(name, logp_final=final, **columns)
+
+  def save(self, name, **arrays):
+    if self.rt.rank == 0:
+      write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
+
+  def finish(self, scores, final, **codec):
+    """Scores to files, bytes and seconds against the caps, submission.json and report.png."""
+    rt, cfg, sizes = self.rt, self.cfg, dict(code="train_gpt.py", weights="artifact.bin")
+    columns = dict(logp_model=scores.log_prob, logp_final=final, bytes=self.text.bytes)
+    edges = np.arange(0, len(final), 1024)
+    self.save("blocks.npz", **{n: np.add.reduceat(c, edges) for n, c in columns.items()})
+    if cfg.save_scores or cfg.ngram_scheme:
+      self.save_scores("scores.npz", scores, final)
+    if cfg.ngram_scheme:  # a published scorer as written: no code length, as its mass shows
+      options = ["--json", "--scheme", cfg.ngram_scheme, "--weights", cfg.pseudo_weights]
+      done = tool("records/as_written.py", rt.folder, *options, stdout=subprocess.PIPE)
+      if done.returncode == 0:
+        rt.log("final_ngram_pseudo", **json.loads(done.stdout))
+    if codec:
+      rt.log("final_codec", **codec)
     sizes = {part: (rt.folder / name).stat().st_size for part, name in sizes.items()}
     total = sum(sizes.values())
     rt.log("final_artifact_bytes", **sizes, total=total, cap=CAP_BYTES)
     rt.log("final_budget", **{f"{k}_seconds": v for k, v in rt.seconds.items()}, cap="600/600")
     if total > CAP_BYTES:
       rt.log("OVER THE CAP", f"{total} > {CAP_BYTES} bytes, not a valid submission")
-
-  def write(self, base, final):
-    columns = dict(logp_model=base.log_prob, logp_final=final, bytes=self.text.bytes)
-    edges = np.arange(0, len(final), 1024)
-    self.save("blocks.npz", **{n: np.add.reduceat(c, edges) for n, c in columns.items()})
-    if self.cfg.save_scores or self.cfg.ngram_scheme:
-      self.write_scores("scores.npz", base, final)
-
-  def write_scores(self, name, base, final):
-    text, columns = self.text, dict(logp_model=base.log_prob, entropy=base.entropy)
-    tokens = dict(position=text.positions, token=text.targets, bytes=text.bytes)
-    if base.pe_delta is not None:
-      columns["pe_delta"] = base.pe_delta
-    self.save(name, **tokens, **columns, logp_final=final)
-
-  def save(self, name, **arrays):
-    if self.rt.rank == 0:
-      write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
-
-  def finish(self):
-    """submission.json, the mark of a finished run, and report.png."""
-    for script in ("records/submission.py", "records/plot.py"):
-      if tool(script, self.rt.folder).returncode:
-        self.rt.log("note", f"{script} failed; run it again on {self.rt.folder}")
+    for script in ("records/submission.py", "records/plot.py"):  # the first marks a finished run
+      if tool(script, rt.folder).returncode:
+        rt.log("note", f"{script} failed; run it again on {rt.folder}")
 
 
 def train_model(report):
@@ -2195,7 +2145,7 @@ def train_model(report):
 
   def validate():
     model.eval()
-    log_prob = scorer.score(text.stream, scorer.length)[0].log_prob
+    log_prob = scorer.score(text.stream, scorer.length).log_prob
     model.train()
     return report.losses(log_prob)
 
@@ -2207,94 +2157,29 @@ def train_model(report):
 
 
 def evaluate(model, weights, report):
-  """Score the re-read artifact, mix in n-grams, write the scores down."""
+  """Score the re-read artifact -> Scores by the scorer that feeds the mixture, Order of coding"""
   cfg, rt, stream = report.cfg, report.rt, report.text.stream
-  scorer, stride = WindowScorer(model, rt, cfg), cfg.eval_stride
-  probes = np.unique(np.linspace(0, len(stream) - 2, PROBES).astype(int))
-  report.score("int6_roundtrip", scorer.score(stream, scorer.length)[0].log_prob)
+  scorer, stride, order = WindowScorer(model, rt, cfg), cfg.eval_stride, Order(stream, slice(None))
+  report.score("int6_roundtrip", scorer.score(stream, scorer.length).log_prob)
   began = time.perf_counter()
-  scores, seen = scorer.score(stream, stride, probes)
-  order, sliding_s = Order(stream, np.arange(len(stream) - 1)), time.perf_counter() - began
+  scores = scorer.score(stream, stride)
   report.score("int6_sliding_window", scores.log_prob, stride=stride)
+  if cfg.scorer == "documents":
+    middle, size = time.perf_counter(), len(stream) - 1
+    scores, order = score_documents(model, rt, cfg, stream)
+    speed = dict(tokens_per_s=int(size / (time.perf_counter() - middle)))
+    speed["sliding_tokens_per_s"] = int(size / (middle - began))
+    report.score("documents", scores.log_prob, lanes=cfg.eval_lanes, **speed)
   if cfg.ttt_enabled:
     training = TestTimeTraining(model, rt, cfg)
-    adaptive = WindowScorer(training.model, rt, cfg)
-    scores, seen = adaptive.score(stream, stride, probes, training.learn)
+    scores = WindowScorer(training.model, rt, cfg).score(stream, stride, training.learn)
     report.score("ttt", scores.log_prob)
-  if cfg.scorer == "documents":
-    began, size = time.perf_counter(), len(stream) - 1
-    scores, seen, order = score_documents(model, rt, cfg, stream, probes)
-    speed = size / (time.perf_counter() - began)
-    report.score(
-      "documents",
-      scores.log_prob,
-      tokens_per_s=int(speed),
-      sliding_tokens_per_s=int(size / sliding_s),
-    )
-  final = scores.log_prob
-  if not cfg.ngram_enabled or cfg.ngram_mixer == "none":
-    report.score("ngram", final, mixer="none")
-  elif rt.rank == 0:
-    final = mix_ngrams(scores, seen, order, report)
-  report.write(scores, final)
   if cfg.ngram_scheme and cfg.pseudo_weights == "ema":  # as #864 measured, unquantised
-    model.load_state_dict(weights)
-    raw = scorer.score(stream, stride)[0]
-    report.write_scores("scores_ema.npz", raw, raw.log_prob)
-  if cfg.ngram_scheme and rt.rank == 0:
-    pseudo_score(report)
-  if cfg.scorer == "documents" and cfg.codec_tokens and rt.rank == 0:
-    report.claim = final[order.targets]
-
-
-def mixed_orders(cfg):
-  """Of the experts: the configured, single tokens, repeats beyond the model's window."""
-  shown = range(cfg.ngram_min_order, cfg.ngram_max_order + 1)
-  return tuple(sorted({1, *shown, *LONG_ORDERS})) if cfg.ngram_enabled else ()
-
-
-def make_mixer(name, cfg, orders, device):
-  return Cascade(orders, cfg) if name == "cascade" else Blend(orders, device)
-
-
-def mix_ngrams(scores, seen, order, report):
-  """Mix by the published backoff and by NGRAM_MIXER -> log p (N,), nats. seen: (target, p (V,))
-  of some, for the mass"""
-  cfg, rt = report.cfg, report.rt
-  store = CountStore(mixed_orders(cfg), len(order.tokens) - len(order.targets))
-  store.collect(
-    ngram_counts(order.tokens, cfg.vocab_size, max(store.orders), rt.device, order.steps)
-  )
-  coded = Scores(*(c if c is None else c[order.targets] for c in scores))
-  times = order.steps and order.steps[0][store.skip :]
-  places = [(int(np.flatnonzero(order.targets == t)[0]), p) for t, p in seen]
-  probes = [(t, p, vocabulary_counts(order, t, cfg.vocab_size, store.orders)) for t, p in places]
-  orders = f"{cfg.ngram_min_order}-{cfg.ngram_max_order}"
-  for mixer in dict.fromkeys(("cascade", cfg.ngram_mixer)):
-    mixed, masses = mix(
-      make_mixer(mixer, cfg, store.orders, rt.device), store, coded, times, probes
-    )
-    final = np.empty_like(mixed)
-    final[order.targets] = mixed
-    if mixer == "cascade":
-      report.score("ngram_backoff", final, orders=orders)
-  saved = (mixed - coded.log_prob) / math.log(2)
-  for longest in np.unique(store.matched).tolist():  # longest context seen before; 0: none
-    here = store.matched == longest
-    gain = dict(share=float(here.mean()), bits_saved=float(saved[here].sum()))
-    rt.log("ngram_gain", longest, positions=int(here.sum()), **gain)
-  error = float(np.abs(np.subtract(masses, 1)).max())
-  report.score("ngram", final, mixer=cfg.ngram_mixer, orders=orders, mass_error=error)
-  return final
-
-
-def pseudo_score(report):
-  """A published scorer as written: no code length, as its mass shows."""
-  cfg = report.cfg
-  options = ["--json", "--scheme", cfg.ngram_scheme, "--weights", cfg.pseudo_weights]
-  done = tool("records/as_written.py", report.rt.folder, *options, stdout=subprocess.PIPE)
-  if done.returncode == 0:
-    report.rt.log("final_ngram_pseudo", **json.loads(done.stdout))
+    raw = copy.deepcopy(model)
+    raw.load_state_dict(weights)
+    raw = WindowScorer(raw, rt, cfg).score(stream, stride)
+    report.save_scores("scores_ema.npz", raw, raw.log_prob)
+  return scores, order
 
 
 def run(cfg):
@@ -2303,7 +2188,7 @@ def run(cfg):
   if cfg.decode:
     return decode_folder(cfg)
   if cfg.dry_run:
-    return names_tool("dry_run", rt, cfg)
+    return beside("variables.dry_run", rt, cfg)
   if cfg.resume == "auto" and rt.finished:
     return rt.log("note", f"{rt.folder} is finished")
   if cfg.eval_only:
@@ -2314,9 +2199,9 @@ def run(cfg):
     micro_batches(cfg, rt)
   open_run_folder(rt)
   rt.start()
-  announce(rt, cfg)
-  if rt.rank == 0 and NAMES_TOOL.exists():
-    names_tool("prepare_sample", cfg.data_path)
+  if rt.rank == 0 and RECORDS:
+    beside("variables.announce", rt, cfg)
+    beside("variables.prepare_sample", cfg.data_path)
   rt.largest(0)  # barrier
   find_shards(cfg.data_path, "val")
   cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
@@ -2325,16 +2210,20 @@ def run(cfg):
   with rt.clock("eval"):  # quantisation is in its budget
     if rt.rank == 0:
       keep_sources(rt, cfg)
-      packed = pack_artifact(weights, cfg, rt.log) if weights else packed
-      write_atomically(path, lambda partial: partial.write_bytes(packed))
+      write_atomically(path, pack_artifact(weights, cfg, rt.log) if weights else packed)
     rt.largest(0)  # barrier
     model = load_artifact(path, rt.device)
-    evaluate(model, weights, report)
+    scores, order = evaluate(model, weights, report)
+    final = scores.log_prob
+    if rt.rank == 0 and cfg.mixer != "none":
+      final = mix_ngrams(scores, order, report)
   if rt.rank == 0:
-    if report.claim is not None:
-      prove(report, report.claim)
-    report.budget()
-    report.finish()
+    if cfg.scorer == "documents":
+      mass_error, codec = prove(report, final[order.targets])
+    else:
+      mass_error, codec = window_mass(model, rt, cfg, report.text.stream), {}
+    report.score("ngram", final, mixer=cfg.mixer, orders=cfg.orders, mass_error=mass_error)
+    report.finish(scores, final, **codec)
   rt.largest(0)  # a rank that ends earlier could take rank 0 with it
 
 
@@ -2342,7 +2231,7 @@ def main():
   try:
     if {"--help", "-h"} & set(sys.argv[1:]):
       print(__doc__)
-      return names_tool("print_help")
+      return beside("variables.print_help")
     run(Config.from_env(os.environ))
   except (UserError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)

@@ -32,7 +32,6 @@ from train_gpt import (  # noqa: E402
   Config,
   Scores,
   UserError,
-  backoff_match,
   bits_per_byte,
   ngram_counts,
 )
@@ -237,6 +236,19 @@ class Hashed:
     alpha = alpha[probes - 1]
     mass = 1 - alpha + alpha * [totals[k][i] for i, k in enumerate(order[probes - 1])]
     return np.log(np.maximum(p, self.floor)), mass
+
+
+def backoff_match(counts: Iterator, cfg: Any) -> np.ndarray:
+  """Order (0: none), n and c of the longest context seen NGRAM_MIN_COUNT times: int32 (3, N)"""
+  best = None
+  for order, *stats in counts:
+    best = np.zeros((3, len(stats[0])), np.int32) if best is None else best
+    if cfg.ngram_min_order <= order <= cfg.ngram_max_order:
+      usable = stats[0] >= cfg.ngram_min_count
+      for row, value in zip(best, (order, *stats[:2]), strict=True):
+        np.copyto(row, value, where=usable)
+    value = stats = None  # frees them before the next order is counted
+  return best
 
 
 def by_order(values: tuple[float, ...], order: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ config.env, and a name that is nearly right stops the run with a suggestion.
 """
 
 import inspect
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +22,8 @@ SAMPLE_DATA = DATA / "datasets/sample_en"
 FINEWEB_DATA = DATA / "datasets/fineweb10B_sp1024"
 FINEWEB_TOKENIZER = DATA / "tokenizers/fineweb_1024_bpe.model"
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
-PLANNED = ("CHECKPOINT_EVERY", "CODEC_TOKENS")  # known, no effect yet
+BACKENDS = ("sentencepiece", "zstandard", "numba", "constriction", "matplotlib")  # optional
+PLANNED = ("CHECKPOINT_EVERY",)  # known, no effect yet
 
 
 def resolve(environ: Mapping[str, str], script: ModuleType):
@@ -146,6 +148,20 @@ def prepare_sample(folder: str | Path, script: ModuleType) -> None:
       raise script.UserError("data/prepare_sample.py failed, see above")
 
 
+def announce(rt, cfg, script: ModuleType) -> None:
+  """Log where, with what, and every value with its origin."""
+  for note in cfg.notes:
+    rt.log("note", note)
+  show, origin = script.show, cfg.origin
+  values = {name: getattr(cfg, name.lower()) for name in script.VARIABLES}
+  rt.log("config", **{n: f"{show(v)}({origin.get(n, 'default')})" for n, v in values.items()})
+  found = {name: int(script.has_backend(name)) for name in BACKENDS}
+  versions = dict(python=platform.python_version(), torch=torch.__version__)
+  kind = torch.cuda.get_device_name() if rt.cuda else f"cpu {platform.machine()}"
+  threads = torch.get_num_threads()
+  rt.log("hardware", f"{rt.world_size} x {kind}", threads=threads, **versions, **found)
+
+
 def print_help(script: ModuleType) -> None:
   """Name, type, default and meaning of each variable, as the source of Config says."""
   for line in inspect.getsource(script.Config).splitlines():
@@ -161,7 +177,7 @@ def print_help(script: ModuleType) -> None:
 def dry_run(rt, cfg, script: ModuleType) -> None:
   """What would run, without data or tokenizer: configuration, parameters, optimizers, bytes."""
   cfg = replace(cfg, vocab_size=cfg.vocab_size or 1024)
-  script.announce(rt, cfg)
+  announce(rt, cfg, script)
   script.micro_batches(cfg, rt)
   rt.log("model_params", script.count_parameters(cfg))
   for group, (names, rate, decay) in script.optimizer_groups(cfg).items():
