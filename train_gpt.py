@@ -170,7 +170,7 @@ class Config:
   iterations: Count = 20_000  # steps at most
   max_wallclock_seconds: float = 600.0  # of training; 0: no cap
   warmup_steps: int = 20  # untimed
-  warmdown_iters: int = 3500  # last steps, rate falls to 0
+  warmdown_iters: int = 3500  # last steps, the rate falls to 0
   matrix_lr: float = 0.025  # Muon: the banks
   scalar_lr: float = 0.025  # AdamW: gains, projections
   tied_embed_lr: float = 0.035  # AdamW: embeddings
@@ -231,8 +231,8 @@ class Config:
 
   # Published n-gram mixture, on exact counts
   ngram_min_count: int = 2  # least count of a context
-  ngram_alpha_min: Fraction = 0.05  # least weight
-  ngram_alpha_max: Fraction = 0.60  # largest weight
+  ngram_alpha_min: Fraction = 0.05  # least weight of counts
+  ngram_alpha_max: Fraction = 0.60  # largest weight of counts
   ngram_entropy_center: tuple[float, ...] = (3.0,)  # of the sigmoid, orders 2, 3, ..., nats
   ngram_center_slope: float = 0.25  # its fall per order
   ngram_entropy_scale: float = 2.0  # its steepness
@@ -252,8 +252,8 @@ class Config:
 
   @staticmethod
   def from_env(environ):
-    """Resolve a configuration; ConfigError names variable, value and fix. Beside records/ there
-    are RECORDs, of which `tiny` is meant where CUDA or data lack, and default paths."""
+    """Resolve a configuration; ConfigError names variable, value and fix. Only beside
+    records/ are there RECORDs (`tiny` where CUDA or data lack), other names, default data."""
     texts, notes = {name: (environ[name], "env") for name in VARIABLES if name in environ}, ()
     if RECORDS or environ.get("RECORD"):
       texts, notes = beside("variables.resolve", environ)
