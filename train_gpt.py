@@ -1212,10 +1212,10 @@ def prune(payload, most, cfg, log):
 def open_container(data):
   """Check everything, the header against what would be written -> configuration, payload"""
   body, start = data[:-SHA_BYTES], len(PREFIX) + 4
-  if not data.startswith(PREFIX):
-    raise ArtifactError(f"not an artifact of this program, version {ARTIFACT_VERSION}")
   if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
-    raise ArtifactError("damaged, its sha256 does not fit")
+    raise ArtifactError("no artifact or damaged, its sha256 does not fit")
+  if not body.startswith(PREFIX):
+    raise ArtifactError(f"not of this program, version {ARTIFACT_VERSION}")
   end = start + int.from_bytes(body[len(PREFIX) : start], "little")
   header = json.loads(body[start:end])
   values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
