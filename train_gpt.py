@@ -1219,10 +1219,10 @@ def seal(prefix, header, payload):
 def unseal(prefix, data):
   """-> header, payload; ValueError for one byte more, less or different"""
   body, start = data[:-SHA_BYTES], len(prefix) + 4
-  if not data.startswith(prefix):
-    raise ValueError(f"it does not begin with {prefix}")
   if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
     raise ValueError("damaged, its sha256 does not fit")
+  if not body.startswith(prefix):
+    raise ValueError(f"not of this program, it does not begin with {prefix}")
   end = start + int.from_bytes(body[len(prefix) : start], "little")
   return json.loads(body[start:end]), body[end:]
 
@@ -1656,7 +1656,8 @@ class Blend:
   each scored chunk; and, for safety, gate against model alone, as a Bayesian pair."""
 
   def __init__(self, orders, device):
-    self.device, inputs, experts, hidden = device, 5 * len(orders) + 3, len(orders) + 1, 32
+    self.device, self.orders, hidden = device, orders, 32
+    inputs, experts = 5 * len(orders) + 3, len(orders) + 1
     first = torch.randn(inputs, hidden, generator=torch.Generator().manual_seed(0))
     bias = torch.full((experts,), -1.0)
     bias[0] = 1.0  # the model starts favoured
