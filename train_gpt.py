@@ -25,7 +25,6 @@ import os
 if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
   os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
 
-import bisect
 import contextlib
 import copy
 import functools
@@ -80,14 +79,7 @@ def backend(name):
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
 RECORDS = (ROOT / "records/variables.py").exists()  # the file works alone, too
-PATHS = (
-  "DATA_PATH",
-  "TOKENIZER_PATH",
-  "EVAL_ONLY",
-  "DECODE",
-  "RECORD",
-  "RUN_ID",
-)  # not in a config.env
+PATHS = "DATA_PATH TOKENIZER_PATH EVAL_ONLY DECODE RECORD RUN_ID".split()  # not in a config.env
 
 Count = Annotated[int, 1, 2**62]  # bounds; a plain number is at least 0
 Positive = Annotated[float, 1e-30, 1e30]
@@ -296,10 +288,6 @@ class Config:
     return self.ngram_mixer if self.ngram_enabled else "none"
 
   @property
-  def orders(self):
-    return f"{self.ngram_min_order}-{self.ngram_max_order}"
-
-  @property
   def value_layers(self):
     return [i % self.num_layers for i in self.ve_layers] if self.ve_enabled else []
 
@@ -415,26 +403,18 @@ class Runtime:
     """bf16 on CUDA; fp32 on the CPU, where bf16 is slower."""
     return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
 
-  def on_cpu(self):
-    other = copy.copy(self)
-    other.device, other.cuda = torch.device("cpu"), False
-    return other
-
   def graph(self, function, *inputs):
     """On CUDA one launch: captured once, new inputs are copied in; outputs are overwritten."""
     if not self.cuda:
       return function
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(torch.cuda.Stream()):
       function(*inputs)  # what is made on first use is not captured
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
       outputs = function(*inputs)
 
     def replay(*values):
-      for old, new in zip(inputs, values, strict=True):
-        old.copy_(new)
+      torch._foreach_copy_(inputs, values)
       graph.replay()
       return outputs
 
@@ -1180,33 +1160,7 @@ def pack_artifact(weights, cfg, log=None):
   if not cfg.target_mb:
     return seal(PREFIX, header, compress(payload.tobytes(), cfg.compressor))
   most = int(cfg.target_mb * 2**20) - CODE.stat().st_size - len(seal(PREFIX, header, b""))
-  return seal(PREFIX, header, prune(payload, most, cfg, log))
-
-
-def prune(payload, most, cfg, log):
-  """Selective pruning (PR #993): zero the fewest 256ths of the +-1 weights, smallest steps first,
-  with which the payload fits into `most` bytes, or all -> it, compressed"""
-  began, places, steps = time.perf_counter(), [], []
-  for name, spec in parameter_specs(cfg).items():
-    if spec.coding == "int6":
-      kind, start = payload.dtype.fields[name]
-      ones = np.flatnonzero(abs(payload[name]["integers"]) == 1)
-      places.append(start + kind.fields["integers"][1] + ones)
-      steps.append(payload[name]["scale"].ravel()[ones // spec.shape[-1]])
-  order = np.concatenate(places)[np.concatenate(steps).argsort(kind="stable")]
-
-  @functools.cache
-  def pruned(part):
-    trial = payload.reshape(1).view("u1").copy()
-    trial[order[: len(order) * part // 256]] = 0
-    return compress(trial, cfg.compressor)
-
-  part = 0
-  if len(pruned(0)) > most:
-    part = bisect.bisect_left(range(256), True, key=lambda part: len(pruned(part)) <= most)
-  count, seconds = len(order) * part // 256, time.perf_counter() - began
-  log("prune", candidates=len(order), pruned=count, bytes=len(pruned(part)), seconds=seconds)
-  return pruned(part)
+  return seal(PREFIX, header, beside("prune.prune", payload, most, cfg, log))
 
 
 def seal(prefix, header, payload):
@@ -1494,8 +1448,10 @@ def ngram_counts(
   if steps is not None:
     times, following = steps[0], next_in_lane(steps[1])
   text = tokens.astype(np.int32), times, following
-  fast = torch.device(device).type == "cpu" and has_backend("numba")
-  orders = (numba_orders if fast else torch_orders)(text, vocab_size, device)
+  if torch.device(device).type == "cpu" and has_backend("numba"):
+    orders = numba_orders(text, vocab_size)
+  else:  # by torch's sort, cumsum and scatter
+    orders = beside("counts.torch_orders", text, vocab_size, device)
   for order in range(1, max_order + 1):
     yield order, *next(orders).T
 
@@ -1518,7 +1474,7 @@ def sort_pieces(keys, cuts):
   return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def numba_orders(text, vocab_size, _):
+def numba_orders(text, vocab_size):
   """Statistics int32 (N, 4) of each order: a sort, a scan, a second scan beside the next sort."""
   size, cuts = len(text[0]), [0]
   bits = max(1, (size - 1).bit_length())
@@ -1584,43 +1540,6 @@ def scan_contexts(keys, code, times, stats):
     stats[t, 0], stats[t, 2], stats[t, 3] = before, old_types, old_singles
     types += rank == 0
     singles += (rank == 0) - (rank == 1)
-
-
-def torch_orders(text, vocab_size, device):
-  """The same by stable sorts, cumsum and scatter: CUDA, or a machine without numba."""
-  tokens, times, following = (torch.from_numpy(a).to(device) for a in text)
-  index, lanes = torch.arange(len(tokens), device=device), len(times) > 0
-  if not lanes:
-    times, following = index, index + 1
-    following = following.masked_fill(following == len(tokens), -1)
-
-  def by(keys, t):  # -> t in groups of equal keys, does one begin, where, and where its step
-    keys, place = keys.sort(stable=True)
-    t, new = t[place], torch.ones_like(t, dtype=torch.bool)
-    new[1:] = keys[1:] != keys[:-1]
-    step = new.clone()
-    step[1:] |= times[t[1:]] != times[t[:-1]]
-    first, step = (torch.where(flag, index[: len(t)], 0).cummax(0).values for flag in (new, step))
-    return t, new, first, step
-
-  context = torch.zeros_like(index)  # its number; -1: never seen before
-  while True:
-    stats = torch.zeros((len(tokens), 4), dtype=torch.int32, device=device)
-    live, rank = index[context >= 0], torch.zeros_like(index)
-    ngrams, new, first, step = by(context[live] * vocab_size + tokens[live], live)
-    stats[ngrams, 1], rank[ngrams] = (step - first).int(), index[: len(live)] - first
-    t, _, first, step = by(context[live], live)
-    stats[t, 0], fresh, again = (step - first).int(), 1 * (rank[t] == 0), 1 * (rank[t] == 1)
-    for column, change in ((2, fresh), (3, fresh - again)):
-      before = change.cumsum(0) - change
-      stats[t, column] = (before[step] - before[first]).int()
-    yield stats.cpu().numpy()
-    twice = ~new
-    twice[:-1] |= twice[1:].clone()
-    keep, context = twice & (following[ngrams] >= 0), torch.full_like(index, -1)
-    context[following[ngrams[keep]].long()] = new.cumsum(0)[keep]
-    if lanes:
-      following[tokens == BOS] = -1
 
 
 class CountStore:
@@ -1753,7 +1672,7 @@ def mix_ngrams(scores, order, report):
     mixed = mix(mixer, store, scores, times)
     final[order.targets] = mixed
     if name == "cascade":
-      report.score("ngram_backoff", final, orders=cfg.orders)
+      report.score("ngram_backoff", final, orders=f"{cfg.ngram_min_order}-{cfg.ngram_max_order}")
   saved = (mixed - scores.log_prob) / math.log(2)
   for longest in np.unique(store.matched).tolist():  # longest context seen before; 0: none
     here = store.matched == longest
@@ -1857,16 +1776,9 @@ def coder_integers(p):
   return integers
 
 
-def range_coder(words=None):
-  """-> constriction's encoder, or a decoder of words, and its family of distributions"""
-  stream = backend("constriction").stream
-  coder = stream.queue.RangeEncoder() if words is None else stream.queue.RangeDecoder(words)
-  return coder, stream.model.Categorical(perfect=False)
-
-
 def code(model, rt, cfg, shape, pick):
-  """Encoder and decoder: pick(integers (lanes, V), documents, places) -> tokens (lanes,) -> text
-  coded, a BOS before each document; number of its targets; largest error of a mass"""
+  """Encoder and decoder: pick(integers (lanes, V), documents, places) -> tokens (lanes,). Returns
+  the text coded, a BOS before each document; its targets; the largest error of a mass"""
   mixture = Mixture(rt, cfg, min(shape.lanes, shape.documents))
   text = [[BOS] for _ in range(shape.documents)]
 
@@ -1878,14 +1790,15 @@ def code(model, rt, cfg, shape, pick):
     return tokens
 
   coded = drive(model, rt, shape, range(shape.groups), choose)
-  ends = [len(part) - (part[-1] == BOS and len(part) > 1) for part in text[:-1]]
-  parts = [part[:end] for part, end in zip(text, [*ends, None], strict=False)]
-  return np.array(sum(parts, []) or [BOS], np.uint16), coded, mixture.mass_error
+  for part in text[:-1]:  # the BOS that ends one begins the next
+    del part[len(part) - (part[-1] == BOS) or 1 :]
+  return np.array(sum(text, []) or [BOS], np.uint16), coded, mixture.mass_error
 
 
 def encode(model, rt, cfg, stream, shape):
-  """-> the coder's words, and what `code` returns"""
-  (coder, family), starts = range_coder(), np.flatnonzero(stream == BOS)
+  """-> words of the range coder, and what `code` returns"""
+  coders, starts = backend("constriction").stream, np.flatnonzero(stream == BOS)
+  coder, family = coders.queue.RangeEncoder(), coders.model.Categorical(perfect=False)
 
   def pick(integers, documents, places):
     tokens = stream[starts[documents] + places + 1].astype(np.int32)
@@ -1897,8 +1810,9 @@ def encode(model, rt, cfg, stream, shape):
 
 
 def decode(model, rt, cfg, words, shape):
-  coder, family = range_coder(np.frombuffer(words, "<u4").astype(np.uint32))
-  return code(model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers))[0]
+  coders, words = backend("constriction").stream, np.frombuffer(words, "<u4").astype(np.uint32)
+  coder, family = coders.queue.RangeDecoder(words), coders.model.Categorical(perfect=False)
+  return code(model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers))
 
 
 def fingerprint(rt, artifact):
@@ -1926,7 +1840,7 @@ def decode_folder(cfg):
       raise StreamError(f"{path}: made with {name} {made[name]}, not {value}; fix: use that")
   model = load_artifact(artifact, rt.device)
   values |= {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
-  text = decode(model, rt, replace(cfg, **values), words, Shape(*header["shape"]))
+  text, *_ = decode(model, rt, replace(cfg, **values), words, Shape(*header["shape"]))
   if hashlib.sha256(text).hexdigest() != header["text"]:
     raise StreamError(f"{path}: decodes to another text than was coded; fix: use its machine")
   write_atomically(Path(cfg.decode, "decoded.npy"), lambda partial: np.save(partial, text))
@@ -1949,8 +1863,8 @@ def prove(report, log_prob):
   """Write stream.bin; a fresh process decodes it from the run folder alone. log_prob: claimed, in
   the order of coding -> largest error of a mass, values of the codec's line"""
   cfg, rt, stream, folder = report.cfg, report.rt, report.text.stream, report.rt.folder.resolve()
-  rt = rt if cfg.codec_device == "same" else rt.on_cpu()
-  shape, artifact = Shape.of(stream, cfg, report.rt.world_size), folder / "artifact.bin"
+  shape, artifact = Shape.of(stream, cfg, rt.world_size), folder / "artifact.bin"
+  rt = rt if cfg.codec_device == "same" else Runtime(replace(cfg, device="cpu"))
   most = cfg.codec_tokens % (shape.targets + 1)  # -1: all
   shape = shape._replace(targets=min(max(most, WITNESSES), shape.targets))
   model = load_artifact(artifact, rt.device)
@@ -2118,11 +2032,8 @@ class Report:
     self.save("blocks.npz", **{n: np.add.reduceat(c, edges) for n, c in columns.items()})
     if cfg.save_scores or cfg.ngram_scheme:
       self.save_scores("scores.npz", scores, final)
-    if cfg.ngram_scheme:  # a published scorer as written: no code length, as its mass shows
-      options = ["--json", "--scheme", cfg.ngram_scheme, "--weights", cfg.pseudo_weights]
-      done = tool("records/as_written.py", rt.folder, *options, stdout=subprocess.PIPE)
-      if done.returncode == 0:
-        rt.log("final_ngram_pseudo", **json.loads(done.stdout))
+    if cfg.ngram_scheme:
+      beside("as_written.print_pseudo", self)
     if codec:
       rt.log("final_codec", **codec)
     sizes = {part: (rt.folder / name).stat().st_size for part, name in sizes.items()}
@@ -2223,7 +2134,8 @@ def run(cfg):
       mass_error, codec = prove(report, final[order.targets])
     else:
       mass_error, codec = window_mass(model, rt, cfg, report.text.stream), {}
-    report.score("ngram", final, mixer=cfg.mixer, orders=cfg.orders, mass_error=mass_error)
+    orders = f"{cfg.ngram_min_order}-{cfg.ngram_max_order}"
+    report.score("ngram", final, mixer=cfg.mixer, orders=orders, mass_error=mass_error)
     report.finish(scores, final, **codec)
   rt.largest(0)  # a rank that ends earlier could take rank 0 with it
 

@@ -403,6 +403,15 @@ def score_folder(
   return fields | {"weights": weights}
 
 
+def print_pseudo(report: Any, script: Any) -> None:
+  """Log NGRAM_SCHEME's line of the run that train_gpt.py is about to end."""
+  cfg, rt = report.cfg, report.rt
+  try:
+    rt.log("final_ngram_pseudo", **score_folder(rt.folder, cfg.ngram_scheme, cfg.pseudo_weights))
+  except (UserError, OSError) as error:
+    rt.log("note", f"no pseudo score: {error}")
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("folder", type=Path, help="run folder")
