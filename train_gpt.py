@@ -12,8 +12,8 @@ normalised, causal distribution of the artifact re-read from disk.
 
 Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
 1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules, 7 weight
-averaging, 9 quantisation and artifact, 10 neural scoring, 11 n-gram scoring, 13 training loop,
-14 report and main.
+averaging, 9 quantisation and artifact, 10 neural scoring, 11 n-gram scoring, 12 codec,
+13 training loop, 14 report and main. What no proof needs is in records/.
 """
 
 # -----------------------------------------------------------------------------
@@ -467,8 +467,8 @@ def find_shards(folder, split):
 
 
 class TokenLoader:
-  """Consecutive tokens of the training shards, around and around. In a step every rank reads the
-  same TRAIN_BATCH_TOKENS + 1 and takes its rows; the last token is the next step's first."""
+  """Consecutive training tokens, around and around. In a step every rank reads the same
+  TRAIN_BATCH_TOKENS + 1 and takes its rows; the last token is the next step's first."""
 
   def __init__(self, shards, vocab_size):
     self.shards, self.vocab_size, self.shard = shards, vocab_size, None
@@ -504,7 +504,7 @@ class TokenBytes(NamedTuple):
   swallows_space: np.ndarray  # bool: after this token a leading space is no byte
 
   def count(self, targets, previous):
-    """UTF-8 bytes that each target adds, int64."""
+    """UTF-8 bytes of each target, int64."""
     space = self.leading_space[targets] & ~self.swallows_space[previous]
     return self.base_bytes[targets] + space
 
@@ -669,14 +669,14 @@ def exclude_self(y, v):
 
 
 def fake_quantize(weight, scale):
-  """Weights on the int6 grid with a straight-through gradient; unchanged where scale is 0: a
-  switch that no compiled graph freezes (the published ones did) and that needs no second one."""
+  """On the int6 grid, with a straight-through gradient; unchanged where scale is 0: a switch that
+  no compiled graph freezes (the published ones did)."""
   on_grid = round_to_grid(weight, scale.clamp_min(1e-12), LARGEST["int6"]) * scale
   return weight + torch.where(scale > 0, on_grid - weight, 0.0).detach()
 
 
 class Pass:
-  """What the blocks of one forward pass share, and how they see the past: rows of tokens."""
+  """What the blocks of a forward pass share, and how they see the past: rows of tokens."""
 
   def __init__(self, model, ids):
     positions = torch.arange(ids.shape[1], device=ids.device)
@@ -695,8 +695,8 @@ class Pass:
 
 
 class Lanes(Pass):
-  """One token a lane a step: each lane goes through a document of its own, with a cache of
-  cfg.window keys and values for each attention (a layer applied twice has two)."""
+  """A token a lane a step, each lane in a document of its own, with the last cfg.window keys and
+  values of each attention (a layer applied twice has two)."""
 
   def __init__(self, model, count):
     cfg, device = model.cfg, model.tok_emb.device
@@ -709,7 +709,7 @@ class Lanes(Pass):
     self.slots = torch.arange(cfg.window, device=device)
 
   def begin(self, positions):
-    """positions (B,): each lane's place in its document; 0 forgets the one before."""
+    """positions (B,): in the lanes' documents; 0 forgets the one before."""
     self.first, self.call, self.first_values = positions.unsqueeze(1) == 0, 0, None
     self.rope = rotary(self.cfg, positions)[:, :, None, None]
     self.slot, self.seen = positions % self.cfg.window, self.slots <= positions.unsqueeze(1)
@@ -810,7 +810,7 @@ class GPT(nn.Module):
     return x, change
 
   def bigram_index(self, ids, starts, shared):
-    """Hash of (previous, current) id. At a start: the last row ("xor", wraps as int32 upstream) or
+    """Hash of (previous, current) id; at a start the last row ("xor", wraps as int32 upstream) or
     previous id 0 ("linear", PR #810)."""
     rows, before = self.cfg.bigram_vocab_size, shared.before("ids", ids).masked_fill(starts, 0)
     if self.cfg.bigram_kind == "linear":
@@ -832,7 +832,7 @@ class GPT(nn.Module):
     return x + self.mlp_scale[i] * F.linear(up.square(), shared.down[i])
 
   def attention(self, i, h, shared):
-    """Causal grouped-query attention; normed queries and keys, partly rotated."""
+    """Grouped-query; normed queries and keys, partly rotated."""
     cfg = self.cfg
     v = self.values(i, h, shared)
     q, k = (self.heads(F.linear(h, bank[i])) for bank in (shared.qo, shared.kv))
@@ -1150,8 +1150,7 @@ def artifact_header(cfg):
 
 
 def pack_artifact(weights, cfg, log=None):
-  """Magic, version, length of the JSON header, header, payload, sha256 of all that. The same
-  weights give the same bytes."""
+  """The same weights give the same bytes."""
   specs = parameter_specs(cfg)
   payload = np.zeros((), payload_type(specs))
   for name, spec in specs.items():
@@ -1232,9 +1231,9 @@ def bits_per_byte(log_prob, token_bytes):
 
 
 class WindowScorer:
-  """Windows of cfg.window inputs, each scoring the `stride` targets at its end; the first ones,
-  all from position 0, theirs. stride = window: no overlap. All passes have one shape and go to
-  ranks by index: neither the future nor the number of ranks changes a value."""
+  """Windows of cfg.window inputs, each scoring the `stride` targets at its end; the first ones
+  begin at position 0. All passes have one shape and go to ranks by index: neither the future nor
+  the number of ranks changes a value."""
 
   def __init__(self, model, rt, cfg):
     self.model, self.rt, self.cfg = model, rt, cfg
@@ -1242,8 +1241,8 @@ class WindowScorer:
     self.forward = rt.compile(self.score_rows)
 
   def log_probs(self, ids, first, count):
-    """ids (B, T) -> log-probabilities at `count` rows from first (B,): float64 (B, count, V);
-    change by pre-enrichment there (B, count)"""
+    """ids (B, T) -> at `count` rows from first (B,): log-probabilities, float64 (B, count, V),
+    and change by pre-enrichment"""
     with self.rt.autocast():
       index = first.unsqueeze(1) + torch.arange(count, device=first.device)
       hidden, change = self.model.hidden(ids)
@@ -1270,8 +1269,8 @@ class WindowScorer:
 
   @torch.no_grad()
   def score(self, stream, stride, adapt=None):
-    """stream: N + 1 tokens -> Scores of the last N. adapt(chunk, progress), if given, learns from
-    a chunk of scored targets."""
+    """stream: N + 1 tokens -> Scores of the last N. adapt(chunk, progress) learns from scored
+    targets."""
     total, parts = len(stream) - 1, []
     size = self.cfg.ttt_chunk_tokens if adapt else total + stride
     for a in range(0, total, size):
@@ -1319,9 +1318,9 @@ class Order(NamedTuple):
 
 @torch.no_grad()
 def drive(model, rt, shape, groups, choose):
-  """The loop of scoring, encoding and decoding: a step is a token in each lane, a BOS ends a
-  document, a free lane takes the next. choose(outputs of these groups' lanes, lanes at work,
-  their documents and places there) -> their tokens. Returns the number of tokens."""
+  """The loop of scoring, encoding and decoding: a token a lane a step; BOS ends a document, a free
+  lane takes the next. choose(outputs of the groups' lanes, lanes at work, their documents, their
+  places there) -> their tokens. Returns how many."""
   rows = shape.lanes // shape.groups
   passes = [lane_pass(model, rt, rows) for _ in groups if rows]
   ids, places = np.full(shape.lanes, BOS), np.zeros(shape.lanes, int)
@@ -1377,48 +1376,6 @@ def score_documents(model, rt, cfg, stream):
   tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
   order = Order(tokens, targets, (times, np.append(begun, lanes)))
   return Scores.of(rt.sum(columns), model.cfg), order
-
-
-class TestTimeTraining:
-  """Learns from scored chunks only: SGD on all weights (PR #549), or Adam on low-rank additions
-  to the query and value matrices (PR #808). Every rank takes the same steps."""
-
-  def __init__(self, model, rt, cfg):
-    self.model, self.rt, self.cfg = copy.deepcopy(model), rt, cfg
-    if cfg.ttt_use_lora:
-      self.weights = [*self.factors("qo_bank"), *self.factors("kv_bank")]
-      self.optimizer = torch.optim.Adam(self.weights, cfg.ttt_lora_lr)
-    else:
-      self.weights = [*self.model.requires_grad_().parameters()]
-      self.optimizer = torch.optim.SGD(self.weights, cfg.ttt_lr, cfg.ttt_momentum)
-    self.loss = rt.compile(self.model)
-
-  def factors(self, bank):
-    """W becomes W + A B, A random and B zero, for the queries or values of a bank -> A, B"""
-    L, rank = self.cfg.num_layers, self.cfg.ttt_lora_rank
-    _, rows, columns = getattr(self.model, bank).shape
-    a = torch.randn(L, rows, rank, generator=torch.Generator().manual_seed(0)) / 100
-    a, b = (t.to(self.rt.device).requires_grad_() for t in (a, torch.zeros(L, rank, columns)))
-    self.model.lora[bank] = a, b, (0, L) if bank == "qo_bank" else (L, 0)
-    return a, b
-
-  @torch.enable_grad()
-  def learn(self, chunk, progress):
-    """chunk: scored targets and the token before them; progress 0..1 lowers the rate"""
-    cfg, rt, length = self.cfg, self.rt, self.cfg.window
-    tokens = torch.from_numpy(chunk.astype(np.int64)).to(rt.device)
-    for group in self.optimizer.param_groups:
-      group["lr"] = self.optimizer.defaults["lr"] * (1 + math.cos(math.pi * progress)) / 2
-    for batch in tokens.unfold(0, length + 1, length).split(cfg.ttt_batch_seqs) * cfg.ttt_epochs:
-      for weight in self.weights:
-        weight.grad = torch.zeros_like(weight)
-      if len(mine := batch[rt.rank :: rt.world_size]):  # (rows, window + 1)
-        with rt.autocast():
-          loss = self.loss(mine[:, :-1], mine[:, 1:])
-        (loss * len(mine) * rt.world_size / len(batch)).backward()
-      average_gradients(self.weights, rt)
-      nn.utils.clip_grad_norm_(self.weights, cfg.ttt_grad_clip)
-      self.optimizer.step()
 
 
 # -----------------------------------------------------------------------------
@@ -1549,7 +1506,6 @@ class CountStore:
     self.orders, self.skip, self.columns, self.matched = orders, skip, [], 0
 
   def collect(self, counts):
-    """Keep what ngram_counts yields."""
     for order, *stats in counts:
       n, c, types, singles = (column[self.skip :] for column in stats)
       if order in self.orders:
@@ -1572,7 +1528,7 @@ class CountStore:
 
 class Blend:
   """The model and each order's plain c / n, mixed by a gate (one hidden layer) that learns from
-  each scored chunk; and, for safety, gate against model alone, as a Bayesian pair."""
+  each scored chunk; then gate against model alone, as a Bayesian pair, for safety."""
 
   def __init__(self, orders, device):
     self.device, self.orders, hidden = device, orders, 32
@@ -1609,8 +1565,8 @@ class Blend:
 
   @torch.enable_grad()
   def learn(self, inputs, known, p):
-    """Train on a scored chunk: four passes early in the stream, one from 2^19 targets. p: of its
-    targets by each expert, float64 (rows, K + 1)"""
+    """Train on a scored chunk: four passes early in the stream, one from 2^19 targets on. p: by
+    expert_p"""
     threads, p = torch.get_num_threads(), torch.from_numpy(p).to(self.device)
     torch.set_num_threads(1)  # faster for so small a gate
     with torch.no_grad():
@@ -1651,7 +1607,6 @@ def mix(mixer, store, scores, times):
 
 
 def make_mixer(name, cfg, device):
-  """Its experts are the model, the configured orders, single tokens and long repeats."""
   orders = range(cfg.ngram_min_order, cfg.ngram_max_order + 1)
   orders = tuple(sorted({1, *orders, *LONG_ORDERS}))
   if name == "cascade":
@@ -1703,7 +1658,7 @@ class Dictionary:
     self.tables, self.texts = [{} for _ in orders], [b""] * lanes  # two bytes a token
 
   def contexts(self, lane):
-    """Of each order; None where the text is shorter."""
+    """By order; None where the text is shorter."""
     text = self.texts[lane]
     return [text[len(text) - size :] if size <= len(text) else None for size in self.sizes]
 
@@ -1720,7 +1675,6 @@ class Dictionary:
     return stats, found
 
   def insert(self, lanes, tokens):
-    """Append a token to each lane"""
     for lane, token in zip(lanes, tokens.tolist(), strict=True):
       for table, context in zip(self.tables, self.contexts(lane), strict=True):
         if context is not None:
@@ -1731,7 +1685,7 @@ class Dictionary:
 
 
 class Mixture:
-  """The distribution whose code length is the score, over the whole vocabulary, step by step."""
+  """The distribution whose code length is the score, for every token, step by step."""
 
   def __init__(self, rt, cfg, begun, isolated=True):
     self.mixer, self.chunk, self.mass_error = make_mixer(cfg.mixer, cfg, rt.device), [], 0.0
@@ -1825,7 +1779,7 @@ def fingerprint(rt, artifact):
 
 
 def decode_folder(cfg):
-  """DECODE: the text of a folder's artifact.bin and stream.bin -> decoded.npy there, uint16"""
+  """DECODE: artifact.bin and stream.bin of a folder -> decoded.npy there, uint16 tokens"""
   path, artifact = (Path(cfg.decode, name) for name in ("stream.bin", "artifact.bin"))
   try:
     header, words = unseal(STREAM_PREFIX, path.read_bytes())
@@ -1860,8 +1814,8 @@ def window_mass(model, rt, cfg, stream):
 
 
 def prove(report, log_prob):
-  """Write stream.bin; a fresh process decodes it from the run folder alone. log_prob: claimed, in
-  the order of coding -> largest error of a mass, values of the codec's line"""
+  """Write stream.bin, let a fresh process decode it. log_prob: the claim, in coding order ->
+  largest error of a mass, values of the codec's line"""
   cfg, rt, stream, folder = report.cfg, report.rt, report.text.stream, report.rt.folder.resolve()
   shape, artifact = Shape.of(stream, cfg, rt.world_size), folder / "artifact.bin"
   rt = rt if cfg.codec_device == "same" else Runtime(replace(cfg, device="cpu"))
@@ -1893,7 +1847,7 @@ def prove(report, log_prob):
 
 
 def micro_batches(cfg, rt):
-  """Micro-batches of a step on each rank; each, on every rank, is of whole sequences."""
+  """In a step on each rank; each is of whole sequences."""
   count = cfg.grad_accum_steps or (max(1, 8 // rt.world_size) if rt.cuda else 1)
   unit = cfg.train_seq_len * rt.world_size * count
   if cfg.train_batch_tokens % unit:
@@ -1922,7 +1876,7 @@ class Trainer:
     return total
 
   def warm_up(self):
-    """Compile on real data, then rewind."""
+    """Compile on real data, then rewind"""
     state = self.loader.state()
     for _ in range(self.cfg.warmup_steps):
       self.gradients()
@@ -2025,7 +1979,7 @@ class Report:
       write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
 
   def finish(self, scores, final, **codec):
-    """Scores to files, bytes and seconds against the caps, submission.json and report.png."""
+    """Files of scores, bytes and seconds against the caps, submission.json, report.png"""
     rt, cfg, sizes = self.rt, self.cfg, dict(code="train_gpt.py", weights="artifact.bin")
     columns = dict(logp_model=scores.log_prob, logp_final=final, bytes=self.text.bytes)
     edges = np.arange(0, len(final), 1024)
@@ -2083,7 +2037,7 @@ def evaluate(model, weights, report):
     speed["sliding_tokens_per_s"] = int(size / (middle - began))
     report.score("documents", scores.log_prob, lanes=cfg.eval_lanes, **speed)
   if cfg.ttt_enabled:
-    training = TestTimeTraining(model, rt, cfg)
+    training = beside("ttt.TestTimeTraining", model, rt, cfg)
     scores = WindowScorer(training.model, rt, cfg).score(stream, stride, training.learn)
     report.score("ttt", scores.log_prob)
   if cfg.ngram_scheme and cfg.pseudo_weights == "ema":  # as #864 measured, unquantised
