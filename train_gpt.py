@@ -1,14 +1,14 @@
 """Train, compress, re-read and honestly score a small GPT for Parameter Golf, in one file.
 
 The task: least bits per byte (bpb) on FineWeb validation; code + weights <= 16,000,000 bytes; 10
-minutes of training and 10 of evaluation on 8xH100. Each val_bpb is the code length of a
-normalised, causal distribution of the artifact re-read from disk.
+minutes of training and 10 of evaluation on 8xH100. Each val_bpb is a code length, of the artifact
+re-read from disk; section 12 spends it and decodes the text.
 
   python train_gpt.py  # laptop: `tiny` on embedded text
   RECORD=pr864 python train_gpt.py  # one GPU, a published system
   torchrun --standalone --nproc_per_node=8 train_gpt.py  # 8 GPUs, the record configuration
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-    train_gpt.py  # two hosts, the same on each
+    train_gpt.py  # on each of two hosts
 
 Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
 1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules, 7 weight
@@ -26,7 +26,6 @@ if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
   os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
 
 import contextlib
-import copy
 import functools
 import hashlib
 import importlib.metadata
@@ -35,7 +34,6 @@ import json
 import lzma
 import math
 import runpy
-import shutil
 import subprocess
 import sys
 import time
@@ -49,7 +47,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  (later, its default arguments would keep gloo alive)
+import torch.distributed.nn  # noqa: F401  (imported later, it keeps gloo alive)
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -79,7 +77,6 @@ def backend(name):
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
 RECORDS = (ROOT / "records/variables.py").exists()  # the file works alone, too
-PATHS = "DATA_PATH TOKENIZER_PATH EVAL_ONLY DECODE RECORD RUN_ID".split()  # not in a config.env
 
 Count = Annotated[int, 1, 2**62]  # bounds; a plain number is at least 0
 Positive = Annotated[float, 1e-30, 1e30]
@@ -91,8 +88,17 @@ class ConfigError(UserError):
   """A variable with a wrong name or value."""
 
 
+def beside(name, *arguments):
+  """Call a function of records/, file.function; it is handed this module last."""
+  file, _, function = name.partition(".")
+  path = ROOT / f"records/{file}.py"
+  if not path.exists():
+    raise ConfigError(f"{path}: missing, and needed for this; fix: put it back")
+  return runpy.run_path(str(path))[function](*arguments, sys.modules[__name__])
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(beside("published.variables") if RECORDS else object):
   """Everything a run depends on; field `x_y` is environment variable `X_Y`."""
 
   # Run
@@ -106,13 +112,13 @@ class Config:
   decode: str = ""  # run folder to decode
   overwrite: bool = False  # a finished run folder
   resume: Literal["0", "auto"] = "0"  # auto: go on with a run
-  checkpoint_every: str = "0"  # steps (10), minutes (10m); 0: never
+  checkpoint_every: str = "0"  # 10 steps, 10m minutes; 0: never
 
   # Data
   data_path: str = ""  # folder of token shards
   tokenizer_path: str = ""  # else beside the shards
   train_batch_tokens: Count = 786_432  # in a step, all ranks
-  grad_accum_steps: int = 0  # 0: 8 // ranks on CUDA, 1 on CPU
+  grad_accum_steps: int = 0  # 0: 8 // ranks, 1 on CPU
 
   # Model
   vocab_size: Annotated[int, 0, 65_536] = 0  # 0: the tokenizer's
@@ -122,7 +128,7 @@ class Config:
   num_heads: Count = 8  # query heads
   num_kv_heads: Count = 4  # key/value heads
   mlp_mult: Positive = 3.0  # MLP over MODEL_DIM
-  leaky_slope: float = 0.5  # of leaky_relu(x)^2; 0: relu^2
+  leaky_slope: float = 0.5  # leaky_relu(x)^2; 0: relu^2
   polyglu_enabled: bool = False  # learn each neuron's slope
   depth_recurrence: tuple[int, ...] = ()  # layers applied twice
   tied_embed_init_std: float = 0.005  # token embedding
@@ -132,17 +138,17 @@ class Config:
   qk_gain_init: float = 1.5  # of each query head
   rope_base: Positive = 10_000.0  # rotary base
   rope_dims: int = 16  # rotated in a head; 0: all
-  rope_train_seq_len: Count = 1024  # longer ones stretch the base
+  rope_train_seq_len: Count = 1024  # longer: a larger base
   ln_scale: bool = True  # times 1/sqrt(layer + 1)
-  xsa_last_n: int = 11  # last layers that exclude self
+  xsa_last_n: int = 11  # last layers without self
   value_residual: bool = False  # mix in the first layer's
   gated_attention: bool = False  # gate each head
-  smear_gate: bool = True  # blend in the previous token
+  smear_gate: bool = True  # blend in the token before
   smear_init: Annotated[float, -1e30, 1e30] = 0.0  # logit of its share
   bos_reset: bool = True  # smear, bigram stop at BOS
   bigram_vocab_size: int = 2048  # rows; 0: none
   bigram_dim: Count = 128  # its width
-  bigram_kind: Literal["xor", "linear"] = "xor"  # hash; linear: Muon, no gain
+  bigram_kind: Literal["xor", "linear"] = "xor"  # hash
   pre_enrich_dim: int = 0  # GELU before the blocks; 0: none
   ve_enabled: bool = True  # embedding added to values
   ve_dim: Count = 128  # its width
@@ -155,14 +161,14 @@ class Config:
   compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
   quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
   clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
-  quant_floor: bool = True  # scale >= 1 / largest saves a bit a weight
-  target_mb: float = 0.0  # MiB, by zeroing +-1 weights; 0: any
+  quant_floor: bool = True  # scale >= 1 / largest
+  target_mb: float = 0.0  # MiB, by pruning; 0: any
 
   # Training
   iterations: Count = 20_000  # steps at most
   max_wallclock_seconds: float = 600.0  # of training; 0: no cap
   warmup_steps: int = 20  # untimed
-  warmdown_iters: int = 3500  # last steps, the rate falls to 0
+  warmdown_iters: int = 3500  # last steps, rate falls
   matrix_lr: float = 0.025  # Muon: the banks
   scalar_lr: float = 0.025  # AdamW: gains, projections
   tied_embed_lr: float = 0.035  # AdamW: embeddings
@@ -176,7 +182,7 @@ class Config:
   beta2: Beta = 0.95  # AdamW
   adam_eps: Positive = 1e-8  # AdamW
   grad_clip_norm: float = 0.3  # largest norm; 0: any
-  clip: Literal["global", "local"] = "global"  # of the average or each rank
+  clip: Literal["global", "local"] = "global"  # of average or rank
   val_loss_every: int = 4000  # steps; 0: never
   train_log_every: Count = 500  # steps
 
@@ -200,44 +206,14 @@ class Config:
   scorer: Literal["sliding", "documents"] = "documents"  # feeds the mixture
   eval_lanes: Count = 1024  # documents side by side
   save_scores: bool = False  # write scores.npz
-  codec_tokens: Annotated[int, -1, 2**62] = 1_000_000  # to prove, documents only; -1: all
+  codec_tokens: Annotated[int, -1, 2**62] = 1_000_000  # to prove; -1: all
   codec_device: Literal["same", "cpu"] = "same"  # where to prove
-
-  # Test-time training, score first
-  ttt_enabled: bool = False  # on each scored chunk
-  ttt_use_lora: bool = False  # Adam on low rank; 0: SGD on all
-  ttt_lora_rank: Count = 8  # of queries, values
-  ttt_lora_lr: float = 0.01  # falls as a cosine
-  ttt_lr: float = 0.002  # SGD, the same
-  ttt_momentum: Fraction = 0.9  # SGD
-  ttt_epochs: Count = 3  # over each chunk
-  ttt_chunk_tokens: Count = 32_768  # scored, then learned
-  ttt_batch_seqs: Count = 32  # sequences in a step
-  ttt_grad_clip: Positive = 1.0  # largest gradient norm
 
   # N-gram
   ngram_enabled: bool = True  # score-first evaluator
   ngram_mixer: Literal["blend", "cascade", "none"] = "blend"  # what val_bpb is
   ngram_min_order: int = 2  # shortest n-gram
   ngram_max_order: int = 9  # longest n-gram
-
-  # Published n-gram mixture, on exact counts
-  ngram_min_count: int = 2  # least count of a context
-  ngram_alpha_min: Fraction = 0.05  # least weight of counts
-  ngram_alpha_max: Fraction = 0.60  # largest weight of counts
-  ngram_entropy_center: tuple[float, ...] = (3.0,)  # of the sigmoid, orders 2, 3, ..., nats
-  ngram_center_slope: float = 0.25  # its fall per order
-  ngram_entropy_scale: float = 2.0  # its steepness
-  ngram_multipliers: tuple[float, ...] = (0.3, 0.3, 0.97, 2.0)  # of the weight, orders 2, 3, ...
-  ngram_alpha: Fraction = 0.0  # linear, at NGRAM_NLL_THRESHOLD; 0: sigmoid
-  ngram_nll_threshold: Positive = 2.5  # entropy, nats
-
-  # Published n-gram scorers as written
-  ngram_scheme: Literal["", "pr864", "pr810", "pr1026", "pr993", "pr808"] = ""  # also print
-  ngram_buckets: Count = 4_194_304  # counters in a table
-  ngram_chunk_tokens: Count = 65_536  # targets between updates
-  ngram_caches: Count = 1  # as of so many ranks
-  pseudo_weights: Literal["artifact", "ema"] = "artifact"  # they run on
 
   origin: dict = field(default_factory=dict, compare=False)
   notes: tuple = field(default=(), compare=False)
@@ -259,7 +235,7 @@ class Config:
   def check(self):
     """Refuse values that cannot work together."""
     layers, longest = self.num_layers, self.ngram_max_order
-    head, chunk_rest = self.model_dim // self.num_heads, self.ttt_chunk_tokens % self.window
+    head, more = self.model_dim // self.num_heads, getattr(self, "problems", tuple)()
     for name, broken, wanted in (
       ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
       ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
@@ -267,13 +243,12 @@ class Config:
       ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
       ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), f"< {layers}"),
       ("DEPTH_RECURRENCE", not {*self.depth_recurrence} <= {*range(layers)}, f"< {layers}"),
-      ("TTT_CHUNK_TOKENS", self.ttt_enabled and chunk_rest, "times EVAL_SEQ_LEN"),
       ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
       ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
       ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
       ("CHECKPOINT_EVERY", not self.checkpoint_every.removesuffix("m").isdecimal(), "10 or 10m"),
       ("RUN_ID", Path(self.run_id).name != self.run_id, "a plain folder name"),
-      ("SCORER", self.ttt_enabled and self.scorer != "sliding", "sliding with TTT_ENABLED=1"),
+      *more,
     ):
       if broken:
         raise ConfigError(f"{name}={show(getattr(self, name.lower()))}: must be {wanted}")
@@ -286,6 +261,10 @@ class Config:
   @property
   def mixer(self):
     return self.ngram_mixer if self.ngram_enabled else "none"
+
+  @property
+  def orders(self):
+    return f"{self.ngram_min_order}-{self.ngram_max_order}"
 
   @property
   def value_layers(self):
@@ -319,15 +298,6 @@ def parse(name, text):
 def show(value):
   parts = value if isinstance(value, tuple) else (value,)
   return ",".join(str(int(x) if isinstance(x, bool) else x) for x in parts)
-
-
-def beside(name, *arguments):
-  """Call a function of records/, file.function; it is handed this module last."""
-  file, _, function = name.partition(".")
-  path = ROOT / f"records/{file}.py"
-  if not path.exists():
-    raise ConfigError(f"{path}: needed by RECORD, DRY_RUN, --help; fix: put it back")
-  return runpy.run_path(str(path))[function](*arguments, sys.modules[__name__])
 
 
 # -----------------------------------------------------------------------------
@@ -383,8 +353,7 @@ class Runtime:
         print(line, file=file, flush=True)
 
   def sum(self, array, how=dist.ReduceOp.SUM):
-    """Over ranks, in place, through gloo: no waiting for the device. Exact where one rank holds
-    each element."""
+    """Over ranks, in place, through gloo, without waiting for the device"""
     if self.world_size > 1:
       dist.all_reduce(torch.from_numpy(array), how)
     return array
@@ -404,11 +373,11 @@ class Runtime:
     return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
 
   def graph(self, function, *inputs):
-    """On CUDA one launch: captured once, new inputs are copied in; outputs are overwritten."""
+    """On CUDA one launch, captured here; outputs are overwritten"""
     if not self.cuda:
       return function
     with torch.cuda.stream(torch.cuda.Stream()):
-      function(*inputs)  # what is made on first use is not captured
+      function(*inputs)  # what a first use makes is not captured
     torch.cuda.synchronize()
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
       outputs = function(*inputs)
@@ -425,15 +394,10 @@ class Runtime:
 
 
 def write_atomically(path, write):
-  """What `write(path)` writes, or the bytes `write`, appears whole or not at all."""
+  """The bytes, or what write(path) writes, appear whole or not at all"""
   partial = path.with_name(f".partial_{path.name}")
   write(partial) if callable(write) else partial.write_bytes(write)
   os.replace(partial, path)
-
-
-def tool(script, *arguments, **how):
-  """Run a script beside this one."""
-  return subprocess.run([sys.executable, ROOT / script, *arguments], **how)
 
 
 # -----------------------------------------------------------------------------
@@ -445,7 +409,7 @@ BOS = 1
 
 
 def read_shard(path, vocab_size):
-  """Map one shard: a header of 256 int32 (magic, version, count), then uint16 tokens."""
+  """A header of 256 int32 (magic, version, count), then uint16 tokens, mapped"""
   size = path.stat().st_size
   header = np.fromfile(path, "<i4", 3) if size >= SHARD_HEADER_BYTES else (0, 0, 0)
   magic, version, count = map(int, header)
@@ -467,8 +431,8 @@ def find_shards(folder, split):
 
 
 class TokenLoader:
-  """Consecutive training tokens, around and around. In a step every rank reads the same
-  TRAIN_BATCH_TOKENS + 1 and takes its rows; the last token is the next step's first."""
+  """Training tokens, around and around. Every rank reads a step's TRAIN_BATCH_TOKENS + 1 and takes
+  its rows; the last token is the next step's first."""
 
   def __init__(self, shards, vocab_size):
     self.shards, self.vocab_size, self.shard = shards, vocab_size, None
@@ -530,7 +494,7 @@ def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
 
 
 class ValidationText:
-  """The validation stream, with a BOS before it, its targets and their bytes."""
+  """The validation stream from a BOS on, its targets and their bytes."""
 
   def __init__(self, cfg):
     shards = [read_shard(path, cfg.vocab_size) for path in find_shards(cfg.data_path, "val")]
@@ -644,7 +608,7 @@ def rms_norm(x):
 
 
 def rotary(cfg, positions):
-  """(n,) -> cos, sin: (2, n, rope_dims / 2); base stretched by the training length (NTK rule)."""
+  """(n,) -> cos, sin: (2, n, rope_dims / 2); longer training stretches the base (NTK rule)"""
   dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
   stretch = max(1.0, cfg.train_seq_len / cfg.rope_train_seq_len)
   base = cfg.rope_base * stretch ** (dims / max(1, dims - 2))
@@ -654,15 +618,14 @@ def rotary(cfg, positions):
 
 
 def rotate(x, cos, sin):
-  """Rotate the first 2 * cos.shape[-1] dimensions of each head, half-split. (B, H, T, d)"""
+  """The first 2 * cos.shape[-1] dimensions of each head, half-split. (B, H, T, d)"""
   half = cos.shape[-1]
   a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
   return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
 
 
 def exclude_self(y, v):
-  """Exclusive self-attention: without the part along the position's own value.
-  y (B, H, T, d), v (B, H_kv, T, d)"""
+  """Without the part along the position's own value. y (B, H, T, d), v (B, H_kv, T, d)"""
   own = F.normalize(v, dim=-1).unsqueeze(2)  # (B, H_kv, 1, T, d)
   grouped = y.unflatten(1, (v.shape[1], -1))
   return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
@@ -689,30 +652,30 @@ class Pass:
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
   def attend(self, q, k, v):
-    """Causal; (B, H, T, d), (B, H_kv, T, d) twice -> (B, H, T, d)"""
+    """(B, H, T, d), (B, H_kv, T, d) twice -> (B, H, T, d)"""
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 class Lanes(Pass):
-  """A token a lane a step, each lane in a document of its own, with the last cfg.window keys and
+  """A token a lane a step, each lane in a document of its own, with the last `window` keys and
   values of each attention (a layer applied twice has two)."""
 
-  def __init__(self, model, count):
+  def __init__(self, model, count, window):
     cfg, device = model.cfg, model.tok_emb.device
-    super().__init__(model, torch.zeros(count, 1, dtype=torch.int64, device=device))
+    super().__init__(model, torch.zeros(count, 1, device=device))
     self.cfg, self.lane, self.past = cfg, torch.arange(count, device=device), {}
-    calls = cfg.num_layers + sum(i in cfg.depth_recurrence for i in range(cfg.num_layers))
-    shape = calls, 2, count, cfg.num_kv_heads, cfg.window, cfg.model_dim // cfg.num_heads
+    calls = cfg.num_layers + len({*cfg.depth_recurrence})
+    shape = calls, 2, count, cfg.num_kv_heads, window, cfg.model_dim // cfg.num_heads
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     self.caches = torch.zeros(shape, dtype=dtype, device=device)
-    self.slots = torch.arange(cfg.window, device=device)
+    self.slots = torch.arange(window, device=device)
 
   def begin(self, positions):
     """positions (B,): in the lanes' documents; 0 forgets the one before."""
     self.first, self.call, self.first_values = positions.unsqueeze(1) == 0, 0, None
     self.rope = rotary(self.cfg, positions)[:, :, None, None]
-    self.slot, self.seen = positions % self.cfg.window, self.slots <= positions.unsqueeze(1)
+    self.slot, self.seen = positions % len(self.slots), self.slots <= positions.unsqueeze(1)
 
   def before(self, name, x):
     old = self.past.setdefault(name, torch.zeros_like(x))
@@ -741,7 +704,6 @@ class GPT(nn.Module):
     for name in self.gridded:
       grid = torch.zeros(*specs[name].shape[:-1], 1)  # 0: quantisation is off
       self.register_buffer(f"{name}_grid", grid, persistent=False)
-    self.lora = {}  # bank -> low-rank factors, the matrices before and after those they add to
 
   @torch.no_grad()
   def initialise(self):
@@ -754,9 +716,6 @@ class GPT(nn.Module):
   def bank(self, name):
     """A Muon parameter; while training, on its grid if it has one."""
     weight = getattr(self, name)
-    if name in self.lora:
-      a, b, others = self.lora[name]
-      weight = weight + F.pad(a @ b, (0, 0, 0, 0, *others))
     if not self.training:
       return weight
     if self.cfg.qat_enabled:  # PR #810
@@ -832,7 +791,7 @@ class GPT(nn.Module):
     return x + self.mlp_scale[i] * F.linear(up.square(), shared.down[i])
 
   def attention(self, i, h, shared):
-    """Grouped-query; normed queries and keys, partly rotated."""
+    """Normed queries and keys, partly rotated"""
     cfg = self.cfg
     v = self.values(i, h, shared)
     q, k = (self.heads(F.linear(h, bank[i])) for bank in (shared.qo, shared.kv))
@@ -889,7 +848,7 @@ def muon_momentum(step, cfg):
 
 
 def newton_schulz(matrices, steps):
-  """Singular values to about 1, zero matrices stay zero. (n, r, c), any dtype.
+  """Singular values to about 1, zero stays zero. (n, r, c), any dtype.
   Jordan 2024, https://kellerjordan.github.io/posts/muon"""
   a, b, c = 3.4445, -4.7750, 2.0315
   tall = matrices.shape[-2] > matrices.shape[-1]
@@ -1090,13 +1049,13 @@ def search_grid(weight, coding, cfg):
 
 @torch.no_grad()
 def update_qat_grids(model, cfg):
-  """Late QAT trains on the grid that the export would choose now."""
+  """The grid that the export would choose now."""
   for name in model.gridded:
     getattr(model, f"{name}_grid").copy_(search_grid(getattr(model, name), "int6", cfg))
 
 
 def payload_type(specs):
-  """numpy type of all tensors: scales of the rows and integers, or fp16 or fp32 values."""
+  """numpy type: of each tensor scales of the rows and integers, or fp16 or fp32"""
   kinds = {}
   for name, (shape, _, _, coding) in specs.items():
     integers = [("scale", "<f2", (*shape[:-1], 1)), ("integers", "i1", shape)]
@@ -1124,7 +1083,7 @@ def compress(payload, how):
 
 
 def decompress(data, how, size):
-  """One whole stream of exactly `size` bytes; an exception before it grows further."""
+  """One whole stream of exactly `size` bytes, or an exception before it grows further"""
   if how == "zstd":
     zstd = backend("zstandard")
     if zstd.frame_content_size(data) == size:
@@ -1162,6 +1121,10 @@ def pack_artifact(weights, cfg, log=None):
   return seal(PREFIX, header, beside("prune.prune", payload, most, cfg, log))
 
 
+def sha(data):
+  return hashlib.sha256(data).hexdigest()
+
+
 def seal(prefix, header, payload):
   """prefix, length of the JSON header, header, payload, sha256 of all that"""
   header = json.dumps(header, separators=(",", ":")).encode()
@@ -1181,7 +1144,7 @@ def unseal(prefix, data):
 
 
 def open_container(data):
-  """Check everything, the header against what would be written -> configuration, payload"""
+  """The header must be what would be written -> configuration, payload"""
   header, payload = unseal(PREFIX, data)
   values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
   cfg = Config(**values, eval_stride=1).check()
@@ -1268,16 +1231,15 @@ class WindowScorer:
     return [torch.from_numpy(array).to(self.rt.device) for array in arrays]
 
   @torch.no_grad()
-  def score(self, stream, stride, adapt=None):
-    """stream: N + 1 tokens -> Scores of the last N. adapt(chunk, progress) learns from scored
-    targets."""
+  def score(self, stream, stride, student=None):
+    """stream: N + 1 tokens -> Scores of the last N. student, if any, learns from scored chunks."""
     total, parts = len(stream) - 1, []
-    size = self.cfg.ttt_chunk_tokens if adapt else total + stride
+    size = student.chunk if student else total + stride
     for a in range(0, total, size):
       b = min(a + size, total)
       parts.append(self.score_windows(stream, np.arange(a, b, stride) + stride, stride))
-      if adapt and b < total:
-        adapt(stream[a : b + 1], a / size / ((total - 1) // size))
+      if student and b < total:
+        student.learn(stream[a : b + 1], a / size / ((total - 1) // size))
     return Scores.of(np.concatenate(parts, 1).reshape(3, -1)[:, :total], self.cfg)
 
   def score_windows(self, stream, ends, stride):
@@ -1299,13 +1261,14 @@ class Shape(NamedTuple):
   lanes: int  # documents side by side
   groups: int  # of lanes, one a rank
   targets: int  # to code
+  window: int  # keys and values a lane keeps
 
   @staticmethod
   def of(stream, cfg, groups):
     size, starts = len(stream) - 1, np.flatnonzero(stream[:-1] == BOS)
     last = 0 if stream[-1] == BOS else size - int(starts[-1])
     lanes = -(-min(cfg.eval_lanes, len(starts)) // groups) * groups
-    return Shape(len(starts), last, lanes, groups, size)
+    return Shape(len(starts), last, lanes, groups, size, cfg.window)
 
 
 class Order(NamedTuple):
@@ -1322,7 +1285,7 @@ def drive(model, rt, shape, groups, choose):
   lane takes the next. choose(outputs of the groups' lanes, lanes at work, their documents, their
   places there) -> their tokens. Returns how many."""
   rows = shape.lanes // shape.groups
-  passes = [lane_pass(model, rt, rows) for _ in groups if rows]
+  passes = [lane_pass(model, rt, rows, shape.window) for _ in groups if rows]
   ids, places = np.full(shape.lanes, BOS), np.zeros(shape.lanes, int)
   documents, waiting, coded = np.arange(shape.lanes), shape.lanes, 0
   while len(lanes := np.flatnonzero(documents < shape.documents)) and coded < shape.targets:
@@ -1337,10 +1300,10 @@ def drive(model, rt, shape, groups, choose):
   return coded
 
 
-def lane_pass(model, rt, rows):
-  """-> forward(ids, places), int64 (rows,) each -> log-probabilities, float64 (rows, V), entropy
-  and change by pre-enrichment (rows,)"""
-  lanes = Lanes(model, rows)
+def lane_pass(model, rt, rows, window):
+  """-> forward(ids, places), int64 (rows,) each -> log-probabilities, float64 (rows, V), entropy,
+  change (rows,)"""
+  lanes = Lanes(model, rows, window)
 
   def forward(ids, places):
     lanes.begin(places)
@@ -1382,9 +1345,8 @@ def score_documents(model, rt, cfg, stream):
 # 11. n-gram scoring
 # Exact causal counts by sorting, and over them the published backoff and a learned mixture.
 
-KEY_BITS = 63  # of a packed int64 sort key: context group, token, position
+KEY_BITS = 63  # of a sort key: context group, token, position
 LONG_ORDERS = (12, 16, 24)  # repeats beyond the model's window
-PROBES = 32  # targets at which the whole vocabulary is scored
 
 
 def ngram_counts(
@@ -1395,7 +1357,7 @@ def ngram_counts(
   Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
   before, its distinct continuations, and those seen once. tokens (N,) below vocab_size, else
   ValueError. steps: times and lanes, int32 (N,) each, of tokens in the order of coding: those of
-  equal time do not see each other; a context stays in its lane and does not reach beyond a BOS.
+  equal time do not see each other; a context stays in its lane, from the last BOS on.
   """
   tokens, size = np.asarray(tokens), len(tokens)
   valid = not size or 0 <= tokens.min() <= tokens.max() < vocab_size
@@ -1422,8 +1384,7 @@ def next_in_lane(lanes):
 
 @functools.cache
 def jit(function):
-  """Compiled by numba where it is there."""
-  return backend("numba").njit(function, nogil=True) if has_backend("numba") else function
+  return backend("numba").njit(function, nogil=True)
 
 
 def sort_pieces(keys, cuts):
@@ -1432,11 +1393,11 @@ def sort_pieces(keys, cuts):
 
 
 def numba_orders(text, vocab_size):
-  """Statistics int32 (N, 4) of each order: a sort, a scan, a second scan beside the next sort."""
+  """int32 (N, 4) of each order: a sort, a scan, a second scan beside the next sort"""
   size, cuts = len(text[0]), [0]
   bits = max(1, (size - 1).bit_length())
-  # Where 63 bits do not suffice, group numbers wrap at `capacity`; keys come in order of group,
-  # so the pieces between wraps (two groups at least) are sorted one by one.
+  # Where 63 bits do not suffice, group numbers wrap at `capacity`; the keys come in order of
+  # group, so the pieces between wraps are sorted one by one.
   code = bits, vocab_size, max(2, (1 << KEY_BITS - bits) // vocab_size)
   keys = text[0].astype(np.int64) << bits
   keys |= np.arange(size)
@@ -1627,7 +1588,7 @@ def mix_ngrams(scores, order, report):
     mixed = mix(mixer, store, scores, times)
     final[order.targets] = mixed
     if name == "cascade":
-      report.score("ngram_backoff", final, orders=f"{cfg.ngram_min_order}-{cfg.ngram_max_order}")
+      report.score("ngram_backoff", final, orders=cfg.orders)
   saved = (mixed - scores.log_prob) / math.log(2)
   for longest in np.unique(store.matched).tolist():  # longest context seen before; 0: none
     here = store.matched == longest
@@ -1641,17 +1602,17 @@ def mix_ngrams(scores, order, report):
 # The score as a file: a range coder spends the mixture's bits, a decoder gets the text back.
 
 STREAM_PREFIX, PRECISION = b"PGSTREAM\x01", 24  # bits of a probability
-SCORING = NAMES[NAMES.index("eval_seq_len") : NAMES.index("ngram_scheme")]  # in a stream's header
+SCORING = NAMES[NAMES.index("eval_seq_len") : NAMES.index("origin")]  # in a stream's header
 WITNESSES = 2048  # targets at least whose whole distribution is added up
 
 
 class StreamError(UserError):
-  """A stream that is damaged, or that this code, artifact or machine did not write."""
+  """A stream that is damaged or of another code, artifact or machine."""
 
 
 class Dictionary:
-  """What follows each context, {token: count}: the integers of ngram_counts, for a text that is
-  not there yet. isolated: a context does not reach beyond a BOS."""
+  """What follows each context, {token: count}: ngram_counts of a text that is not there yet.
+  isolated: a context does not reach beyond a BOS."""
 
   def __init__(self, orders, lanes, isolated):
     self.sizes, self.isolated = [2 * order - 2 for order in orders], isolated
@@ -1663,8 +1624,7 @@ class Dictionary:
     return [text[len(text) - size :] if size <= len(text) else None for size in self.sizes]
 
   def read(self, lanes):
-    """CountStore.read's rows (K, lanes, 4), without target counts; (lane, k, tokens, counts) of
-    each context that is known"""
+    """CountStore.read's rows, without target counts; (lane, k, tokens, counts) of known contexts"""
     stats, found = np.zeros((len(self.tables), len(lanes), 4), np.int32), []
     for i, lane in enumerate(lanes):
       for k, context in enumerate(self.contexts(lane)):
@@ -1720,7 +1680,7 @@ class Mixture:
 
 
 def coder_integers(p):
-  """p, float64 (rows, V) -> integers that add up to 2^24 - V; the coder adds 1 to each"""
+  """p, float64 (rows, V) -> integers, their sum 2^24 - V; the coder adds 1 to each"""
   free = (1 << PRECISION) - p.shape[1]
   integers = np.floor(p * free)
   rest = free - integers.sum(1)
@@ -1731,8 +1691,8 @@ def coder_integers(p):
 
 
 def code(model, rt, cfg, shape, pick):
-  """Encoder and decoder: pick(integers (lanes, V), documents, places) -> tokens (lanes,). Returns
-  the text coded, a BOS before each document; its targets; the largest error of a mass"""
+  """Encoder and decoder; pick(integers (lanes, V), documents, places) -> tokens (lanes,). Returns
+  the text, a BOS before each document; how many targets; largest error of a mass"""
   mixture = Mixture(rt, cfg, min(shape.lanes, shape.documents))
   text = [[BOS] for _ in range(shape.documents)]
 
@@ -1769,13 +1729,12 @@ def decode(model, rt, cfg, words, shape):
   return code(model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers))
 
 
-def fingerprint(rt, artifact):
+def fingerprint(rt, artifact, code=CODE):
   """Whatever a bit of a probability can depend on."""
   kind = torch.cuda.get_device_name() if rt.cuda else torch.backends.cpu.get_cpu_capability()
   made = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "constriction")}
-  for name, path in dict(code=CODE, artifact=artifact).items():
-    made[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-  return made | dict(device=f"{rt.device.type} {kind}", threads=torch.get_num_threads())
+  made |= dict(device=f"{rt.device.type} {kind}", threads=torch.get_num_threads())
+  return made | dict(code=sha(code.read_bytes()), artifact=sha(artifact.read_bytes()))
 
 
 def decode_folder(cfg):
@@ -1784,20 +1743,22 @@ def decode_folder(cfg):
   try:
     header, words = unseal(STREAM_PREFIX, path.read_bytes())
     made, values = header["made"], {n: parse(n.upper(), header["scoring"][n]) for n in SCORING}
+    rt = Runtime(replace(cfg, device=made["device"].split()[0]))
+    rt.start()
+    torch.set_num_threads(made["threads"])
+    here, shape = fingerprint(rt, artifact), Shape(*header["shape"])
   except Exception as error:
     raise StreamError(f"{path}: unreadable ({error}); fix: get it again") from error
-  rt = Runtime(replace(cfg, device=made["device"].split()[0]))
-  rt.start()
-  torch.set_num_threads(made["threads"])
-  for name, value in fingerprint(rt, artifact).items():
-    if made[name] != value:
-      raise StreamError(f"{path}: made with {name} {made[name]}, not {value}; fix: use that")
+  for name in here:
+    if made[name] != here[name]:
+      raise StreamError(f"{path}: made with {name} {made[name]}, not {here[name]}; fix: use that")
   model = load_artifact(artifact, rt.device)
   values |= {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
-  text, *_ = decode(model, rt, replace(cfg, **values), words, Shape(*header["shape"]))
-  if hashlib.sha256(text).hexdigest() != header["text"]:
+  text, coded, mass_error = decode(model, rt, replace(cfg, **values), words, shape)
+  if sha(text) != header["text"]:
     raise StreamError(f"{path}: decodes to another text than was coded; fix: use its machine")
   write_atomically(Path(cfg.decode, "decoded.npy"), lambda partial: np.save(partial, text))
+  rt.log("decoded", coded, mass_error=f"{mass_error:.1e}")
 
 
 def window_mass(model, rt, cfg, stream):
@@ -1825,20 +1786,19 @@ def prove(report, log_prob):
   words, text, coded, mass_error = encode(model, rt, cfg, stream, shape)
   if not most:
     return mass_error, {}
-  header = dict(shape=shape, made=fingerprint(rt, artifact), text=hashlib.sha256(text).hexdigest())
-  header["scoring"] = {name: show(getattr(cfg, name)) for name in SCORING}
+  made = fingerprint(rt, artifact, folder / "train_gpt.py")
+  scoring = {name: show(getattr(cfg, name)) for name in SCORING}
+  header = dict(shape=shape, made=made, text=sha(text), scoring=scoring)
   write_atomically(folder / "stream.bin", seal(STREAM_PREFIX, header, words))
   ours = {*VARIABLES, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-  environ = {name: text for name, text in os.environ.items() if name not in ours}
-  command = [sys.executable, folder / "train_gpt.py"]
+  environ = {name: value for name, value in os.environ.items() if name not in ours}
+  command, decoded = [sys.executable, folder / "train_gpt.py"], folder / "decoded.npy"
   done = subprocess.run(command, env=environ | {"DECODE": str(folder)})
-  decoded = folder / "decoded.npy"
   right = done.returncode == 0 and np.array_equal(np.load(decoded), text)
   decoded.unlink(missing_ok=True)
   claimed = math.ceil(-log_prob[:coded].sum() / math.log(256))
-  sizes = dict(coded_bytes=len(words), claimed_bytes=claimed)
-  tokens = dict(proved_tokens=coded, total_tokens=len(log_prob))
-  return mass_error, sizes | tokens | dict(decoded="ok" if right else "FAILED")
+  sizes = dict(coded_bytes=len(words), claimed_bytes=claimed, proved_tokens=coded)
+  return mass_error, sizes | dict(total_tokens=len(log_prob), decoded="ok" if right else "FAILED")
 
 
 # -----------------------------------------------------------------------------
@@ -1865,7 +1825,7 @@ class Trainer:
     self.loss = rt.compile(model, fullgraph=True)
 
   def gradients(self):
-    """Of this rank's rows of the next batch -> mean loss"""
+    """Of this rank's rows -> mean loss"""
     rows, total = self.loader.rows(self.cfg, self.rt), 0.0
     parts = (side.to(self.rt.device).chunk(self.micro) for side in rows)
     for ids, goal in zip(*parts, strict=True):
@@ -1905,8 +1865,8 @@ class Trainer:
     while self.step < cfg.iterations and not stop:
       with rt.clock("train"):
         previous, loss = loss, self.update(lr_factor(self.step, elapsed, cfg))
-        previous.item()  # keeps the host at most one step ahead of the device
-      elapsed = rt.largest(rt.seconds["train"])  # one clock, or the ranks' rates would differ
+        previous.item()  # the host stays one step ahead at most
+      elapsed = rt.largest(rt.seconds["train"])  # one clock for all ranks
       stop = 0 < cfg.max_wallclock_seconds <= elapsed
       last = stop or self.step == cfg.iterations
       if last or self.step <= 10 or self.step % cfg.train_log_every == 0:
@@ -1929,32 +1889,9 @@ class Trainer:
 # 14. Report and main
 # The story: configure, train, average, quantise, reload, score, report.
 
-OUTPUTS = """submission.json log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model
- config.env blocks.npz scores.npz scores_ema.npz stream.bin report.png""".split()  # its mark first
-
-
-def open_run_folder(rt):
-  """runs/<RUN_ID>/, cleared of an unfinished run; a finished one is not touched unasked."""
-  if rt.finished and not rt.cfg.overwrite:
-    fix = "OVERWRITE=1 or another RUN_ID"
-    raise ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {rt.folder} is finished; fix: {fix}")
-  if rt.rank == 0:
-    rt.folder.mkdir(parents=True, exist_ok=True)
-    for name in OUTPUTS:
-      (rt.folder / name).unlink(missing_ok=True)
-    rt.files += [open(rt.folder / name, "w", encoding="utf-8") for name in OUTPUTS[1:3]]
-
-
-def keep_sources(rt, cfg):
-  values = {name: show(getattr(cfg, name.lower())) for name in VARIABLES if name not in PATHS}
-  text = "".join(f"{name}={value}\n" for name, value in values.items())
-  (rt.folder / "config.env").write_text(text, encoding="utf-8")
-  shutil.copyfile(CODE, rt.folder / "train_gpt.py")
-  shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
-
 
 class Report:
-  """The log's final lines and the run folder's results."""
+  """The final lines and the run folder's results."""
 
   def __init__(self, rt, cfg):
     self.rt, self.cfg, self.text = rt, cfg, ValidationText(cfg)
@@ -1978,27 +1915,31 @@ class Report:
     if self.rt.rank == 0:
       write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
 
-  def finish(self, scores, final, **codec):
-    """Files of scores, bytes and seconds against the caps, submission.json, report.png"""
-    rt, cfg, sizes = self.rt, self.cfg, dict(code="train_gpt.py", weights="artifact.bin")
-    columns = dict(logp_model=scores.log_prob, logp_final=final, bytes=self.text.bytes)
-    edges = np.arange(0, len(final), 1024)
-    self.save("blocks.npz", **{n: np.add.reduceat(c, edges) for n, c in columns.items()})
-    if cfg.save_scores or cfg.ngram_scheme:
+  def finish(self, model, scores, final, order):
+    """Proof, files of scores, bytes and seconds against the caps"""
+    rt, cfg, text = self.rt, self.cfg, self.text
+    if cfg.scorer == "documents":
+      mass_error, codec = prove(self, final[order.targets])
+    else:
+      mass_error, codec = window_mass(model, rt, cfg, text.stream), {}
+    self.score("ngram", final, mixer=cfg.mixer, orders=cfg.orders, mass_error=mass_error)
+    columns, edges = dict(logp_model=scores.log_prob, logp_final=final), range(0, len(final), 1024)
+    columns = {n: np.add.reduceat(c, edges) for n, c in (columns | dict(bytes=text.bytes)).items()}
+    self.save("blocks.npz", **columns)
+    if cfg.save_scores or getattr(cfg, "ngram_scheme", ""):
       self.save_scores("scores.npz", scores, final)
-    if cfg.ngram_scheme:
-      beside("as_written.print_pseudo", self)
+    if RECORDS:
+      beside("published.pseudo_score", self)
     if codec:
       rt.log("final_codec", **codec)
-    sizes = {part: (rt.folder / name).stat().st_size for part, name in sizes.items()}
-    total = sum(sizes.values())
-    rt.log("final_artifact_bytes", **sizes, total=total, cap=CAP_BYTES)
+    code, weights = ((rt.folder / n).stat().st_size for n in ("train_gpt.py", "artifact.bin"))
+    sizes = dict(code=code, weights=weights, total=code + weights)
+    rt.log("final_artifact_bytes", **sizes, cap=CAP_BYTES)
     rt.log("final_budget", **{f"{k}_seconds": v for k, v in rt.seconds.items()}, cap="600/600")
-    if total > CAP_BYTES:
-      rt.log("OVER THE CAP", f"{total} > {CAP_BYTES} bytes, not a valid submission")
-    for script in ("records/submission.py", "records/plot.py"):  # the first marks a finished run
-      if tool(script, rt.folder).returncode:
-        rt.log("note", f"{script} failed; run it again on {rt.folder}")
+    if code + weights > CAP_BYTES:
+      rt.log("OVER THE CAP", f"{code + weights} > {CAP_BYTES} bytes, not a valid submission")
+    if RECORDS:
+      beside("folder.close_run", rt)
 
 
 def train_model(report):
@@ -2036,15 +1977,8 @@ def evaluate(model, weights, report):
     speed = dict(tokens_per_s=int(size / (time.perf_counter() - middle)))
     speed["sliding_tokens_per_s"] = int(size / (middle - began))
     report.score("documents", scores.log_prob, lanes=cfg.eval_lanes, **speed)
-  if cfg.ttt_enabled:
-    training = beside("ttt.TestTimeTraining", model, rt, cfg)
-    scores = WindowScorer(training.model, rt, cfg).score(stream, stride, training.learn)
-    report.score("ttt", scores.log_prob)
-  if cfg.ngram_scheme and cfg.pseudo_weights == "ema":  # as #864 measured, unquantised
-    raw = copy.deepcopy(model)
-    raw.load_state_dict(weights)
-    raw = WindowScorer(raw, rt, cfg).score(stream, stride)
-    report.save_scores("scores_ema.npz", raw, raw.log_prob)
+  if RECORDS:
+    scores = beside("published.evaluate", model, weights, scores, report)
   return scores, order
 
 
@@ -2060,22 +1994,24 @@ def run(cfg):
   if cfg.eval_only:
     stored, packed = load_artifact(cfg.eval_only).cfg, Path(cfg.eval_only).read_bytes()
     model = {name: getattr(stored, name) for name in MODEL_FIELDS}
-    cfg = replace(cfg, **model, pseudo_weights="artifact").check()
+    cfg = replace(cfg, **model).check()
   else:
     micro_batches(cfg, rt)
-  open_run_folder(rt)
+  beside("folder.open_run", rt) if RECORDS else rt.folder.mkdir(parents=True, exist_ok=True)
   rt.start()
   if rt.rank == 0 and RECORDS:
     beside("variables.announce", rt, cfg)
-    beside("variables.prepare_sample", cfg.data_path)
   rt.largest(0)  # barrier
   find_shards(cfg.data_path, "val")
   cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
   report, path = Report(rt, cfg), rt.folder / "artifact.bin"
+  if rt.rank == 0:
+    (rt.folder / "train_gpt.py").write_bytes(CODE.read_bytes())
+    if RECORDS:
+      beside("variables.keep_sources", rt, cfg)
   weights = {} if cfg.eval_only else train_model(report)
   with rt.clock("eval"):  # quantisation is in its budget
     if rt.rank == 0:
-      keep_sources(rt, cfg)
       write_atomically(path, pack_artifact(weights, cfg, rt.log) if weights else packed)
     rt.largest(0)  # barrier
     model = load_artifact(path, rt.device)
@@ -2084,13 +2020,7 @@ def run(cfg):
     if rt.rank == 0 and cfg.mixer != "none":
       final = mix_ngrams(scores, order, report)
   if rt.rank == 0:
-    if cfg.scorer == "documents":
-      mass_error, codec = prove(report, final[order.targets])
-    else:
-      mass_error, codec = window_mass(model, rt, cfg, report.text.stream), {}
-    orders = f"{cfg.ngram_min_order}-{cfg.ngram_max_order}"
-    report.score("ngram", final, mixer=cfg.mixer, orders=orders, mass_error=mass_error)
-    report.finish(scores, final, **codec)
+    report.finish(model, scores, final, order)
   rt.largest(0)  # a rank that ends earlier could take rank 0 with it
 
 

@@ -403,11 +403,11 @@ def score_folder(
   return fields | {"weights": weights}
 
 
-def print_pseudo(report: Any, script: Any) -> None:
+def print_pseudo(report: Any, weights: str, script: Any) -> None:
   """Log NGRAM_SCHEME's line of the run that train_gpt.py is about to end."""
-  cfg, rt = report.cfg, report.rt
+  rt = report.rt
   try:
-    rt.log("final_ngram_pseudo", **score_folder(rt.folder, cfg.ngram_scheme, cfg.pseudo_weights))
+    rt.log("final_ngram_pseudo", **score_folder(rt.folder, report.cfg.ngram_scheme, weights))
   except (UserError, OSError) as error:
     rt.log("note", f"no pseudo score: {error}")
 

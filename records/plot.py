@@ -45,7 +45,7 @@ STYLE = {
 STAGES = {
   "int6_roundtrip": "int6 weights, re-read",
   "int6_sliding_window": "sliding window",
-  "documents": "documents",
+  "documents": "documents in lanes",
   "ttt": "test-time training",
   "ngram_backoff": "n-gram backoff",
   "ngram": "n-gram mixture",

@@ -50,6 +50,8 @@ SHRINK = {  # sizes and rates of `tiny`, the same for all
   "WARMUP_STEPS": "2",  # untimed; the first steps are slow and would bend the rate's fall
   "EVAL_STRIDE": "128",
   "TRAIN_LOG_EVERY": "10",
+  "SCORER": "sliding",  # all by the five's scorer
+  "CODEC_TOKENS": "0",
 }
 TOKENS_SHRINK = 1024  # of the 62 M validation tokens, about: loads of hashed tables stay
 CALIBRATION = {  # a short run for the time of a step, which the schedules need

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -19,7 +20,7 @@ class TestTimeTraining:
   to the query and value matrices (PR #808). Every rank takes the same steps."""
 
   def __init__(self, model: Any, rt: Any, cfg: Any, script: ModuleType):
-    self.script = script
+    self.script, self.chunk = script, cfg.ttt_chunk_tokens
     self.model, self.rt, self.cfg = copy.deepcopy(model), rt, cfg
     if cfg.ttt_use_lora:
       self.weights = [*self.factors("qo_bank"), *self.factors("kv_bank")]
@@ -35,7 +36,13 @@ class TestTimeTraining:
     _, rows, columns = getattr(self.model, bank).shape
     a = torch.randn(L, rows, rank, generator=torch.Generator().manual_seed(0)) / 100
     a, b = (t.to(self.rt.device).requires_grad_() for t in (a, torch.zeros(L, rank, columns)))
-    self.model.lora[bank] = a, b, (0, L) if bank == "qo_bank" else (L, 0)
+    plain, others = self.model.bank, (0, L) if bank == "qo_bank" else (L, 0)
+
+    def adapted(name: str) -> Tensor:
+      added = F.pad(a @ b, (0, 0, 0, 0, *others)) if name == bank else 0
+      return plain(name) + added
+
+    self.model.bank = adapted
     return a, b
 
   @torch.enable_grad()

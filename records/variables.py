@@ -9,6 +9,9 @@ config.env, and a name that is nearly right stops the run with a suggestion.
 import inspect
 import platform
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +26,7 @@ FINEWEB_DATA = DATA / "datasets/fineweb10B_sp1024"
 FINEWEB_TOKENIZER = DATA / "tokenizers/fineweb_1024_bpe.model"
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
 BACKENDS = ("sentencepiece", "zstandard", "numba", "constriction", "matplotlib")  # optional
+PATHS = ("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID")  # no settings
 PLANNED = ("CHECKPOINT_EVERY",)  # known, no effect yet
 
 
@@ -136,7 +140,7 @@ def read_record(name, script):
     raise script.ConfigError(message)
   pairs = read_pairs(known[found[0]], script.ConfigError)
   for setting, text in pairs.items():
-    if setting not in script.VARIABLES or setting in script.PATHS:
+    if setting not in script.VARIABLES or setting in PATHS:
       raise script.ConfigError(f"{known[found[0]]}: {setting}={text} is not a setting")
   return pairs
 
@@ -144,12 +148,21 @@ def read_record(name, script):
 def prepare_sample(folder: str | Path, script: ModuleType) -> None:
   """Tokenise the embedded text, if that is the folder, on its first use."""
   if Path(folder) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
-    if script.tool("data/prepare_sample.py", "--out", SAMPLE_DATA).returncode:
+    command = [sys.executable, script.ROOT / "data/prepare_sample.py", "--out", SAMPLE_DATA]
+    if subprocess.run(command).returncode:
       raise script.UserError("data/prepare_sample.py failed, see above")
 
 
+def keep_sources(rt, cfg, script: ModuleType) -> None:
+  """config.env, every setting without paths, and tokenizer.model, into the run folder."""
+  names = [name for name in script.VARIABLES if name not in PATHS]
+  lines = [f"{name}={script.show(getattr(cfg, name.lower()))}\n" for name in names]
+  (rt.folder / "config.env").write_text("".join(lines), encoding="utf-8")
+  shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
+
+
 def announce(rt, cfg, script: ModuleType) -> None:
-  """Log where, with what, and every value with its origin."""
+  """Log where, with what, and every value with its origin; tokenise the embedded text."""
   for note in cfg.notes:
     rt.log("note", note)
   show, origin = script.show, cfg.origin
@@ -160,13 +173,16 @@ def announce(rt, cfg, script: ModuleType) -> None:
   kind = torch.cuda.get_device_name() if rt.cuda else f"cpu {platform.machine()}"
   threads = torch.get_num_threads()
   rt.log("hardware", f"{rt.world_size} x {kind}", threads=threads, **versions, **found)
+  if not cfg.dry_run:
+    prepare_sample(cfg.data_path, script)
 
 
 def print_help(script: ModuleType) -> None:
   """Name, type, default and meaning of each variable, as the source of Config says."""
-  for line in inspect.getsource(script.Config).splitlines():
-    if line.startswith("    # "):
-      print(f"\n{line[6:]}")
+  published = (Path(__file__).parent / "published.py").read_text(encoding="utf-8")
+  for line in (inspect.getsource(script.Config) + published).splitlines():
+    if found := re.fullmatch(r" +# (.+)", line):
+      print(f"\n{found[1]}")
     elif found := re.match(r" +(\w+): (.*) = .*  # (.+)", line):
       name, choices = found[1].upper(), re.findall(r'"(\w+)"', found[2])
       default = script.VARIABLES[name].default
