@@ -55,6 +55,8 @@ TINY = dict(
   val_loss_every=0,
   eval_stride=4,
   eval_batch_seqs=4,
+  eval_lanes=4,
+  codec_tokens=0,  # of a run; encode and decode are told what to code
 )
 # The same idea for the script as a process: RECORD=tiny, shrunk further.
 SHRUNK = dict(
@@ -72,6 +74,8 @@ SHRUNK = dict(
   LATE_QAT_THRESHOLD="0.5",
   TRAIN_LOG_EVERY="1",
   EVAL_STRIDE="16",
+  SCORER="sliding",  # faster on two long documents; test_smoke's runs score documents
+  CODEC_TOKENS="0",
 )
 
 
@@ -140,11 +144,16 @@ def fixed_steps(cfg, runtime, shard, steps):
   return {name: w.detach().numpy() for name, w in trainer.model.named_parameters()}
 
 
-def adapted(model, runtime, cfg, stream, probes=()):
-  """Scores of a stream by a model that learns from it, chunk by chunk; probed distributions"""
-  training = train_gpt.TestTimeTraining(model.eval(), runtime, cfg)
+def student_of(model, runtime, cfg):
+  """Test-time training of a copy of the model."""
+  return train_gpt.beside("ttt.TestTimeTraining", model, runtime, cfg)
+
+
+def adapted(model, runtime, cfg, stream):
+  """Scores of a stream by a model that learns from it, chunk by chunk"""
+  training = student_of(model.eval(), runtime, cfg)
   scorer = train_gpt.WindowScorer(training.model, runtime, cfg)
-  return scorer.score(stream, cfg.eval_stride, probes, training.learn)
+  return scorer.score(stream, cfg.eval_stride, training.learn)
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):

@@ -22,7 +22,7 @@ def main():
     shard = folder / "stream_train_000000.bin"
     if steps == "ttt":
       stream = np.array(train_gpt.read_shard(shard, cfg.vocab_size)[:401])
-      result = adapted(perturbed(cfg), runtime, cfg, stream)[0]._asdict()
+      result = adapted(perturbed(cfg), runtime, cfg, stream)._asdict()
       result.pop("pe_delta")
     else:
       result = fixed_steps(cfg, runtime, shard, steps)

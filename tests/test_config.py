@@ -129,11 +129,24 @@ def test_config_is_frozen():
     resolve().seed = 3
 
 
-def test_precedence_and_origins(tmp_path, monkeypatch):
-  folder = tmp_path / "records" / "track" / "mine_long"
-  folder.mkdir(parents=True)
-  (folder / "config.env").write_text("# a comment\n\nITERATIONS=11\nSEED=5\n")
+@pytest.fixture
+def add_record(tmp_path, monkeypatch):
+  """-> function that writes a config.env into a records/ of its own."""
+  records = tmp_path / "records"
+  records.mkdir()
+  for path in [*(ROOT / "records").glob("*.py"), names.ALIASES]:
+    shutil.copy(path, records)
   monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+
+  def add(folder, text):
+    (records / folder).mkdir(parents=True)
+    (records / folder / "config.env").write_text(text)
+
+  return add
+
+
+def test_precedence_and_origins(add_record):
+  add_record("track/mine_long", "# a comment\n\nITERATIONS=11\nSEED=5\n")
   cfg = Config.from_env(dict(DEVICE="cpu", RECORD="mine", SEED="6"))
   assert (cfg.seed, cfg.iterations, cfg.num_layers) == (6, 11, Config.num_layers)
   assert cfg.origin["SEED"] == "env" and "mine" in cfg.origin["ITERATIONS"]
@@ -143,11 +156,8 @@ def test_precedence_and_origins(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "line", ["DATA_PATH=/x", "TOKENIZER_PATH=x", "RUN_ID=x", "NO_SUCH=1", "words", "RECORD=x"]
 )
-def test_record_file_sets_settings_only(line, tmp_path, monkeypatch):
-  folder = tmp_path / "records" / "mine"
-  folder.mkdir(parents=True)
-  (folder / "config.env").write_text(f"SEED=5\n{line}\n")
-  monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+def test_record_file_sets_settings_only(line, add_record):
+  add_record("mine", f"SEED=5\n{line}\n")
   assert line in refused(RECORD="mine")
 
 
@@ -181,13 +191,14 @@ def test_sibling_names_are_read_with_a_note(alias):
   default = train_gpt.VARIABLES[name].default
   text = "0" if default is True else "1" if default is False else "5"
   text = "0.5" if isinstance(default, float) else text
-  cfg = resolve(**{alias: text})
+  given = dict(SCORER="sliding") | {alias: text}  # which TTT asks for
+  cfg = resolve(**given)
   wanted = (float(text),) if isinstance(default, tuple) else type(default)(float(text))
   assert getattr(cfg, name.lower()) == wanted
   assert any(alias in note and name in note for note in cfg.notes)
   assert cfg.origin[name] == "env"
   same = f"{text}0" if "." in text else text
-  resolve(**{alias: text, name: same})  # saying the same twice is no conflict
+  resolve(**given | {name: same})  # saying the same twice is no conflict
   other = {"0": "1", "1": "0", "5": "6", "0.5": "0.25"}[text]
   message = refused(**{alias: text, name: other})
   assert alias in message and name in message
@@ -443,9 +454,11 @@ def test_impossible_values_are_named(name, text):
 
 
 def test_chunks_of_test_time_training_are_whole_windows():
-  message = refused(TTT_ENABLED="1", TTT_CHUNK_TOKENS="1000")
+  message = refused(TTT_ENABLED="1", TTT_CHUNK_TOKENS="1000", SCORER="sliding")
   assert "TTT_CHUNK_TOKENS=1000" in message and "EVAL_SEQ_LEN" in message
-  resolve(TTT_ENABLED="1", TTT_CHUNK_TOKENS="1024")
+  resolve(TTT_ENABLED="1", TTT_CHUNK_TOKENS="1024", SCORER="sliding")
+  message = refused(TTT_ENABLED="1", TTT_CHUNK_TOKENS="1024")
+  assert "SCORER=documents" in message and "sliding" in message
   resolve(TTT_ENABLED="0", TTT_CHUNK_TOKENS="1000")
 
 
@@ -470,12 +483,9 @@ def dry_run(**variables):
 
 
 @pytest.fixture
-def defaults_record(tmp_path, monkeypatch):
+def defaults_record(add_record):
   """-> function that resolves variables over the defaults instead of `tiny`."""
-  folder = tmp_path / "records" / "defaults"
-  folder.mkdir(parents=True)
-  (folder / "config.env").write_text("# nothing\n")
-  monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+  add_record("defaults", "# nothing\n")
   return lambda **v: Config.from_env(
     dict(DEVICE="cpu", RECORD="defaults") | {name: str(value) for name, value in v.items()}
   )

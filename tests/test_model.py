@@ -73,6 +73,15 @@ def plain_embed(cfg, w, ids):
   return torch.stack([plain_enrichment(cfg, w, x) for x in smeared])
 
 
+def embed(model, ids):
+  return model.embed(ids, train_gpt.Pass(model, ids))
+
+
+def bigram_index(model, ids, starts):
+  with torch.no_grad():
+    return model.bigram_index(ids, starts, train_gpt.Pass(model, ids))
+
+
 def turned(cfg, vector, position):
   """One head's vector, its first rope_dims dimensions rotated by their position."""
   dims = cfg.rope_dims or len(vector)
@@ -360,7 +369,7 @@ def test_smear_start_is_the_sibling_s_convention():
   model, ids = train_gpt.GPT(cfg).initialise(), random_ids(cfg)
   keep = 1 / (1 + math.exp(-3))
   with torch.no_grad():
-    x, (got, _) = norm(model.tok_emb[ids]), model.embed(ids)
+    x, (got, _) = norm(model.tok_emb[ids]), embed(model, ids)
   before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
   before[ids == BOS] = 0
   torch.testing.assert_close(got, keep * x + (1 - keep) * before, rtol=0, atol=1e-5)
@@ -438,14 +447,14 @@ def test_bos_reset_stops_smear_and_bigram(reset, kind):
   other = ids.clone()
   other[:, start - 1] = ids[:, start - 1] % 60 + 2
   with torch.no_grad():
-    (a, _), (b, _) = model.embed(ids), model.embed(other)
+    (a, _), (b, _) = embed(model, ids), embed(model, other)
   assert torch.equal(a[:, start], b[:, start]) == reset
   after = start + (1 if reset else 2)  # the smear takes what the bigram did one token further
   assert torch.equal(a[:, after:], b[:, after:])
   middle = ids.clone()
   middle[:, 3] = ids[:, 3] % 60 + 2
   with torch.no_grad():
-    assert not torch.equal(model.embed(middle)[0][:, 4], a[:, 4])
+    assert not torch.equal(embed(model, middle)[0][:, 4], a[:, 4])
 
 
 @pytest.mark.parametrize("changes", [{}, dict(bigram_kind="linear", pre_enrich_dim=24)])
@@ -455,7 +464,7 @@ def test_a_document_starts_like_the_text(changes):
   model, ids = perturbed(cfg), random_ids(cfg)
   start = cfg.train_seq_len // 2
   with torch.no_grad():
-    whole, part = model.embed(ids), model.embed(ids[:, start:])
+    whole, part = embed(model, ids), embed(model, ids[:, start:])
   for a, b in zip(whole, part, strict=True):  # and its change by pre-enrichment
     torch.testing.assert_close(a[:, start:], b, rtol=0, atol=1e-6)
 
@@ -477,25 +486,25 @@ PAIRS = [(5, 7), (1023, 1), (1, 1023), (512, 300)]  # systems.md 7.1
 def test_bigram_hash_vectors(rows, wanted):
   model = train_gpt.GPT(tiny(vocab_size=1024, bigram_vocab_size=rows))
   ids = torch.tensor(PAIRS)
-  index = model.bigram_index(ids, torch.zeros_like(ids, dtype=torch.bool))
+  index = bigram_index(model, ids, torch.zeros_like(ids, dtype=torch.bool))
   assert index[:, 1].tolist() == wanted and index[:, 0].tolist() == [rows - 1] * 4
-  assert model.bigram_index(ids, ids >= 0).tolist() == [[rows - 1] * 2] * 4
+  assert bigram_index(model, ids, ids >= 0).tolist() == [[rows - 1] * 2] * 4
 
 
 def test_linear_bigram_vectors():
   """#810's; the token before the first is 0."""
   model = train_gpt.GPT(tiny(vocab_size=1024, bigram_vocab_size=2048, bigram_kind="linear"))
   ids = torch.tensor(PAIRS)
-  index = model.bigram_index(ids, torch.zeros_like(ids, dtype=torch.bool))
+  index = bigram_index(model, ids, torch.zeros_like(ids, dtype=torch.bool))
   assert index[:, 1].tolist() == [1264, 364, 1684, 812]
   assert index[:, 0].tolist() == ids[:, 0].tolist()
-  assert torch.equal(model.bigram_index(ids, ids >= 0), ids)
+  assert torch.equal(bigram_index(model, ids, ids >= 0), ids)
 
 
 def test_bigram_hash_stays_in_its_table_when_int32_wraps():
   model = train_gpt.GPT(tiny(vocab_size=65_536, bigram_vocab_size=48))
   ids = torch.randint(0, 65_536, (8, 400), generator=torch.Generator().manual_seed(0))
-  index = model.bigram_index(ids, ids < 0)
+  index = bigram_index(model, ids, ids < 0)
   assert index.min() >= 0 and index.max() == 47
   assert (index[:, 1:] < 47).all() and len(index.unique()) == 48
 

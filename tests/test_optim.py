@@ -385,7 +385,7 @@ def test_averages_are_plain_loops(on, source, every, warmup):
 STREAM = random_stream(5000, 64, seed=4)
 ODD = dict(num_layers=3)  # banks of 3 and 6 matrices, so that two ranks need padding
 # chunks of four sequences in batches of three, so that a rank has two, one or none
-TTT = dict(ttt_enabled=True, ttt_chunk_tokens=64, ttt_batch_seqs=3, ttt_lr=0.05)
+TTT = dict(ttt_enabled=True, scorer="sliding", ttt_chunk_tokens=64, ttt_batch_seqs=3, ttt_lr=0.05)
 CAPPED = dict(max_wallclock_seconds=1.5, iterations=10**6, warmdown_iters=10**6)
 JOBS = {  # what two ranks do: name -> (steps, changes to the configuration); steps 0: to the cap,
   # "ttt": no training but scores that learn

@@ -26,15 +26,16 @@ from test_data import CHINESE, SCRIPTS, SOURCE_CODE
 
 FINAL_LINES = """int6_roundtrip_exact int6_sliding_window_exact documents_exact ttt_exact
  ngram_backoff_exact ngram_exact ngram_pseudo codec artifact_bytes budget""".split()
-ALWAYS = """int6_roundtrip_exact int6_sliding_window_exact ngram_exact artifact_bytes
- budget""".split()
+ALWAYS = """int6_roundtrip_exact int6_sliding_window_exact documents_exact ngram_backoff_exact
+ ngram_exact artifact_bytes budget""".split()
 FILES = """log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model config.env
  submission.json report.png blocks.npz scores.npz""".split()
+PROOF = dict(SCORER="documents", CODEC_TOKENS="-1")
 RUNS = {  # run -> (ranks, variables beside SHRUNK)
-  "one": (1, dict(VAL_LOSS_EVERY="5")),
+  "one": (1, PROOF | dict(VAL_LOSS_EVERY="5")),
   "again": (1, dict(VAL_LOSS_EVERY="0")),
   "other_seed": (1, dict(SEED="7")),
-  "two_ranks": (2, {}),
+  "two_ranks": (2, PROOF),
 }
 
 
@@ -51,10 +52,10 @@ def runs(tmp_path_factory, dataset):
   for name in ORDERS[worker_number() % 2]:
     with shared_folder(tmp_path_factory, f"smoke_{name}") as (cwd, empty):
       if empty:
-        ranks, env = RUNS.get(name) or (int(name[-1]), {})
+        ranks, env = RUNS.get(name) or (int(name[-1]), dict(SCORER="documents"))
         if name not in RUNS:
-          env = dict(EVAL_ONLY=str(finished["one"].folder / "artifact.bin"))
-        finished_run(cwd, name, ranks, **SHRUNK, DATA_PATH=str(dataset), **env)
+          env |= dict(EVAL_ONLY=str(finished["one"].folder / "artifact.bin"))
+        finished_run(cwd, name, ranks, **SHRUNK | env, DATA_PATH=str(dataset))
     finished[name] = Run(cwd / "runs" / name)
   return finished
 
@@ -82,10 +83,7 @@ def check_scores(run, dataset):
   assert {columns[name].dtype for name in ("position", "token", "bytes")} <= {
     np.dtype(kind) for kind in ("u2", "i4", "i8")
   }
-  for name, stage in (
-    ("logp_final", "ngram_exact"),
-    ("logp_model", "int6_sliding_window_exact"),
-  ):
+  for name, stage in (("logp_final", "ngram_exact"), ("logp_model", "documents_exact")):
     log_prob, line = columns[name], run.final(stage)
     assert log_prob.dtype == np.float64 and (log_prob < 0).all()
     assert float(line["val_loss"]) == pytest.approx(-log_prob.mean(), rel=1e-12)
@@ -94,18 +92,41 @@ def check_scores(run, dataset):
   assert (columns["entropy"] > 0).all() and columns["entropy"].max() < math.log(1024)
 
 
+def proves(run):
+  return run.folder.name in ("one", "two_ranks")
+
+
 def test_final_lines_in_order_and_once(run):
   stages = [line.split()[0] for line in run.lines if line.startswith("final_")]
   places = [FINAL_LINES.index(stage.removeprefix("final_")) for stage in stages]
   assert places == sorted(set(places))
-  assert {FINAL_LINES[place] for place in places} >= set(ALWAYS)
+  wanted = {*ALWAYS, *(["codec"] if proves(run) else [])}
+  assert {FINAL_LINES[place] for place in places} == wanted
 
 
 def test_run_folder_is_complete(run):
   names = {path.name for path in run.folder.iterdir()} - {"checkpoint"}
-  assert names == set(FILES)
+  assert names == {*FILES, *(["stream.bin"] if proves(run) else [])}
   assert (run.folder / "report.png").read_bytes().startswith(b"\x89PNG")
   assert (run.folder / "train_gpt.py").read_bytes() == SCRIPT.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["one", "two_ranks"])
+def test_all_tokens_are_proved(name, runs, dataset):
+  """Coded, and decoded in a process that was given the folder alone; at the price claimed."""
+  run, tokens = runs[name], validation(dataset)[0]
+  line, columns = run.final("codec"), run.arrays("scores.npz")
+  assert line["decoded"] == "ok"
+  assert int(line["proved_tokens"]) == int(line["total_tokens"]) == len(tokens) - 1
+  coded, claimed = int(line["coded_bytes"]), int(line["claimed_bytes"])
+  assert claimed == math.ceil(-columns["logp_final"].sum() / math.log(256))
+  most = len(tokens) * 2 * 512 / 2**24 / 8 + 16  # rounding to 24 bits, the coder's own end
+  assert 0 <= coded - claimed <= most
+  header, words = train_gpt.unseal(
+    train_gpt.STREAM_PREFIX, (run.folder / "stream.bin").read_bytes()
+  )
+  assert len(words) == coded and train_gpt.Shape(*header["shape"]).groups == RUNS[name][0]
+  assert not (run.folder / "decoded.npy").exists()
 
 
 def test_stdout_is_the_log(run):
@@ -153,7 +174,7 @@ def test_config_file_repeats_the_run(runs):
   lines = (runs["one"].folder / "config.env").read_text(encoding="utf-8").splitlines()
   settings = dict(line.split("=", 1) for line in lines)
   assert not settings.keys() & {"DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "RECORD", "EVAL_ONLY"}
-  wanted = SHRUNK | dict(VAL_LOSS_EVERY="5", GATED_ATTENTION="1", SEED="1337")
+  wanted = SHRUNK | PROOF | dict(VAL_LOSS_EVERY="5", GATED_ATTENTION="1", SEED="1337")
   assert {name: settings.get(name) for name in wanted.keys() - {"RECORD"}} == {
     name: text for name, text in wanted.items() if name != "RECORD"
   }
@@ -168,16 +189,17 @@ def test_stages_are_not_idle(runs):
   averaged = [line for line in runs["one"].lines if line.startswith("averaged ")]
   assert len(averaged) == 1 and " val_bpb:" in averaged[0]
   assert not any(line.startswith("averaged ") for line in runs["again"].lines)
-  stages = ["int6_roundtrip_exact", "int6_sliding_window_exact"]
-  roundtrip, sliding = (runs["one"].val_bpb(stage) for stage in stages)
-  assert sliding < roundtrip
+  stages = ["int6_roundtrip_exact", "int6_sliding_window_exact", "documents_exact"]
+  roundtrip, sliding, documents = (runs["one"].val_bpb(stage) for stage in stages)
+  assert sliding < roundtrip and documents < roundtrip
 
 
 def test_a_seed_is_an_artifact(runs):
   """Validation on the way does not matter; the seed does."""
   digests = {n: hashlib.sha256(runs[n].artifact).hexdigest() for n in RUNS}
   assert digests["one"] == digests["again"] != digests["other_seed"]
-  assert runs["one"].val_bpb() == runs["again"].val_bpb() != runs["other_seed"].val_bpb()
+  sliding = {n: runs[n].val_bpb("int6_sliding_window_exact") for n in RUNS}
+  assert sliding["one"] == sliding["again"] != sliding["other_seed"]
 
 
 def test_ranks_do_not_change_the_score(runs):
@@ -187,7 +209,8 @@ def test_ranks_do_not_change_the_score(runs):
     for name in ("logp_model", "logp_final"):
       gap = abs(a.arrays("scores.npz")[name] - b.arrays("scores.npz")[name]).max()
       assert gap <= 1e-5, name
-    assert f"{a.val_bpb():.6f}" == f"{b.val_bpb():.6f}"
+    assert a.val_bpb() == pytest.approx(b.val_bpb(), abs=1e-6)
+    assert a.final("int6_sliding_window_exact") == b.final("int6_sliding_window_exact")
 
 
 def test_training_on_two_ranks_is_the_same_training(runs):
@@ -229,7 +252,7 @@ def test_main_job_on_other_texts(name, tmp_path, capsys):
   data = tmp_path / "set"
   arguments = ["--input", str(tmp_path / "in.txt"), "--out", str(data), "--val-fraction", "0.3"]
   assert prepare_text.main(arguments) == 0
-  run = run_here(tmp_path, "text", **SHORT, DATA_PATH=str(data))
+  run = run_here(tmp_path, "text", **SHORT | dict(SCORER="documents"), DATA_PATH=str(data))
   check_scores(run, data)
   assert TEXTS[name].encode().endswith(validation_text(data).encode())
 
@@ -247,11 +270,13 @@ def test_random_tokens_cost_ten_bits(vocab_1024, tmp_path):
   data.mkdir()
   (data / "tokenizer.model").write_bytes(vocab_1024.read_bytes())
   write_shard(data / "noise_train_000000.bin", random_stream(20_000, 1024, seed=1))
-  stream = write_shard(data / "noise_val_000000.bin", random_stream(20_000, 1024, seed=2))
-  run = run_here(tmp_path, "noise", **SHORT | dict(ITERATIONS="8"), DATA_PATH=str(data))
+  tokens = np.random.default_rng(2).integers(1, 1024, 20_001)  # BOS among them: documents
+  tokens[0] = train_gpt.BOS
+  stream = write_shard(data / "noise_val_000000.bin", tokens)
+  env = SHORT | dict(SCORER="documents", ITERATIONS="8")
+  run = run_here(tmp_path, "noise", **env, DATA_PATH=str(data))
   columns = run.arrays("scores.npz")
   assert len(columns["token"]) == len(train_gpt.read_shard(stream, 1024)) - 1
   for name in ("logp_model", "logp_final"):
     bits = -columns[name] / math.log(2)
-    # tokens are drawn from 1,022 of the 1,024
-    assert bits.mean() > math.log2(1022) - 4 * bits.std() / math.sqrt(len(bits)), name
+    assert bits.mean() > math.log2(1023) - 4 * bits.std() / math.sqrt(len(bits)), name

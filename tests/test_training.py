@@ -226,9 +226,8 @@ def test_score_is_that_of_the_artifact_on_disk(base, dataset):
 
 
 @pytest.mark.usefixtures("no_picture")
-def test_averaged_line_is_of_the_weights_before_quantisation(base, dataset, tmp_path, monkeypatch):
+def test_averaged_line_is_of_the_weights_before_quantisation(base, dataset, tmp_path):
   """Windows side by side; scores_ema.npz holds the scores of the same weights."""
-  monkeypatch.setattr(train_gpt, "pseudo_score", lambda report: None)
   env = SHORT | dict(VAL_LOSS_EVERY="4", EVAL_STRIDE="64", DATA_PATH=str(dataset))
   run = run_here(tmp_path, "x", **env, NGRAM_SCHEME="pr864", PSEUDO_WEIGHTS="ema")
   (line,) = [row for row in run.metrics() if row["key"] == "averaged"]
@@ -322,7 +321,8 @@ def test_half_cleared_folder_is_not_taken_for_finished(dataset, tmp_path, monkey
     train_gpt.open_run_folder(rt)
   assert not (folder / "submission.json").exists()
   train_gpt.open_run_folder(rt)
-  assert not list(folder.iterdir())
+  assert {path.name for path in folder.iterdir()} == {"log.txt", "metrics.jsonl"}
+  assert not any(path.read_bytes() for path in folder.iterdir())
 
 
 def test_unfinished_folder_is_cleared(dataset, tmp_path):
