@@ -498,7 +498,7 @@ class ValidationText:
 
   def __init__(self, cfg):
     shards = [read_shard(path, cfg.vocab_size) for path in find_shards(cfg.data_path, "val")]
-    implied = int(shards[0][0] != BOS)  # 1: the first token is a target too, predicted from BOS
+    implied = int(shards[0][0] != BOS)  # 1: the first token is a target too
     self.stream = np.concatenate([np.full(implied, BOS, np.uint16), *shards])
     self.targets = self.stream[1:]  # (N,)
     tables = token_bytes(cfg.tokenizer_path, cfg.vocab_size)
@@ -1254,7 +1254,7 @@ class WindowScorer:
 
 
 class Shape(NamedTuple):
-  """What a decoder must know of a text beforehand."""
+  """What a decoder must know beforehand."""
 
   documents: int
   last: int  # targets of the last one; 0: it ends with a BOS, as the others do
@@ -1612,7 +1612,7 @@ class StreamError(UserError):
 
 class Dictionary:
   """What follows each context, {token: count}: ngram_counts of a text that is not there yet.
-  isolated: a context does not reach beyond a BOS."""
+  isolated: a context begins at a BOS."""
 
   def __init__(self, orders, lanes, isolated):
     self.sizes, self.isolated = [2 * order - 2 for order in orders], isolated
@@ -1693,20 +1693,19 @@ def coder_integers(p):
 def code(model, rt, cfg, shape, pick):
   """Encoder and decoder; pick(integers (lanes, V), documents, places) -> tokens (lanes,). Returns
   the text, a BOS before each document; how many targets; largest error of a mass"""
-  mixture = Mixture(rt, cfg, min(shape.lanes, shape.documents))
-  text = [[BOS] for _ in range(shape.documents)]
+  mixture, text = Mixture(rt, cfg, min(shape.lanes, shape.documents)), {}
 
   def choose(outputs, lanes, documents, places):
     tokens = pick(coder_integers(mixture.distributions(outputs, lanes)), documents, places)
     mixture.learn(tokens)
     for document, token in zip(documents, tokens.tolist(), strict=True):
-      text[document].append(token)
+      text.setdefault(document, [BOS]).append(token)
     return tokens
 
-  coded = drive(model, rt, shape, range(shape.groups), choose)
-  for part in text[:-1]:  # the BOS that ends one begins the next
-    del part[len(part) - (part[-1] == BOS) or 1 :]
-  return np.array(sum(text, []) or [BOS], np.uint16), coded, mixture.mass_error
+  coded, last = drive(model, rt, shape, range(shape.groups), choose), shape.documents - 1
+  parts = [t[:-1] if d < last and t[-1] == BOS else t for d, t in text.items()]
+  text = np.array([token for part in parts for token in part] or [BOS], np.uint16)
+  return text, coded, mixture.mass_error
 
 
 def encode(model, rt, cfg, stream, shape):
@@ -1762,7 +1761,7 @@ def decode_folder(cfg):
 
 
 def window_mass(model, rt, cfg, stream):
-  """Largest error of a mass among the first targets, as sliding windows score them"""
+  """Largest error of a mass among the first targets of sliding windows"""
   scorer, mixture = WindowScorer(model, rt, cfg), Mixture(rt, cfg, 1, isolated=False)
   ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
   ids, first, _ = scorer.windows(stream, ends, cfg.eval_stride)
@@ -1780,7 +1779,7 @@ def prove(report, log_prob):
   cfg, rt, stream, folder = report.cfg, report.rt, report.text.stream, report.rt.folder.resolve()
   shape, artifact = Shape.of(stream, cfg, rt.world_size), folder / "artifact.bin"
   rt = rt if cfg.codec_device == "same" else Runtime(replace(cfg, device="cpu"))
-  most = cfg.codec_tokens % (shape.targets + 1)  # -1: all
+  most = shape.targets if cfg.codec_tokens < 0 else cfg.codec_tokens
   shape = shape._replace(targets=min(max(most, WITNESSES), shape.targets))
   model = load_artifact(artifact, rt.device)
   words, text, coded, mass_error = encode(model, rt, cfg, stream, shape)

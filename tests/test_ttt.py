@@ -283,7 +283,9 @@ def test_learning_helps_on_another_style(changes, reader):
 def test_lines_of_a_run(lora, runs, again):
   """Its own line after the sliding one, whose scores it replaces in the mixture and the files."""
   plain = runs["one"]
-  run = again(SCORER="sliding", TTT_ENABLED="1", TTT_USE_LORA=lora, TTT_CHUNK_TOKENS="512", TTT_EPOCHS="1")
+  run = again(
+    SCORER="sliding", TTT_ENABLED="1", TTT_USE_LORA=lora, TTT_CHUNK_TOKENS="512", TTT_EPOCHS="1"
+  )
   stages = [line.split()[0] for line in run.lines if line.startswith("final_")]
   place = stages.index("final_ttt_exact")
   assert stages[place - 1 : place + 2 : 2] == [
@@ -301,7 +303,10 @@ def test_lines_of_a_run(lora, runs, again):
   for stage, mix in (("ngram_backoff_exact", cascade), ("ngram_exact", mixture)):
     wanted = train_gpt.bits_per_byte(mix(tokens, scores, 512), columns["bytes"])
     assert run.val_bpb(stage) == pytest.approx(wanted, rel=1e-12)
-  assert run.val_bpb() != run.val_bpb("ttt_exact") and float(run.final("ngram_exact")["mass_error"]) < 1e-9
+  assert (
+    run.val_bpb() != run.val_bpb("ttt_exact")
+    and float(run.final("ngram_exact")["mass_error"]) < 1e-9
+  )
   assert not any(line.startswith("final_ttt") for line in plain.lines)
 
 
