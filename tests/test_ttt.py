@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_rate_is_a_cosine_over_the_chunks(changes, size, rt):
     chunks.append(chunk)
 
   scorer = train_gpt.WindowScorer(training.model, rt, cfg)
-  scorer.score(stream, STRIDE, spy)
+  scorer.score(stream, STRIDE, SimpleNamespace(chunk=CHUNK, learn=spy))
   first = cfg.ttt_lora_lr if cfg.ttt_use_lora else cfg.ttt_lr
   wanted = [first * (1 + math.cos(math.pi * c / (count - 1))) / 2 for c in range(count - 1)]
   assert rates == pytest.approx(wanted)
@@ -175,7 +176,7 @@ def test_model_passed_in_is_not_modified(case):
   cfg, model, stream, _ = case
   given = copy.deepcopy(model).eval().requires_grad_(False)
   adapted(given, train_gpt.Runtime(cfg), cfg, stream)
-  assert given.lora == {} and not any(w.requires_grad for w in given.parameters())
+  assert "bank" not in vars(given) and not any(w.requires_grad for w in given.parameters())
   for (name, weight), before in zip(given.named_parameters(), model.parameters(), strict=True):
     assert torch.equal(weight, before), name
 
@@ -283,7 +284,9 @@ def test_learning_helps_on_another_style(changes, reader):
 def test_lines_of_a_run(lora, runs, again):
   """Its own line after the sliding one, whose scores it replaces in the mixture and the files."""
   plain = runs["one"]
-  run = again(SCORER="sliding", TTT_ENABLED="1", TTT_USE_LORA=lora, TTT_CHUNK_TOKENS="512", TTT_EPOCHS="1")
+  run = again(
+    SCORER="sliding", TTT_ENABLED="1", TTT_USE_LORA=lora, TTT_CHUNK_TOKENS="512", TTT_EPOCHS="1"
+  )
   stages = [line.split()[0] for line in run.lines if line.startswith("final_")]
   place = stages.index("final_ttt_exact")
   assert stages[place - 1 : place + 2 : 2] == [
@@ -301,7 +304,10 @@ def test_lines_of_a_run(lora, runs, again):
   for stage, mix in (("ngram_backoff_exact", cascade), ("ngram_exact", mixture)):
     wanted = train_gpt.bits_per_byte(mix(tokens, scores, 512), columns["bytes"])
     assert run.val_bpb(stage) == pytest.approx(wanted, rel=1e-12)
-  assert run.val_bpb() != run.val_bpb("ttt_exact") and float(run.final("ngram_exact")["mass_error"]) < 1e-9
+  assert (
+    run.val_bpb() != run.val_bpb("ttt_exact")
+    and float(run.final("ngram_exact")["mass_error"]) < 1e-9
+  )
   assert not any(line.startswith("final_ttt") for line in plain.lines)
 
 
