@@ -147,25 +147,24 @@ def bench_blend(table, size, vocab_size):
   """All counts that a run keeps, then the mixture over a model of varying entropy."""
   tokens, rng = benchmark_stream(size, vocab_size), np.random.default_rng(1)
   entropy = rng.gamma(4.0, 0.7, size - 1)
-  scores, cfg = train_gpt.Scores(-entropy, entropy), train_gpt.Config()
-  store = train_gpt.CountStore((*range(1, 10), *train_gpt.LONG_ORDERS))
+  scores, cfg = train_gpt.Scores(-entropy, entropy), train_gpt.Config(vocab_size=vocab_size)
+  mixers = {name: train_gpt.make_mixer(name, cfg, "cpu") for name in ("cascade", "blend")}
+  store = train_gpt.CountStore(mixers["blend"].orders)
   reset_peak()
   began = time.perf_counter()
-  counts = store.collect(train_gpt.ngram_counts(tokens, vocab_size, max(store.orders)))
-  match = train_gpt.backoff_match(counts, cfg)
+  store.collect(train_gpt.ngram_counts(tokens, vocab_size, max(store.orders)))
   seconds = time.perf_counter() - began
-  table.add("counts to order 24, twelve orders kept, backoff's match", seconds, peak_gb())
-  del counts
-  reset_peak()
-  began = time.perf_counter()
-  final, _ = train_gpt.blend(store, scores, "cpu")
-  spent, memory = time.perf_counter() - began, peak_gb()
-  alpha = train_gpt.backoff_alpha(match[0], entropy, cfg)
-  lines = entropy, -train_gpt.backoff_log_prob(scores.log_prob, alpha, match), -final
-  model, backoff, mixed = (float(line.mean()) / math.log(2) for line in lines)
-  remark = f"bits a token: model {model:.4f}, backoff {backoff:.4f}, blend {mixed:.4f}"
-  table.add("blend", spent, memory, remark)
-  table.add("full blend: the two together", seconds + spent)
+  table.add("counts to order 24, twelve orders kept", seconds, peak_gb())
+  bits = dict(model=float(entropy.mean()) / math.log(2))
+  for name, mixer in mixers.items():
+    reset_peak()
+    began = time.perf_counter()
+    final = train_gpt.mix(mixer, store, scores, None)
+    spent, memory = time.perf_counter() - began, peak_gb()
+    bits[name] = float(-final.mean()) / math.log(2)
+    remark = "bits a token: " + ", ".join(f"{who} {value:.4f}" for who, value in bits.items())
+    table.add(name, spent, memory, remark)
+  table.add("full blend: counts and blend", seconds + spent)
 
 
 def machine():

@@ -1,9 +1,9 @@
 """Fixtures: one tiny dataset a session, one thread a process."""
 
 import os
-from types import SimpleNamespace
 
 import helpers
+import numpy as np
 import prepare_sample
 import prepare_text
 import pytest
@@ -30,22 +30,20 @@ def rt():
 @pytest.fixture
 def no_picture(monkeypatch):
   """Runs in this process end without submission.json and report.png, which take seconds."""
-  run_tool = train_gpt.tool
-
-  def tool(script, *arguments, **how):
-    if script in ("records/submission.py", "records/plot.py"):
-      return SimpleNamespace(returncode=0)
-    return run_tool(script, *arguments, **how)
-
-  monkeypatch.setattr(train_gpt, "tool", tool)
+  beside = train_gpt.beside
+  monkeypatch.setattr(
+    train_gpt, "beside", lambda name, *a: None if name == "folder.close_run" else beside(name, *a)
+  )
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-  """Folder of a small dataset of real prose: 40 documents, 2 for validation, 512 pieces."""
+  """Folder of a small dataset of real prose: 40 documents, 12 short ones for validation, 512
+  pieces."""
   train, val = prepare_sample.sample_documents()
   folder = tmp_path_factory.mktemp("data") / "prose"
-  prepare_text.write_dataset(train[:40], val[:2], folder, "prose", 512)
+  short = [" ".join(part) for text in val[:2] for part in np.array_split(text.split(" "), 6)]
+  prepare_text.write_dataset(train[:40], short, folder, "prose", 512)
   return folder
 
 

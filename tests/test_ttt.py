@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_rate_is_a_cosine_over_the_chunks(changes, size, rt):
     chunks.append(chunk)
 
   scorer = train_gpt.WindowScorer(training.model, rt, cfg)
-  scorer.score(stream, STRIDE, spy)
+  scorer.score(stream, STRIDE, SimpleNamespace(chunk=CHUNK, learn=spy))
   first = cfg.ttt_lora_lr if cfg.ttt_use_lora else cfg.ttt_lr
   wanted = [first * (1 + math.cos(math.pi * c / (count - 1))) / 2 for c in range(count - 1)]
   assert rates == pytest.approx(wanted)
@@ -175,7 +176,7 @@ def test_model_passed_in_is_not_modified(case):
   cfg, model, stream, _ = case
   given = copy.deepcopy(model).eval().requires_grad_(False)
   adapted(given, train_gpt.Runtime(cfg), cfg, stream)
-  assert given.lora == {} and not any(w.requires_grad for w in given.parameters())
+  assert "bank" not in vars(given) and not any(w.requires_grad for w in given.parameters())
   for (name, weight), before in zip(given.named_parameters(), model.parameters(), strict=True):
     assert torch.equal(weight, before), name
 

@@ -79,11 +79,11 @@ def recompile(job):
 
 def future(job, scorer, stream, stride):
   """Scores before a change of all later tokens stay the same, bit by bit."""
-  (before, _), size, wrong = scorer.score(stream, stride=stride), len(stream) - 1, []
+  before, size, wrong = scorer.score(stream, stride=stride), len(stream) - 1, []
   for t in (1, size // 3, size // 2 // scorer.length * scorer.length, size - 2):
     changed = stream.copy()
     changed[t:] = (stream[t:] + 1) % scorer.model.cfg.vocab_size
-    after, _ = scorer.score(changed, stride=stride)
+    after = scorer.score(changed, stride=stride)
     columns = [(a, b) for a, b in zip(before, after, strict=True) if a is not None]
     same = all(np.array_equal(a[: t - 1], b[: t - 1]) for a, b in columns)
     moved = not np.array_equal(before.log_prob[t - 1 :], after.log_prob[t - 1 :])

@@ -141,9 +141,14 @@ def counts(job):
     job.reset_peak()
     began, at = time.perf_counter(), {}
     found = train_gpt.ngram_counts(tokens, vocab_size, max(MIXED), device=job.device)
-    for order, *_ in store.collect(found):
-      at[order] = time.perf_counter() - began
-      del _
+
+    def timed():
+      for order, *stats in found:
+        at[order] = time.perf_counter() - began
+        yield order, *stats
+        del stats
+
+    store.collect(timed())
   text = f"{at[9]:.1f} s to order 9, {at[max(MIXED)]:.1f} s to {max(MIXED)}, {len(MIXED)} orders "
   text += f"kept; {len(tokens):,} tokens, peak {gb(job.peak_gb())}, host {gb(host_gb())}"
   peaks = dict(peak_gb=job.peak_gb(), host_gb=host_gb())
@@ -187,7 +192,8 @@ def blend(job, store, size):
 
   def mixed(part):
     cut = train_gpt.Scores(log_prob=-entropy[:part], entropy=entropy[:part])
-    return job.seconds(lambda: train_gpt.blend(store, cut, job.device)[0])
+    mixer = train_gpt.Blend(store.orders, job.device)
+    return job.seconds(lambda: train_gpt.mix(mixer, store, cut, None))
 
   mixed(600)  # loads kernels
   job.reset_peak()
@@ -214,7 +220,7 @@ def pack(job):
   weights, path = dict(model.named_parameters()), job.options.folder / "artifact.bin"
   packing, data = job.seconds(lambda: train_gpt.pack_artifact(weights, cfg))
   path.write_bytes(data)
-  reading, loaded = job.seconds(lambda: train_gpt.load_artifact(path, job.device, cfg.window))
+  reading, loaded = job.seconds(lambda: train_gpt.load_artifact(path, job.device))
   bank, again = model.qo_bank.detach(), loaded.qo_bank
   error = float((again - bank).norm() / bank.norm())
   text = f"{packing:.1f} s to quantise and compress ({how}), {reading:.1f} s to read; "
