@@ -85,7 +85,7 @@ Beta = Annotated[float, 0, 0.999999]
 
 
 class ConfigError(UserError):
-  """A variable with a wrong name or value."""
+  """A wrong variable."""
 
 
 def beside(name, *arguments):
@@ -1021,7 +1021,7 @@ PREFIX = MAGIC + ARTIFACT_VERSION.to_bytes(4, "little")
 
 
 class ArtifactError(UserError):
-  """An artifact that is missing, damaged or foreign; nothing was loaded."""
+  """Missing, damaged or foreign; nothing was loaded."""
 
 
 def round_to_grid(weight, scale, largest):
@@ -1607,7 +1607,7 @@ WITNESSES = 2048  # targets at least whose whole distribution is added up
 
 
 class StreamError(UserError):
-  """A stream that is damaged or of another code, artifact or machine."""
+  """Damaged, or of another code, artifact or machine."""
 
 
 class Dictionary:
