@@ -192,9 +192,9 @@ The validation side of the embedded text, which the artifact was not trained on:
 
 {verdict}
 
-{header} bytes of the .pgz are its header, which the others do not have. PPMd is variant H with 1 GiB
-of memory and the best of the orders {orders} for each file (here {best[whole]}, and {best[budget]}
-within the budget).
+{header} bytes of the .pgz are its header, which the others do not have. PPMd is variant H with
+1 GiB of memory and the best of the orders {orders} for each file (here {best[whole]}, and
+{best[budget]} within the budget).
 
 ## Bytes
 
