@@ -183,7 +183,7 @@ on, {training_text:,} bytes ({training_xz:,} by xz -9, {training_ppmd:,} by PPMd
 is primed with as much of that text as PPMd makes {artifact_and_tokenizer:,} bytes of: as if it had
 to be sent like the artifact. zstd, xz and PPMd without "primed" know nothing. Counting the artifact
 too, `.pgz` would pay from {even:.1f} MB of such prose on, if it and xz -9 kept this file's rates;
-that was not measured, and both gain with length.
+that was not measured.
 
 ## Who wins on prose of the embedded kind
 
@@ -192,10 +192,9 @@ The validation side of the embedded text, which the artifact was not trained on:
 
 {verdict}
 
-{header} bytes of the .pgz are its header, which the others do not have. PPMd of training text that
-weighs no more than the artifact is a fair rival, and better here or worse as the line above says.
-PPMd's orders are {orders}, with 1 GiB of memory, the best one for each file (here {best[whole]},
-and {best[budget]} within the budget).
+{header} bytes of the .pgz are its header, which the others do not have. PPMd is variant H with
+1 GiB of memory and the best of the orders {orders} for each file (here {best[whole]}, and
+{best[budget]} within the budget).
 
 ## Bytes
 
