@@ -237,7 +237,7 @@ class Compressor:
         if shape:
           cfg, shape = self.config(header["scoring"], shape[2]), Shape(*shape)
           with contextlib.suppress(AssertionError):  # the coder's, for words it cannot have made
-            stream = train_gpt.decode(self.model, self.rt, cfg, part, shape)
+            stream, *_ = train_gpt.decode(self.model, self.rt, cfg, part, shape)
             part = self.text(stream[stream != BOS])
         parts.append(part)
     data = b"".join(parts)
