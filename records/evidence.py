@@ -187,8 +187,10 @@ class Case:
   def picked(self) -> tuple[np.ndarray, np.ndarray]:
     """Blocks, and positions in them, that the seed draws"""
     rng, size = np.random.default_rng(self.seed), len(self.text.targets)
-    if self.cfg.ttt_enabled:  # the artifact itself scores the first chunk only
-      size = min(size, self.cfg.ttt_chunk_tokens)
+    if self.cfg.ttt_enabled and self.cfg.ttt_chunk_tokens < size:
+      size = self.cfg.ttt_chunk_tokens // BLOCK * BLOCK  # the artifact itself scores the first
+      if not size:
+        raise NotChecked("TTT_CHUNK_TOKENS: weights change within the first block")
     blocks = np.sort(rng.permutation(-(-size // BLOCK))[:BLOCKS])
     spans = [np.arange(b * BLOCK, min((b + 1) * BLOCK, size)) for b in blocks]
     return blocks, np.concatenate([np.sort(rng.permutation(span)[:POSITIONS]) for span in spans])

@@ -514,7 +514,8 @@ def test_every_record(record, tmp_path_factory, data):
   """Their systems, shrunk; #808's also learns at test time."""
   env = dict(RECORD=record, MAX_WALLCLOCK_SECONDS="0", WARMUP_STEPS="0", NGRAM_BUCKETS="4096")
   env |= dict(NUM_HEADS="4", NUM_KV_HEADS="2", VE_DIM="32", BIGRAM_DIM="32", SAVE_SCORES="1")
-  env |= dict(NUM_LAYERS="11", EVAL_SEQ_LEN="64", TTT_CHUNK_TOKENS="256")
+  env |= dict(NUM_LAYERS="11", EVAL_SEQ_LEN="64", TTT_CHUNK_TOKENS="2048")
+  env |= {} if record == "own" else dict(SCORER="sliding")
   env |= dict(PRE_ENRICH_DIM="32") if record == "pr810" else {}
   env |= dict(TTT_ENABLED="1") if record == "pr808" else {}
   folder = finished(tmp_path_factory, record, data, **env)
