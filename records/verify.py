@@ -52,6 +52,7 @@ MASS_LIMIT = 1e-9  # float64 sums over the vocabulary stay below 1e-12
 MIXTURE_LIMIT = 1e-6  # nats at a target; 0 on one machine
 SLACK_BYTES = 16  # of the coder's last words
 UNSIGNED = {"author", "github_id", "name", "date", "sha256"}  # of submission.json: not in the log
+STATUSES = ("ok", "FAILED", "not checked")
 LOSSY_PROBE = " a  \ufb01\tb\r\n\n \uff21"  # what a normalising tokenizer changes
 CHECKS: dict[str, tuple[Callable, tuple[str, ...], bool]] = {}  # function, needs, essential
 
@@ -60,7 +61,7 @@ class Row(NamedTuple):
   """A line of the table."""
 
   check: str
-  status: str  # "ok", "FAILED" or "not checked"
+  status: str  # one of STATUSES
   reason: str
   essential: bool
 
@@ -114,7 +115,7 @@ def artifact(case: Case) -> str:
 
 @check("artifact", essential=True)
 def text(case: Case) -> str:
-  found, where = case.text, case.cfg.data_path
+  found, where = case.text, case.cfg.data_path.removeprefix(f"{evidence.ROOT}/")
   theirs, ours = case.file("tokenizer.model"), Path(case.cfg.tokenizer_path).read_bytes()
   digests = f"({sha256(theirs)[:12]}) is not {case.cfg.tokenizer_path} ({sha256(ours)[:12]})"
   require(theirs == ours, f"tokenizer.model {digests}")
@@ -288,9 +289,10 @@ def coded_size(case: Case) -> str:
     final = case.scores["logp_final"][case.order.targets[:coded]]
   claimed = -final.sum() / math.log(256)
   slack = coded * 2 * case.cfg.vocab_size / 2**24 / 8 + SLACK_BYTES
-  reason = f"{size:,} bytes for {coded:,} tokens, {claimed:,.0f} are claimed"
+  of = "val_bpb" if coded == total else f"{coded:,} tokens"
+  reason = f"{size:,} bytes, {claimed:,.0f} are claimed ({of})"
   require(abs(size - claimed) <= slack, f"{reason}: more than {slack:.0f} apart")
-  return f"{reason}{', which is val_bpb' if coded == total else ''}; limit {slack:.0f} apart"
+  return f"{reason}, limit {slack:.0f} apart"
 
 
 @check("stream", essential=True)
@@ -341,15 +343,14 @@ def examine(case: Case, names: Iterable[str] = tuple(CHECKS)) -> Iterator[Row]:
       yield Row(name, status, reason, essential)
 
 
-def verdict(rows: list[Row]) -> tuple[int, str]:
-  """-> exit status, its words"""
-  failed = [row.check for row in rows if row.status == "FAILED"]
-  unchecked = [row.check for row in rows if row.status == "not checked"]
-  words = f"not checked: {', '.join(unchecked) or 'nothing'}"
-  if failed:
-    return 1, f"FAILED: {', '.join(failed)}; {words}"
+def verdict(rows: list[Row]) -> tuple[int, str, str]:
+  """-> exit status, its word, which checks failed or could not be made"""
+  by = {status: [r.check for r in rows if r.status == status] for status in STATUSES}
+  why = f"not checked: {', '.join(by['not checked']) or 'nothing'}"
+  if by["FAILED"]:
+    return 1, "FAILED", f"failed: {', '.join(by['FAILED'])}; {why}"
   proved = all(row.status == "ok" for row in rows if row.essential)
-  return (0, f"PROVED; {words}") if proved else (3, f"CONSISTENT, NOT PROVED; {words}")
+  return (0, "PROVED", why) if proved else (3, "CONSISTENT, NOT PROVED:", why)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -371,14 +372,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.json:
       mark = "*" if row.essential else " "
       print(f"{mark} {row.check:<11}{row.status:<13}{row.reason}", flush=True)
-  (status, words), seconds = verdict(rows), time.perf_counter() - began
+  (status, word, why), seconds = verdict(rows), time.perf_counter() - began
   score = case.run.last("final_ngram_exact").get("val_bpb")
   if options.json:
-    result = dict(run=str(options.folder), status=status, verdict=words, val_bpb=score)
+    result = dict(
+      run=str(options.folder), status=status, verdict=word.rstrip(":"), why=why, val_bpb=score
+    )
     result |= dict(positions_seed=seed, seconds=seconds, checks=[row._asdict() for row in rows])
     print(json.dumps(result, indent=2))
   else:
-    print(f"val_bpb {score} {words} ({seconds:.0f} s, positions-seed {seed})")
+    print(f"{word} val_bpb {score}; {why} ({seconds:.0f} s, positions-seed {seed})")
   return status
 
 
