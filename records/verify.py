@@ -350,7 +350,7 @@ def verdict(rows: list[Row]) -> tuple[int, str, str]:
   if by["FAILED"]:
     return 1, "FAILED", f"failed: {', '.join(by['FAILED'])}; {why}"
   proved = all(row.status == "ok" for row in rows if row.essential)
-  return (0, "PROVED", why) if proved else (3, "CONSISTENT, NOT PROVED:", why)
+  return (0, "PROVED", why) if proved else (3, "CONSISTENT, NOT PROVED", why)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -378,7 +378,9 @@ def main(arguments: list[str] | None = None) -> int:
     result = dict(
       run=str(options.folder), status=status, verdict=word.rstrip(":"), why=why, val_bpb=score
     )
-    result |= dict(positions_seed=seed, seconds=seconds, checks=[row._asdict() for row in rows])
+    result |= dict(
+      val_bpb=score, positions_seed=seed, seconds=seconds, checks=[row._asdict() for row in rows]
+    )
     print(json.dumps(result, indent=2))
   else:
     print(f"{word} val_bpb {score}; {why} ({seconds:.0f} s, positions-seed {seed})")
