@@ -192,7 +192,7 @@ def counted_in_steps(tokens, vocab_size, max_order, implementation, steps, key_b
 
 @st.composite
 def laned(draw):
-  """-> vocabulary, tokens with many a BOS, times, lanes: each lane from the first step to its end"""
+  """-> vocabulary, tokens with many a BOS, times, lanes; each lane from the first step on"""
   vocab_size = draw(st.sampled_from([3, 256, 65_535]))
   others = st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=3)
   token = st.sampled_from([train_gpt.BOS, *draw(others)])
