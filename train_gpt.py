@@ -8,7 +8,7 @@ re-read from disk; section 12 spends it and decodes the text.
   RECORD=pr864 python train_gpt.py  # one GPU, a published system
   torchrun --standalone --nproc_per_node=8 train_gpt.py  # 8 GPUs, the record configuration
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-    train_gpt.py  # on each of two hosts
+    train_gpt.py  # on two hosts
 
 Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
 1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules, 7 weight
@@ -18,7 +18,7 @@ averaging, 9 quantisation and artifact, 10 neural scoring, 11 n-gram scoring, 12
 
 # -----------------------------------------------------------------------------
 # 1. Imports and optional back-ends
-# torch and numpy are enough to import this file; a stage asks for the rest when it runs.
+# torch and numpy suffice to import this file; a stage asks for more when it runs.
 
 import os
 
@@ -73,7 +73,7 @@ def backend(name):
 
 # -----------------------------------------------------------------------------
 # 2. Configuration
-# Environment > RECORD's config.env > defaults; each value checked and printed with its origin.
+# Environment > RECORD's config.env > defaults; each value typed and checked.
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
 RECORDS = (ROOT / "records/variables.py").exists()  # the file works alone, too
@@ -85,7 +85,7 @@ Beta = Annotated[float, 0, 0.999999]
 
 
 class ConfigError(UserError):
-  """A variable with a wrong name or value."""
+  """A wrong variable."""
 
 
 def beside(name, *arguments):
@@ -108,7 +108,7 @@ class Config(beside("published.variables") if RECORDS else object):
   device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
   attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
   dry_run: bool = False  # print what would run
-  eval_only: str = ""  # artifact to score instead
+  eval_only: str = ""  # artifact to score
   decode: str = ""  # run folder to decode
   overwrite: bool = False  # a finished run folder
   resume: Literal["0", "auto"] = "0"  # auto: go on with a run
@@ -123,11 +123,11 @@ class Config(beside("published.variables") if RECORDS else object):
   # Model
   vocab_size: Annotated[int, 0, 65_536] = 0  # 0: the tokenizer's
   train_seq_len: Annotated[int, 1, 2**20] = 2048  # tokens in a sequence
-  num_layers: Annotated[int, 2, 999] = 11  # joined as a U-Net
+  num_layers: Annotated[int, 2, 999] = 11  # as a U-Net
   model_dim: Count = 512  # residual width
   num_heads: Count = 8  # query heads
   num_kv_heads: Count = 4  # key/value heads
-  mlp_mult: Positive = 3.0  # MLP over MODEL_DIM
+  mlp_mult: Positive = 3.0  # of MODEL_DIM
   leaky_slope: float = 0.5  # leaky_relu(x)^2; 0: relu^2
   polyglu_enabled: bool = False  # learn each neuron's slope
   depth_recurrence: tuple[int, ...] = ()  # layers applied twice
@@ -156,7 +156,7 @@ class Config(beside("published.variables") if RECORDS else object):
 
   # Artifact
   embed_coding: Literal["int6", "int8", "fp16"] = "int8"  # token embedding
-  table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram, value embedding
+  table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram, value
   control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates
   compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
   quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
@@ -170,18 +170,18 @@ class Config(beside("published.variables") if RECORDS else object):
   warmup_steps: int = 20  # untimed
   warmdown_iters: int = 3500  # last steps, rate falls
   matrix_lr: float = 0.025  # Muon: the banks
-  scalar_lr: float = 0.025  # AdamW: gains, projections
+  scalar_lr: float = 0.025  # AdamW: gains
   tied_embed_lr: float = 0.035  # AdamW: embeddings
   muon_momentum: Fraction = 0.99  # after its warm-up
   muon_momentum_warmup_start: Fraction = 0.92  # at step 0
-  muon_momentum_warmup_steps: int = 1500  # steps between them
-  muon_backend_steps: Count = 5  # Newton-Schulz iterations
-  muon_wd: float = 0.04  # decay of the banks
-  adam_wd: float = 0.04  # decay of the rest
+  muon_momentum_warmup_steps: int = 1500  # steps
+  muon_backend_steps: Count = 5  # Newton-Schulz steps
+  muon_wd: float = 0.04  # of the banks
+  adam_wd: float = 0.04  # of the rest
   beta1: Beta = 0.9  # AdamW
   beta2: Beta = 0.95  # AdamW
   adam_eps: Positive = 1e-8  # AdamW
-  grad_clip_norm: float = 0.3  # largest norm; 0: any
+  grad_clip_norm: float = 0.3  # 0: any
   clip: Literal["global", "local"] = "global"  # of average or rank
   val_loss_every: int = 4000  # steps; 0: never
   train_log_every: Count = 500  # steps
@@ -189,15 +189,15 @@ class Config(beside("published.variables") if RECORDS else object):
   # Averaging and QAT
   ema_enabled: bool = True  # exponential mean
   ema_decay: Fraction = 0.997  # weight of the past
-  ema_warmup: bool = True  # at most (1 + s) / (10 + s)
+  ema_warmup: bool = True  # <= (1 + s) / (10 + s)
   swa_enabled: bool = True  # mean of late snapshots
   swa_every: Count = 50  # steps
   swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
   swa_weight: Fraction = 0.5  # share of SWA beside EMA
-  qat_enabled: bool = False  # on each row's grid from step 0
+  qat_enabled: bool = False  # on row grids, from step 0
   late_qat: bool = True  # on the export's grid
-  late_qat_threshold: float = 0.15  # rate factor at its start
-  qat_every: Count = 50  # steps between searches
+  late_qat_threshold: float = 0.15  # rate factor then
+  qat_every: Count = 50  # steps between
 
   # Scoring
   eval_seq_len: int = 0  # window; 0: TRAIN_SEQ_LEN
@@ -220,8 +220,8 @@ class Config(beside("published.variables") if RECORDS else object):
 
   @staticmethod
   def from_env(environ):
-    """Resolve a configuration; ConfigError names variable, value and fix. Only beside
-    records/ are there RECORDs (`tiny` where CUDA or data lack), other names, default data."""
+    """ConfigError names variable, value and fix. Only beside records/ are there RECORDs (`tiny`
+    where CUDA or data lack), other names, default data."""
     texts, notes = {name: (environ[name], "env") for name in VARIABLES if name in environ}, ()
     if RECORDS or environ.get("RECORD"):
       texts, notes = beside("variables.resolve", environ)
@@ -402,7 +402,7 @@ def write_atomically(path, write):
 
 # -----------------------------------------------------------------------------
 # 4. Data
-# Shards become training batches and one validation stream with the bytes of each token.
+# Shards become training batches and a validation stream with the bytes of each token.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS = 1
@@ -498,7 +498,7 @@ class ValidationText:
 
   def __init__(self, cfg):
     shards = [read_shard(path, cfg.vocab_size) for path in find_shards(cfg.data_path, "val")]
-    implied = int(shards[0][0] != BOS)  # 1: the first token is a target too, predicted from BOS
+    implied = int(shards[0][0] != BOS)  # 1: the first token is a target too
     self.stream = np.concatenate([np.full(implied, BOS, np.uint16), *shards])
     self.targets = self.stream[1:]  # (N,)
     tables = token_bytes(cfg.tokenizer_path, cfg.vocab_size)
@@ -980,7 +980,7 @@ class Optimizers:
 
 # -----------------------------------------------------------------------------
 # 7. Weight averaging
-# What is exported: an exponential mean of the weights, the mean of late snapshots, or both.
+# Exported are an exponential mean of the weights, the mean of late snapshots, or both.
 
 
 class Averages:
@@ -1012,7 +1012,7 @@ class Averages:
 
 # -----------------------------------------------------------------------------
 # 9. Quantisation and artifact
-# Averaged weights become integers on a searched grid, a compressed container, and weights again.
+# Weights become integers on a searched grid, a compressed container, and weights again.
 
 LARGEST = {"int6": 31, "int8": 127}  # integers -largest .. largest
 FLOATS = {"fp16": "<f2", "fp32": "<f4"}
@@ -1021,7 +1021,7 @@ PREFIX = MAGIC + ARTIFACT_VERSION.to_bytes(4, "little")
 
 
 class ArtifactError(UserError):
-  """An artifact that is missing, damaged or foreign; nothing was loaded."""
+  """Missing, damaged or foreign; nothing was loaded."""
 
 
 def round_to_grid(weight, scale, largest):
@@ -1029,7 +1029,7 @@ def round_to_grid(weight, scale, largest):
 
 
 def search_grid(weight, coding, cfg):
-  """GPTQ-lite: each row's grid ends at a quantile of its |w|, that of least squared error in the
+  """GPTQ-lite: a row's grid ends at a quantile of its |w|, that of least squared error in the
   row or matrix. fp32 (..., r, c) -> steps (..., r, 1), rounded as stored"""
   largest, ordered = LARGEST[coding], weight.abs().sort(dim=-1).values
   smallest = 1 / largest if cfg.quant_floor else 2.0**-24  # the least fp16 above 0
@@ -1254,7 +1254,7 @@ class WindowScorer:
 
 
 class Shape(NamedTuple):
-  """What a decoder must know of a text beforehand."""
+  """What a decoder must know beforehand."""
 
   documents: int
   last: int  # targets of the last one; 0: it ends with a BOS, as the others do
@@ -1343,7 +1343,7 @@ def score_documents(model, rt, cfg, stream):
 
 # -----------------------------------------------------------------------------
 # 11. n-gram scoring
-# Exact causal counts by sorting, and over them the published backoff and a learned mixture.
+# Exact causal counts by sorting, and over them a learned mixture.
 
 KEY_BITS = 63  # of a sort key: context group, token, position
 LONG_ORDERS = (12, 16, 24)  # repeats beyond the model's window
@@ -1547,7 +1547,7 @@ class Blend:
 
 
 def expert_p(stats, log_prob):
-  """p of the targets by the model and by each order: float64 (rows, K + 1)"""
+  """Of the targets by model and orders: float64 (rows, K + 1)"""
   n, c = stats[..., 0], stats[..., 1]
   return np.vstack([np.exp(log_prob).clip(1e-300), c / np.maximum(n, 1)]).T
 
@@ -1576,7 +1576,7 @@ def make_mixer(name, cfg, device):
 
 
 def mix_ngrams(scores, order, report):
-  """Mix by the published backoff and by NGRAM_MIXER -> log p (N,), nats"""
+  """By the published backoff and by NGRAM_MIXER -> log p (N,)"""
   cfg, rt, final = report.cfg, report.rt, scores.log_prob.copy()
   names = dict.fromkeys(("cascade", cfg.mixer) if RECORDS else (cfg.mixer,))
   mixers = {name: make_mixer(name, cfg, rt.device) for name in names}
@@ -1607,12 +1607,12 @@ WITNESSES = 2048  # targets at least whose whole distribution is added up
 
 
 class StreamError(UserError):
-  """A stream that is damaged or of another code, artifact or machine."""
+  """Damaged, or of another code, artifact or machine."""
 
 
 class Dictionary:
   """What follows each context, {token: count}: ngram_counts of a text that is not there yet.
-  isolated: a context does not reach beyond a BOS."""
+  isolated: a context begins at a BOS."""
 
   def __init__(self, orders, lanes, isolated):
     self.sizes, self.isolated = [2 * order - 2 for order in orders], isolated
@@ -1693,34 +1693,38 @@ def coder_integers(p):
 def code(model, rt, cfg, shape, pick):
   """Encoder and decoder; pick(integers (lanes, V), documents, places) -> tokens (lanes,). Returns
   the text, a BOS before each document; how many targets; largest error of a mass"""
-  mixture = Mixture(rt, cfg, min(shape.lanes, shape.documents))
-  text = [[BOS] for _ in range(shape.documents)]
+  mixture, text = Mixture(rt, cfg, min(shape.lanes, shape.documents)), {}
 
   def choose(outputs, lanes, documents, places):
     tokens = pick(coder_integers(mixture.distributions(outputs, lanes)), documents, places)
     mixture.learn(tokens)
     for document, token in zip(documents, tokens.tolist(), strict=True):
-      text[document].append(token)
+      text.setdefault(document, [BOS]).append(token)
     return tokens
 
-  coded = drive(model, rt, shape, range(shape.groups), choose)
-  for part in text[:-1]:  # the BOS that ends one begins the next
-    del part[len(part) - (part[-1] == BOS) or 1 :]
-  return np.array(sum(text, []) or [BOS], np.uint16), coded, mixture.mass_error
+  coded, last = drive(model, rt, shape, range(shape.groups), choose), shape.documents - 1
+  parts = [t[:-1] if d < last and t[-1] == BOS else t for d, t in text.items()]
+  text = np.array([token for part in parts for token in part] or [BOS], np.uint16)
+  return text, coded, mixture.mass_error
 
 
 def encode(model, rt, cfg, stream, shape):
   """-> words of the range coder, and what `code` returns"""
-  coders, starts = backend("constriction").stream, np.flatnonzero(stream == BOS)
+  coders, read = backend("constriction").stream, reader(stream)
   coder, family = coders.queue.RangeEncoder(), coders.model.Categorical(perfect=False)
 
   def pick(integers, documents, places):
-    tokens = stream[starts[documents] + places + 1].astype(np.int32)
+    tokens = read(documents, places)
     coder.encode(tokens, family, integers)
     return tokens
 
   coded = code(model, rt, cfg, shape, pick)
   return coder.get_compressed().astype("<u4").tobytes(), *coded
+
+
+def reader(stream):
+  starts = np.flatnonzero(stream == BOS)
+  return lambda documents, places: stream[starts[documents] + places + 1].astype(np.int32)
 
 
 def decode(model, rt, cfg, words, shape):
@@ -1747,14 +1751,16 @@ def decode_folder(cfg):
     rt.start()
     torch.set_num_threads(made["threads"])
     here, shape = fingerprint(rt, artifact), Shape(*header["shape"])
-  except Exception as error:
+    for name in here:
+      if made[name] != here[name]:
+        raise StreamError(f"{path}: made with {name} {made[name]}, not {here[name]}; fix: use that")
+    model = load_artifact(artifact, rt.device)
+    values |= {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
+    text, coded, mass_error = decode(model, rt, replace(cfg, **values), words, shape)
+  except UserError:
+    raise
+  except Exception as error:  # json, constriction and others have their own
     raise StreamError(f"{path}: unreadable ({error}); fix: get it again") from error
-  for name in here:
-    if made[name] != here[name]:
-      raise StreamError(f"{path}: made with {name} {made[name]}, not {here[name]}; fix: use that")
-  model = load_artifact(artifact, rt.device)
-  values |= {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
-  text, coded, mass_error = decode(model, rt, replace(cfg, **values), words, shape)
   if sha(text) != header["text"]:
     raise StreamError(f"{path}: decodes to another text than was coded; fix: use its machine")
   write_atomically(Path(cfg.decode, "decoded.npy"), lambda partial: np.save(partial, text))
@@ -1762,7 +1768,7 @@ def decode_folder(cfg):
 
 
 def window_mass(model, rt, cfg, stream):
-  """Largest error of a mass among the first targets, as sliding windows score them"""
+  """Largest error of a mass among the first targets"""
   scorer, mixture = WindowScorer(model, rt, cfg), Mixture(rt, cfg, 1, isolated=False)
   ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
   ids, first, _ = scorer.windows(stream, ends, cfg.eval_stride)
@@ -1780,12 +1786,13 @@ def prove(report, log_prob):
   cfg, rt, stream, folder = report.cfg, report.rt, report.text.stream, report.rt.folder.resolve()
   shape, artifact = Shape.of(stream, cfg, rt.world_size), folder / "artifact.bin"
   rt = rt if cfg.codec_device == "same" else Runtime(replace(cfg, device="cpu"))
-  most = cfg.codec_tokens % (shape.targets + 1)  # -1: all
+  most = shape.targets if cfg.codec_tokens < 0 else cfg.codec_tokens
   shape = shape._replace(targets=min(max(most, WITNESSES), shape.targets))
   model = load_artifact(artifact, rt.device)
-  words, text, coded, mass_error = encode(model, rt, cfg, stream, shape)
   if not most:
-    return mass_error, {}
+    read = reader(stream)
+    return code(model, rt, cfg, shape, lambda _, *where: read(*where))[2], {}
+  words, text, coded, mass_error = encode(model, rt, cfg, stream, shape)
   made = fingerprint(rt, artifact, folder / "train_gpt.py")
   scoring = {name: show(getattr(cfg, name)) for name in SCORING}
   header = dict(shape=shape, made=made, text=sha(text), scoring=scoring)
@@ -1895,10 +1902,12 @@ class Report:
 
   def __init__(self, rt, cfg):
     self.rt, self.cfg, self.text = rt, cfg, ValidationText(cfg)
+    if cfg.scorer == "documents" and cfg.codec_tokens:
+      backend("constriction")  # rather missed now than at the end
     rt.log("val_text", tokens=len(self.text.targets), bytes=int(self.text.bytes.sum()))
 
   def score(self, stage, log_prob, **more):
-    """A stage's final line; log_prob (N,), nats."""
+    """A final line; log_prob (N,), nats"""
     self.rt.log(f"final_{stage}_exact", **self.losses(log_prob), **more)
 
   def losses(self, log_prob):
@@ -1916,7 +1925,7 @@ class Report:
       write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
 
   def finish(self, model, scores, final, order):
-    """Proof, files of scores, bytes and seconds against the caps"""
+    """Proof, scores, bytes and seconds against the caps"""
     rt, cfg, text = self.rt, self.cfg, self.text
     if cfg.scorer == "documents":
       mass_error, codec = prove(self, final[order.targets])
@@ -1964,7 +1973,7 @@ def train_model(report):
 
 
 def evaluate(model, weights, report):
-  """Score the re-read artifact -> Scores by the scorer that feeds the mixture, Order of coding"""
+  """Score the re-read artifact -> Scores that feed the mixture, Order of coding"""
   cfg, rt, stream = report.cfg, report.rt, report.text.stream
   scorer, stride, order = WindowScorer(model, rt, cfg), cfg.eval_stride, Order(stream, slice(None))
   report.score("int6_roundtrip", scorer.score(stream, scorer.length).log_prob)
@@ -1972,11 +1981,11 @@ def evaluate(model, weights, report):
   scores = scorer.score(stream, stride)
   report.score("int6_sliding_window", scores.log_prob, stride=stride)
   if cfg.scorer == "documents":
-    middle, size = time.perf_counter(), len(stream) - 1
+    middle = time.perf_counter()
     scores, order = score_documents(model, rt, cfg, stream)
-    speed = dict(tokens_per_s=int(size / (time.perf_counter() - middle)))
-    speed["sliding_tokens_per_s"] = int(size / (middle - began))
-    report.score("documents", scores.log_prob, lanes=cfg.eval_lanes, **speed)
+    seconds = dict(tokens_per_s=time.perf_counter() - middle, sliding_tokens_per_s=middle - began)
+    speed = {name: int((len(stream) - 1) / spent) for name, spent in seconds.items()}
+    report.score("documents", scores.log_prob, **speed)
   if RECORDS:
     scores = beside("published.evaluate", model, weights, scores, report)
   return scores, order
