@@ -136,6 +136,127 @@ def test_counts_refuse_other_tokens():
 
 
 # -----------------------------------------------------------------------------
+# Counts in the order of coding: steps of lanes that do not see each other
+
+
+def lanes_oracle(tokens, times, lanes, max_order):
+  """The definition: context tuple -> {token: count}, read by all tokens of a step, then updated;
+  a lane's history begins anew with a BOS."""
+  tables, history = defaultdict(dict), defaultdict(list)
+  out, first = np.zeros((max_order, 4, len(tokens)), np.int64), 0
+  while first < len(tokens):
+    last = first
+    while last < len(tokens) and times[last] == times[first]:
+      last += 1
+    keys = {}
+    for t in range(first, last):
+      past = history[lanes[t]]
+      for order in range(1, min(max_order, len(past) + 1) + 1):
+        keys[t, order] = tuple(past[len(past) - order + 1 :])
+        table = tables[keys[t, order]]
+        singles = sum(count == 1 for count in table.values())
+        n, c = sum(table.values()), table.get(tokens[t], 0)
+        out[order - 1, :, t] = n, c, len(table), singles
+    for (t, _), key in keys.items():
+      tables[key][tokens[t]] = tables[key].get(tokens[t], 0) + 1
+    for t in range(first, last):
+      history[lanes[t]] = [*([] if tokens[t] == train_gpt.BOS else history[lanes[t]]), tokens[t]]
+    first = last
+  return out
+
+
+def dictionary_counts(tokens, times, lanes, max_order):
+  """The decoder's: (orders, 4, N), the target's count from what is known of its context."""
+  orders, columns = tuple(range(1, max_order + 1)), []
+  counts = train_gpt.Dictionary(orders, int(max(lanes, default=0)) + 1, True)
+  for time in sorted({*times.tolist()}):
+    now = np.flatnonzero(times == time)
+    stats, found = counts.read(lanes[now])
+    for i, k, after, seen in found:
+      stats[k, i, 1] = seen[after == tokens[now[i]]].sum()
+    counts.insert(lanes[now], tokens[now])
+    columns.append(stats)
+  empty = np.zeros((max_order, 0, 4), np.int32)
+  return np.concatenate([empty, *columns], 1).transpose(0, 2, 1)
+
+
+def counted_in_steps(tokens, vocab_size, max_order, implementation, steps, key_bits=63):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train_gpt, "KEY_BITS", key_bits)
+    patch.setattr(train_gpt, "has_backend", lambda name: implementation == name == "numba")
+    device = "cuda" if implementation == "cuda" else "cpu"
+    rows = list(ngram_counts(tokens, vocab_size, max_order, device, steps))
+  assert {column.dtype for _, *row in rows for column in row} == {np.dtype(np.int32)}
+  return np.array([row for _, *row in rows])
+
+
+@st.composite
+def laned(draw):
+  """-> vocabulary, tokens with many a BOS, times, lanes; each lane from the first step on"""
+  vocab_size = draw(st.sampled_from([3, 256, 65_535]))
+  others = st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=3)
+  token = st.sampled_from([train_gpt.BOS, *draw(others)])
+  texts = draw(st.lists(st.lists(token, max_size=30), min_size=1, max_size=4))
+  return vocab_size, *side_by_side(texts)
+
+
+def side_by_side(texts):
+  """Texts, one a lane -> tokens, times and lanes in the order of coding, int32 each"""
+  rows = [(time, lane, x) for lane, text in enumerate(texts) for time, x in enumerate(text)]
+  times, lanes, tokens = np.array(sorted(rows), np.int32).reshape(-1, 3).T.copy()
+  return tokens, times, lanes
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("key_bits", [63, 12])
+@settings(max_examples=50, deadline=None)
+@given(case=laned())
+def test_counts_in_steps_equal_a_dictionary(implementation, key_bits, case):
+  vocab_size, tokens, *steps = case
+  wanted = lanes_oracle(tokens.tolist(), *(s.tolist() for s in steps), 8)
+  got = counted_in_steps(tokens, vocab_size, 8, implementation, steps, key_bits)
+  assert np.array_equal(got, wanted)
+
+
+@settings(max_examples=50, deadline=None)
+@given(case=laned())
+def test_decoder_s_dictionary_counts_the_same(case):
+  _, tokens, *steps = case
+  wanted = lanes_oracle(tokens.tolist(), *(s.tolist() for s in steps), 8)
+  assert np.array_equal(dictionary_counts(tokens, *steps, 8), wanted)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "dictionary"])
+def test_counts_in_steps_of_a_longer_text(implementation):
+  """Twelve lanes of documents that repeat each other, to order 24."""
+  rng, texts = np.random.default_rng(5), []
+  block = rng.integers(2, 9, 60)
+  for _ in range(12):
+    parts = [np.append(train_gpt.BOS, block[: rng.integers(5, 60)]) for _ in range(4)]
+    text = np.concatenate(parts)
+    text[rng.random(len(text)) < 0.03] = 5
+    texts.append(text)
+  tokens, times, where = side_by_side(texts)
+  wanted = lanes_oracle(tokens.tolist(), times.tolist(), where.tolist(), 24)
+  assert (wanted[23, 0] > 1).any()
+  if implementation == "dictionary":
+    got = dictionary_counts(tokens, times, where, 24)
+  else:
+    got = counted_in_steps(tokens, 9, 24, implementation, (times, where))
+  assert np.array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_lane_without_bos_is_the_plain_text(implementation):
+  tokens = np.tile(np.random.default_rng(2).integers(2, 7, 60), 4)
+  steps = np.arange(240, dtype=np.int32), np.zeros(240, np.int32)
+  got = counted_in_steps(tokens, 7, 12, implementation, steps)
+  assert np.array_equal(got, oracle(tokens, 12))
+  plain = counted(tokens, 7, 12, implementation)
+  assert np.array_equal(got, plain)
+
+
+# -----------------------------------------------------------------------------
 # Texts, and a model of them: bytes given the byte before, from the text before
 
 
