@@ -1684,7 +1684,7 @@ def coder_integers(p):
   free = (1 << PRECISION) - p.shape[1]
   integers = np.floor(p * free)
   rest = free - integers.sum(1)
-  if not (np.abs(rest) <= p.shape[1]).all():
+  if not ((np.abs(rest) <= p.shape[1]) & (p.min(1) >= 0)).all():
     raise ValueError(f"not a distribution: its mass is {p.sum(1)}")
   integers[np.arange(len(p)), p.argmax(1)] += rest
   return integers
@@ -1750,7 +1750,7 @@ def decode_folder(cfg):
     rt = Runtime(replace(cfg, device=made["device"].split()[0]))
     rt.start()
     torch.set_num_threads(made["threads"])
-    here, shape = fingerprint(rt, artifact), Shape(*header["shape"])
+    here, shape, goal = fingerprint(rt, artifact), Shape(*header["shape"]), header["text"]
     for name in here:
       if made[name] != here[name]:
         raise StreamError(f"{path}: made with {name} {made[name]}, not {here[name]}; fix: use that")
@@ -1761,7 +1761,7 @@ def decode_folder(cfg):
     raise
   except Exception as error:  # json, constriction and others have their own
     raise StreamError(f"{path}: unreadable ({error}); fix: get it again") from error
-  if sha(text) != header["text"]:
+  if sha(text) != goal:
     raise StreamError(f"{path}: decodes to another text than was coded; fix: use its machine")
   write_atomically(Path(cfg.decode, "decoded.npy"), lambda partial: np.save(partial, text))
   rt.log("decoded", coded, mass_error=f"{mass_error:.1e}")

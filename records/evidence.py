@@ -175,7 +175,7 @@ class Case:
   @cached_property
   def coded(self) -> int:
     """Targets in stream.bin: whole steps, until the header's number is reached"""
-    last = self.times[self.stream[0]["shape"][-1] - 1]
+    last = self.times[self.stream[0]["shape"][4] - 1]
     return int(np.searchsorted(self.times, last, "right"))
 
   @cached_property
@@ -320,7 +320,7 @@ def score_lanes(case: Case, stream: np.ndarray, spans: list, picked: list[int]) 
     return np.where(offset + 1 < sizes[at], goals[here], BOS)  # a piece that is over ends so
 
   count = len(pieces)
-  shape = train_gpt.Shape(count, 0, count, 1, len(places))
+  shape = train_gpt.Shape(count, 0, count, 1, len(places), case.cfg.window)
   train_gpt.drive(case.model, case.rt, shape, [0], choose)
   return Blocks(places, log_prob, entropy, rows)
 

@@ -15,6 +15,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -81,7 +82,7 @@ class RunFolder:
     try:
       with np.load(self.path / "blocks.npz", allow_pickle=False) as arrays:
         return {name: arrays[name] for name in ("logp_model", "logp_final", "bytes")}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
       raise RunError(f"{self.path}: no usable blocks.npz ({error})") from None
 
 

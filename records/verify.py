@@ -132,7 +132,7 @@ def stream(case: Case) -> str:
   for name, path in dict(code="train_gpt.py", artifact="artifact.bin").items():
     there, here = header["made"][name], sha256(case.file(path))
     require(there == here, f"stream.bin was made with {name} {there[:12]}, not {here[:12]}")
-  wanted = [*case.shape[:-1], header["shape"][-1]]
+  wanted = [*case.shape._replace(targets=header["shape"][4])]
   require(header["shape"] == wanted, f"stream.bin has shape {header['shape']}, not {wanted}")
   settings = {name: train_gpt.show(getattr(case.cfg, name)) for name in train_gpt.SCORING}
   require(settings == header["scoring"], "stream.bin's settings are not those of config.env")

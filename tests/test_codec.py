@@ -424,8 +424,8 @@ def test_integers_by_hand():
     [0.49, 0.25, 0.25],
     [0.0, 0.0, 0.0],
     [0.5, 0.25, 0.25 + 1e-5],
-    pytest.param([1.5, -0.25, -0.25], marks=pytest.mark.xfail(reason="bugs5.md", strict=False)),
-    pytest.param([0.6, 0.5, -0.1], marks=pytest.mark.xfail(reason="bugs5.md", strict=False)),
+    [1.5, -0.25, -0.25],
+    [0.6, 0.5, -0.1],
   ],
 )
 def test_rows_that_are_no_distribution_are_refused(row):
@@ -669,10 +669,7 @@ def test_forged_streams_are_refused(name, copied):
   assert "another text" in refusal(folder)
 
 
-TEXT = pytest.param("text", marks=pytest.mark.xfail(reason="KeyError, bugs5.md"))
-
-
-@pytest.mark.parametrize("lost", ["shape", "made", TEXT, "scoring"])
+@pytest.mark.parametrize("lost", ["shape", "made", "text", "scoring"])
 def test_headers_without_a_field_are_refused(lost, copied):
   folder, reseal = copied
   reseal(lambda header, words: ({k: v for k, v in header.items() if k != lost}, words))
