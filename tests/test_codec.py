@@ -409,6 +409,12 @@ def test_integers_are_a_distribution_that_costs_next_to_nothing(p):
   assert cost.max() <= 2 * vocab_size / 2**24
 
 
+def test_integers_by_hand():
+  """floor(p (2^24 - V)); what is left goes to the likeliest: a stream's bytes depend on it."""
+  got = coder_integers(np.array([[0.5, 0.3, 0.2], [0.0, 1 / 3, 2 / 3]]))
+  assert got.tolist() == [[8_388_608, 5_033_163, 3_355_442], [0, 5_592_404, 11_184_809]]
+
+
 @pytest.mark.parametrize(
   "row",
   [
