@@ -519,3 +519,13 @@ def test_every_record(record, tmp_path_factory, data):
   assert not {name: why for name, (status, why) in found.items() if status == "FAILED"}
   proof = set() if record == "own" else {"stream", "coded_size", "decode"}
   assert statuses(found) == proof
+
+
+def test_more_tokens_than_there_are_mean_all(data, tmp_path, monkeypatch):
+  """CODEC_TOKENS beyond the text, as its default on a short one."""
+  monkeypatch.setattr(train_gpt, "WITNESSES", 1)
+  env = SMALL | dict(CODEC_TOKENS="1000000", ITERATIONS="1", WARMDOWN_ITERS="1")
+  done = run_here(tmp_path, "beyond", **env, DATA_PATH=str(data)).submission()
+  codec = done["codec"]
+  assert codec["proved_tokens"] == codec["total_tokens"] == done["tokens"]
+  assert codec["decoded"] == "ok"
