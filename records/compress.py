@@ -16,13 +16,11 @@ The tokens are dealt out to lanes, one contiguous piece each, that are coded sid
 lanes are faster, fewer let a piece see more of what came before. A .pgz is a container of
 train_gpt.seal: JSON header (bytes, sha256 of file and tokenizer, fingerprint of code, artifact,
 libraries and machine, settings of the scorer, shape and size of each block), the blocks, the bytes
-kept aside. It restores on machines whose floating point is the same, and
-says so where it is not.
+kept aside. It restores on machines whose floating point is the same, and says so where it is not.
 """
 
 import argparse
 import contextlib
-import hashlib
 import lzma
 import os
 import re
@@ -50,9 +48,7 @@ SUFFIX, PREFIX = ".pgz", b"PGZ\x01"
 LANES, LANE_TOKENS = 32, 512  # lanes at most; tokens in each at least
 BLOCK_TOKENS = 1 << 19  # coded on their own: counts take about 3 KB of memory a token
 SETTINGS = "eval_seq_len ngram_enabled ngram_mixer ngram_min_order ngram_max_order".split()
-INVALID = re.compile(
-  "([\udc80-\udcff]+)"
-)  # bytes that are no UTF-8, as surrogateescape writes them
+INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, by surrogateescape
 SMALLER = tuple(map(re.compile, (r"(?s)[^\r\n]+|[\r\n]+", r"(?s) ?\S+|\s", r"(?s).")))
 
 
@@ -197,7 +193,7 @@ class Compressor:
 
   def made(self) -> dict[str, Any]:
     """Whatever the code depends on, by name."""
-    digest = hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
+    digest = train_gpt.sha(self.tokenizer.read_bytes())
     return dict(tokenizer=digest) | train_gpt.fingerprint(self.rt, self.artifact)
 
   def compress(self, data: bytes, lanes: int = 0) -> Packed:
@@ -216,7 +212,7 @@ class Compressor:
         blocks.append([shape if smaller else None, len(words if smaller else raw)])
         parts.append(words if smaller else raw)
     parts.append(b"" if held.all() else keep_aside(data, held))
-    header = dict(bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), made=self.made())
+    header = dict(bytes=len(data), sha256=train_gpt.sha(data), made=self.made())
     header |= dict(scoring=scoring, blocks=blocks)
     packed = train_gpt.seal(PREFIX, header, b"".join(parts))
     return Packed(packed, header, len(tokens), time.perf_counter() - began)
@@ -242,7 +238,7 @@ class Compressor:
         parts.append(part)
     data = b"".join(parts)
     data = put_back(data, payload, header["bytes"]) if payload else data
-    if hashlib.sha256(data).hexdigest() != header["sha256"]:
+    if train_gpt.sha(data) != header["sha256"]:
       raise CompressError(f"{name}: restores to other bytes; fix: use the machine it was made on")
     return data
 

@@ -5,7 +5,6 @@ after it was compared with this checkout's.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -33,7 +32,7 @@ import variables  # noqa: E402
 import train_gpt  # noqa: E402
 from train_gpt import BOS  # noqa: E402
 
-OUR_CODE = hashlib.sha256(train_gpt.CODE.read_bytes()).hexdigest()
+OUR_CODE = train_gpt.sha(train_gpt.CODE.read_bytes())
 BLOCK = 1024  # targets of a row of blocks.npz
 BLOCKS, POSITIONS = 4, 16  # computed again, and in each of them the whole distribution
 SAME_DEVICE = 1e-3, 1e-5  # nats at a target, a target of a block: fp32, other shapes
@@ -51,10 +50,6 @@ class NotChecked(Exception):
 def require(holds: Any, reason: str) -> None:
   if not holds:
     raise Failed(reason)
-
-
-def sha256(data: bytes) -> str:
-  return hashlib.sha256(data).hexdigest()
 
 
 class Case:
@@ -134,9 +129,7 @@ class Case:
     try:
       return train_gpt.unseal(train_gpt.STREAM_PREFIX, data)
     except ValueError as error:
-      size = (
-        start + int.from_bytes(data[start - 4 : start], "little") + hashlib.sha256().digest_size
-      )
+      size = start + int.from_bytes(data[start - 4 : start], "little") + train_gpt.SHA_BYTES
       size += self.claims.get("codec", {}).get("coded_bytes", 0)
       cut = f"has {len(data):,} bytes of {size:,}, it is cut off"
       raise Failed(f"stream.bin {cut if len(data) < size else error}") from None
@@ -226,7 +219,9 @@ class Case:
     alone = Path(self.exit.enter_context(tempfile.TemporaryDirectory(prefix="verify_")))
     for name in ("train_gpt.py", "artifact.bin", "tokenizer.model", "stream.bin"):
       shutil.copyfile(self.folder / name, alone / name)
-    require(sha256((alone / "train_gpt.py").read_bytes()) == OUR_CODE, "train_gpt.py has changed")
+    require(
+      train_gpt.sha((alone / "train_gpt.py").read_bytes()) == OUR_CODE, "train_gpt.py has changed"
+    )
     launch = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
     environ = {n: x for n, x in os.environ.items() if n not in launch | train_gpt.VARIABLES.keys()}
     process = subprocess.Popen(

@@ -41,7 +41,6 @@ from evidence import (  # noqa: E402
   Failed,
   NotChecked,
   require,
-  sha256,
   submission,
   train_gpt,
 )
@@ -84,7 +83,7 @@ def check(*needs: str, essential: bool = False) -> Callable:
 @check(essential=True)
 def code(case: Case) -> str:
   """Nothing of the folder is executed before this held."""
-  found = sha256(case.file("train_gpt.py"))
+  found = train_gpt.sha(case.file("train_gpt.py"))
   reason = f"train_gpt.py has sha256 {found[:12]}, this checkout's has {OUR_CODE[:12]}"
   require(found == OUR_CODE, f"{reason}; fix: read it, or check out the commit that it is from")
   return f"train_gpt.py is this checkout's, sha256 {found[:12]}"
@@ -93,7 +92,7 @@ def code(case: Case) -> str:
 @check(essential=True)
 def files(case: Case) -> str:
   for what, name in submission.FILES.items():
-    found, claimed = sha256(case.file(name)), str(case.claims.get("sha256", {}).get(what))
+    found, claimed = train_gpt.sha(case.file(name)), str(case.claims.get("sha256", {}).get(what))
     reason = f"{name} has sha256 {found[:12]}, submission.json says {claimed[:12]}"
     require(found == claimed, reason)
   return "code, artifact and tokenizer have the sha256 that submission.json names"
@@ -117,7 +116,9 @@ def artifact(case: Case) -> str:
 def text(case: Case) -> str:
   found, where = case.text, case.cfg.data_path.removeprefix(f"{evidence.ROOT}/")
   theirs, ours = case.file("tokenizer.model"), Path(case.cfg.tokenizer_path).read_bytes()
-  digests = f"({sha256(theirs)[:12]}) is not {case.cfg.tokenizer_path} ({sha256(ours)[:12]})"
+  digests = (
+    f"({train_gpt.sha(theirs)[:12]}) is not {case.cfg.tokenizer_path} ({train_gpt.sha(ours)[:12]})"
+  )
   require(theirs == ours, f"tokenizer.model {digests}")
   here = len(found.targets), int(found.bytes.sum())
   there = case.claims.get("tokens"), case.claims.get("bytes")
@@ -130,7 +131,7 @@ def text(case: Case) -> str:
 def stream(case: Case) -> str:
   header, words = case.stream
   for name, path in dict(code="train_gpt.py", artifact="artifact.bin").items():
-    there, here = header["made"][name], sha256(case.file(path))
+    there, here = header["made"][name], train_gpt.sha(case.file(path))
     require(there == here, f"stream.bin was made with {name} {there[:12]}, not {here[:12]}")
   wanted = [*case.shape._replace(targets=header["shape"][4])]
   require(header["shape"] == wanted, f"stream.bin has shape {header['shape']}, not {wanted}")
@@ -261,9 +262,8 @@ def causality(case: Case) -> str:
   cut = int(np.median(again.places))
   future = (np.arange(len(stream)) > cut) & (stream != BOS)
   stream[future] = rng.integers(2, vocab, future.sum())
-  same = (
-    evidence.score_blocks(case, stream).entropy == again.entropy
-  )  # sums over all tokens, float64
+  changed = evidence.score_blocks(case, stream)
+  same = changed.entropy == again.entropy  # sums over all tokens, float64
   past = again.places <= cut
   require(same[past].all(), "the network's distributions change with later tokens")
   require(not same[~past].all(), "the network's distributions do not change with earlier tokens")

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,25 @@ SHRUNK = dict(
 def tiny(**changes):
   """A checked Config with every switch on; `changes` by field name."""
   return train_gpt.Config(**TINY | changes).check()
+
+
+def model_of(text, vocab_size=400, **options):
+  """Bytes of a SentencePiece model as upstream trains them: which alters text."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(text.splitlines()),
+    model_writer=model,
+    vocab_size=vocab_size,
+    model_type="bpe",
+    hard_vocab_limit=False,
+    pad_id=0,
+    bos_id=1,
+    eos_id=2,
+    unk_id=3,
+    minloglevel=2,
+    **options,
+  )
+  return model.getvalue()
 
 
 def perturbed(cfg, seed=0, spread=0.3):

@@ -10,10 +10,9 @@ import sys
 import numpy as np
 import prepare_text
 import pytest
-import sentencepiece
 import torch
 import tqdm
-from helpers import ROOT, clean_environment, cores, perturbed, tiny, train_gpt
+from helpers import ROOT, clean_environment, cores, model_of, perturbed, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import CHINESE, SCRIPTS, SOURCE_CODE
@@ -41,25 +40,6 @@ FILES = {
   "surrogates": "\ud83d\ude00".encode("utf-8", "surrogatepass") + b" and \xed\xb2\x80",
   "spaces": b"  a    b\n\n\n   " * 9,
 }
-
-
-def model_of(text, **options):
-  """A SentencePiece model's bytes."""
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(text.splitlines()),
-    model_writer=model,
-    vocab_size=400,
-    model_type="bpe",
-    hard_vocab_limit=False,
-    pad_id=0,
-    bos_id=1,
-    eos_id=2,
-    unk_id=3,
-    minloglevel=2,
-    **options,
-  )
-  return model.getvalue()
 
 
 TOKENIZERS = {  # the first is ours; the others invent and drop spaces and join characters

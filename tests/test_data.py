@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from helpers import model_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -289,20 +290,8 @@ def test_reused_tokenizer(tmp_path, english_model, capsys):
 
 
 def test_lossy_tokenizer_is_reported(tmp_path, capsys):
-  (tmp_path / "train.txt").write_text("the cat sat on the mat with full width letters\n" * 9)
-  sentencepiece.SentencePieceTrainer.train(
-    input=str(tmp_path / "train.txt"),
-    model_prefix=str(tmp_path / "lossy"),
-    vocab_size=290,
-    model_type="bpe",
-    byte_fallback=True,
-    hard_vocab_limit=False,
-    pad_id=0,
-    bos_id=1,
-    eos_id=2,
-    unk_id=3,
-    minloglevel=2,
-  )
+  text = "the cat sat on the mat with full width letters\n" * 9
+  (tmp_path / "lossy.model").write_bytes(model_of(text, 290, byte_fallback=True))
   out = prepare(tmp_path, "ｆｕｌｌ  width\n" * 30, "--tokenizer", tmp_path / "lossy.model")
   assert "round_trip LOSSY: 2 of 2 documents change" in capsys.readouterr().out
   tokens, documents, tokenizer = read_val(out)
