@@ -724,13 +724,13 @@ class GPT(nn.Module):
 
   def forward(self, ids, targets):
     """Mean cross-entropy in nats of targets given ids, both int64 (B, T)."""
-    logits = self.logits(self.hidden(ids)[0])
+    logits = self.logits(self.hidden(ids))
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
   def hidden(self, ids, shared=None):
-    """(B, T) -> normed output of the last block (B, T, D); (B, T) change by pre-enrichment"""
+    """(B, T) -> normed output of the last block (B, T, D)"""
     shared, skips, half = shared or Pass(self, ids), [], self.cfg.num_layers // 2
-    x, change = self.embed(ids, shared)
+    x = self.embed(ids, shared)
     for i in range(self.cfg.num_layers):
       if i >= half and skips:
         x = x + self.skip_weights[i - half] * skips.pop()
@@ -738,7 +738,7 @@ class GPT(nn.Module):
         x = self.block(i, x, shared)
       if i < half:
         skips.append(x)
-    return rms_norm(x), change
+    return rms_norm(x)
 
   def logits(self, hidden):
     """(..., D) -> softcapped (..., V), at any selection of positions"""
@@ -747,8 +747,8 @@ class GPT(nn.Module):
 
   def embed(self, ids, shared):
     """Token + bigram embedding, norm, smear; with pre-enrichment the norm comes last.
-    (B, T) -> (B, T, D), the change (B, T) or 0"""
-    cfg, x, change = self.cfg, F.embedding(ids, self.tok_emb), torch.zeros_like(ids)
+    (B, T) -> (B, T, D)"""
+    cfg, x = self.cfg, F.embedding(ids, self.tok_emb)
     starts = (ids == BOS) & cfg.bos_reset  # a document does not see the one before
     if cfg.bigram_vocab_size:
       pairs = F.embedding(self.bigram_index(ids, starts, shared), self.bigram_embed)
@@ -759,14 +759,14 @@ class GPT(nn.Module):
       before = shared.before("x", x).masked_fill(starts.unsqueeze(-1), 0.0)
       x = torch.lerp(x, before, torch.sigmoid(self.smear).type_as(x))
     if cfg.pre_enrich_dim:
-      plain, up, down = x, self.bank("enrich_up"), self.bank("enrich_down")
-      x = F.linear(F.gelu(F.linear(plain, up)), down)
-      x, change = rms_norm(x), (x - plain).detach().float().norm(dim=-1)
+      up, down = self.bank("enrich_up"), self.bank("enrich_down")
+      shared.plain, x = x, F.linear(F.gelu(F.linear(x, up)), down)
+      shared.enriched, x = x, rms_norm(x)
     shared.x0, shared.value_embedding = x, None
     if cfg.value_layers:
       values = F.linear(F.embedding(ids, self.ve_embed), self.ve_proj)
       shared.value_embedding = self.ve_scale * values  # (B, T, KV)
-    return x, change
+    return x
 
   def bigram_index(self, ids, starts, shared):
     """Hash of (previous, current) id; at a start the last row ("xor", wraps as int32 upstream) or
@@ -1175,11 +1175,7 @@ class Scores(NamedTuple):
 
   log_prob: np.ndarray
   entropy: np.ndarray
-  pe_delta: np.ndarray | None = None  # norm of the change by pre-enrichment
-
-  @staticmethod
-  def of(columns, cfg):
-    return Scores(*columns[: 3 if cfg.pre_enrich_dim else 2])
+  pe_delta: np.ndarray | None = None  # norm of the change by pre-enrichment (PR #810)
 
   def take(self, places):
     return Scores(*(c if c is None else c[places] for c in self))
@@ -1204,20 +1200,19 @@ class WindowScorer:
     self.forward = rt.compile(self.score_rows)
 
   def log_probs(self, ids, first, count):
-    """ids (B, T) -> at `count` rows from first (B,): log-probabilities, float64 (B, count, V),
-    and change by pre-enrichment"""
+    """ids (B, T) -> at `count` rows from first (B,): log-probabilities, float64 (B, count, V)"""
     with self.rt.autocast():
       index = first.unsqueeze(1) + torch.arange(count, device=first.device)
-      hidden, change = self.model.hidden(ids)
+      hidden = self.model.hidden(ids)
       hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
       logits = self.model.logits(hidden)
-    return logits.double().log_softmax(-1), change.gather(1, index)
+    return logits.double().log_softmax(-1)
 
   def score_rows(self, ids, first, targets):
-    """-> log p of targets (B, S), entropy, change; float64 (3, B, S)"""
-    log_probs, change = self.log_probs(ids, first, targets.shape[1])
+    """-> log p of targets (B, S), entropy; float64 (2, B, S)"""
+    log_probs = self.log_probs(ids, first, targets.shape[1])
     chosen = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return torch.stack([chosen, entropy_of(log_probs), change.double()])
+    return torch.stack([chosen, entropy_of(log_probs)])
 
   def windows(self, stream, ends, stride):
     """Inputs (B, T), first scored rows (B,), targets (B, S) of the windows that end before
@@ -1240,11 +1235,11 @@ class WindowScorer:
       parts.append(self.score_windows(stream, np.arange(a, b, stride) + stride, stride))
       if student and b < total:
         student.learn(stream[a : b + 1], a / size / ((total - 1) // size))
-    return Scores.of(np.concatenate(parts, 1).reshape(3, -1)[:, :total], self.cfg)
+    return Scores(*np.concatenate(parts, 1).reshape(2, -1)[:, :total])
 
   def score_windows(self, stream, ends, stride):
-    """float64 (3, windows, S), the same on every rank"""
-    result = np.zeros((3, len(ends), stride))
+    """float64 (2, windows, S), the same on every rank"""
+    result = np.zeros((2, len(ends), stride))
     for b in range(self.rt.rank * self.batch, len(ends), self.rt.world_size * self.batch):
       real = range(b, min(b + self.batch, len(ends)))
       window = np.resize(real, self.batch)  # the last batch keeps its shape
@@ -1301,17 +1296,15 @@ def drive(model, rt, shape, groups, choose):
 
 
 def lane_pass(model, rt, rows, window):
-  """-> forward(ids, places), int64 (rows,) each -> log-probabilities, float64 (rows, V), entropy,
-  change (rows,)"""
+  """-> forward(ids, places), int64 (rows,) each -> log-probabilities, float64 (rows, V), entropy"""
   lanes = Lanes(model, rows, window)
 
   def forward(ids, places):
     lanes.begin(places)
     with rt.autocast():
-      hidden, change = model.hidden(ids.unsqueeze(1), lanes)
-      logits = model.logits(hidden[:, 0])
+      logits = model.logits(model.hidden(ids.unsqueeze(1), lanes)[:, 0])
     log_probs = logits.double().log_softmax(-1)
-    return log_probs, entropy_of(log_probs), change[:, 0].double()
+    return log_probs, entropy_of(log_probs)
 
   return rt.graph(forward, *torch.zeros(2, rows, dtype=torch.int64, device=rt.device))
 
@@ -1325,20 +1318,20 @@ def score_documents(model, rt, cfg, stream):
     targets = starts[documents] + places
     tokens, mine = stream[targets + 1].astype(np.int64), lanes // rows == rt.rank
     at, goal = (torch.from_numpy(a[mine]).to(rt.device) for a in (lanes % rows, tokens))
-    log_probs, *others = outputs
-    parts.append(torch.stack([log_probs[at, goal], *(column[at] for column in others)]))
+    log_probs, entropy = outputs
+    parts.append(torch.stack([log_probs[at, goal], entropy[at]]))
     coded.append((targets, lanes))
     return tokens
 
   drive(model, rt, shape, [rt.rank], choose)
   targets, lanes = map(np.concatenate, zip(*coded, strict=True))
-  columns, begun = np.zeros((3, shape.targets)), np.arange(min(shape.lanes, shape.documents))
+  columns, begun = np.zeros((2, shape.targets)), np.arange(min(shape.lanes, shape.documents))
   columns[:, targets[lanes // rows == rt.rank]] = torch.cat(parts, 1).cpu()
   sizes = [len(begun), *(len(lanes) for _, lanes in coded)]
   times = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
   tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
   order = Order(tokens, targets, (times, np.append(begun, lanes)))
-  return Scores.of(rt.sum(columns), model.cfg), order
+  return Scores(*rt.sum(columns)), order
 
 
 # -----------------------------------------------------------------------------
@@ -1649,16 +1642,14 @@ class Mixture:
 
   def __init__(self, rt, cfg, begun, isolated=True):
     self.mixer, self.chunk, self.mass_error = make_mixer(cfg.mixer, cfg, rt.device), [], 0.0
-    self.counts, self.enriched = Dictionary(self.mixer.orders, begun, isolated), cfg.pre_enrich_dim
+    self.counts = Dictionary(self.mixer.orders, begun, isolated)
     self.counts.insert(range(begun), np.full(begun, BOS))
 
   def distributions(self, outputs, lanes):
-    """log-probabilities (rows, V), entropy, change -> p of the lanes, float64 (lanes, V)"""
-    self.log_probs, entropy, change = (column.cpu().numpy()[lanes] for column in outputs)
+    """log-probabilities (rows, V), entropy -> p of the lanes, float64 (lanes, V)"""
+    self.log_probs, entropy = (column.cpu().numpy()[lanes] for column in outputs)
     self.lanes, (stats, self.found) = lanes, self.counts.read(lanes)
-    weights = self.mixer.weights(
-      *self.mixer.rows(stats, entropy, change if self.enriched else None)
-    )
+    weights = self.mixer.weights(*self.mixer.rows(stats, entropy))
     p, self.now = weights[:, :1] * np.exp(self.log_probs), (stats, entropy)
     for i, k, tokens, counts in self.found:
       p[i, tokens] += weights[i, k + 1] / stats[k, i, 0] * counts
@@ -1772,10 +1763,9 @@ def window_mass(model, rt, cfg, stream):
   scorer, mixture = WindowScorer(model, rt, cfg), Mixture(rt, cfg, 1, isolated=False)
   ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
   ids, first, _ = scorer.windows(stream, ends, cfg.eval_stride)
-  rows = [x.flatten(0, 1) for x in scorer.log_probs(ids, first, cfg.eval_stride)]
-  for t in range(min(WITNESSES, len(rows[0]), len(stream) - 1)):
-    log_probs, change = (x[t : t + 1] for x in rows)
-    mixture.distributions((log_probs, entropy_of(log_probs), change), np.array([0]))
+  rows = scorer.log_probs(ids, first, cfg.eval_stride).flatten(0, 1)
+  for t, row in enumerate(rows[: min(WITNESSES, len(stream) - 1)].split(1)):
+    mixture.distributions((row, entropy_of(row)), np.array([0]))
     mixture.learn(stream[t + 1 : t + 2])
   return mixture.mass_error
 

@@ -308,7 +308,7 @@ def score_lanes(case: Case, stream: np.ndarray, spans: list, picked: list[int]) 
 
   def choose(outputs: Any, lanes: np.ndarray, at: np.ndarray, offset: np.ndarray) -> np.ndarray:
     here = begins[at] + offset
-    log_probs, spread, _ = (column.cpu().numpy()[lanes] for column in outputs)
+    log_probs, spread = (column.cpu().numpy()[lanes] for column in outputs)
     log_prob[here], entropy[here] = log_probs[np.arange(len(here)), goals[here]], spread
     found = zip(places[here].tolist(), log_probs, strict=True)
     rows.update({place: row for place, row in found if place in picked})
@@ -327,9 +327,9 @@ def score_windows(case: Case, stream: np.ndarray, spans: list, picked: list[int]
   ends, rows = (np.unique(np.concatenate(windows)) + 1) * stride, {}
   for place in picked:
     ids, first, _ = scorer.windows(stream, np.array([place // stride + 1]) * stride, stride)
-    rows[place] = scorer.log_probs(ids, first, stride)[0][0, place % stride].cpu().numpy()
+    rows[place] = scorer.log_probs(ids, first, stride)[0, place % stride].cpu().numpy()
   places = (ends[:, None] - stride + np.arange(stride)).ravel()
-  columns = scorer.score_windows(stream, ends, stride).reshape(3, -1)[:2]
+  columns = scorer.score_windows(stream, ends, stride).reshape(2, -1)
   inside = places < len(stream) - 1
   return Blocks(places[inside], *columns[:, inside], rows)
 

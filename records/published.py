@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
+PIECE = 1 << 14  # tokens embedded at once
+
 
 def variables(script: ModuleType) -> type:
   """The base of train_gpt.py's Config that declares them."""
@@ -68,12 +73,32 @@ def evaluate(model: Any, weights: dict, scores: Any, report: Any, script: Module
     scorer = script.WindowScorer(student.model, rt, cfg)
     scores = scorer.score(stream, cfg.eval_stride, student)
     report.score("ttt", scores.log_prob)
+  if cfg.pre_enrich_dim:
+    scores = scores._replace(pe_delta=enrichment_change(model, stream, PIECE, script))
   if weights and cfg.ngram_scheme and cfg.pseudo_weights == "ema":
     model = copy.deepcopy(model)
     model.load_state_dict(weights)
     raw = script.WindowScorer(model, rt, cfg).score(stream, cfg.eval_stride)
+    if cfg.pre_enrich_dim:
+      raw = raw._replace(pe_delta=enrichment_change(model, stream, PIECE, script))
     report.save_scores("scores_ema.npz", raw, raw.log_prob)
   return scores
+
+
+@torch.no_grad()
+def enrichment_change(model: Any, stream: np.ndarray, piece: int, script: ModuleType) -> np.ndarray:
+  """Norm of the change by pre-enrichment (PR #810's confidence) at each input of a stream of N + 1
+  tokens, float64 (N,): of the token and the two before (smear over bigrams), so in pieces
+  that overlap by two."""
+  parts, device = [], model.tok_emb.device
+  for a in range(0, len(stream) - 1, piece):
+    first = max(a - 2, 0)
+    ids = stream[first : min(a + piece, len(stream) - 1)].astype(np.int64)
+    shared = script.Pass(model, ids := torch.from_numpy(ids)[None].to(device))
+    model.embed(ids, shared)
+    change = (shared.enriched - shared.plain).double().norm(dim=-1)
+    parts.append(change[0, a - first :].cpu().numpy())
+  return np.concatenate(parts)
 
 
 def pseudo_score(report: Any, script: ModuleType) -> None:

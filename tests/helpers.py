@@ -115,6 +115,11 @@ def perturbed(cfg, seed=0, spread=0.3):
   return model
 
 
+def enrichment_change(model, stream, piece=1 << 14):
+  """Of records/published.py"""
+  return train_gpt.beside("published.enrichment_change", model, stream, piece)
+
+
 def random_ids(cfg, rows=3, seed=0):
   """int64 (rows, train_seq_len) with a BOS in the middle of each row."""
   ids = torch.randint(
