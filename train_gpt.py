@@ -12,8 +12,8 @@ re-read from disk; section 12 spends it and decodes the text.
 
 Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
 1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules, 7 weight
-averaging, 9 quantisation and artifact, 10 neural scoring, 11 n-gram scoring, 12 codec,
-13 training loop, 14 report and main. What no proof needs is in records/.
+averaging, 8 checkpoint and resume, 9 quantisation and artifact, 10 neural scoring, 11 n-gram
+scoring, 12 codec, 13 training loop, 14 report and main. What no proof needs is in records/.
 """
 
 # -----------------------------------------------------------------------------
@@ -34,6 +34,7 @@ import json
 import lzma
 import math
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -330,6 +331,7 @@ class Runtime:
     self.device = torch.device(f"cuda:{local}" if self.cuda else "cpu")
     self.finished = (self.folder / "submission.json").exists()
     self.seconds, self.files = {"train": 0.0, "eval": 0.0}, [sys.stdout]
+    self.tick = lambda stage, done, total: None  # a terminal's progress bar, records/progress.py
 
   def start(self):
     """Threads, seed, kernels, process group, log."""
@@ -358,8 +360,27 @@ class Runtime:
       dist.all_reduce(torch.from_numpy(array), how)
     return array
 
-  def largest(self, value):
-    return self.sum(np.array([float(value)]), dist.ReduceOp.MAX).item()
+  def largest(self, *values):
+    return self.sum(np.array(values, float), dist.ReduceOp.MAX)
+
+  def barrier(self):
+    self.largest(0)
+
+  @contextlib.contextmanager
+  def signals(self):
+    """-> list of SIGINT, SIGTERM that come meanwhile; after the first one, another ends the process
+    at once."""
+    numbers, came = (signal.SIGINT, signal.SIGTERM), []
+
+    def handle(number, _):
+      came.append(number)
+      for each in numbers:
+        signal.signal(each, signal.SIG_DFL)
+
+    before = [signal.signal(number, handle) for number in numbers]
+    yield came
+    for number, handler in zip(numbers, before, strict=True):
+      signal.signal(number, handler)
 
   @contextlib.contextmanager
   def clock(self, stage):
@@ -394,10 +415,22 @@ class Runtime:
 
 
 def write_atomically(path, write):
-  """The bytes, or what write(path) writes, appear whole or not at all"""
+  """The bytes, or what write(path) writes, appear whole or not at all, whatever dies."""
   partial = path.with_name(f".partial_{path.name}")
-  write(partial) if callable(write) else partial.write_bytes(write)
-  os.replace(partial, path)
+  try:
+    write(partial) if callable(write) else partial.write_bytes(write)
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def flush(path):
+  """To the disk."""
+  file = os.open(path, os.O_RDONLY)
+  os.fsync(file)
+  os.close(file)
 
 
 # -----------------------------------------------------------------------------
@@ -870,7 +903,9 @@ class Bank:
     # gradients out, updates back in; the padding's are zero
     self.padded = weight.new_zeros(share * rt.world_size, rows, columns, dtype=kind)
     self.own = self.padded[:count].view_as(weight)
-    self.gradient, self.momentum = (torch.zeros_like(self.padded[:share]) for _ in range(2))
+    self.gradient = torch.zeros_like(self.padded[:share])
+    self.momenta = torch.zeros_like(self.padded)  # of all ranks, once gathered
+    self.momentum = self.momenta.chunk(rt.world_size)[rt.rank]
 
   def start(self, collective, output, source):
     """Between `padded` and this rank's share, which on one rank is all of it."""
@@ -900,8 +935,15 @@ class ParallelMuon:
       bank.wait()
     return [bank.gradient for bank in self.banks]
 
+  def gather(self):
+    """Everybody's momenta, for a checkpoint"""
+    for bank in self.banks:
+      bank.start(all_gather, bank.momenta, bank.momentum.clone())
+      bank.wait()
+
   @torch.no_grad()
-  def step(self, rate, momentum):
+  def step(self, rate, momentum, sick):
+    decay = torch.where(sick, 1.0, 1 - rate * self.cfg.muon_wd)
     for bank in self.banks:
       bank.momentum.mul_(momentum).add_(bank.gradient)
       nesterov = bank.gradient.add(bank.momentum, alpha=momentum)
@@ -909,8 +951,8 @@ class ParallelMuon:
       bank.start(all_gather, bank.padded, update)
     for bank in self.banks:
       bank.wait()
-      bank.weight.mul_(1 - rate * self.cfg.muon_wd)
-      bank.weight.add_(bank.own, alpha=-rate * bank.scale)
+      bank.weight.mul_(decay)
+      bank.weight.add_(bank.own.masked_fill_(sick, 0), alpha=-rate * bank.scale)
 
 
 def optimizer_groups(cfg):
@@ -949,33 +991,43 @@ class Optimizers:
     self.adam = torch.optim.AdamW(adam, 0.0, (cfg.beta1, cfg.beta2), cfg.adam_eps, fused=True)
     self.small = [weight for group in adam for weight in group["params"]]
     self.weights = self.small + banks
+    for weight in self.small:  # as its first step would, for a checkpoint to fill
+      empty = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+      self.adam.state[weight] = dict(step=weight.new_zeros(())) | empty
 
   @torch.no_grad()
-  def step(self, step, factor):
-    """Average over ranks, clip, update, clear -> norm of the gradients"""
+  def step(self, step, factor, loss):
+    """Average over ranks, clip, update, clear -> loss, not finite where a gradient is not; if that
+    is so on any rank, no weight changes."""
+    gradients = [w.grad for w in self.weights]
+    loss = loss + 0 * torch.stack(torch._foreach_norm(gradients)).sum()
+    sick = (~loss.isfinite()).float()
+    if self.rt.world_size > 1:
+      dist.all_reduce(sick, dist.ReduceOp.MAX)
     if self.cfg.clip == "local":  # as published
-      norm = self.clip([w.grad for w in self.weights], [])
+      self.clip(gradients, [])
     average_gradients(self.small, self.rt)
     shards = self.muon.reduce()
     if self.cfg.clip == "global":
-      norm = self.clip([w.grad for w in self.small], shards)
+      self.clip([w.grad for w in self.small], shards)
     for group in self.adam.param_groups:
       group["lr"] = group["base_lr"] * factor
+    self.adam.found_inf = sick  # skips, without a wait
     self.adam.step()
-    self.muon.step(self.cfg.matrix_lr * factor, muon_momentum(step, self.cfg))
+    self.muon.step(self.cfg.matrix_lr * factor, muon_momentum(step, self.cfg), sick > 0)
     self.model.zero_grad()
-    return norm
+    return loss
 
   def clip(self, gradients, shards):
-    """To a norm of at most GRAD_CLIP_NORM, shards of all ranks included -> norm before"""
+    """To a norm of at most GRAD_CLIP_NORM, shards of all ranks included"""
+    if not self.cfg.grad_clip_norm:
+      return
     square = sum((shard.float() ** 2).sum() for shard in shards)
     if shards and self.rt.world_size > 1:
       dist.all_reduce(square)
     norm = sum(((g**2).sum() for g in gradients), square).sqrt()
-    if self.cfg.grad_clip_norm > 0:
-      factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-      torch._foreach_mul_([*gradients, *shards], factor)
-    return norm
+    factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([*gradients, *shards], factor)
 
 
 # -----------------------------------------------------------------------------
@@ -1008,6 +1060,42 @@ class Averages:
     share = self.cfg.swa_weight if self.cfg.ema_enabled else 1.0
     mixed = torch._foreach_lerp(self.ema, self.swa, share) if self.snapshots else self.ema
     return dict(zip(self.names, mixed, strict=True))
+
+
+# -----------------------------------------------------------------------------
+# 8. Checkpoint and resume
+# A run that died goes on from its last good checkpoint, on the same ranks bit for bit.
+
+TRAINING = NAMES[NAMES.index("train_batch_tokens") : NAMES.index("eval_seq_len")]
+
+
+def save_checkpoint(folder, state, tensors):
+  """step_<n>.safetensors, then step_<n>.json, which makes it one. The last two stay."""
+  path, data = folder / f"step_{state['step']:08}.json", backend("safetensors.torch").save(tensors)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_atomically(path.with_suffix(".safetensors"), data)
+  seen = dict(state=state, sha256=sha(json.dumps(state).encode() + data))
+  write_atomically(path, json.dumps(seen).encode())
+  kept = {path.stem for path in sorted(folder.glob("step_*.json"))[-2:]}
+  for path in sorted(folder.iterdir()):
+    if path.stem not in kept:
+      path.unlink()
+
+
+def load_checkpoint(folder, log):
+  """-> state, tensors of the newest good one; None where there is none"""
+  paths = sorted(folder.glob("step_*.json"), reverse=True)
+  for path in paths:
+    try:
+      data, seen = path.with_suffix(".safetensors").read_bytes(), json.loads(path.read_bytes())
+      if sha(json.dumps(seen["state"]).encode() + data) == seen["sha256"]:
+        return seen["state"], backend("safetensors.torch").load(data)
+      reason = "its sha256 does not fit"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+      reason = error
+    log("note", f"{path} is damaged ({reason})")
+  if paths:
+    raise UserError(f"{folder}: no whole checkpoint; fix: put one back, or OVERWRITE=1")
 
 
 # -----------------------------------------------------------------------------
@@ -1820,6 +1908,7 @@ class Trainer:
     self.micro, self.step, self.qat_since = micro_batches(cfg, rt), 0, None
     self.optimizers, self.averages = Optimizers(model, rt, cfg), Averages(model, cfg)
     self.loss = rt.compile(model, fullgraph=True)
+    self.folder, self.elapsed, self.signal = rt.folder / "checkpoint", 0.0, 0
 
   def gradients(self):
     """Of this rank's rows -> mean loss"""
@@ -1848,32 +1937,113 @@ class Trainer:
       self.rt.log("late_qat:enabled", step=self.step, scale=factor)
     if self.qat_since is not None and (self.step - self.qat_since) % cfg.qat_every == 0:
       update_qat_grids(self.model, cfg)
-    loss = self.gradients()
-    self.optimizers.step(self.step, factor)
+    loss = self.optimizers.step(self.step, factor, self.gradients())
     self.averages.update(self.step, factor)
     self.step += 1
     return loss
+
+  def agree(self, loss):
+    """One clock, and a signal to one is one to all; a loss that is not finite ends the run."""
+    sick = 0 if math.isfinite(loss) else self.rt.rank + 1
+    found = self.rt.largest(self.rt.seconds["train"], max(self.came, default=0), sick)
+    self.elapsed, self.signal, sick = found.tolist()
+    if sick:
+      last = max(self.folder.glob("*.json"), default="none")
+      where = f"step {self.step}: loss or gradient not finite on rank {sick - 1:.0f}"
+      raise UserError(f"{where}; last good checkpoint: {last}; fix: lower MATRIX_LR and the like")
+
+  @property
+  def capped(self):
+    return 0 < self.cfg.max_wallclock_seconds <= self.elapsed
+
+  @property
+  def done(self):
+    return self.capped or self.step >= self.cfg.iterations
 
   def run(self, validate):
     """Train to the last step or the cap -> averaged weights by name"""
     cfg, rt, loss = self.cfg, self.rt, torch.zeros(())
     self.warm_up()
-    elapsed, stop = rt.largest(0), False  # a barrier
-    while self.step < cfg.iterations and not stop:
-      with rt.clock("train"):
-        previous, loss = loss, self.update(lr_factor(self.step, elapsed, cfg))
-        previous.item()  # the host stays one step ahead at most
-      elapsed = rt.largest(rt.seconds["train"])  # one clock for all ranks
-      stop = 0 < cfg.max_wallclock_seconds <= elapsed
-      last = stop or self.step == cfg.iterations
-      if last or self.step <= 10 or self.step % cfg.train_log_every == 0:
-        self.log_step(train_loss=rt.sum(np.array([loss.item()])).item() / rt.world_size)
-      if cfg.val_loss_every and (last or self.step % cfg.val_loss_every == 0):
-        self.log_step(**validate())
-    if stop:
+    with rt.signals() as self.came:
+      self.agree(0)  # a barrier
+      mark = self.mark()
+      while not self.done:
+        with rt.clock("train"):
+          previous, loss = loss, self.update(lr_factor(self.step, self.elapsed, cfg))
+          value = previous.item()  # the host stays one step ahead at most
+        self.agree(value)
+        rt.tick("train", self.step, cfg.iterations)
+        if self.done or self.step <= 10 or self.step % cfg.train_log_every == 0:
+          self.log_step(train_loss=rt.sum(np.array([loss.item()])).item() / rt.world_size)
+        if cfg.val_loss_every and (self.done or self.step % cfg.val_loss_every == 0):
+          self.log_step(**validate())
+        before, mark = mark, self.mark()
+        if self.signal or mark > before:
+          self.save(loss)
+    if self.capped:
       rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
     rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
     return self.averages.final()
+
+  def mark(self):
+    """Grows when CHECKPOINT_EVERY says so, and at the end."""
+    every = self.cfg.checkpoint_every
+    count = self.elapsed / 60 if every.endswith("m") else self.step
+    every = int(every.removesuffix("m"))
+    return count // every + self.done if every else 0
+
+  def tensors(self):
+    """Name -> all tensors that a step changes"""
+    averages, adam = self.averages, self.optimizers.adam.state.values()
+    self.optimizers.muon.gather()
+    groups = dict(weight=averages.weights, swa=averages.swa, grid=[*self.model.buffers()])
+    groups["ema"] = averages.ema if self.cfg.ema_enabled else []
+    groups["muon"] = [bank.momenta for bank in self.optimizers.muon.banks]
+    groups["adam"] = [tensor for state in adam for tensor in state.values()]
+    groups["rng"] = [torch.get_rng_state()]
+    return {f"{name}.{i}": x for name, group in groups.items() for i, x in enumerate(group)}
+
+  def settings(self):
+    """What must be the same where a run goes on."""
+    found = {name: show(getattr(self.cfg, name)) for name in ("seed", *TRAINING)}
+    sizes = [path.stat().st_size for path in self.loader.shards]
+    return found | dict(ranks=self.rt.world_size, shards=f"{len(sizes)} of {sum(sizes)} bytes")
+
+  def save(self, loss):
+    """A checkpoint; after a signal, the end."""
+    self.agree(loss.item())
+    rt, tensors = self.rt, self.tensors()
+    if rt.rank == 0:
+      state = dict(step=self.step, qat_since=self.qat_since, loader=self.loader.state())
+      state |= dict(settings=self.settings(), snapshots=self.averages.snapshots)
+      state |= dict(seconds=self.elapsed, logs=[file.tell() for file in rt.files[1:]])
+      save_checkpoint(self.folder, state, {name: x.cpu() for name, x in tensors.items()})
+    rt.barrier()
+    if self.signal:
+      rt.log("note", f"signal {self.signal:.0f}: stopped at step {self.step}; RESUME=auto goes on")
+      sys.exit(128 + int(self.signal))
+
+  def resume(self):
+    """Go on from the last checkpoint, if there is one."""
+    if found := load_checkpoint(self.folder, self.rt.log):
+      state, saved = found
+      for name, now in self.settings().items():
+        if (was := state["settings"].get(name)) != now:
+          fix = "set it back, or OVERWRITE=1"
+          raise UserError(f"{self.folder}: of {name.upper()}={was}, not {now}; fix: {fix}")
+      tensors = self.tensors()
+      kinds = [{n: (x.shape, x.dtype) for n, x in side.items()} for side in (tensors, saved)]
+      if kinds[0] != kinds[1]:
+        raise UserError(f"{self.folder}: not the tensors of this configuration; fix: OVERWRITE=1")
+      for name, tensor in tensors.items():
+        tensor.copy_(saved[name])
+      torch.set_rng_state(tensors["rng.0"])
+      self.step, self.qat_since, self.rt.seconds["train"] = (
+        state[name] for name in ("step", "qat_since", "seconds")
+      )
+      self.averages.snapshots = state["snapshots"]
+      self.loader.restore(state["loader"])
+      self.rt.log("resumed", step=self.step)
 
   def log_step(self, **values):
     seconds = self.rt.seconds["train"]
@@ -1955,7 +2125,10 @@ def train_model(report):
     model.train()
     return report.losses(log_prob)
 
-  weights = Trainer(model, loader, rt, cfg).run(validate)
+  trainer = Trainer(model, loader, rt, cfg)
+  if cfg.resume == "auto":
+    trainer.resume()
+  weights = trainer.run(validate)
   if cfg.val_loss_every:  # what quantisation starts from
     model.load_state_dict(weights)
     rt.log("averaged", **validate())
@@ -2000,7 +2173,7 @@ def run(cfg):
   rt.start()
   if rt.rank == 0 and RECORDS:
     beside("variables.announce", rt, cfg)
-  rt.largest(0)  # barrier
+  rt.barrier()
   find_shards(cfg.data_path, "val")
   cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
   report, path = Report(rt, cfg), rt.folder / "artifact.bin"
@@ -2012,7 +2185,7 @@ def run(cfg):
   with rt.clock("eval"):  # quantisation is in its budget
     if rt.rank == 0:
       write_atomically(path, pack_artifact(weights, cfg, rt.log) if weights else packed)
-    rt.largest(0)  # barrier
+    rt.barrier()
     model = load_artifact(path, rt.device)
     scores, order = evaluate(model, weights, report)
     final = scores.log_prob
@@ -2020,7 +2193,7 @@ def run(cfg):
       final = mix_ngrams(scores, order, report)
   if rt.rank == 0:
     report.finish(model, scores, final, order)
-  rt.largest(0)  # a rank that ends earlier could take rank 0 with it
+  rt.barrier()  # a rank that ends earlier could take rank 0 with it
 
 
 def main():

@@ -1,26 +1,56 @@
 """Book-keeping of a run folder: what a run clears before it begins and makes at its end."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+LOGS = ("log.txt", "metrics.jsonl")
 OUTPUTS = """submission.json log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model
  config.env blocks.npz scores.npz scores_ema.npz stream.bin report.png""".split()  # its mark first
 
 
 def open_run(rt: Any, script: ModuleType) -> None:
-  """runs/<RUN_ID>/, cleared of an unfinished run, with its logs open on rank 0; a finished one is
-  not touched unasked (ConfigError)."""
-  if rt.finished and not rt.cfg.overwrite:
-    fix = "OVERWRITE=1 or another RUN_ID"
-    raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {rt.folder} is finished; fix: {fix}")
+  """runs/<RUN_ID>/ with its logs open on rank 0: as the last checkpoint saw it, where the run goes
+  on, else cleared. What a finished run or a checkpoint holds is not lost unasked (ConfigError)."""
+  saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
+  goes_on = saved and rt.cfg.resume == "auto" and not rt.cfg.overwrite
+  if (rt.finished or saved) and not goes_on and not rt.cfg.overwrite:
+    state = "finished" if rt.finished else f"unfinished, with {saved[-1].stem}"
+    fix = "OVERWRITE=1" + (" or RESUME=auto" if saved and not rt.finished else "")
+    message = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
+    raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
   if rt.rank == 0:
     rt.folder.mkdir(parents=True, exist_ok=True)
-    for name in OUTPUTS:
-      (rt.folder / name).unlink(missing_ok=True)
-    logs = ("log.txt", "metrics.jsonl")
-    rt.files += [open(rt.folder / name, "w", encoding="utf-8") for name in logs]
+    if goes_on:
+      cut_logs(rt.folder, saved[-1])
+    else:
+      clear(rt.folder)
+    rt.files += [open(rt.folder / name, "a", encoding="utf-8") for name in LOGS]
+
+
+def clear(folder: Path) -> None:
+  """Remove what an earlier run wrote."""
+  for name in OUTPUTS:
+    (folder / name).unlink(missing_ok=True)
+  shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+
+def cut_logs(folder: Path, checkpoint: Path) -> None:
+  """Without the lines after the checkpoint, which the run will write again. A checkpoint that
+  cannot be read is another function's to refuse."""
+  try:
+    sizes = json.loads(checkpoint.read_bytes())["state"]["logs"]
+  except (ValueError, LookupError, TypeError):
+    return
+  for name, size in zip(LOGS, sizes, strict=False):
+    path = folder / name
+    if path.exists() and path.stat().st_size > size:
+      os.truncate(path, size)
 
 
 def close_run(rt: Any, script: ModuleType) -> None:

@@ -26,8 +26,10 @@ FINEWEB_DATA = DATA / "datasets/fineweb10B_sp1024"
 FINEWEB_TOKENIZER = DATA / "tokenizers/fineweb_1024_bpe.model"
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
 BACKENDS = ("sentencepiece", "zstandard", "numba", "constriction", "matplotlib")  # optional
-PATHS = ("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID")  # no settings
-PLANNED = ("CHECKPOINT_EVERY",)  # known, no effect yet
+NO_SETTINGS = (  # of a configuration
+  *("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID"),
+  *("DRY_RUN", "OVERWRITE", "RESUME", "CHECKPOINT_EVERY"),
+)
 
 
 def resolve(environ: Mapping[str, str], script: ModuleType):
@@ -40,7 +42,7 @@ def resolve(environ: Mapping[str, str], script: ModuleType):
   texts |= {name: (text, "env") for name, text in given.items() if name in script.VARIABLES}
   texts["RECORD"] = record, texts.get("RECORD", ("", "default"))[1]
   texts |= {name: (str(path), "default") for name, path in default_paths(given, record).items()}
-  return texts, notes + why + [f"{name} has no effect yet" for name in PLANNED if name in given]
+  return texts, notes + why
 
 
 def read_pairs(path: Path, error: type[Exception] = ValueError) -> dict[str, str]:
@@ -140,7 +142,7 @@ def read_record(name, script):
     raise script.ConfigError(message)
   pairs = read_pairs(known[found[0]], script.ConfigError)
   for setting, text in pairs.items():
-    if setting not in script.VARIABLES or setting in PATHS:
+    if setting not in script.VARIABLES or setting in NO_SETTINGS:
       raise script.ConfigError(f"{known[found[0]]}: {setting}={text} is not a setting")
   return pairs
 
@@ -154,8 +156,8 @@ def prepare_sample(folder: str | Path, script: ModuleType) -> None:
 
 
 def keep_sources(rt, cfg, script: ModuleType) -> None:
-  """config.env, every setting without paths, and tokenizer.model, into the run folder."""
-  names = [name for name in script.VARIABLES if name not in PATHS]
+  """config.env, every setting, and tokenizer.model, into the run folder."""
+  names = [name for name in script.VARIABLES if name not in NO_SETTINGS]
   lines = [f"{name}={script.show(getattr(cfg, name.lower()))}\n" for name in names]
   (rt.folder / "config.env").write_text("".join(lines), encoding="utf-8")
   shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
