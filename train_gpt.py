@@ -368,8 +368,7 @@ class Runtime:
 
   @contextlib.contextmanager
   def signals(self):
-    """-> list of SIGINT, SIGTERM that come meanwhile; after the first one, another ends the process
-    at once."""
+    """-> SIGINT, SIGTERM that came; a second one ends the process at once."""
     numbers, came = (signal.SIGINT, signal.SIGTERM), []
 
     def handle(number, _):
@@ -377,10 +376,12 @@ class Runtime:
       for each in numbers:
         signal.signal(each, signal.SIG_DFL)
 
-    before = [signal.signal(number, handle) for number in numbers]
-    yield came
-    for number, handler in zip(numbers, before, strict=True):
-      signal.signal(number, handler)
+    before = {each: signal.signal(each, handle) for each in numbers}
+    try:
+      yield came
+    finally:
+      for handler in before.items():
+        signal.signal(*handler)
 
   @contextlib.contextmanager
   def clock(self, stage):
@@ -1082,20 +1083,12 @@ def save_checkpoint(folder, state, tensors):
       path.unlink()
 
 
-def load_checkpoint(folder, log):
-  """-> state, tensors of the newest good one; None where there is none"""
-  paths = sorted(folder.glob("step_*.json"), reverse=True)
-  for path in paths:
-    try:
-      data, seen = path.with_suffix(".safetensors").read_bytes(), json.loads(path.read_bytes())
-      if sha(json.dumps(seen["state"]).encode() + data) == seen["sha256"]:
-        return seen["state"], backend("safetensors.torch").load(data)
-      reason = "its sha256 does not fit"
-    except (OSError, ValueError, LookupError, TypeError) as error:
-      reason = error
-    log("note", f"{path} is damaged ({reason})")
-  if paths:
-    raise UserError(f"{folder}: no whole checkpoint; fix: put one back, or OVERWRITE=1")
+def read_checkpoint(path):
+  """-> state, tensors; some exception where it is not whole"""
+  data, seen = path.with_suffix(".safetensors").read_bytes(), json.loads(path.read_bytes())
+  if sha(json.dumps(seen["state"]).encode() + data) != seen["sha256"]:
+    raise ValueError("its sha256 does not fit")
+  return seen["state"], backend("safetensors.torch").load(data)
 
 
 # -----------------------------------------------------------------------------
@@ -1993,14 +1986,12 @@ class Trainer:
     return count // every + self.done if every else 0
 
   def tensors(self):
-    """Name -> all tensors that a step changes"""
+    """Name -> each tensor that a step changes"""
     averages, adam = self.averages, self.optimizers.adam.state.values()
-    self.optimizers.muon.gather()
-    groups = dict(weight=averages.weights, swa=averages.swa, grid=[*self.model.buffers()])
-    groups["ema"] = averages.ema if self.cfg.ema_enabled else []
+    groups = dict(weight=averages.weights, ema=averages.ema, swa=averages.swa)
+    groups |= dict(grid=self.model.buffers(), rng=[torch.get_rng_state()])
     groups["muon"] = [bank.momenta for bank in self.optimizers.muon.banks]
     groups["adam"] = [tensor for state in adam for tensor in state.values()]
-    groups["rng"] = [torch.get_rng_state()]
     return {f"{name}.{i}": x for name, group in groups.items() for i, x in enumerate(group)}
 
   def settings(self):
@@ -2012,38 +2003,42 @@ class Trainer:
   def save(self, loss):
     """A checkpoint; after a signal, the end."""
     self.agree(loss.item())
-    rt, tensors = self.rt, self.tensors()
-    if rt.rank == 0:
-      state = dict(step=self.step, qat_since=self.qat_since, loader=self.loader.state())
-      state |= dict(settings=self.settings(), snapshots=self.averages.snapshots)
-      state |= dict(seconds=self.elapsed, logs=[file.tell() for file in rt.files[1:]])
-      save_checkpoint(self.folder, state, {name: x.cpu() for name, x in tensors.items()})
-    rt.barrier()
+    self.optimizers.muon.gather()
+    if self.rt.rank == 0:
+      state = dict(step=self.step, qat_since=self.qat_since, seconds=self.elapsed)
+      state |= dict(snapshots=self.averages.snapshots, loader=self.loader.state())
+      state |= dict(settings=self.settings(), logs=[file.tell() for file in self.rt.files[1:]])
+      save_checkpoint(self.folder, state, {n: x.clone() for n, x in self.tensors().items()})
+    self.rt.barrier()
     if self.signal:
-      rt.log("note", f"signal {self.signal:.0f}: stopped at step {self.step}; RESUME=auto goes on")
+      self.rt.log("note", f"signal {self.signal:.0f}: checkpoint written, RESUME=auto goes on")
       sys.exit(128 + int(self.signal))
 
   def resume(self):
-    """Go on from the last checkpoint, if there is one."""
-    if found := load_checkpoint(self.folder, self.rt.log):
-      state, saved = found
-      for name, now in self.settings().items():
-        if (was := state["settings"].get(name)) != now:
-          fix = "set it back, or OVERWRITE=1"
-          raise UserError(f"{self.folder}: of {name.upper()}={was}, not {now}; fix: {fix}")
-      tensors = self.tensors()
-      kinds = [{n: (x.shape, x.dtype) for n, x in side.items()} for side in (tensors, saved)]
-      if kinds[0] != kinds[1]:
-        raise UserError(f"{self.folder}: not the tensors of this configuration; fix: OVERWRITE=1")
-      for name, tensor in tensors.items():
-        tensor.copy_(saved[name])
-      torch.set_rng_state(tensors["rng.0"])
-      self.step, self.qat_since, self.rt.seconds["train"] = (
-        state[name] for name in ("step", "qat_since", "seconds")
-      )
-      self.averages.snapshots = state["snapshots"]
-      self.loader.restore(state["loader"])
-      self.rt.log("resumed", step=self.step)
+    """Go on from the newest whole checkpoint; from the start where there is none."""
+    paths = sorted(self.folder.glob("step_*.json"), reverse=True)
+    for path in paths:
+      try:
+        return self.restore(*read_checkpoint(path))
+      except UserError:
+        raise
+      except Exception as error:  # json and safetensors have their own
+        self.rt.log("note", f"{path} is passed over, damaged: {error}")
+    if paths:
+      raise UserError(f"{self.folder}: no whole checkpoint; fix: put one back, or OVERWRITE=1")
+
+  def restore(self, state, saved):
+    for name, now in self.settings().items():
+      if (was := state["settings"][name]) != now:
+        fix = "set it back, or OVERWRITE=1"
+        raise UserError(f"{self.folder}: made with {name.upper()}={was}, not {now}; fix: {fix}")
+    for name, tensor in (own := self.tensors()).items():
+      tensor.copy_(saved[name].view(tensor.shape))
+    torch.set_rng_state(own["rng.0"])
+    self.step, self.qat_since = state["step"], state["qat_since"]
+    self.averages.snapshots, self.rt.seconds["train"] = state["snapshots"], state["seconds"]
+    self.loader.restore(state["loader"])
+    self.rt.log("resumed", step=self.step)
 
   def log_step(self, **values):
     seconds = self.rt.seconds["train"]
