@@ -1181,8 +1181,10 @@ class Scores(NamedTuple):
     return Scores(*(c if c is None else c[places] for c in self))
 
 
-def entropy_of(log_probs):
-  return -(log_probs.exp() * log_probs).sum(-1)
+def predict(model, hidden):
+  """(..., D) -> log-probabilities, float64 (..., V), also under autocast, and their entropy"""
+  log_probs = model.logits(hidden).double().log_softmax(-1)
+  return log_probs, -(log_probs.exp() * log_probs).sum(-1)
 
 
 def bits_per_byte(log_prob, token_bytes):
@@ -1199,44 +1201,33 @@ class WindowScorer:
     self.batch, self.length = cfg.eval_batch_seqs, cfg.window
     self.forward = rt.compile(self.score_rows)
 
-  def log_probs(self, ids, first, count):
-    """ids (B, T) -> at `count` rows from first (B,): log-probabilities, float64 (B, count, V)"""
+  def predict(self, ids, rows):
+    """Of inputs (B, T) at rows (B, S)"""
     with self.rt.autocast():
-      index = first.unsqueeze(1) + torch.arange(count, device=first.device)
-      hidden = self.model.hidden(ids)
-      hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-      logits = self.model.logits(hidden)
-    return logits.double().log_softmax(-1)
+      return predict(self.model, self.model.hidden(ids).take_along_dim(rows.unsqueeze(-1), 1))
 
-  def score_rows(self, ids, first, targets):
+  def score_rows(self, ids, rows, targets):
     """-> log p of targets (B, S), entropy; float64 (2, B, S)"""
-    log_probs = self.log_probs(ids, first, targets.shape[1])
-    chosen = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return torch.stack([chosen, entropy_of(log_probs)])
+    log_probs, entropy = self.predict(ids, rows)
+    return torch.stack([log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy])
 
   def windows(self, stream, ends, stride):
-    """Inputs (B, T), first scored rows (B,), targets (B, S) of the windows that end before
-    target `ends`; beyond the stream's end lies a constant."""
-    starts = np.maximum(ends - self.length, 0)
-    inputs = starts[:, None] + np.arange(self.length)
-    goals = ends[:, None] - stride + np.arange(stride) + 1
-    ids, targets = (stream.take(i, mode="clip").astype(np.int64) for i in (inputs, goals))
+    """Inputs (B, T), scored rows and targets (B, S) of the windows that end before target `ends`;
+    beyond the stream's end lies a constant."""
+    starts = np.maximum(ends - self.length, 0)[:, None]
+    inputs = starts + np.arange(self.length)
+    scored = ends[:, None] - stride + np.arange(stride)
+    ids, targets = (stream.take(i, mode="clip").astype(np.int64) for i in (inputs, scored + 1))
     ids[inputs >= len(stream) - 1] = 0
-    arrays = ids, ends - stride - starts, targets
-    return [torch.from_numpy(array).to(self.rt.device) for array in arrays]
+    return [torch.as_tensor(a, device=self.rt.device) for a in (ids, scored - starts, targets)]
+
+  def score(self, stream, stride):
+    """stream: N + 1 tokens -> Scores of the last N"""
+    total = len(stream) - 1
+    columns = self.score_windows(stream, np.arange(0, total, stride) + stride, stride)
+    return Scores(*columns.reshape(2, -1)[:, :total])
 
   @torch.no_grad()
-  def score(self, stream, stride, student=None):
-    """stream: N + 1 tokens -> Scores of the last N. student, if any, learns from scored chunks."""
-    total, parts = len(stream) - 1, []
-    size = student.chunk if student else total + stride
-    for a in range(0, total, size):
-      b = min(a + size, total)
-      parts.append(self.score_windows(stream, np.arange(a, b, stride) + stride, stride))
-      if student and b < total:
-        student.learn(stream[a : b + 1], a / size / ((total - 1) // size))
-    return Scores(*np.concatenate(parts, 1).reshape(2, -1)[:, :total])
-
   def score_windows(self, stream, ends, stride):
     """float64 (2, windows, S), the same on every rank"""
     result = np.zeros((2, len(ends), stride))
@@ -1296,15 +1287,13 @@ def drive(model, rt, shape, groups, choose):
 
 
 def lane_pass(model, rt, rows, window):
-  """-> forward(ids, places), int64 (rows,) each -> log-probabilities, float64 (rows, V), entropy"""
+  """-> forward(ids, places), int64 (rows,) each, that predicts the next tokens"""
   lanes = Lanes(model, rows, window)
 
   def forward(ids, places):
     lanes.begin(places)
     with rt.autocast():
-      logits = model.logits(model.hidden(ids.unsqueeze(1), lanes)[:, 0])
-    log_probs = logits.double().log_softmax(-1)
-    return log_probs, entropy_of(log_probs)
+      return predict(model, model.hidden(ids.unsqueeze(1), lanes)[:, 0])
 
   return rt.graph(forward, *torch.zeros(2, rows, dtype=torch.int64, device=rt.device))
 
@@ -1762,11 +1751,11 @@ def window_mass(model, rt, cfg, stream):
   """Largest error of a mass among the first targets"""
   scorer, mixture = WindowScorer(model, rt, cfg), Mixture(rt, cfg, 1, isolated=False)
   ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
-  ids, first, _ = scorer.windows(stream, ends, cfg.eval_stride)
-  rows = scorer.log_probs(ids, first, cfg.eval_stride).flatten(0, 1)
-  for t, row in enumerate(rows[: min(WITNESSES, len(stream) - 1)].split(1)):
-    mixture.distributions((row, entropy_of(row)), np.array([0]))
-    mixture.learn(stream[t + 1 : t + 2])
+  outputs = scorer.predict(*scorer.windows(stream, ends, cfg.eval_stride)[:2])
+  columns = [column.flatten(0, 1)[:WITNESSES].split(1) for column in outputs]
+  for row, token in zip(zip(*columns, strict=True), stream[1:, None], strict=False):
+    mixture.distributions(row, np.array([0]))
+    mixture.learn(token)
   return mixture.mass_error
 
 

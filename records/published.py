@@ -70,8 +70,7 @@ def evaluate(model: Any, weights: dict, scores: Any, report: Any, script: Module
   cfg, rt, stream = report.cfg, report.rt, report.text.stream
   if cfg.ttt_enabled:
     student = script.beside("ttt.TestTimeTraining", model, rt, cfg)
-    scorer = script.WindowScorer(student.model, rt, cfg)
-    scores = scorer.score(stream, cfg.eval_stride, student)
+    scores = student.score(stream)
     report.score("ttt", scores.log_prob)
   if cfg.pre_enrich_dim:
     scores = scores._replace(pe_delta=enrichment_change(model, stream, PIECE, script))
