@@ -533,33 +533,17 @@ def uniform(weight):
   return weight.uniform_(-1, 1).mul_(weight.shape[-1] ** -0.5)
 
 
-def orthogonal(count=None, fill=nn.init.orthogonal_):
-  """The first `count` matrices orthogonal, the rest (output projections) zero."""
-
-  def fill_first(weight):
-    for matrix in weight.zero_().view(-1, *weight.shape[-2:])[:count]:
-      fill(matrix)
-
-  return fill_first
-
-
-def overtone(std):
-  """normal, then singular values proportional to 1 / sqrt(k) (PR #810)."""
-
-  def fill(weight):
-    u, values, v = torch.linalg.svd(weight.normal_(std=std), full_matrices=False)
-    falling = torch.arange(1, len(values) + 1) ** -0.5
-    weight.copy_(u * (values[0] * falling) @ v)
-
-  return fill
+def orthogonal(weight):
+  for matrix in weight.view(-1, *weight.shape[-2:]):
+    nn.init.orthogonal_(matrix)
 
 
 def parameter_specs(cfg):
   """Name -> Spec of every parameter."""
   L, D, H, V, B = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.vocab_size, cfg.bigram_dim
   KV, F_ = D // H * cfg.num_kv_heads, int(cfg.mlp_mult * D)
-  matrix = functools.partial(orthogonal, fill=nn.init.orthogonal_ if cfg.ortho_init else uniform)
-  token = (overtone if cfg.overtone_init else normal)(cfg.tied_embed_init_std)
+  std, matrix = cfg.tied_embed_init_std, orthogonal if cfg.ortho_init else uniform
+  overtone = functools.partial(beside, "published.overtone", std)
 
   def gain(init, *shape):
     return Spec(shape, init, "scalar", cfg.control_coding)
@@ -568,35 +552,35 @@ def parameter_specs(cfg):
   start, *group = (normal(0.01), "muon", "muon") if linear else (0.0, "embed", "scalar")
   ve, enrich, gate = cfg.value_layers, cfg.pre_enrich_dim, cfg.gated_attention
   table, first = cfg.table_coding, lambda w: w.copy_(torch.tensor([[1.0], [0.0]]))
-  always = {
+  token = overtone if cfg.overtone_init else normal(std)
+  specs = {
     "tok_emb": Spec((V, D), token, "embed", cfg.embed_coding),
-    "qo_bank": Spec((2 * L, D, D), matrix(L), "muon", "int6"),  # L queries, L outputs
-    "kv_bank": Spec((2 * L, KV, D), matrix(), "muon", "int6"),  # L keys, L values
-    "mlp_up_bank": Spec((L, F_, D), matrix(), "muon", "int6"),
+    # L queries; L outputs, from zero
+    "qo_bank": Spec((2 * L, D, D), lambda w: matrix(w.zero_()[:L]), "muon", "int6"),
+    "kv_bank": Spec((2 * L, KV, D), matrix, "muon", "int6"),  # L keys, L values
+    "mlp_up_bank": Spec((L, F_, D), matrix, "muon", "int6"),
     "mlp_down_bank": Spec((L, D, F_), 0.0, "muon", "int6"),
     "q_gain": gain(cfg.qk_gain_init, L, H),
     "attn_scale": gain(1.0, L, D),
     "mlp_scale": gain(1.0, L, D),
     "resid_mix": gain(first, L, 2, D),
     "skip_weights": gain(1.0, L // 2, D),
+    "smear": cfg.smear_gate and gain(cfg.smear_init, D),
+    "bigram_embed": bigram and Spec((bigram, B), start, group[0], table),
+    "bigram_proj": bigram and Spec((D, B), matrix, group[1], "fp16"),
+    "bigram_scale": bigram and not linear and gain(0.05),
+    "enrich_up": enrich and Spec((enrich, D), uniform, "muon", "int6"),
+    "enrich_down": enrich and Spec((D, enrich), uniform, "muon", "int6"),
+    "ve_embed": ve and Spec((V, cfg.ve_dim), normal(0.01), "embed", table),
+    "ve_proj": ve and Spec((KV, cfg.ve_dim), matrix, "scalar", "fp16"),
+    "ve_scale": ve and gain(0.1),
+    "ve_layer_scales": ve and gain(1.0, len(ve)),
+    "vr_lambda": cfg.value_residual and gain(0.5, L, 2),
+    "attn_gate_weight": gate and gain(0.0, L, H, D),
+    "attn_gate_bias": gate and gain(4.0, L, H),
+    "routing_alpha": cfg.polyglu_enabled and Spec((L, F_), 0.0, "routing", "fp16"),
   }
-  optional = [
-    (cfg.smear_gate, "smear", gain(cfg.smear_init, D)),
-    (bigram, "bigram_embed", Spec((bigram, B), start, group[0], table)),
-    (bigram, "bigram_proj", Spec((D, B), matrix(), group[1], "fp16")),
-    (bigram and not linear, "bigram_scale", gain(0.05)),
-    (enrich, "enrich_up", Spec((enrich, D), uniform, "muon", "int6")),
-    (enrich, "enrich_down", Spec((D, enrich), uniform, "muon", "int6")),
-    (ve, "ve_embed", Spec((V, cfg.ve_dim), normal(0.01), "embed", table)),
-    (ve, "ve_proj", Spec((KV, cfg.ve_dim), matrix(), "scalar", "fp16")),
-    (ve, "ve_scale", gain(0.1)),
-    (ve, "ve_layer_scales", gain(1.0, len(ve))),
-    (cfg.value_residual, "vr_lambda", gain(0.5, L, 2)),
-    (gate, "attn_gate_weight", gain(0.0, L, H, D)),
-    (gate, "attn_gate_bias", gain(4.0, L, H)),
-    (cfg.polyglu_enabled, "routing_alpha", Spec((L, F_), 0.0, "routing", "fp16")),
-  ]
-  return always | {name: spec for wanted, name, spec in optional if wanted}
+  return {name: spec for name, spec in specs.items() if spec}
 
 
 def count_parameters(cfg):
@@ -651,10 +635,10 @@ class Pass:
     """x_{t-1} at t, zeros first. (B, T, ...)"""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
-  def attend(self, q, k, v):
+  def attend(self, q, k, v, mask=None):
     """(B, H, T, d), (B, H_kv, T, d) twice -> (B, H, T, d)"""
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    how = dict(is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
 
 class Lanes(Pass):
@@ -688,8 +672,7 @@ class Lanes(Pass):
     self.call += 1
     for cache, new in ((keys, k), (values, v)):
       cache[self.lane, :, self.slot] = new[:, :, 0].type_as(cache)
-    mask, grouped = self.seen[:, None, None], q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=grouped)
+    return super().attend(q, keys, values, self.seen[:, None, None])
 
 
 class GPT(nn.Module):

@@ -1,4 +1,4 @@
-"""What only the published systems add to an evaluation: their variables, and two stages of it.
+"""What only the published systems add: their variables, a start, two stages of an evaluation.
 
 Test-time training (ttt.py), their backoff over exact counts (cascade.py) and their scorers as
 written (as_written.py) lie beside train_gpt.py: no proof needs them.
@@ -62,6 +62,13 @@ def variables(script: ModuleType) -> type:
       )
 
   return Published
+
+
+def overtone(std: float, weight: torch.Tensor, _: ModuleType) -> None:
+  """OVERTONE_INIT: normal, then singular values proportional to 1 / sqrt(k) (PR #810)."""
+  u, values, v = torch.linalg.svd(weight.normal_(std=std), full_matrices=False)
+  falling = torch.arange(1, len(values) + 1) ** -0.5
+  weight.copy_(u * (values[0] * falling) @ v)
 
 
 def evaluate(model: Any, weights: dict, scores: Any, report: Any, script: ModuleType) -> Any:
