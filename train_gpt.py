@@ -567,33 +567,17 @@ def uniform(weight):
   return weight.uniform_(-1, 1).mul_(weight.shape[-1] ** -0.5)
 
 
-def orthogonal(count=None, fill=nn.init.orthogonal_):
-  """The first `count` matrices orthogonal, the rest (output projections) zero."""
-
-  def fill_first(weight):
-    for matrix in weight.zero_().view(-1, *weight.shape[-2:])[:count]:
-      fill(matrix)
-
-  return fill_first
-
-
-def overtone(std):
-  """normal, then singular values proportional to 1 / sqrt(k) (PR #810)."""
-
-  def fill(weight):
-    u, values, v = torch.linalg.svd(weight.normal_(std=std), full_matrices=False)
-    falling = torch.arange(1, len(values) + 1) ** -0.5
-    weight.copy_(u * (values[0] * falling) @ v)
-
-  return fill
+def orthogonal(weight):
+  for matrix in weight.view(-1, *weight.shape[-2:]):
+    nn.init.orthogonal_(matrix)
 
 
 def parameter_specs(cfg):
   """Name -> Spec of every parameter."""
   L, D, H, V, B = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.vocab_size, cfg.bigram_dim
   KV, F_ = D // H * cfg.num_kv_heads, int(cfg.mlp_mult * D)
-  matrix = functools.partial(orthogonal, fill=nn.init.orthogonal_ if cfg.ortho_init else uniform)
-  token = (overtone if cfg.overtone_init else normal)(cfg.tied_embed_init_std)
+  std, matrix = cfg.tied_embed_init_std, orthogonal if cfg.ortho_init else uniform
+  overtone = functools.partial(beside, "published.overtone", std)
 
   def gain(init, *shape):
     return Spec(shape, init, "scalar", cfg.control_coding)
@@ -602,35 +586,35 @@ def parameter_specs(cfg):
   start, *group = (normal(0.01), "muon", "muon") if linear else (0.0, "embed", "scalar")
   ve, enrich, gate = cfg.value_layers, cfg.pre_enrich_dim, cfg.gated_attention
   table, first = cfg.table_coding, lambda w: w.copy_(torch.tensor([[1.0], [0.0]]))
-  always = {
+  token = overtone if cfg.overtone_init else normal(std)
+  specs = {
     "tok_emb": Spec((V, D), token, "embed", cfg.embed_coding),
-    "qo_bank": Spec((2 * L, D, D), matrix(L), "muon", "int6"),  # L queries, L outputs
-    "kv_bank": Spec((2 * L, KV, D), matrix(), "muon", "int6"),  # L keys, L values
-    "mlp_up_bank": Spec((L, F_, D), matrix(), "muon", "int6"),
+    # L queries; L outputs, from zero
+    "qo_bank": Spec((2 * L, D, D), lambda w: matrix(w.zero_()[:L]), "muon", "int6"),
+    "kv_bank": Spec((2 * L, KV, D), matrix, "muon", "int6"),  # L keys, L values
+    "mlp_up_bank": Spec((L, F_, D), matrix, "muon", "int6"),
     "mlp_down_bank": Spec((L, D, F_), 0.0, "muon", "int6"),
     "q_gain": gain(cfg.qk_gain_init, L, H),
     "attn_scale": gain(1.0, L, D),
     "mlp_scale": gain(1.0, L, D),
     "resid_mix": gain(first, L, 2, D),
     "skip_weights": gain(1.0, L // 2, D),
+    "smear": cfg.smear_gate and gain(cfg.smear_init, D),
+    "bigram_embed": bigram and Spec((bigram, B), start, group[0], table),
+    "bigram_proj": bigram and Spec((D, B), matrix, group[1], "fp16"),
+    "bigram_scale": bigram and not linear and gain(0.05),
+    "enrich_up": enrich and Spec((enrich, D), uniform, "muon", "int6"),
+    "enrich_down": enrich and Spec((D, enrich), uniform, "muon", "int6"),
+    "ve_embed": ve and Spec((V, cfg.ve_dim), normal(0.01), "embed", table),
+    "ve_proj": ve and Spec((KV, cfg.ve_dim), matrix, "scalar", "fp16"),
+    "ve_scale": ve and gain(0.1),
+    "ve_layer_scales": ve and gain(1.0, len(ve)),
+    "vr_lambda": cfg.value_residual and gain(0.5, L, 2),
+    "attn_gate_weight": gate and gain(0.0, L, H, D),
+    "attn_gate_bias": gate and gain(4.0, L, H),
+    "routing_alpha": cfg.polyglu_enabled and Spec((L, F_), 0.0, "routing", "fp16"),
   }
-  optional = [
-    (cfg.smear_gate, "smear", gain(cfg.smear_init, D)),
-    (bigram, "bigram_embed", Spec((bigram, B), start, group[0], table)),
-    (bigram, "bigram_proj", Spec((D, B), matrix(), group[1], "fp16")),
-    (bigram and not linear, "bigram_scale", gain(0.05)),
-    (enrich, "enrich_up", Spec((enrich, D), uniform, "muon", "int6")),
-    (enrich, "enrich_down", Spec((D, enrich), uniform, "muon", "int6")),
-    (ve, "ve_embed", Spec((V, cfg.ve_dim), normal(0.01), "embed", table)),
-    (ve, "ve_proj", Spec((KV, cfg.ve_dim), matrix(), "scalar", "fp16")),
-    (ve, "ve_scale", gain(0.1)),
-    (ve, "ve_layer_scales", gain(1.0, len(ve))),
-    (cfg.value_residual, "vr_lambda", gain(0.5, L, 2)),
-    (gate, "attn_gate_weight", gain(0.0, L, H, D)),
-    (gate, "attn_gate_bias", gain(4.0, L, H)),
-    (cfg.polyglu_enabled, "routing_alpha", Spec((L, F_), 0.0, "routing", "fp16")),
-  ]
-  return always | {name: spec for wanted, name, spec in optional if wanted}
+  return {name: spec for name, spec in specs.items() if spec}
 
 
 def count_parameters(cfg):
@@ -685,10 +669,10 @@ class Pass:
     """x_{t-1} at t, zeros first. (B, T, ...)"""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
-  def attend(self, q, k, v):
+  def attend(self, q, k, v, mask=None):
     """(B, H, T, d), (B, H_kv, T, d) twice -> (B, H, T, d)"""
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    how = dict(is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
 
 class Lanes(Pass):
@@ -722,8 +706,7 @@ class Lanes(Pass):
     self.call += 1
     for cache, new in ((keys, k), (values, v)):
       cache[self.lane, :, self.slot] = new[:, :, 0].type_as(cache)
-    mask, grouped = self.seen[:, None, None], q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=grouped)
+    return super().attend(q, keys, values, self.seen[:, None, None])
 
 
 class GPT(nn.Module):
@@ -1262,8 +1245,10 @@ class Scores(NamedTuple):
     return Scores(*(c if c is None else c[places] for c in self))
 
 
-def entropy_of(log_probs):
-  return -(log_probs.exp() * log_probs).sum(-1)
+def predict(model, hidden):
+  """(..., D) -> log-probabilities, float64 (..., V), also under autocast, and their entropy"""
+  log_probs = model.logits(hidden).double().log_softmax(-1)
+  return log_probs, -(log_probs.exp() * log_probs).sum(-1)
 
 
 def bits_per_byte(log_prob, token_bytes):
@@ -1280,44 +1265,33 @@ class WindowScorer:
     self.batch, self.length = cfg.eval_batch_seqs, cfg.window
     self.forward = rt.compile(self.score_rows)
 
-  def log_probs(self, ids, first, count):
-    """ids (B, T) -> at `count` rows from first (B,): log-probabilities, float64 (B, count, V)"""
+  def predict(self, ids, rows):
+    """Of inputs (B, T) at rows (B, S)"""
     with self.rt.autocast():
-      index = first.unsqueeze(1) + torch.arange(count, device=first.device)
-      hidden = self.model.hidden(ids)
-      hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-      logits = self.model.logits(hidden)
-    return logits.double().log_softmax(-1)
+      return predict(self.model, self.model.hidden(ids).take_along_dim(rows.unsqueeze(-1), 1))
 
-  def score_rows(self, ids, first, targets):
+  def score_rows(self, ids, rows, targets):
     """-> log p of targets (B, S), entropy; float64 (2, B, S)"""
-    log_probs = self.log_probs(ids, first, targets.shape[1])
-    chosen = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return torch.stack([chosen, entropy_of(log_probs)])
+    log_probs, entropy = self.predict(ids, rows)
+    return torch.stack([log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy])
 
   def windows(self, stream, ends, stride):
-    """Inputs (B, T), first scored rows (B,), targets (B, S) of the windows that end before
-    target `ends`; beyond the stream's end lies a constant."""
-    starts = np.maximum(ends - self.length, 0)
-    inputs = starts[:, None] + np.arange(self.length)
-    goals = ends[:, None] - stride + np.arange(stride) + 1
-    ids, targets = (stream.take(i, mode="clip").astype(np.int64) for i in (inputs, goals))
+    """Inputs (B, T), scored rows and targets (B, S) of the windows that end before target `ends`;
+    beyond the stream's end lies a constant."""
+    starts = np.maximum(ends - self.length, 0)[:, None]
+    inputs = starts + np.arange(self.length)
+    scored = ends[:, None] - stride + np.arange(stride)
+    ids, targets = (stream.take(i, mode="clip").astype(np.int64) for i in (inputs, scored + 1))
     ids[inputs >= len(stream) - 1] = 0
-    arrays = ids, ends - stride - starts, targets
-    return [torch.from_numpy(array).to(self.rt.device) for array in arrays]
+    return [torch.as_tensor(a, device=self.rt.device) for a in (ids, scored - starts, targets)]
+
+  def score(self, stream, stride):
+    """stream: N + 1 tokens -> Scores of the last N"""
+    total = len(stream) - 1
+    columns = self.score_windows(stream, np.arange(0, total, stride) + stride, stride)
+    return Scores(*columns.reshape(2, -1)[:, :total])
 
   @torch.no_grad()
-  def score(self, stream, stride, student=None):
-    """stream: N + 1 tokens -> Scores of the last N. student, if any, learns from scored chunks."""
-    total, parts = len(stream) - 1, []
-    size = student.chunk if student else total + stride
-    for a in range(0, total, size):
-      b = min(a + size, total)
-      parts.append(self.score_windows(stream, np.arange(a, b, stride) + stride, stride))
-      if student and b < total:
-        student.learn(stream[a : b + 1], a / size / ((total - 1) // size))
-    return Scores(*np.concatenate(parts, 1).reshape(2, -1)[:, :total])
-
   def score_windows(self, stream, ends, stride):
     """float64 (2, windows, S), the same on every rank"""
     result = np.zeros((2, len(ends), stride))
@@ -1377,15 +1351,13 @@ def drive(model, rt, shape, groups, choose):
 
 
 def lane_pass(model, rt, rows, window):
-  """-> forward(ids, places), int64 (rows,) each -> log-probabilities, float64 (rows, V), entropy"""
+  """-> forward(ids, places), int64 (rows,) each, that predicts the next tokens"""
   lanes = Lanes(model, rows, window)
 
   def forward(ids, places):
     lanes.begin(places)
     with rt.autocast():
-      logits = model.logits(model.hidden(ids.unsqueeze(1), lanes)[:, 0])
-    log_probs = logits.double().log_softmax(-1)
-    return log_probs, entropy_of(log_probs)
+      return predict(model, model.hidden(ids.unsqueeze(1), lanes)[:, 0])
 
   return rt.graph(forward, *torch.zeros(2, rows, dtype=torch.int64, device=rt.device))
 
@@ -1843,11 +1815,11 @@ def window_mass(model, rt, cfg, stream):
   """Largest error of a mass among the first targets"""
   scorer, mixture = WindowScorer(model, rt, cfg), Mixture(rt, cfg, 1, isolated=False)
   ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
-  ids, first, _ = scorer.windows(stream, ends, cfg.eval_stride)
-  rows = scorer.log_probs(ids, first, cfg.eval_stride).flatten(0, 1)
-  for t, row in enumerate(rows[: min(WITNESSES, len(stream) - 1)].split(1)):
-    mixture.distributions((row, entropy_of(row)), np.array([0]))
-    mixture.learn(stream[t + 1 : t + 2])
+  outputs = scorer.predict(*scorer.windows(stream, ends, cfg.eval_stride)[:2])
+  columns = [column.flatten(0, 1)[:WITNESSES].split(1) for column in outputs]
+  for row, token in zip(zip(*columns, strict=True), stream[1:, None], strict=False):
+    mixture.distributions(row, np.array([0]))
+    mixture.learn(token)
   return mixture.mass_error
 
 

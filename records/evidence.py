@@ -326,8 +326,8 @@ def score_windows(case: Case, stream: np.ndarray, spans: list, picked: list[int]
   windows = [np.arange(a // stride, -(-b // stride)) for a, b in spans]
   ends, rows = (np.unique(np.concatenate(windows)) + 1) * stride, {}
   for place in picked:
-    ids, first, _ = scorer.windows(stream, np.array([place // stride + 1]) * stride, stride)
-    rows[place] = scorer.log_probs(ids, first, stride)[0, place % stride].cpu().numpy()
+    ids, scored, _ = scorer.windows(stream, np.array([place // stride + 1]) * stride, stride)
+    rows[place] = scorer.predict(ids, scored)[0][0, place % stride].cpu().numpy()
   places = (ends[:, None] - stride + np.arange(stride)).ravel()
   columns = scorer.score_windows(stream, ends, stride).reshape(2, -1)
   inside = places < len(stream) - 1

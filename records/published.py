@@ -1,4 +1,4 @@
-"""What only the published systems add to an evaluation: their variables, and two stages of it.
+"""What only the published systems add: their variables, a start, two stages of an evaluation.
 
 Test-time training (ttt.py), their backoff over exact counts (cascade.py) and their scorers as
 written (as_written.py) lie beside train_gpt.py: no proof needs them.
@@ -64,14 +64,20 @@ def variables(script: ModuleType) -> type:
   return Published
 
 
+def overtone(std: float, weight: torch.Tensor, _: ModuleType) -> None:
+  """OVERTONE_INIT: normal, then singular values proportional to 1 / sqrt(k) (PR #810)."""
+  u, values, v = torch.linalg.svd(weight.normal_(std=std), full_matrices=False)
+  falling = torch.arange(1, len(values) + 1) ** -0.5
+  weight.copy_(u * (values[0] * falling) @ v)
+
+
 def evaluate(model: Any, weights: dict, scores: Any, report: Any, script: ModuleType) -> Any:
   """Test-time training where it is on; scores of the unquantised weights where NGRAM_SCHEME was
   measured on these (PR #864) -> Scores that feed the mixture"""
   cfg, rt, stream = report.cfg, report.rt, report.text.stream
   if cfg.ttt_enabled:
     student = script.beside("ttt.TestTimeTraining", model, rt, cfg)
-    scorer = script.WindowScorer(student.model, rt, cfg)
-    scores = scorer.score(stream, cfg.eval_stride, student)
+    scores = student.score(stream)
     report.score("ttt", scores.log_prob)
   if cfg.pre_enrich_dim:
     scores = scores._replace(pe_delta=enrichment_change(model, stream, PIECE, script))

@@ -177,9 +177,7 @@ def student_of(model, runtime, cfg):
 
 def adapted(model, runtime, cfg, stream):
   """Scores of a stream by a model that learns from it, chunk by chunk"""
-  training = student_of(model.eval(), runtime, cfg)
-  scorer = train_gpt.WindowScorer(training.model, runtime, cfg)
-  return scorer.score(stream, cfg.eval_stride, training)
+  return student_of(model.eval(), runtime, cfg).score(stream)
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):

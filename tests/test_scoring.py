@@ -72,11 +72,11 @@ def scored(model, cfg, stream, stride, *ranks):
 
 
 def distribution(model, cfg, stream, stride, target):
-  """p of one target over the vocabulary, as its window's row of log_probs gives it"""
+  """p of one target over the vocabulary, as its window predicts it"""
   one, end = scorer(model, cfg), target // stride * stride + stride
-  ids, first, _ = one.windows(stream, np.full(one.batch, end), stride)
+  ids, rows, _ = one.windows(stream, np.full(one.batch, end), stride)
   with torch.no_grad():
-    return one.log_probs(ids, first, stride)[0, target - end + stride].exp().numpy()
+    return one.predict(ids, rows)[0][0, target - end + stride].exp().numpy()
 
 
 shapes = st.tuples(
