@@ -2013,9 +2013,9 @@ class Trainer:
     self.rt.log("resumed", step=self.step)
 
   def log_step(self, **values):
-    seconds = self.rt.seconds["train"]
-    values |= dict(train_time_ms=int(1000 * seconds), step_avg_ms=1000 * seconds / self.step)
-    values["tokens_per_s"] = int(self.cfg.train_batch_tokens * self.step / seconds)
+    spent = 1000 * self.rt.seconds["train"]
+    values |= dict(train_time_ms=int(spent), step_avg_ms=spent / self.step)
+    values |= beside("progress.facts", self) if RECORDS else {}
     self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
 
 
@@ -2041,16 +2041,6 @@ class Report:
     bpb = bits_per_byte(log_prob, self.text.bytes)
     return dict(val_loss=float(-log_prob.mean()), val_bpb=bpb)
 
-  def save_scores(self, name, scores, final):
-    text, columns = self.text, dict(logp_model=scores.log_prob, entropy=scores.entropy)
-    columns |= dict(position=text.positions, token=text.targets, bytes=text.bytes)
-    columns |= {} if scores.pe_delta is None else dict(pe_delta=scores.pe_delta)
-    self.save(name, logp_final=final, **columns)
-
-  def save(self, name, **arrays):
-    if self.rt.rank == 0:
-      write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
-
   def finish(self, model, scores, final, order):
     """Proof, scores, bytes and seconds against the caps"""
     rt, cfg, text = self.rt, self.cfg, self.text
@@ -2059,12 +2049,8 @@ class Report:
     else:
       mass_error, codec = window_mass(model, rt, cfg, text.stream), {}
     self.score("ngram", final, mixer=cfg.mixer, orders=cfg.orders, mass_error=mass_error)
-    columns, edges = dict(logp_model=scores.log_prob, logp_final=final), range(0, len(final), 1024)
-    columns = {n: np.add.reduceat(c, edges) for n, c in (columns | dict(bytes=text.bytes)).items()}
-    self.save("blocks.npz", **columns)
-    if cfg.save_scores or getattr(cfg, "ngram_scheme", ""):
-      self.save_scores("scores.npz", scores, final)
     if RECORDS:
+      beside("folder.save_columns", self, scores, final)
       beside("published.pseudo_score", self)
     if codec:
       rt.log("final_codec", **codec)

@@ -87,7 +87,7 @@ def evaluate(model: Any, weights: dict, scores: Any, report: Any, script: Module
     raw = script.WindowScorer(model, rt, cfg).score(stream, cfg.eval_stride)
     if cfg.pre_enrich_dim:
       raw = raw._replace(pe_delta=enrichment_change(model, stream, PIECE, script))
-    report.save_scores("scores_ema.npz", raw, raw.log_prob)
+    script.beside("folder.save_scores", report, "scores_ema.npz", raw, raw.log_prob)
   return scores
 
 
