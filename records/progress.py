@@ -61,11 +61,9 @@ class Bars:
       total = self.expected_steps(done, total)
     if self.bar is None or stage != self.stage or done < self.bar.n:
       self.close()
-      look = dict(file=self.file, leave=False, dynamic_ncols=True, mininterval=0.2, miniters=1)
-      self.stage, self.bar = (
-        stage,
-        self.tqdm(desc=stage, initial=done, total=total, unit="", **look),
-      )
+      look = dict(unit="step" if stage == "train" else "it", unit_scale=total >= 10**6)
+      look |= dict(file=self.file, leave=False, dynamic_ncols=True, mininterval=0.2, miniters=1)
+      self.stage, self.bar = stage, self.tqdm(None, stage, total, initial=done, **look)
     self.bar.total = total
     self.bar.update(done - self.bar.n)
     if done >= total:

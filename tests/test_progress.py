@@ -261,4 +261,4 @@ def test_peaks_by_name(name, tera):
 def test_peak_memory_is_what_the_kernel_says(rt):
   (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
   resident = int(line.split()[1]) * 1024 / 10**6
-  assert resident - 1 <= progress.peak_memory(rt, train_gpt) < 1.5 * resident
+  assert 0.95 * resident <= progress.peak_memory(rt, train_gpt) < 1.5 * resident
