@@ -135,7 +135,7 @@ class Bar:
 
   made = []
 
-  def __init__(self, desc, initial, total, **_):
+  def __init__(self, _, desc, total, initial, **look):
     self.desc, self.n, self.total, self.open = desc, initial, total, True
     self.made.append(self)
 
