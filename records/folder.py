@@ -28,6 +28,7 @@ def open_run(rt: Any, script: ModuleType) -> None:
     fix = "OVERWRITE=1" + (" or RESUME=auto" if saved and not rt.finished else "")
     message = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
     raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
+  script.beside("progress.attach", rt)
   if rt.rank == 0:
     rt.folder.mkdir(parents=True, exist_ok=True)
     if goes_on:
@@ -83,7 +84,8 @@ def save(rt: Any, name: str, arrays: dict[str, np.ndarray], script: ModuleType) 
 
 
 def close_run(rt: Any, script: ModuleType) -> None:
-  """submission.json, the mark of a finished run, and report.png"""
+  """Peak memory; submission.json, the mark of a finished run, and report.png"""
+  rt.log("peak_memory_mb", script.beside("progress.peak_memory", rt))
   for name in ("records/submission.py", "records/plot.py"):
     if subprocess.run([sys.executable, script.ROOT / name, rt.folder]).returncode:
       rt.log("note", f"{name} failed; run it again on {rt.folder}")
