@@ -1329,25 +1329,42 @@ class Order(NamedTuple):
   steps: Any = None  # times, lanes of tokens; None: one by one
 
 
+def coding_order(stream, steps):
+  """Order of a BOS and N targets from drive's steps"""
+  lanes, documents, places = map(np.concatenate, zip(*steps, strict=True))
+  targets, begun = np.flatnonzero(stream == BOS)[documents] + places, steps[0][0]
+  sizes = [len(step[0]) for step in (steps[0], *steps)]
+  times = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+  tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
+  return Order(tokens, targets, (times, np.append(begun, lanes)))
+
+
+def reader(stream):
+  """-> drive's choose along a text"""
+  starts = np.flatnonzero(stream == BOS) + 1
+  return lambda _, lanes, documents, places: stream[starts[documents] + places].astype(np.int32)
+
+
 @torch.no_grad()
 def drive(model, rt, shape, groups, choose):
   """The loop of scoring, encoding and decoding: a token a lane a step; BOS ends a document, a free
   lane takes the next. choose(outputs of the groups' lanes, lanes at work, their documents, their
-  places there) -> their tokens. Returns how many."""
+  places there) -> their tokens. Returns these three of each step."""
   rows = shape.lanes // shape.groups
   passes = [lane_pass(model, rt, rows, shape.window) for _ in groups if rows]
   ids, places = np.full(shape.lanes, BOS), np.zeros(shape.lanes, int)
-  documents, waiting, coded = np.arange(shape.lanes), shape.lanes, 0
+  documents, waiting, coded, steps = np.arange(shape.lanes), shape.lanes, 0, []
   while len(lanes := np.flatnonzero(documents < shape.documents)) and coded < shape.targets:
-    inputs = torch.from_numpy(np.stack([ids, places])).to(rt.device).split(rows, 1)
+    inputs = torch.as_tensor(np.stack([ids, places]), device=rt.device).split(rows, 1)
     outputs = [forward(*inputs[i]) for i, forward in zip(groups, passes, strict=True)]
     joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
-    tokens = choose(joined, lanes, documents[lanes], places[lanes])
+    steps.append((lanes, documents[lanes], places[lanes]))
+    tokens = choose(joined, *steps[-1])
     ids[lanes], places[lanes], coded = tokens, places[lanes] + 1, coded + len(lanes)
     end = (documents[lanes] == shape.documents - 1) & (places[lanes] == shape.last)
     for lane in lanes[end | (tokens == BOS)]:
       ids[lane], places[lane], documents[lane], waiting = BOS, 0, waiting, waiting + 1
-  return coded
+  return steps
 
 
 def lane_pass(model, rt, rows, window):
@@ -1364,26 +1381,19 @@ def lane_pass(model, rt, rows, window):
 
 def score_documents(model, rt, cfg, stream):
   """stream: a BOS and N targets -> Scores of these in the text's order, Order of coding"""
-  shape, starts = Shape.of(stream, cfg, rt.world_size), np.flatnonzero(stream == BOS)
-  rows, coded, parts = shape.lanes // shape.groups, [], []
+  shape, read, parts = Shape.of(stream, cfg, rt.world_size), reader(stream), []
+  rows, columns = shape.lanes // shape.groups, np.zeros((2, shape.targets))
 
-  def choose(outputs, lanes, documents, places):
-    targets = starts[documents] + places
-    tokens, mine = stream[targets + 1].astype(np.int64), lanes // rows == rt.rank
-    at, goal = (torch.from_numpy(a[mine]).to(rt.device) for a in (lanes % rows, tokens))
+  def choose(outputs, lanes, *where):
+    tokens, mine = read(outputs, lanes, *where), lanes // rows == rt.rank
+    at, goal = (torch.as_tensor(a[mine], device=rt.device) for a in (lanes % rows, tokens))
     log_probs, entropy = outputs
     parts.append(torch.stack([log_probs[at, goal], entropy[at]]))
-    coded.append((targets, lanes))
     return tokens
 
-  drive(model, rt, shape, [rt.rank], choose)
-  targets, lanes = map(np.concatenate, zip(*coded, strict=True))
-  columns, begun = np.zeros((2, shape.targets)), np.arange(min(shape.lanes, shape.documents))
-  columns[:, targets[lanes // rows == rt.rank]] = torch.cat(parts, 1).cpu()
-  sizes = [len(begun), *(len(lanes) for _, lanes in coded)]
-  times = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-  tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
-  order = Order(tokens, targets, (times, np.append(begun, lanes)))
+  order = coding_order(stream, drive(model, rt, shape, [rt.rank], choose))
+  mine = order.steps[1][-shape.targets :] // rows == rt.rank
+  columns[:, order.targets[mine]] = torch.cat(parts, 1).cpu()
   return Scores(*rt.sum(columns)), order
 
 
@@ -1551,7 +1561,7 @@ class Blend:
   def rows(self, stats, entropy, _=None):
     """Inputs of the gate (rows, 5K + 3), scaled by constants, not by the stream (C1), and the
     experts' mask (rows, K + 1). stats: (K, rows, 4) int32; entropy: (rows,) float64, nats."""
-    stats, entropy = (torch.as_tensor(a).to(self.device) for a in (stats, entropy))
+    stats, entropy = (torch.as_tensor(a, device=self.device) for a in (stats, entropy))
     (n, _, types, singles), h = stats.float().unbind(-1), entropy.float()[None]
     known, total = n > 0, n.clamp(min=1)
     inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
@@ -1574,7 +1584,7 @@ class Blend:
   def learn(self, inputs, known, p):
     """Train on a scored chunk: four passes early in the stream, one from 2^19 targets on. p: by
     expert_p"""
-    threads, p = torch.get_num_threads(), torch.from_numpy(p).to(self.device)
+    threads, p = torch.get_num_threads(), torch.as_tensor(p, device=self.device)
     torch.set_num_threads(1)  # faster for so small a gate
     with torch.no_grad():
       gate = (self.logits(inputs, known).double().softmax(1) * p).sum(1)
@@ -1735,21 +1745,21 @@ def coder_integers(p):
 
 
 def code(model, rt, cfg, shape, pick):
-  """Encoder and decoder; pick(integers (lanes, V), documents, places) -> tokens (lanes,). Returns
-  the text, a BOS before each document; how many targets; largest error of a mass"""
+  """Encoder and decoder; pick(integers (lanes, V), lanes, documents, places) -> tokens (lanes,).
+  Returns the text, a BOS before each document; how many targets; largest error of a mass"""
   mixture, text = Mixture(rt, cfg, min(shape.lanes, shape.documents)), {}
 
   def choose(outputs, lanes, documents, places):
-    tokens = pick(coder_integers(mixture.distributions(outputs, lanes)), documents, places)
-    mixture.learn(tokens)
+    integers = coder_integers(mixture.distributions(outputs, lanes))
+    mixture.learn(tokens := pick(integers, lanes, documents, places))
     for document, token in zip(documents, tokens.tolist(), strict=True):
       text.setdefault(document, [BOS]).append(token)
     return tokens
 
-  coded, last = drive(model, rt, shape, range(shape.groups), choose), shape.documents - 1
+  steps, last = drive(model, rt, shape, range(shape.groups), choose), shape.documents - 1
   parts = [t[:-1] if d < last and t[-1] == BOS else t for d, t in text.items()]
   text = np.array([token for part in parts for token in part] or [BOS], np.uint16)
-  return text, coded, mixture.mass_error
+  return text, sum(len(step[0]) for step in steps), mixture.mass_error
 
 
 def encode(model, rt, cfg, stream, shape):
@@ -1757,18 +1767,12 @@ def encode(model, rt, cfg, stream, shape):
   coders, read = backend("constriction").stream, reader(stream)
   coder, family = coders.queue.RangeEncoder(), coders.model.Categorical(perfect=False)
 
-  def pick(integers, documents, places):
-    tokens = read(documents, places)
-    coder.encode(tokens, family, integers)
+  def pick(integers, *where):
+    coder.encode(tokens := read(integers, *where), family, integers)
     return tokens
 
   coded = code(model, rt, cfg, shape, pick)
   return coder.get_compressed().astype("<u4").tobytes(), *coded
-
-
-def reader(stream):
-  starts = np.flatnonzero(stream == BOS)
-  return lambda documents, places: stream[starts[documents] + places + 1].astype(np.int32)
 
 
 def decode(model, rt, cfg, words, shape):
@@ -1833,8 +1837,7 @@ def prove(report, log_prob):
   shape = shape._replace(targets=min(max(most, WITNESSES), shape.targets))
   model = load_artifact(artifact, rt.device)
   if not most:
-    read = reader(stream)
-    return code(model, rt, cfg, shape, lambda _, *where: read(*where))[2], {}
+    return code(model, rt, cfg, shape, reader(stream))[2], {}
   words, text, coded, mass_error = encode(model, rt, cfg, stream, shape)
   made = fingerprint(rt, artifact, folder / "train_gpt.py")
   scoring = {name: show(getattr(cfg, name)) for name in SCORING}

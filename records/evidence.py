@@ -242,19 +242,8 @@ class Case:
 
 def coding_order(stream: np.ndarray, rt: Any, shape: Any) -> Any:
   """The Order in which lanes take the targets of a stream (N + 1,), without a network."""
-  coded, starts = [], np.flatnonzero(stream == BOS)
-
-  def choose(_: Any, lanes: np.ndarray, documents: np.ndarray, places: np.ndarray) -> np.ndarray:
-    coded.append((starts[documents] + places, lanes))
-    return stream[coded[-1][0] + 1].astype(np.int64)
-
-  train_gpt.drive(None, rt, shape, [], choose)
-  targets, lanes = map(np.concatenate, zip(*coded, strict=True))
-  begun = np.arange(min(shape.lanes, shape.documents))
-  sizes = [len(begun), *(len(step) for step, _ in coded)]
-  times = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-  tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
-  return train_gpt.Order(tokens, targets, (times, np.append(begun, lanes)))
+  steps = train_gpt.drive(None, rt, shape, [], train_gpt.reader(stream))
+  return train_gpt.coding_order(stream, steps)
 
 
 def mix_again(

@@ -368,7 +368,7 @@ def test_golden_stream(monkeypatch):
   stream = np.append(np.uint16(BOS), tokens)
 
   def code(model, rt, cfg, shape, pick):
-    found = [pick(integers[a:b], np.zeros(b - a, int), np.arange(a, b)) for a, b in shape]
+    found = [pick(integers[a:b], 0, np.zeros(b - a, int), np.arange(a, b)) for a, b in shape]
     return np.concatenate(found)
 
   monkeypatch.setattr(train_gpt, "code", lambda *a: (code(*a),))
