@@ -12,8 +12,8 @@ re-read from disk; section 12 spends it and decodes the text.
 
 Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
 1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules, 7 weight
-averaging, 8 checkpoint and resume, 9 quantisation and artifact, 10 neural scoring, 11 n-gram
-scoring, 12 codec, 13 training loop, 14 report and main. What no proof needs is in records/.
+averaging, 9 quantisation and artifact, 10 neural scoring, 11 n-gram scoring, 12 codec,
+13 training loop, 14 report and main. What no proof needs is in records/: 8 is checkpoint.py.
 """
 
 # -----------------------------------------------------------------------------
@@ -100,24 +100,24 @@ def beside(name, *arguments):
 
 @dataclass(frozen=True)
 class Config(beside("published.variables") if RECORDS else object):
-  """Everything a run depends on; field `x_y` is environment variable `X_Y`."""
+  """Everything a run depends on; field `x_y` is environment variable `X_Y`, --help says more."""
 
   # Run
   record: str = ""  # folder in records/
   run_id: str = ""  # else <config>_seed<SEED>
   seed: int = 1337  # of the initial weights
   device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
-  attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
-  dry_run: bool = False  # print what would run
-  eval_only: str = ""  # artifact to score
-  decode: str = ""  # run folder to decode
+  attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"
+  dry_run: bool = False
+  eval_only: str = ""
+  decode: str = ""
   overwrite: bool = False  # a finished run folder
   resume: Literal["0", "auto"] = "0"  # auto: go on with a run
-  checkpoint_every: str = "0"  # 10 steps, 10m minutes; 0: never
+  checkpoint_every: str = "0"  # 10 steps, 10m minutes; 0: on a signal
 
   # Data
-  data_path: str = ""  # folder of token shards
-  tokenizer_path: str = ""  # else beside the shards
+  data_path: str = ""
+  tokenizer_path: str = ""
   train_batch_tokens: Count = 786_432  # in a step, all ranks
   grad_accum_steps: int = 0  # 0: 8 // ranks, 1 on CPU
 
@@ -128,11 +128,11 @@ class Config(beside("published.variables") if RECORDS else object):
   model_dim: Count = 512  # residual width
   num_heads: Count = 8  # query heads
   num_kv_heads: Count = 4  # key/value heads
-  mlp_mult: Positive = 3.0  # of MODEL_DIM
+  mlp_mult: Positive = 3.0
   leaky_slope: float = 0.5  # leaky_relu(x)^2; 0: relu^2
   polyglu_enabled: bool = False  # learn each neuron's slope
   depth_recurrence: tuple[int, ...] = ()  # layers applied twice
-  tied_embed_init_std: float = 0.005  # token embedding
+  tied_embed_init_std: float = 0.005
   overtone_init: bool = False  # its spectrum is 1/sqrt(k)
   ortho_init: bool = True  # orthogonal; 0: uniform
   logit_softcap: Positive = 30.0  # c tanh(z / c)
@@ -142,68 +142,68 @@ class Config(beside("published.variables") if RECORDS else object):
   rope_train_seq_len: Count = 1024  # longer: a larger base
   ln_scale: bool = True  # times 1/sqrt(layer + 1)
   xsa_last_n: int = 11  # last layers without self
-  value_residual: bool = False  # mix in the first layer's
+  value_residual: bool = False
   gated_attention: bool = False  # gate each head
   smear_gate: bool = True  # blend in the token before
   smear_init: Annotated[float, -1e30, 1e30] = 0.0  # logit of its share
-  bos_reset: bool = True  # smear, bigram stop at BOS
+  bos_reset: bool = True
   bigram_vocab_size: int = 2048  # rows; 0: none
-  bigram_dim: Count = 128  # its width
-  bigram_kind: Literal["xor", "linear"] = "xor"  # hash
+  bigram_dim: Count = 128
+  bigram_kind: Literal["xor", "linear"] = "xor"
   pre_enrich_dim: int = 0  # GELU before the blocks; 0: none
-  ve_enabled: bool = True  # embedding added to values
-  ve_dim: Count = 128  # its width
+  ve_enabled: bool = True
+  ve_dim: Count = 128
   ve_layers: tuple[int, ...] = (-2, -1)  # its layers; -1: the last
 
   # Artifact
-  embed_coding: Literal["int6", "int8", "fp16"] = "int8"  # token embedding
-  table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram, value
-  control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates
+  embed_coding: Literal["int6", "int8", "fp16"] = "int8"
+  table_coding: Literal["int6", "int8", "fp16"] = "int8"
+  control_coding: Literal["fp16", "fp32"] = "fp16"
   compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
-  quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
-  clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
+  quant_per: Literal["row", "matrix"] = "row"
+  clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
   quant_floor: bool = True  # scale >= 1 / largest
   target_mb: float = 0.0  # MiB, by pruning; 0: any
 
   # Training
   iterations: Count = 20_000  # steps at most
   max_wallclock_seconds: float = 600.0  # of training; 0: no cap
-  warmup_steps: int = 20  # untimed
-  warmdown_iters: int = 3500  # last steps, rate falls
+  warmup_steps: int = 20
+  warmdown_iters: int = 3500
   matrix_lr: float = 0.025  # Muon: the banks
   scalar_lr: float = 0.025  # AdamW: gains
   tied_embed_lr: float = 0.035  # AdamW: embeddings
-  muon_momentum: Fraction = 0.99  # after its warm-up
+  muon_momentum: Fraction = 0.99
   muon_momentum_warmup_start: Fraction = 0.92  # at step 0
-  muon_momentum_warmup_steps: int = 1500  # steps
+  muon_momentum_warmup_steps: int = 1500
   muon_backend_steps: Count = 5  # Newton-Schulz steps
-  muon_wd: float = 0.04  # of the banks
-  adam_wd: float = 0.04  # of the rest
-  beta1: Beta = 0.9  # AdamW
-  beta2: Beta = 0.95  # AdamW
+  muon_wd: float = 0.04
+  adam_wd: float = 0.04
+  beta1: Beta = 0.9
+  beta2: Beta = 0.95
   adam_eps: Positive = 1e-8  # AdamW
   grad_clip_norm: float = 0.3  # 0: any
-  clip: Literal["global", "local"] = "global"  # of average or rank
+  clip: Literal["global", "local"] = "global"
   val_loss_every: int = 4000  # steps; 0: never
-  train_log_every: Count = 500  # steps
+  train_log_every: Count = 500
 
   # Averaging and QAT
-  ema_enabled: bool = True  # exponential mean
-  ema_decay: Fraction = 0.997  # weight of the past
+  ema_enabled: bool = True
+  ema_decay: Fraction = 0.997
   ema_warmup: bool = True  # <= (1 + s) / (10 + s)
-  swa_enabled: bool = True  # mean of late snapshots
-  swa_every: Count = 50  # steps
-  swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
-  swa_weight: Fraction = 0.5  # share of SWA beside EMA
+  swa_enabled: bool = True
+  swa_every: Count = 50
+  swa_source: Literal["raw", "ema"] = "raw"
+  swa_weight: Fraction = 0.5
   qat_enabled: bool = False  # on row grids, from step 0
-  late_qat: bool = True  # on the export's grid
-  late_qat_threshold: float = 0.15  # rate factor then
-  qat_every: Count = 50  # steps between
+  late_qat: bool = True
+  late_qat_threshold: float = 0.15
+  qat_every: Count = 50
 
   # Scoring
   eval_seq_len: int = 0  # window; 0: TRAIN_SEQ_LEN
-  eval_stride: Count = 64  # new targets in a window
-  eval_batch_seqs: Count = 32  # windows in a pass
+  eval_stride: Count = 64
+  eval_batch_seqs: Count = 32
   scorer: Literal["sliding", "documents"] = "documents"  # feeds the mixture
   eval_lanes: Count = 1024  # documents side by side
   save_scores: bool = False  # write scores.npz
@@ -211,7 +211,7 @@ class Config(beside("published.variables") if RECORDS else object):
   codec_device: Literal["same", "cpu"] = "same"  # where to prove
 
   # N-gram
-  ngram_enabled: bool = True  # score-first evaluator
+  ngram_enabled: bool = True
   ngram_mixer: Literal["blend", "cascade", "none"] = "blend"  # what val_bpb is
   ngram_min_order: int = 2  # shortest n-gram
   ngram_max_order: int = 9  # longest n-gram
@@ -1044,34 +1044,6 @@ class Averages:
     share = self.cfg.swa_weight if self.cfg.ema_enabled else 1.0
     mixed = torch._foreach_lerp(self.ema, self.swa, share) if self.snapshots else self.ema
     return dict(zip(self.names, mixed, strict=True))
-
-
-# -----------------------------------------------------------------------------
-# 8. Checkpoint and resume
-# A run that died goes on from its last good checkpoint, on the same ranks bit for bit.
-
-TRAINING = NAMES[NAMES.index("train_batch_tokens") : NAMES.index("eval_seq_len")]
-
-
-def save_checkpoint(folder, state, tensors):
-  """step_<n>.safetensors, then step_<n>.json, which makes it one. The last two stay."""
-  path, data = folder / f"step_{state['step']:08}.json", backend("safetensors.torch").save(tensors)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_atomically(path.with_suffix(".safetensors"), data)
-  seen = dict(state=state, sha256=sha(json.dumps(state).encode() + data))
-  write_atomically(path, json.dumps(seen).encode())
-  kept = {path.stem for path in sorted(folder.glob("step_*.json"))[-2:]}
-  for path in sorted(folder.iterdir()):
-    if path.stem not in kept:
-      path.unlink()
-
-
-def read_checkpoint(path):
-  """-> state, tensors; some exception where it is not whole"""
-  data, seen = path.with_suffix(".safetensors").read_bytes(), json.loads(path.read_bytes())
-  if sha(json.dumps(seen["state"]).encode() + data) != seen["sha256"]:
-    raise ValueError("its sha256 does not fit")
-  return seen["state"], backend("safetensors.torch").load(data)
 
 
 # -----------------------------------------------------------------------------
@@ -1960,60 +1932,13 @@ class Trainer:
     every = int(every.removesuffix("m"))
     return count // every + self.done if every else 0
 
-  def tensors(self):
-    """Name -> each tensor that a step changes"""
-    averages, adam = self.averages, self.optimizers.adam.state.values()
-    groups = dict(weight=averages.weights, ema=averages.ema, swa=averages.swa)
-    groups |= dict(grid=self.model.buffers(), rng=[torch.get_rng_state()])
-    groups["muon"] = [bank.momenta for bank in self.optimizers.muon.banks]
-    groups["adam"] = [tensor for state in adam for tensor in state.values()]
-    return {f"{name}.{i}": x for name, group in groups.items() for i, x in enumerate(group)}
-
-  def settings(self):
-    """What must be the same where a run goes on."""
-    found = {name: show(getattr(self.cfg, name)) for name in ("seed", *TRAINING)}
-    sizes = [path.stat().st_size for path in self.loader.shards]
-    return found | dict(ranks=self.rt.world_size, shards=f"{len(sizes)} of {sum(sizes)} bytes")
-
   def save(self, loss):
     """A checkpoint; after a signal, the end."""
     self.agree(loss.item())
-    self.optimizers.muon.gather()
-    if self.rt.rank == 0:
-      state = dict(step=self.step, qat_since=self.qat_since, seconds=self.elapsed)
-      state |= dict(snapshots=self.averages.snapshots, loader=self.loader.state())
-      state |= dict(settings=self.settings(), logs=[file.tell() for file in self.rt.files[1:]])
-      save_checkpoint(self.folder, state, {n: x.clone() for n, x in self.tensors().items()})
-    self.rt.barrier()
+    beside("checkpoint.save", self)
     if self.signal:
       self.rt.log("note", f"signal {self.signal:.0f}: checkpoint written, RESUME=auto goes on")
       sys.exit(128 + int(self.signal))
-
-  def resume(self):
-    """Go on from the newest whole checkpoint; from the start where there is none."""
-    paths = sorted(self.folder.glob("step_*.json"), reverse=True)
-    for path in paths:
-      try:
-        return self.restore(*read_checkpoint(path))
-      except UserError:
-        raise
-      except Exception as error:  # json and safetensors have their own
-        self.rt.log("note", f"{path} is passed over, damaged: {error}")
-    if paths:
-      raise UserError(f"{self.folder}: no whole checkpoint; fix: put one back, or OVERWRITE=1")
-
-  def restore(self, state, saved):
-    for name, now in self.settings().items():
-      if (was := state["settings"][name]) != now:
-        fix = "set it back, or OVERWRITE=1"
-        raise UserError(f"{self.folder}: made with {name.upper()}={was}, not {now}; fix: {fix}")
-    for name, tensor in (own := self.tensors()).items():
-      tensor.copy_(saved[name].view(tensor.shape))
-    torch.set_rng_state(own["rng.0"])
-    self.step, self.qat_since = state["step"], state["qat_since"]
-    self.averages.snapshots, self.rt.seconds["train"] = state["snapshots"], state["seconds"]
-    self.loader.restore(state["loader"])
-    self.rt.log("resumed", step=self.step)
 
   def log_step(self, **values):
     spent = 1000 * self.rt.seconds["train"]
@@ -2083,7 +2008,7 @@ def train_model(report):
 
   trainer = Trainer(model, loader, rt, cfg)
   if cfg.resume == "auto":
-    trainer.resume()
+    beside("checkpoint.resume", trainer)
   weights = trainer.run(validate)
   if cfg.val_loss_every:  # what quantisation starts from
     model.load_state_dict(weights)

@@ -221,9 +221,9 @@ def help_groups(script):
   for line in (inspect.getsource(script.Config) + published).splitlines():
     if found := re.fullmatch(r" +# (.+)", line):
       names = groups.setdefault(found[1], {})
-    elif found := re.match(r" +(\w+): .* = .*  # (.+)", line):
-      name = found[1].upper()
-      names[name] = fuller.get(name, found[2])
+    elif found := re.match(r" +(\w+): .* = .+?(?:  # (.+))?$", line):
+      if (name := found[1].upper()) in script.VARIABLES:
+        names[name] = fuller.get(name, found[2])
   return groups
 
 
