@@ -78,6 +78,7 @@ def backend(name):
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
 RECORDS = (ROOT / "records/variables.py").exists()  # the file works alone, too
+LAUNCH = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)  # torchrun's variables
 
 Count = Annotated[int, 1, 2**62]  # bounds; a plain number is at least 0
 Positive = Annotated[float, 1e-30, 1e30]
@@ -322,8 +323,7 @@ class Runtime:
 
   def __init__(self, cfg):
     self.cfg, self.folder = cfg, Path("runs") / cfg.run_id
-    launch = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)  # torchrun's
-    ranks = (int(os.environ.get(name, alone)) for name, alone in launch.items())
+    ranks = (int(os.environ.get(name, alone)) for name, alone in LAUNCH.items())
     self.rank, local, self.world_size, self.local_ranks = ranks
     self.cuda = cfg.device != "cpu" and torch.cuda.is_available()
     if cfg.device == "cuda" and not self.cuda:
@@ -577,7 +577,6 @@ def parameter_specs(cfg):
   L, D, H, V, B = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.vocab_size, cfg.bigram_dim
   KV, F_ = D // H * cfg.num_kv_heads, int(cfg.mlp_mult * D)
   std, matrix = cfg.tied_embed_init_std, orthogonal if cfg.ortho_init else uniform
-  overtone = functools.partial(beside, "published.overtone", std)
 
   def gain(init, *shape):
     return Spec(shape, init, "scalar", cfg.control_coding)
@@ -586,7 +585,7 @@ def parameter_specs(cfg):
   start, *group = (normal(0.01), "muon", "muon") if linear else (0.0, "embed", "scalar")
   ve, enrich, gate = cfg.value_layers, cfg.pre_enrich_dim, cfg.gated_attention
   table, first = cfg.table_coding, lambda w: w.copy_(torch.tensor([[1.0], [0.0]]))
-  token = overtone if cfg.overtone_init else normal(std)
+  token = functools.partial(beside, "published.overtone", std) if cfg.overtone_init else normal(std)
   specs = {
     "tok_emb": Spec((V, D), token, "embed", cfg.embed_coding),
     # L queries; L outputs, from zero
@@ -702,11 +701,10 @@ class Lanes(Pass):
     return before
 
   def attend(self, q, k, v):
-    keys, values = self.caches[self.call]
+    past = self.caches[self.call]  # keys and values
+    past[:, self.lane, :, self.slot] = torch.cat([k, v], 2).transpose(1, 2).type_as(past)
     self.call += 1
-    for cache, new in ((keys, k), (values, v)):
-      cache[self.lane, :, self.slot] = new[:, :, 0].type_as(cache)
-    return super().attend(q, keys, values, self.seen[:, None, None])
+    return super().attend(q, *past, self.seen[:, None, None])
 
 
 class GPT(nn.Module):
@@ -714,13 +712,12 @@ class GPT(nn.Module):
 
   def __init__(self, cfg):
     super().__init__()
-    self.cfg, specs = cfg, parameter_specs(cfg)
-    for name, spec in specs.items():
+    self.cfg = cfg
+    for name, spec in parameter_specs(cfg).items():
       self.register_parameter(name, nn.Parameter(torch.full(spec.shape, math.nan)))
-    self.gridded = [n for n, s in specs.items() if s.group == "muon" and "bigram" not in n]
-    for name in self.gridded:
-      grid = torch.zeros(*specs[name].shape[:-1], 1)  # 0: quantisation is off
-      self.register_buffer(f"{name}_grid", grid, persistent=False)
+      if spec.group == "muon" and "bigram" not in name:
+        grid = torch.zeros(*spec.shape[:-1], 1)  # 0: quantisation is off
+        self.register_buffer(f"{name}_grid", grid, persistent=False)
 
   @torch.no_grad()
   def initialise(self):
@@ -779,7 +776,7 @@ class GPT(nn.Module):
       up, down = self.bank("enrich_up"), self.bank("enrich_down")
       shared.plain, x = x, F.linear(F.gelu(F.linear(x, up)), down)
       shared.enriched, x = x, rms_norm(x)
-    shared.x0, shared.value_embedding = x, None
+    shared.x0 = x
     if cfg.value_layers:
       values = F.linear(F.embedding(ids, self.ve_embed), self.ve_proj)
       shared.value_embedding = self.ve_scale * values  # (B, T, KV)
@@ -1086,8 +1083,8 @@ def search_grid(weight, coding, cfg):
 @torch.no_grad()
 def update_qat_grids(model, cfg):
   """The grid that the export would choose now."""
-  for name in model.gridded:
-    getattr(model, f"{name}_grid").copy_(search_grid(getattr(model, name), "int6", cfg))
+  for name, grid in model.named_buffers():
+    grid.copy_(search_grid(getattr(model, name.removesuffix("_grid")), "int6", cfg))
 
 
 def payload_type(specs):
@@ -1416,8 +1413,10 @@ def jit(function):
 
 
 def sort_pieces(keys, cuts):
-  pieces = [np.sort(keys[a:b]) for a, b in zip(cuts, [*cuts[1:], len(keys)], strict=True)]
-  return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+  keys = keys.copy()
+  for piece in np.split(keys, cuts):
+    piece.sort()
+  return keys
 
 
 def numba_orders(text, vocab_size):
@@ -1606,7 +1605,7 @@ def make_mixer(name, cfg, device):
 def mix_ngrams(scores, order, report):
   """By the published backoff and by NGRAM_MIXER -> log p (N,)"""
   cfg, rt, final = report.cfg, report.rt, scores.log_prob.copy()
-  names = dict.fromkeys(("cascade", cfg.mixer) if RECORDS else (cfg.mixer,))
+  names = ["cascade"] * RECORDS + [cfg.mixer]
   mixers = {name: make_mixer(name, cfg, rt.device) for name in names}
   orders = mixers[cfg.mixer].orders
   store, steps = CountStore(orders, len(order.tokens) - len(final)), order.steps
@@ -1815,8 +1814,7 @@ def prove(report, log_prob):
   scoring = {name: show(getattr(cfg, name)) for name in SCORING}
   header = dict(shape=shape, made=made, text=sha(text), scoring=scoring)
   write_atomically(folder / "stream.bin", seal(STREAM_PREFIX, header, words))
-  ours = {*VARIABLES, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-  environ = {name: value for name, value in os.environ.items() if name not in ours}
+  environ = {n: text for n, text in os.environ.items() if n not in VARIABLES | LAUNCH}
   command, decoded = [sys.executable, folder / "train_gpt.py"], folder / "decoded.npy"
   done = subprocess.run(command, env=environ | {"DECODE": str(folder)})
   right = done.returncode == 0 and np.array_equal(np.load(decoded), text)

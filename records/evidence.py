@@ -222,8 +222,8 @@ class Case:
     require(
       train_gpt.sha((alone / "train_gpt.py").read_bytes()) == OUR_CODE, "train_gpt.py has changed"
     )
-    launch = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-    environ = {n: x for n, x in os.environ.items() if n not in launch | train_gpt.VARIABLES.keys()}
+    ours = {"PYTHONPATH", *train_gpt.VARIABLES, *train_gpt.LAUNCH}
+    environ = {name: text for name, text in os.environ.items() if name not in ours}
     process = subprocess.Popen(
       [sys.executable, "train_gpt.py"],
       cwd=alone,

@@ -149,7 +149,7 @@ def test_qat_is_on_from_the_first_step(trainer, monkeypatch):
     lines = logged(run, monkeypatch)
     run.run(no_validation)
     assert not any("late_qat" in line[0] for line in lines)
-    assert all((getattr(run.model, f"{name}_grid") == 0).all() for name in run.model.gridded)
+    assert all((grid == 0).all() for grid in run.model.buffers())
     losses[on] = [line[2]["train_loss"] for line in lines if "train_loss" in line[2]]
   assert losses[True][0] == losses[False][0]
   assert all(a != b for a, b in zip(losses[True][1:], losses[False][1:], strict=True))
