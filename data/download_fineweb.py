@@ -349,6 +349,8 @@ def fetch(hub: Hub, file: RemoteFile, progress: Progress) -> None:
       raise DownloadError(f"{file.path} of {hub.repo}: {wrong}; fix: {fix}")
     os.fsync(part.fileno())
     os.replace(file.part, file.target)
+  for older in file.target.parent.glob(f".{file.target.name}.*.partial"):
+    older.unlink()  # of a version that is no longer published
   progress.done(file)
 
 
@@ -518,9 +520,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   given = [n for n in (options.shards, options.train_shards) if n is not None]
   options.train_shards = given[0] if given else DEFAULT_TRAIN_SHARDS
   if not 0 <= options.train_shards < 10**6:
-    raise DownloadError(f"--train-shards {options.train_shards}: fix: 0 (validation only) or more")
+    raise DownloadError(f"--train-shards {options.train_shards}: too few or many; fix: 0 or more")
   if not re.fullmatch(r"sp\d+|byte260", options.variant):
-    raise DownloadError(f"--variant {options.variant}: fix: sp1024, another spN, or byte260")
+    raise DownloadError(
+      f"--variant {options.variant}: unknown; fix: sp1024, another spN, or byte260"
+    )
   options.prefix = options.prefix.strip("/")
   if options.prefix:
     inside(options.prefix, "--prefix")

@@ -2,6 +2,7 @@
 huggingface_hub asks for, files in LFS behind a redirect, and every way in which it can go wrong."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -93,7 +94,13 @@ class Handler(BaseHTTPRequestHandler):
     if start and not body:
       return self.reply(416)
     self.send_response(206 if start else 200)
-    self.send_header("Content-Length", str(len(body)))
+    if self.hub.encoding == "gzip":
+      body = gzip.compress(body)
+      self.send_header("Content-Encoding", "gzip")
+    if self.hub.encoding == "until the end":
+      self.close_connection = True
+    else:
+      self.send_header("Content-Length", str(len(body)))
     if start:
       self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
     self.end_headers()
@@ -118,9 +125,12 @@ class FakeHub(ThreadingHTTPServer):
     self.cuts = {}  # path: [bytes sent before each cut]
     self.served, self.gone = {}, set()  # path: other bytes; listed but not there
     self.statuses = []  # of the next answers of the API: (status, code)
-    self.ranges = True
+    self.ranges, self.encoding = True, ""
     self.go_on = threading.Event()  # whether a cut connection is closed at once
     self.go_on.set()
+
+  def handle_error(self, request, client_address):
+    """A client that hangs up is part of the play."""
 
   def in_lfs(self, name):
     return name.endswith((".bin", ".model"))
@@ -391,7 +401,7 @@ def test_a_damaged_part_is_fetched_from_the_start(hub, get):
   name = f"datasets/{FOLDER}/fineweb_val_000000.bin"
   hub.cuts[name] = [50_000, *[0] * 5]
   out = get("0").out
-  (part,) = out.rglob("*.partial")
+  (part,) = out.rglob("*val*.partial")
   part.write_bytes(b"\0" * part.stat().st_size)
   hub.requests.clear()
   done = get("0")
@@ -408,7 +418,7 @@ def test_a_part_of_another_version_is_not_continued(hub, get, tmp_path):
   hub.add(name, shard(9, tmp_path / "shard.bin"))
   done = get("0")
   assert hub.ranges_of("fineweb_val_000000.bin") == [None]
-  assert (done.out / name).read_bytes() == hub.files[f"datasets/{name}"]
+  assert_complete(done.out, hub, train=0)
 
 
 def test_server_errors_pass(hub, get):
@@ -440,7 +450,7 @@ def test_ctrl_c_keeps_what_came_and_names_nothing(hub, tmp_path):
   out.parent.mkdir()
   running = process(hub, out, "1")
   part = until(lambda: [p for p in out.rglob("*train*.partial") if p.stat().st_size == 50_000])
-  until(lambda: (out / FOLDER / "fineweb_val_000000.bin").exists())
+  until(lambda: len(final_names(out)) == 4)  # manifest, tokenizer, its list, validation
   running.send_signal(signal.SIGINT)
   stdout, stderr = running.communicate(timeout=10)  # not the 20 s that the server waits
   assert running.returncode == 130
@@ -505,6 +515,20 @@ def test_wrong_size_is_refused(hub, get, change):
   line = refusal(done)
   assert name in line and f"{len(data) + change:,} bytes instead of {len(data):,}" in line
   assert name not in final_names(done.out)
+
+
+def test_too_many_bytes_of_a_length_not_told_are_refused(hub, get):
+  name = f"datasets/{FOLDER}/fineweb_val_000000.bin"
+  hub.encoding = "until the end"
+  hub.served[name] = hub.files[name] + b"x" * 100_000
+  assert "wrong size" in refusal(get("0"))
+  del hub.served[name]
+  assert_complete(get("0").out, hub, train=0)
+
+
+def test_a_proxy_that_compresses(hub, get):
+  hub.encoding = "gzip"
+  assert_complete(get("0").out, hub, train=0)
 
 
 def test_wrong_git_file_is_refused(hub, get):
@@ -663,9 +687,10 @@ def test_manifest_that_is_no_json(hub, get):
 
 
 def test_no_space_is_said_before_the_first_shard(hub, get, monkeypatch):
-  usage = types.SimpleNamespace(free=100_000)
+  usage = types.SimpleNamespace(free=100_000 + len(MODEL))
   monkeypatch.setattr(download_fineweb.shutil, "disk_usage", lambda path: usage)
   assert get("0").status == 0  # one shard and the tokenizer fit
+  usage.free = 100_000
   hub.requests.clear()
   done = get("3")
   assert f"{3 * 81_024:,} bytes needed, 100,000 free" in refusal(done)
@@ -674,7 +699,7 @@ def test_no_space_is_said_before_the_first_shard(hub, get, monkeypatch):
 
 
 def test_a_full_disk_is_one_line(hub, get, monkeypatch):
-  def full(self, blocks):
+  def full(number):
     raise OSError(28, "No space left on device", "some/file")
 
   monkeypatch.setattr(download_fineweb.os, "fsync", full)
