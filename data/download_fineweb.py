@@ -278,7 +278,7 @@ class Progress:
   """A bar on a terminal, else a line a file; from several threads."""
 
   def __init__(self, what: str, files: list[RemoteFile], size: int):
-    self.bar = tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=None)
+    self.bar = tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=None, leave=False)
     self.lock, self.files, self.count = threading.Lock(), len(files), 0
 
   def advance(self, count: int) -> None:

@@ -255,16 +255,15 @@ def final_names(out):
 
 
 def assert_complete(out, hub, variant="sp1024", train=3):
-  """Every file as published, and none but those."""
-  prefix = f"datasets/datasets/fineweb10B_{variant}/"
-  tokenizers = [entry for entry in manifest()["tokenizers"] if entry["name"] == f"tok_{variant}"]
-  wanted = {"manifest.json"} | {v for k, v in tokenizers[0].items() if k != "name"}
-  shards = ["val_000000", *(f"train_{n:06d}" for n in range(train))]
-  wanted |= {f"datasets/fineweb10B_{variant}/fineweb_{name}.bin" for name in shards}
+  """Every file as published, a tokenizer beside the shards, and nothing else."""
+  folder = f"datasets/fineweb10B_{variant}"
+  (tokenizer,) = [t for t in manifest()["tokenizers"] if t["name"] == f"tok_{variant}"]
+  wanted = {"manifest.json"} | {path for key, path in tokenizer.items() if key != "name"}
+  shards = ["val_000000", *(f"train_{number:06d}" for number in range(train))]
+  wanted |= {f"{folder}/fineweb_{name}.bin" for name in shards}
   for name in wanted:
     assert (out / name).read_bytes() == hub.files[f"datasets/{name}"], name
-  assert prefix.removeprefix("datasets/") + "tokenizer.model" in final_names(out)
-  assert set(final_names(out)) == wanted | {f"{prefix.removeprefix('datasets/')}tokenizer.model"}
+  assert set(final_names(out)) == wanted | {f"{folder}/tokenizer.model"}
   assert not list(out.rglob("*.partial"))
 
 
@@ -502,6 +501,7 @@ def test_wrong_bytes_are_refused(hub, get):
   line = refusal(done)
   assert name in line and "sha256" in line and REPO in line
   assert name not in final_names(done.out) and not list(done.out.rglob("tokenizer.model"))
+  assert not list(done.out.rglob("*train_000001*.partial"))  # the next run begins anew
   hub.served.clear()
   assert_complete(get("2").out, hub, train=2)
 
