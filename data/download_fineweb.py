@@ -123,6 +123,10 @@ class Hub:
         return request()
       except (HTTPError, InvalidURL, HFValidationError, OfflineModeIsEnabled) as error:
         self.rest(pause, error, what)
+      except (ValueError, KeyError, TypeError) as error:  # a web page, say, where JSON should be
+        found = f"no answer of a hub ({type(error).__name__})"
+        fix = "check HF_ENDPOINT and the proxy"
+        raise DownloadError(f"{self.api.endpoint}: {found}; fix: {fix}") from None
 
   def rest(self, pause: float | None, error: Exception, what: str) -> None:
     """Wait after a failure; DownloadError where waiting cannot help (None: waited enough)."""

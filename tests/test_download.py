@@ -69,6 +69,9 @@ class Handler(BaseHTTPRequestHandler):
 
   def do_GET(self):
     self.hub.requests.append(("GET", self.path, self.headers["Range"]))
+    self.hub.tokens[self.path] = self.headers["Authorization"]
+    if self.hub.is_web_page:
+      return self.reply(200, b"<html>log in</html>")
     path = unquote(self.path)
     if self.hub.statuses and "/api/datasets/" in path:
       return self.refuse(*self.hub.statuses.pop(0))
@@ -83,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
     if name not in self.hub.files or name in self.hub.gone:
       return self.refuse(404, "EntryNotFound")
     if path.startswith(resolve) and self.hub.in_lfs(name):
-      return self.reply(302, Location=f"/cdn/{name}", X_Repo_Commit=COMMIT)
+      return self.reply(302, Location=f"{self.hub.cdn}/cdn/{name}", X_Repo_Commit=COMMIT)
     self.send_file(name, self.hub.served.get(name, self.hub.files[name]))
 
   def send_file(self, name, data):
@@ -121,7 +124,9 @@ class FakeHub(ThreadingHTTPServer):
   def __init__(self):
     super().__init__(("127.0.0.1", 0), type("Bound", (Handler,), dict(hub=self)))
     self.url = f"http://127.0.0.1:{self.server_port}"
+    self.cdn = f"http://localhost:{self.server_port}"  # another host, as the hub's storage is
     self.files, self.requests = {}, []  # path: bytes; (method, path, Range)
+    self.tokens, self.is_web_page = {}, False  # path: Authorization
     self.cuts = {}  # path: [bytes sent before each cut]
     self.served, self.gone = {}, set()  # path: other bytes; listed but not there
     self.statuses = []  # of the next answers of the API: (status, code)
@@ -219,7 +224,7 @@ def hub(published, monkeypatch):
 def environment(hub):
   return dict(
     HF_ENDPOINT=hub.url,
-    NO_PROXY="127.0.0.1",
+    NO_PROXY="127.0.0.1,localhost",
     MATCHED_FINEWEB_REPO_ID=REPO,
     MATCHED_FINEWEB_REMOTE_ROOT_PREFIX="datasets",
   )
@@ -429,6 +434,19 @@ def test_server_errors_pass(hub, get):
     "429",
     "500",
   ]
+
+
+def test_the_token_goes_to_the_hub_alone(hub, get, monkeypatch):
+  monkeypatch.setenv("HF_TOKEN", "hf_secret")
+  assert get("0").status == 0
+  seen = {path: token for path, token in hub.tokens.items() if path.endswith("val_000000.bin")}
+  assert sorted(map(str, seen.values())) == ["Bearer hf_secret", "None"]
+  assert all((token is None) == path.startswith("/cdn/") for path, token in seen.items())
+
+
+def test_an_endpoint_that_is_no_hub(hub, get):
+  hub.is_web_page = True
+  assert "no answer of a hub" in refusal(get("0"))
 
 
 def test_no_network(hub, get, monkeypatch):
