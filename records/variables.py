@@ -125,7 +125,7 @@ def choose_record(given, script):
   if given.get("RECORD"):
     return given["RECORD"], []
   cuda = given.get("DEVICE") != "cpu" and torch.cuda.is_available()
-  if cuda and (given.get("DATA_PATH") or FINEWEB_DATA.is_dir()):
+  if cuda and (given.get("DATA_PATH") or has_fineweb()):
     return "", ["no RECORD: own configuration, since CUDA and data are here"]
   missing = f"no FineWeb data in {FINEWEB_DATA}" if cuda else "no CUDA device"
   if cuda and int(given.get("WORLD_SIZE", 1)) > 1 and given.get("DRY_RUN", "0") == "0":
@@ -134,9 +134,15 @@ def choose_record(given, script):
   return "tiny", [f"no RECORD: tiny, since there is {missing}"]
 
 
+def has_fineweb() -> bool:
+  """A download that was cut off leaves a partial file or no validation shard."""
+  found = {pattern: any(FINEWEB_DATA.glob(pattern)) for pattern in ("*_val_*.bin", ".*.partial")}
+  return found["*_val_*.bin"] and not found[".*.partial"]
+
+
 def default_paths(given, record):
   """The data folder, its tokenizer or else upstream's, where none is given."""
-  real = FINEWEB_DATA.is_dir() and record != "tiny"
+  real = has_fineweb() and record != "tiny"
   data = Path(given.get("DATA_PATH") or (FINEWEB_DATA if real else SAMPLE_DATA))
   tokenizer = data / "tokenizer.model"
   if data != SAMPLE_DATA and not tokenizer.exists():  # the sample's is made at its first use
