@@ -51,7 +51,9 @@ def own_variables(code: str) -> set[str]:
   """Variables that a train_gpt.py knows without records/, from its source"""
   classes = [node for node in ast.parse(code).body if isinstance(node, ast.ClassDef)]
   fields = [node for c in classes if c.name == "Config" for node in c.body]
-  return {node.target.id.upper() for node in fields if isinstance(node, ast.AnnAssign)}
+  # origin and notes, field(...), are no variables
+  known = [n for n in fields if isinstance(n, ast.AnnAssign) and not isinstance(n.value, ast.Call)]
+  return {node.target.id.upper() for node in known}
 
 
 def command_settings(run: Result) -> dict[str, str]:
@@ -309,7 +311,8 @@ def build(
     (folder / f"seed_{run.seed}").mkdir()
     for path in carried(run, options.scores):
       shutil.copyfile(path, folder / f"seed_{run.seed}" / path.name)
-    shutil.copyfile(run.folder.path / "log.txt", folder / f"train_seed{run.seed}.log")
+    if (log := run.folder.path / "log.txt").exists():
+      shutil.copyfile(log, folder / f"train_seed{run.seed}.log")
   shutil.copyfile(runs[0].folder.path / "train_gpt.py", folder / "train_gpt.py")
   shutil.copyfile(ROOT / "requirements.txt", folder / "requirements.txt")
   found = combined(options, runs) | ({"problems": list(wrong)} if wrong else {})
