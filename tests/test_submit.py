@@ -38,7 +38,7 @@ def made(tmp_path_factory):
   train, val = prepare_sample.sample_documents()
   with shared_folder(tmp_path_factory, "submit_runs") as (cwd, empty):
     if empty:
-      parts = [text[: 350 + 40 * i] for i, text in enumerate(val[:6])]
+      parts = [text[: 90 + 20 * i] for i, text in enumerate(val[:6])]  # a few hundred tokens
       prepare_text.write_dataset(train[:40], parts, cwd / "data", "prose", 512)
       with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "beside", without_picture)
