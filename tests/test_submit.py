@@ -246,6 +246,12 @@ def slow(folder):
   path.write_text(re.sub(r'"eval_seconds": [\d.]+', '"eval_seconds": 700.5', path.read_text()))
 
 
+def untrained(folder):
+  path = folder / "metrics.jsonl"
+  kept = [line for line in path.read_text().splitlines() if '"train_loss"' not in line]
+  path.write_text("\n".join(kept) + "\n")
+
+
 def append(folder, **line):
   with open(folder / "metrics.jsonl", "a") as file:
     file.write(json.dumps(line) + "\n")
@@ -255,6 +261,7 @@ SCORE = dict(val_loss=2.0, val_bpb=1.0)
 SPOILT = {  # what is done to the second run -> words of the refusal, does --force leave it out
   "unfinished": (unfinished, "no final_budget", True),
   "slow": (slow, "eval_seconds 700.5, the cap is 600", False),
+  "untrained": (untrained, "no training (EVAL_ONLY)", False),
   "unproved": (lambda f: (f / "stream.bin").unlink(), "no stream.bin", False),
   "undecoded": (lambda f: append(f, key="final_codec", decoded="FAILED"), "decoded:FAILED", False),
   "unmarked": (lambda f: (f / "submission.json").unlink(), "no submission.json", False),
