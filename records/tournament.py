@@ -240,7 +240,8 @@ def write(options: argparse.Namespace, rows: Sequence[Row], about: Row) -> None:
     }
     for text in texts
   }
-  runs.write_table(options.out, "Tournament", about, text, ranks=ranks(rows), results=results)
+  name = f"Tournament of {', '.join(options.configs)}"
+  runs.write_table(options.out, name, about, text, ranks=ranks(rows), results=results)
 
 
 # -----------------------------------------------------------------------------
