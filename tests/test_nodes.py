@@ -15,7 +15,8 @@ import time
 import pytest
 from helpers import SCRIPT, SHRUNK, Run, clean_environment, finished_run
 
-ENV = SHRUNK | dict(RUN_ID="nodes", ITERATIONS="3", WARMUP_STEPS="0", NGRAM_MAX_ORDER="3")
+QUICK = dict(ITERATIONS="2", WARMUP_STEPS="0", NGRAM_ENABLED="0", EVAL_STRIDE="64")
+ENV = SHRUNK | QUICK | dict(RUN_ID="nodes")
 LONG = ENV | dict(ITERATIONS="100000", WARMDOWN_ITERS="6")
 PATIENCE = 60  # seconds in which a host must notice that another one is gone; it takes about 2
 
