@@ -133,11 +133,14 @@ def draw_loss(ax: Any, runs: list[Run]) -> str:
 
 
 def draw_curves(ax: Any, runs: list[Run], place: Callable[[int, dict[str, Any]], float]) -> None:
-  """Training losses, x = place(step, log line); thinner from run to run, so that none hides one."""
-  for i, run in enumerate(runs):
+  """Training losses, x = place(step, log line); thinner from colour to colour, so that none hides
+  another one."""
+  colours = list(dict.fromkeys(run.colour for run in runs))
+  for run in runs:
     lines = sorted(run.losses.items())
     x, losses = [place(*line) for line in lines], [line["train_loss"] for _, line in lines]
-    ax.plot(x, losses, color=run.colour, lw=1.8 if len(runs) == 1 else 3 - 2 * i / (len(runs) - 1))
+    width = 1.8 + 1.2 * (len(colours) - 1 - 2 * colours.index(run.colour)) / len(colours)
+    ax.plot(x, losses, color=run.colour, lw=width)
     ax.plot(x[-1], losses[-1], run.marker, color=run.colour, ms=6)
 
 
