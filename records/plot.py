@@ -3,13 +3,15 @@
     python records/plot.py runs/tiny_seed1337
     python records/plot.py runs/a runs/b --out both.png      default: compare.png beside the first
 
-Panels: training loss, the score stage by stage, the n-gram gain by matched order, and the bits
-saved along the text. A panel for which no run has data is left out.
+Panels: training loss (of several runs by step and by time), the score stage by stage, the n-gram
+gain by matched order, and the bits saved along the text. A panel for which no run has data is left
+out. Runs that differ in nothing but SEED share a colour and an entry of the legend.
 """
 
 import argparse
 import math
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -90,17 +92,32 @@ def load(path: str, index: int) -> Run:
   return Run(folder, stages, losses, gains, blocks, COLOURS[index], MARKERS[index])
 
 
+def load_all(paths: list[str]) -> list[Run]:
+  """A colour for each configuration, whatever its seeds; the same run twice, or a changed script,
+  has two."""
+  runs, known, seen = [], [], []
+  for run in (load(path, 0) for path in paths):
+    named = (run.folder.path / "config.env").exists()  # else unfinished
+    settings = run.folder.settings() if named else {"": str(run.folder.path)}
+    seed, _ = settings.pop("SEED", ""), settings.pop("RUN_ID", "")
+    key = settings, seen.count((settings, seed))
+    seen.append((settings, seed))
+    known += [] if key in known else [key]
+    if len(known) > len(COLOURS):
+      raise RunError(f"{len(known)} configurations: at most {len(COLOURS)} can be told apart")
+    index = known.index(key)
+    runs.append(run._replace(colour=COLOURS[index], marker=MARKERS[index]))
+  return runs
+
+
 # -----------------------------------------------------------------------------
 # Panels: each draws all runs that have its data, and returns the line under its title.
 
 
 def draw_loss(ax: Any, runs: list[Run]) -> str:
   """Loss by step, from the log's step lines."""
+  draw_curves(ax, runs, lambda step, _: step)
   for run in runs:
-    steps = sorted(run.losses)
-    losses = [run.losses[step]["train_loss"] for step in steps]
-    ax.plot(steps, losses, color=run.colour)
-    ax.plot(steps[-1], losses[-1], run.marker, color=run.colour, ms=6)
     validated = run.folder.steps("val_loss")
     values = [line["val_loss"] for line in validated.values()]
     ax.plot(list(validated), values, "o", color=run.colour, mfc="white", ms=4.5)
@@ -113,6 +130,29 @@ def draw_loss(ax: Any, runs: list[Run]) -> str:
   circles = any(run.folder.steps("val_loss") for run in runs)
   unit = "nats per token" + ", circles: validation" * circles
   return unit + leave_out_start(ax, runs, last)
+
+
+def draw_curves(ax: Any, runs: list[Run], place: Callable[[int, dict[str, Any]], float]) -> None:
+  """Training losses, x = place(step, log line); thinner from colour to colour, so that none hides
+  another one."""
+  colours = list(dict.fromkeys(run.colour for run in runs))
+  for run in runs:
+    lines = sorted(run.losses.items())
+    x, losses = [place(*line) for line in lines], [line["train_loss"] for _, line in lines]
+    width = 1.8 + 1.2 * (len(colours) - 1 - 2 * colours.index(run.colour)) / len(colours)
+    ax.plot(x, losses, color=run.colour, lw=width)
+    ax.plot(x[-1], losses[-1], run.marker, color=run.colour, ms=6)
+
+
+def draw_loss_by_time(ax: Any, runs: list[Run]) -> str:
+  """The same over the seconds of training: runs whose steps cost differently."""
+  longest = max(line["train_time_ms"] for run in runs for line in run.losses.values()) / 1000
+  unit, seconds = ("minutes", 60) if longest >= 300 else ("seconds", 1)
+  draw_curves(ax, runs, lambda _, line: line["train_time_ms"] / 1000 / seconds)
+  ax.set_xlim(0, longest / seconds * 1.12)
+  ax.set_xlabel(f"{unit} of training")
+  ax.grid(axis="y")
+  return "nats per token" + leave_out_start(ax, runs, max(max(run.losses) for run in runs))
 
 
 def leave_out_start(ax: Any, runs: list[Run], last: int) -> str:
@@ -331,28 +371,26 @@ class Panel(NamedTuple):
   columns: float = 0.0  # room right of the axes, where one run is drawn
 
 
-ROWS = [
-  [
-    Panel("Training loss", draw_loss, lambda run: run.losses),
-    Panel("Score, stage by stage", draw_ladder, lambda run: run.stages, 1.6, 1.55),
-  ],
-  [
-    Panel("Saved by n-grams, by order", draw_gains, lambda run: run.gains),
-    Panel("Saved along the text", draw_strip, lambda run: run.mixed),
-  ],
-]
+LOSS = Panel("Training loss", draw_loss, lambda run: run.losses)
+BY_TIME = Panel("Training loss by time", draw_loss_by_time, lambda run: run.losses)
+LADDER = Panel("Score, stage by stage", draw_ladder, lambda run: run.stages, 1.6, 1.55)
+GAINS = Panel("Saved by n-grams, by order", draw_gains, lambda run: run.gains)
+STRIP = Panel("Saved along the text", draw_strip, lambda run: run.mixed)
+ROWS = [[LOSS, LADDER], [GAINS, STRIP]]  # of a single run
+OVERLAY = [[LOSS, BY_TIME], [LADDER, GAINS], [STRIP]]
 WIDTH, LEFT, RIGHT, GAP = 12.5, 0.65, 0.35, 0.85
 HEADER, PANEL, BETWEEN, FOOTER = 1.62, 2.75, 1.35, 0.72
 
 
 def draw(runs: list[Run], figure_class: Any) -> Any:
   """-> the figure"""
-  rows = [[panel for panel in row if any(map(panel.has_data, runs))] for row in ROWS]
+  rows = ROWS if len(runs) == 1 else OVERLAY
+  rows = [[panel for panel in row if any(map(panel.has_data, runs))] for row in rows]
   rows = [row for row in rows if row]
   if not rows:
     raise RunError(f"{runs[0].folder.path}: no step and no score to draw yet")
   notes = footnotes(runs)
-  header = HEADER + 0.22 * ((len(runs) - 1) // 3)
+  header = HEADER + 0.22 * ((len({run.colour for run in runs}) - 1) // 3)
   height = header + len(rows) * (PANEL + BETWEEN) - BETWEEN + FOOTER + 0.22 * len(notes)
   figure = figure_class(figsize=(WIDTH, height), facecolor="white")
   page = figure.add_axes([0, 0, 1, 1], xlim=(0, WIDTH), ylim=(height, 0))
@@ -383,11 +421,10 @@ def write_title(page: Any, runs: list[Run]) -> None:
   """Name, score and bytes; several runs have a legend instead."""
   if len(runs) > 1:
     page.text(LEFT, 0.48, f"{len(runs)} runs", size=18, weight="bold")
-    for i, run in enumerate(runs):
-      score = f"  {run.bpb:.4f}" if run.bpb else ""
-      text = f"{GLYPHS[i]} {shorten(run.folder.name(), 34)}{score}"
+    for i, colour in enumerate(dict.fromkeys(run.colour for run in runs)):
+      text = f"{GLYPHS[i]} {legend([run for run in runs if run.colour == colour])}"
       at = LEFT + i % 3 * (WIDTH - LEFT - RIGHT) / 3, 0.76 + i // 3 * 0.22
-      page.text(*at, text, size=9.5, color=run.colour, weight="bold")
+      page.text(*at, text, size=9.5, color=colour, weight="bold")
     return
   name = page.text(LEFT, 0.48, shorten(runs[0].folder.name(), 44), size=18, weight="bold")
   if runs[0].bpb:
@@ -395,6 +432,16 @@ def write_title(page: Any, runs: list[Run]) -> None:
     text = f"{runs[0].bpb:.4f} bits per byte"
     page.annotate(text, (1, 0), (16, 0), xycoords=name, va="bottom", **look)
   page.text(LEFT, 0.8, facts(runs[0]), size=9.5, color=GREY)
+
+
+def legend(runs: list[Run]) -> str:
+  """Name and score of a configuration; of several seeds their mean and standard deviation."""
+  scores, names = [run.bpb for run in runs if run.bpb], [run.folder.name() for run in runs]
+  if len(runs) == 1:
+    return shorten(names[0], 34) + (f"  {scores[0]:.4f}" if scores else "")
+  name = f"{shorten(os.path.commonprefix(names) or names[0], 20)}, {len(runs)} seeds"
+  spread = f" \N{PLUS-MINUS SIGN} {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+  return name + (f"  {statistics.fmean(scores):.4f}{spread}" if scores else "")
 
 
 def save(figure: Any, path: Path) -> None:
@@ -409,8 +456,6 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
   parser.add_argument("--out", type=Path, help="default: RUN_DIR/report.png")
   given = parser.parse_args(arguments)
-  if len(given.runs) > len(COLOURS):
-    parser.error(f"{len(given.runs)} runs: at most {len(COLOURS)} can be told apart")
   try:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -421,7 +466,7 @@ def main(arguments: list[str] | None = None) -> int:
   out = given.out or (first / "report.png" if single else first.resolve().parent / "compare.png")
   try:
     with rc_context(STYLE):
-      save(draw([load(path, i) for i, path in enumerate(given.runs)], Figure), out)
+      save(draw(load_all(given.runs), Figure), out)
   except (RunError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

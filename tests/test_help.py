@@ -68,6 +68,7 @@ def test_defaults_and_choices_are_the_scripts(page):
   for name, (_, _, default, meaning) in rows(page).items():
     field = VARIABLES[name]
     if field.default not in ("", ()):
+      assert ", " not in default or len(default) > names.WIDTHS[2]
       assert train_gpt.parse(name, default.replace(" ", "")) == field.default
     if isinstance(field.default, str) and get_args(field.type):
       choices = [choice for choice in get_args(field.type) if choice]

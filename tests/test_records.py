@@ -303,9 +303,9 @@ def shown(*folders):
   """Titles of the panels that a picture of these folders has."""
   from matplotlib.figure import Figure
 
-  runs = [plot.load(str(folder), i) for i, folder in enumerate(folders)]
+  runs = plot.load_all([*map(str, folders)])
   page, *panels = plot.draw(runs, Figure).axes
-  titles = {panel.title for row in plot.ROWS for panel in row}
+  titles = {panel.title for row in plot.ROWS + plot.OVERLAY for panel in row}
   found = [text.get_text() for text in page.texts if text.get_text() in titles]
   assert len(found) == len(panels)
   return found, [text.get_text() for text in page.texts]
@@ -320,7 +320,9 @@ def test_panels_without_data_are_left_out(tmp_path):
   assert shown(training)[0] == [loss]
   assert shown(scored)[0] == [ladder]
   assert shown(evaluated)[0] == [ladder, gains, strip]
-  assert shown(whole)[0] == shown(training, evaluated)[0] == [loss, ladder, gains, strip]
+  assert shown(whole)[0] == [loss, ladder, gains, strip]
+  by_time = plot.BY_TIME.title
+  assert shown(training, evaluated)[0] == [loss, by_time, ladder, gains, strip]
 
 
 def test_score_and_bytes_stand_above_and_pseudo_scores_below(run_dir):
@@ -367,10 +369,45 @@ def test_nothing_to_draw(tmp_path, capsys):
   assert capsys.readouterr().err.count("\n") == 2
 
 
-def test_more_runs_than_colours(run_dir):
-  with pytest.raises(SystemExit) as stopped:
-    draw(*[run_dir] * 7)
-  assert stopped.value.code == 2
+def seeded(folder, seed, bpb, layers=4):
+  """A run of a configuration with another seed and score."""
+  lines = [*step_lines(), exact("ngram", bpb, mixer="none")]
+  make_run(folder, lines)
+  (folder / "config.env").write_text(f"SEED={seed}\nNUM_LAYERS={layers}\n")
+  return folder
+
+
+def test_seeds_of_a_configuration_share_a_colour(tmp_path):
+  """The legend has their mean and standard deviation; other settings, and the same seed again,
+  have entries of their own."""
+  three = [seeded(tmp_path / f"net_{n}", n, bpb) for n, bpb in enumerate((1.5, 1.6, 1.7))]
+  deep, again = seeded(tmp_path / "deep", 0, 1.4, layers=6), seeded(tmp_path / "again", 0, 1.8)
+  runs = plot.load_all([*map(str, [*three, deep, again])])
+  assert [run.colour for run in runs] == [plot.COLOURS[n] for n in (0, 0, 0, 1, 2)]
+  assert [run.marker for run in runs] == [plot.MARKERS[n] for n in (0, 0, 0, 1, 2)]
+  _, texts = shown(*three, deep, again)
+  legend = ["● net_, 3 seeds  1.6000 ± 0.1000", "■ deep  1.4000", "◆ again  1.8000"]
+  assert [text for text in texts if text[0] in plot.GLYPHS] == legend
+
+
+def test_loss_by_step_and_by_time(tmp_path):
+  """Each run's curve at its steps and at its seconds."""
+  from matplotlib.figure import Figure
+
+  paths = [str(seeded(tmp_path / name, 0, 1.5)) for name in "ab"]
+  runs = plot.load_all(paths)
+  _, by_step, by_time, *_ = plot.draw(runs, Figure).axes
+  for run, line, timed in zip(runs, by_step.lines[::2], by_time.lines[::2], strict=False):
+    steps = sorted(run.losses)
+    assert line.get_xdata().tolist() == steps
+    assert timed.get_xdata().tolist() == [270 * n / 1000 for n in steps]
+    assert timed.get_ydata().tolist() == [run.losses[n]["train_loss"] for n in steps]
+  assert by_time.get_xlabel() == "seconds of training"
+
+
+def test_more_configurations_than_colours(run_dir, capsys):
+  assert draw(*[run_dir] * 7) == 2
+  assert capsys.readouterr().err.startswith("error: 7 configurations: at most 6")
 
 
 def test_without_matplotlib(run_dir, tmp_path):
