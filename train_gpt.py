@@ -331,7 +331,6 @@ class Runtime:
     self.device = torch.device(f"cuda:{local}" if self.cuda else "cpu")
     self.finished = (self.folder / "submission.json").exists()
     self.seconds, self.files = {"train": 0.0, "eval": 0.0}, [sys.stdout]
-    self.tick = lambda stage, done, total: None  # a terminal's progress bar, records/progress.py
 
   def start(self):
     """Threads, seed, kernels, process group, log."""
@@ -346,6 +345,7 @@ class Runtime:
     if self.world_size > 1:
       backends = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
       dist.init_process_group(backends, timeout=timedelta(minutes=15))
+      self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
   def log(self, key, value=None, **values):
     """On rank 0, to standard output, log.txt and metrics.jsonl."""
@@ -364,7 +364,18 @@ class Runtime:
     return self.sum(np.array(values, float), dist.ReduceOp.MAX)
 
   def barrier(self):
-    self.largest(0)
+    """However long rank 0 takes"""
+    if self.world_size > 1:
+      dist.barrier(self.patient)
+
+  def share(self, path):
+    """Rank 0's file, to every rank: hosts need no common disk."""
+    data = np.fromfile(path, np.uint8) if self.rank == 0 else np.zeros(0, np.uint8)
+    size = int(self.largest(len(data)).item())
+    return self.sum(np.pad(data, (0, size - len(data)))).tobytes()
+
+  def tick(self, stage, done, total):
+    """Of a long loop; on a terminal records/progress.py draws it."""
 
   @contextlib.contextmanager
   def signals(self):
@@ -1187,10 +1198,10 @@ def open_container(data):
   return cfg, np.frombuffer(decompress(payload, cfg.compressor, kind.itemsize), kind).reshape(())
 
 
-def load_artifact(path: str | Path, device: Any = "cpu") -> GPT:
+def load_artifact(path: str | Path, device: Any = "cpu", data: bytes = b"") -> GPT:
   """-> model in eval mode, fp32, for sequences of any length; ArtifactError for anything wrong."""
   try:
-    cfg, payload = open_container(Path(path).read_bytes())
+    cfg, payload = open_container(data or Path(path).read_bytes())
   except Exception as error:  # json and each decompressor have their own
     raise ArtifactError(f"{path}: unreadable ({error}); fix: train or download it anew") from error
   model = GPT(cfg)
@@ -2040,7 +2051,8 @@ def run(cfg):
     return decode_folder(cfg)
   if cfg.dry_run:
     return beside("variables.dry_run", rt, cfg)
-  if cfg.resume == "auto" and rt.finished:
+  rt.start()
+  if cfg.resume == "auto" and rt.largest(rt.finished):
     return rt.log("note", f"{rt.folder} is finished")
   if cfg.eval_only:
     stored, packed = load_artifact(cfg.eval_only).cfg, Path(cfg.eval_only).read_bytes()
@@ -2049,7 +2061,6 @@ def run(cfg):
   else:
     micro_batches(cfg, rt)
   beside("folder.open_run", rt) if RECORDS else rt.folder.mkdir(parents=True, exist_ok=True)
-  rt.start()
   if rt.rank == 0 and RECORDS:
     beside("variables.announce", rt, cfg)
   rt.barrier()
@@ -2064,8 +2075,7 @@ def run(cfg):
   with rt.clock("eval"):  # quantisation is in its budget
     if rt.rank == 0:
       write_atomically(path, pack_artifact(weights, cfg, rt.log) if weights else packed)
-    rt.barrier()
-    model = load_artifact(path, rt.device)
+    model = load_artifact(path, rt.device, rt.share(path))
     scores, order = evaluate(model, weights, report)
     final = scores.log_prob
     if rt.rank == 0 and cfg.mixer != "none":

@@ -26,6 +26,16 @@ def save(trainer: Any, script: ModuleType) -> None:
 def resume(trainer: Any, script: ModuleType) -> None:
   """Put the newest whole checkpoint into the trainer; leave it as it is where there is none.
   UserError where all are damaged, or for other settings, ranks or data."""
+  find(trainer, script)
+  furthest, least = trainer.rt.largest(trainer.step, -trainer.step).tolist()
+  if furthest != -least:
+    fix = "run in one folder that all hosts share, or copy it"
+    message = f"of step {furthest:.0f} on one host, {-least:.0f} on another; fix: {fix}"
+    raise script.UserError(f"{trainer.folder}: {message}")
+
+
+def find(trainer: Any, script: ModuleType) -> None:
+  """The newest whole checkpoint into this rank's trainer."""
   paths = sorted(trainer.folder.glob("step_*.json"), reverse=True)
   for path in paths:
     try:
