@@ -234,7 +234,6 @@ class Config(beside("published.variables") if RECORDS else object):
     return replace(cfg, tokenizer_path=tokenizer, run_id=cfg.run_id or run_id).check()
 
   def check(self):
-    """Refuse values that cannot work together."""
     layers, longest = self.num_layers, self.ngram_max_order
     head, more = self.model_dim // self.num_heads, getattr(self, "problems", tuple)()
     for name, broken, wanted in (
@@ -282,14 +281,13 @@ def parse(name, text):
   kind, default = VARIABLES[name].type, VARIABLES[name].default
   least, most = getattr(kind, "__metadata__", (0, 2**62))
   wanted = f"{type(default).__name__}, {least} to {most:g}, such as {show(default)}"
-  with contextlib.suppress(ValueError):
+  with contextlib.suppress(KeyError, ValueError):
     if isinstance(default, tuple):
       return tuple(map(get_args(kind)[0], text.split(",") if text or default else ()))
     if isinstance(default, bool | str):
-      choices = ("0", "1") if kind is bool else get_args(kind) or (text,)
-      wanted = " or ".join(map(repr, choices))
-      place = choices.index(text)
-      return bool(place) if kind is bool else text
+      known = {"0": False, "1": True} if kind is bool else {x: x for x in get_args(kind) or [text]}
+      wanted = " or ".join(map(repr, known))
+      return known[text]
     value = type(default)(text)
     if least <= value <= most:
       return value
@@ -1123,21 +1121,16 @@ def unseal(prefix, data):
   return json.loads(body[start:end]), body[end:]
 
 
-def open_container(data):
-  """The header must be what would be written -> configuration, payload"""
-  header, payload = unseal(PREFIX, data)
-  values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
-  cfg = Config(**values, eval_stride=1).check()
-  if not cfg.vocab_size or header != artifact_header(cfg):
-    raise ArtifactError("its header does not describe its model")
-  kind = payload_type(parameter_specs(cfg))
-  return cfg, np.frombuffer(decompress(payload, cfg.compressor, kind.itemsize), kind).reshape(())
-
-
 def load_artifact(path: str | Path, device: Any = "cpu") -> GPT:
   """-> model in eval mode, fp32, for sequences of any length; ArtifactError for anything wrong."""
   try:
-    cfg, payload = open_container(Path(path).read_bytes())
+    header, payload = unseal(PREFIX, Path(path).read_bytes())
+    values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
+    cfg = Config(**values, eval_stride=1).check()
+    if not cfg.vocab_size or header != artifact_header(cfg):  # what would be written
+      raise ArtifactError("its header does not describe its model")
+    payload = decompress(payload, cfg.compressor, header["size"])
+    payload = np.frombuffer(payload, payload_type(parameter_specs(cfg))).reshape(())
   except Exception as error:  # json and each decompressor have their own
     raise ArtifactError(f"{path}: unreadable ({error}); fix: train or download it anew") from error
   model = GPT(cfg)
@@ -1590,19 +1583,19 @@ class Dictionary:
 
   def __init__(self, orders, lanes, isolated):
     self.sizes, self.isolated = [2 * order - 2 for order in orders], isolated
-    self.tables, self.texts = [{} for _ in orders], [b""] * lanes  # two bytes a token
+    self.table, self.texts = {}, [b""] * lanes  # two bytes a token
 
   def contexts(self, lane):
-    """By order; None where the text is shorter."""
+    """By order, those within the text."""
     text = self.texts[lane]
-    return [text[len(text) - size :] if size <= len(text) else None for size in self.sizes]
+    return [text[len(text) - size :] for size in self.sizes if size <= len(text)]
 
   def read(self, lanes):
     """CountStore.read's rows, without target counts; (lane, k, tokens, counts) of known contexts"""
-    stats, found = np.zeros((len(self.tables), len(lanes), 4), np.int32), []
+    stats, found = np.zeros((len(self.sizes), len(lanes), 4), np.int32), []
     for i, lane in enumerate(lanes):
       for k, context in enumerate(self.contexts(lane)):
-        if after := self.tables[k].get(context):
+        if after := self.table.get(context):
           counts = np.fromiter(after.values(), np.int32, len(after))
           stats[k, i] = counts.sum(), 0, len(counts), (counts == 1).sum()
           found.append((i, k, np.fromiter(after, np.int64, len(after)), counts))
@@ -1610,10 +1603,9 @@ class Dictionary:
 
   def insert(self, lanes, tokens):
     for lane, token in zip(lanes, tokens.tolist(), strict=True):
-      for table, context in zip(self.tables, self.contexts(lane), strict=True):
-        if context is not None:
-          after = table.setdefault(context, {})
-          after[token] = after.get(token, 0) + 1
+      for context in self.contexts(lane):
+        after = self.table.setdefault(context, {})
+        after[token] = after.get(token, 0) + 1
       text = b"" if token == BOS and self.isolated else self.texts[lane]
       self.texts[lane] = (text + token.to_bytes(2, "little"))[-64:]
 

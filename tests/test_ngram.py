@@ -534,7 +534,7 @@ def spelt_out(tokens, rows, rt, **changes):
   """What a decoder would do: each distribution before its token -> p (N, V), the Mixture"""
   mixture, out = Mixture(rt, tiny(vocab_size=256, **changes), 1, isolated=False), []
   mixture.counts.texts[0] = b""  # the text begins with another token than BOS
-  mixture.counts.tables = [{} for _ in mixture.counts.tables]
+  mixture.counts.table.clear()
   mixture.counts.insert([0], tokens[:1])
   for before, token in zip(tokens[:-1], tokens[1:], strict=True):
     log_probs = torch.from_numpy(np.log(rows[before][None]))
