@@ -235,7 +235,6 @@ class Config(beside("published.variables") if RECORDS else object):
     return replace(cfg, tokenizer_path=tokenizer, run_id=cfg.run_id or run_id).check()
 
   def check(self):
-    """Refuse values that cannot work together."""
     layers, longest = self.num_layers, self.ngram_max_order
     head, more = self.model_dim // self.num_heads, getattr(self, "problems", tuple)()
     for name, broken, wanted in (
@@ -249,6 +248,7 @@ class Config(beside("published.variables") if RECORDS else object):
       ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
       ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
       ("CHECKPOINT_EVERY", not self.checkpoint_every.removesuffix("m").isdecimal(), "10 or 10m"),
+      ("SCORER", not RECORDS and self.scorer == "sliding", "documents without records/"),
       ("RUN_ID", Path(self.run_id).name != self.run_id, "a plain folder name"),
       *more,
     ):
@@ -283,14 +283,13 @@ def parse(name, text):
   kind, default = VARIABLES[name].type, VARIABLES[name].default
   least, most = getattr(kind, "__metadata__", (0, 2**62))
   wanted = f"{type(default).__name__}, {least} to {most:g}, such as {show(default)}"
-  with contextlib.suppress(ValueError):
+  with contextlib.suppress(KeyError, ValueError):
     if isinstance(default, tuple):
       return tuple(map(get_args(kind)[0], text.split(",") if text or default else ()))
     if isinstance(default, bool | str):
-      choices = ("0", "1") if kind is bool else get_args(kind) or (text,)
-      wanted = " or ".join(map(repr, choices))
-      place = choices.index(text)
-      return bool(place) if kind is bool else text
+      known = {"0": False, "1": True} if kind is bool else {x: x for x in get_args(kind) or [text]}
+      wanted = " or ".join(map(repr, known))
+      return known[text]
     value = type(default)(text)
     if least <= value <= most:
       return value
@@ -1187,21 +1186,16 @@ def unseal(prefix, data):
   return json.loads(body[start:end]), body[end:]
 
 
-def open_container(data):
-  """The header must be what would be written -> configuration, payload"""
-  header, payload = unseal(PREFIX, data)
-  values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
-  cfg = Config(**values, eval_stride=1).check()
-  if not cfg.vocab_size or header != artifact_header(cfg):
-    raise ArtifactError("its header does not describe its model")
-  kind = payload_type(parameter_specs(cfg))
-  return cfg, np.frombuffer(decompress(payload, cfg.compressor, kind.itemsize), kind).reshape(())
-
-
 def load_artifact(path: str | Path, device: Any = "cpu", data: bytes = b"") -> GPT:
   """-> model in eval mode, fp32, for sequences of any length; ArtifactError for anything wrong."""
   try:
-    cfg, payload = open_container(data or Path(path).read_bytes())
+    header, payload = unseal(PREFIX, data or Path(path).read_bytes())
+    values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
+    cfg = Config(**values, eval_stride=1).check()
+    if not cfg.vocab_size or header != artifact_header(cfg):  # what would be written
+      raise ArtifactError("its header does not describe its model")
+    payload = decompress(payload, cfg.compressor, header["size"])
+    payload = np.frombuffer(payload, payload_type(parameter_specs(cfg))).reshape(())
   except Exception as error:  # json and each decompressor have their own
     raise ArtifactError(f"{path}: unreadable ({error}); fix: train or download it anew") from error
   model = GPT(cfg)
@@ -1277,6 +1271,7 @@ class WindowScorer:
     result = np.zeros((2, len(ends), stride))
     for b in range(self.rt.rank * self.batch, len(ends), self.rt.world_size * self.batch):
       real = range(b, min(b + self.batch, len(ends)))
+      self.rt.tick("score", real.stop, len(ends))
       window = np.resize(real, self.batch)  # the last batch keeps its shape
       scored = self.forward(*self.windows(stream, ends[window], stride))
       result[:, real] = scored[:, : len(real)].cpu().numpy()
@@ -1342,6 +1337,7 @@ def drive(model, rt, shape, groups, choose):
     tokens = choose(joined, *steps[-1])
     ids[lanes], places[lanes], coded = tokens, places[lanes] + 1, coded + len(lanes)
     end = (documents[lanes] == shape.documents - 1) & (places[lanes] == shape.last)
+    rt.tick("documents", coded, shape.targets)
     for lane in lanes[end | (tokens == BOS)]:
       ids[lane], places[lane], documents[lane], waiting = BOS, 0, waiting, waiting + 1
   return steps
@@ -1403,7 +1399,7 @@ def ngram_counts(
   if steps is not None:
     times, following = steps[0], next_in_lane(steps[1])
   text = tokens.astype(np.int32), times, following
-  if torch.device(device).type == "cpu" and has_backend("numba"):
+  if has_backend("numba") and (torch.device(device).type == "cpu" or not RECORDS):
     orders = numba_orders(text, vocab_size)
   else:  # by torch's sort, cumsum and scatter
     orders = beside("counts.torch_orders", text, vocab_size, device)
@@ -1590,7 +1586,7 @@ def expert_p(stats, log_prob):
   return np.vstack([np.exp(log_prob).clip(1e-300), c / np.maximum(n, 1)]).T
 
 
-def mix(mixer, store, scores, times):
+def mix(mixer, store, scores, times, tick=lambda *_: None):
   """Score each target, then learn from it -> log-probability (N,). times: steps of the targets,
   which a chunk does not divide; None: one by one"""
   out, a = np.empty(len(scores.log_prob)), 0
@@ -1601,6 +1597,7 @@ def mix(mixer, store, scores, times):
     rows, p = mixer.rows(stats, *inputs), expert_p(stats, log_prob)
     out[a:b] = np.log((mixer.weights(*rows) * p).sum(1))
     mixer.learn(*rows, p)
+    tick("ngram", b, len(out))
     a = b
   return out
 
@@ -1623,15 +1620,12 @@ def mix_ngrams(scores, order, report):
   store.collect(ngram_counts(order.tokens, cfg.vocab_size, max(orders), rt.device, steps))
   scores, times = scores.take(order.targets), steps and steps[0][store.skip :]
   for name, mixer in mixers.items():
-    mixed = mix(mixer, store, scores, times)
+    mixed = mix(mixer, store, scores, times, rt.tick)
     final[order.targets] = mixed
     if name == "cascade":
       report.score("ngram_backoff", final, orders=cfg.orders)
-  saved = (mixed - scores.log_prob) / math.log(2)
-  for longest in np.unique(store.matched).tolist():  # longest context seen before; 0: none
-    here = store.matched == longest
-    gain = dict(share=float(here.mean()), bits_saved=float(saved[here].sum()))
-    rt.log("ngram_gain", longest, positions=int(here.sum()), **gain)
+  if RECORDS:
+    beside("folder.log_gains", rt, store.matched, mixed - scores.log_prob)
   return final
 
 
@@ -1654,19 +1648,19 @@ class Dictionary:
 
   def __init__(self, orders, lanes, isolated):
     self.sizes, self.isolated = [2 * order - 2 for order in orders], isolated
-    self.tables, self.texts = [{} for _ in orders], [b""] * lanes  # two bytes a token
+    self.table, self.texts = {}, [b""] * lanes  # two bytes a token
 
   def contexts(self, lane):
-    """By order; None where the text is shorter."""
+    """By order, those within the text."""
     text = self.texts[lane]
-    return [text[len(text) - size :] if size <= len(text) else None for size in self.sizes]
+    return [text[len(text) - size :] for size in self.sizes if size <= len(text)]
 
   def read(self, lanes):
     """CountStore.read's rows, without target counts; (lane, k, tokens, counts) of known contexts"""
-    stats, found = np.zeros((len(self.tables), len(lanes), 4), np.int32), []
+    stats, found = np.zeros((len(self.sizes), len(lanes), 4), np.int32), []
     for i, lane in enumerate(lanes):
       for k, context in enumerate(self.contexts(lane)):
-        if after := self.tables[k].get(context):
+        if after := self.table.get(context):
           counts = np.fromiter(after.values(), np.int32, len(after))
           stats[k, i] = counts.sum(), 0, len(counts), (counts == 1).sum()
           found.append((i, k, np.fromiter(after, np.int64, len(after)), counts))
@@ -1674,10 +1668,9 @@ class Dictionary:
 
   def insert(self, lanes, tokens):
     for lane, token in zip(lanes, tokens.tolist(), strict=True):
-      for table, context in zip(self.tables, self.contexts(lane), strict=True):
-        if context is not None:
-          after = table.setdefault(context, {})
-          after[token] = after.get(token, 0) + 1
+      for context in self.contexts(lane):
+        after = self.table.setdefault(context, {})
+        after[token] = after.get(token, 0) + 1
       text = b"" if token == BOS and self.isolated else self.texts[lane]
       self.texts[lane] = (text + token.to_bytes(2, "little"))[-64:]
 
@@ -1795,18 +1788,6 @@ def decode_folder(cfg):
     raise StreamError(f"{path}: decodes to another text than was coded; fix: use its machine")
   write_atomically(Path(cfg.decode, "decoded.npy"), lambda partial: np.save(partial, text))
   rt.log("decoded", coded, mass_error=f"{mass_error:.1e}")
-
-
-def window_mass(model, rt, cfg, stream):
-  """Largest error of a mass among the first targets"""
-  scorer, mixture = WindowScorer(model, rt, cfg), Mixture(rt, cfg, 1, isolated=False)
-  ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
-  outputs = scorer.predict(*scorer.windows(stream, ends, cfg.eval_stride)[:2])
-  columns = [column.flatten(0, 1)[:WITNESSES].split(1) for column in outputs]
-  for row, token in zip(zip(*columns, strict=True), stream[1:, None], strict=False):
-    mixture.distributions(row, np.array([0]))
-    mixture.learn(token)
-  return mixture.mass_error
 
 
 def prove(report, log_prob):
@@ -1984,7 +1965,7 @@ class Report:
     if cfg.scorer == "documents":
       mass_error, codec = prove(self, final[order.targets])
     else:
-      mass_error, codec = window_mass(model, rt, cfg, text.stream), {}
+      mass_error, codec = beside("published.window_mass", model, rt, cfg, text.stream), {}
     self.score("ngram", final, mixer=cfg.mixer, orders=cfg.orders, mass_error=mass_error)
     if RECORDS:
       beside("folder.save_columns", self, scores, final)

@@ -83,6 +83,16 @@ def save(rt: Any, name: str, arrays: dict[str, np.ndarray], script: ModuleType) 
     script.write_atomically(rt.folder / name, write)
 
 
+def log_gains(rt: Any, matched: np.ndarray, saved: np.ndarray, script: ModuleType) -> None:
+  """What the counts are worth, by the longest context seen before (0: none). matched, saved: of
+  each target, (N,), nats"""
+  for longest in np.unique(matched).tolist():
+    here = matched == longest
+    bits = float(saved[here].sum() / np.log(2))
+    counts = dict(positions=int(here.sum()), share=float(here.mean()))
+    rt.log("ngram_gain", longest, **counts, bits_saved=bits)
+
+
 def close_run(rt: Any, script: ModuleType) -> None:
   """Peak memory; submission.json, the mark of a finished run, and report.png"""
   rt.log("peak_memory_mb", script.beside("progress.peak_memory", rt))

@@ -113,3 +113,16 @@ def pseudo_score(report: Any, script: ModuleType) -> None:
   if cfg.ngram_scheme:
     weights = "ema" if (rt.folder / "scores_ema.npz").exists() else "artifact"
     script.beside("as_written.print_pseudo", report, weights)
+
+
+def window_mass(model: Any, rt: Any, cfg: Any, stream: np.ndarray, script: ModuleType) -> float:
+  """Largest error of the mixture's mass among the first targets that windows score; documents are
+  added up by the codec. stream: N + 1 tokens"""
+  scorer, mixture = script.WindowScorer(model, rt, cfg), script.Mixture(rt, cfg, 1, isolated=False)
+  ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
+  outputs = scorer.predict(*scorer.windows(stream, ends, cfg.eval_stride)[:2])
+  columns = [column.flatten(0, 1)[: script.WITNESSES].split(1) for column in outputs]
+  for row, token in zip(zip(*columns, strict=True), stream[1:, None], strict=False):
+    mixture.distributions(row, np.array([0]))
+    mixture.learn(token)
+  return mixture.mass_error

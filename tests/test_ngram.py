@@ -534,7 +534,7 @@ def spelt_out(tokens, rows, rt, **changes):
   """What a decoder would do: each distribution before its token -> p (N, V), the Mixture"""
   mixture, out = Mixture(rt, tiny(vocab_size=256, **changes), 1, isolated=False), []
   mixture.counts.texts[0] = b""  # the text begins with another token than BOS
-  mixture.counts.tables = [{} for _ in mixture.counts.tables]
+  mixture.counts.table.clear()
   mixture.counts.insert([0], tokens[:1])
   for before, token in zip(tokens[:-1], tokens[1:], strict=True):
     log_probs = torch.from_numpy(np.log(rows[before][None]))
@@ -561,7 +561,7 @@ def mass_of_a_run(rt, mixer="blend"):
   cfg = tiny(scorer="sliding", ngram_mixer=mixer, eval_batch_seqs=64)
   stream = np.tile(random_stream(99, cfg.vocab_size), 4)
   model = perturbed(cfg).eval().requires_grad_(False)
-  return train_gpt.window_mass(model, rt, cfg, stream)
+  return train_gpt.beside("published.window_mass", model, rt, cfg, stream)
 
 
 @pytest.mark.parametrize("mixer", ["blend", "cascade", "none"])
