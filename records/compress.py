@@ -244,7 +244,7 @@ class Compressor:
           shape = Shape(*shape)
           cfg = self.config(header["scoring"], shape.lanes)
           check_shape(shape, cfg, header)
-          with contextlib.suppress(AssertionError):  # the coder's, for words it cannot have made
+          with contextlib.suppress(AssertionError, ValueError):  # words that no coder can have made
             stream, *_ = train_gpt.decode(self.model, self.rt, cfg, part, shape)
             part = self.text(stream[stream != BOS])
         parts.append(part)
@@ -255,7 +255,8 @@ class Compressor:
 def check_shape(shape: Shape, cfg: Config, header: dict[str, Any]) -> None:
   """ValueError for a shape that `compress` makes of no file: memory is taken according to it."""
   wanted = shape._replace(documents=shape.lanes, groups=1, window=cfg.window)
-  sizes = 1 <= shape.lanes <= min(MOST_LANES, shape.targets) and shape.targets <= BLOCK_TOKENS
+  sizes = 1 <= shape.lanes <= min(MOST_LANES, shape.targets, BLOCK_TOKENS + 1)
+  sizes = sizes and shape.targets < BLOCK_TOKENS + shape.lanes  # a BOS between the pieces
   if shape != wanted or not sizes or header["scoring"] != defaults():
     raise ValueError(f"its shape is {[*shape]}")
 
