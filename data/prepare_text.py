@@ -445,7 +445,8 @@ def main(arguments=None):
   try:
     prepare(parse_arguments(arguments))
   except (DataError, OSError) as error:
-    print(f"prepare_text.py: {' '.join(str(error).split())}", file=sys.stderr)
+    fix = "; see that --out can be written and has room" * isinstance(error, OSError)
+    print(f"prepare_text.py: {' '.join(str(error).split())}{fix}", file=sys.stderr)
     return 2
   return 0
 

@@ -11,16 +11,20 @@ OUTPUTS = """submission.json log.txt metrics.jsonl artifact.bin train_gpt.py tok
 
 def open_run(rt: Any, script: ModuleType) -> None:
   """runs/<RUN_ID>/, cleared of an unfinished run, with its logs open on rank 0; a finished one is
-  not touched unasked (ConfigError)."""
+  not touched unasked, and what stands in its way is named (ConfigError)."""
   if rt.finished and not rt.cfg.overwrite:
     fix = "OVERWRITE=1 or another RUN_ID"
     raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {rt.folder} is finished; fix: {fix}")
   if rt.rank == 0:
-    rt.folder.mkdir(parents=True, exist_ok=True)
-    for name in OUTPUTS:
-      (rt.folder / name).unlink(missing_ok=True)
-    logs = ("log.txt", "metrics.jsonl")
-    rt.files += [open(rt.folder / name, "w", encoding="utf-8") for name in logs]
+    try:
+      rt.folder.mkdir(parents=True, exist_ok=True)
+      for name in OUTPUTS:
+        (rt.folder / name).unlink(missing_ok=True)
+      logs = ("log.txt", "metrics.jsonl")
+      rt.files += [open(rt.folder / name, "w", encoding="utf-8") for name in logs]
+    except OSError as error:
+      fix = "a run must be able to write and clear that; move it away or give another RUN_ID"
+      raise script.ConfigError(f"{error.filename}: {error.strerror}; fix: {fix}") from error
 
 
 def close_run(rt: Any, script: ModuleType) -> None:

@@ -9,7 +9,6 @@ saved along the text. A panel for which no run has data is left out.
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from submission import CAP_BYTES, RunError, RunFolder, blame
+from submission import CAP_BYTES, RunError, RunFolder, blame, placing
 
 # Okabe and Ito's palette, safe for colour-blind readers; each run also has its own marker.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -400,11 +399,8 @@ def write_title(page: Any, runs: list[Run]) -> None:
 def save(figure: Any, path: Path) -> None:
   """Whole or not at all; the same run gives the same bytes."""
   partial = path.with_name(f".{path.name}.partial.png")
-  try:
+  with placing(path, partial):
     figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -52,6 +52,21 @@ def blame(path: str | Path) -> Iterator[None]:
     raise RunError(f"{path}: a file in it is damaged ({reason}); fix: get the run again") from error
 
 
+@contextlib.contextmanager
+def placing(path: Path, partial: Path) -> Iterator[Path]:
+  """What the block writes to `partial` appears as `path`, or nothing does: RunError, with the name
+  that a full disk does not give."""
+  try:
+    yield partial
+    os.replace(partial, path)
+  except OSError as error:
+    fix = f"make room or move away what is there, then run this again on {path.parent}"
+    raise RunError(f"{path}: {error.strerror or error}; fix: {fix}") from error
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink()
+
+
 def read_columns(data: bytes) -> dict[str, np.ndarray]:
   """The arrays of an .npz, not to be written to. Unlike by np.load, each has the bytes that are
   there: a header that lies about its shape allocates nothing. ValueError and others"""
@@ -244,18 +259,13 @@ def submission(run: RunFolder) -> dict[str, Any]:
 
 
 def write(run: RunFolder) -> Path:
-  """submission.json, whole or not at all -> its path; RunError, OSError"""
+  """submission.json, whole or not at all -> its path; RunError"""
   path = run.path / "submission.json"
   with blame(run.path):
     text = json.dumps(submission(run), indent=2, ensure_ascii=False, allow_nan=False)
     data = (text + "\n").encode()
-  partial = path.with_name(f".{path.name}.partial")
-  try:
+  with placing(path, path.with_name(f".{path.name}.partial")) as partial:
     partial.write_bytes(data)
-    os.replace(partial, path)
-  finally:
-    with contextlib.suppress(OSError):
-      partial.unlink()
   return path
 
 
@@ -266,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
   for folder in parser.parse_args(arguments).runs:
     try:
       print("wrote", write(RunFolder(folder)))
-    except (RunError, OSError) as error:
+    except RunError as error:
       print(f"error: {error}", file=sys.stderr)
       status = 2
   return status
