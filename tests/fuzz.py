@@ -210,7 +210,9 @@ def read_run(path: Path) -> tuple:
       kind = MemoryError if row.reason.startswith("MemoryError") else evidence.Failed
       raise kind(f"{path} {row.reason}")
   files = (columns(path.with_name(name)) for name in ("blocks.npz", "scores.npz"))
-  return case.run.lines, signed_claims(path.parent), *files
+  lines = case.run.lines  # as text: 1 and "1" are one
+  text = [train_gpt.line_text(x["key"], x["value"], submission.fields(x)) for x in lines]
+  return text, signed_claims(path.parent), *files
 
 
 def scores_are(path: Path, meaning: tuple) -> bool:
