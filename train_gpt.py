@@ -13,7 +13,7 @@ re-read from disk; section 12 spends it and decodes the text.
 Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
 1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules, 7 weight
 averaging, 9 quantisation and artifact, 10 neural scoring, 11 n-gram scoring, 12 codec,
-13 training loop, 14 report and main. What no proof needs is in records/.
+13 training loop, 14 report and main. What no proof needs is in records/: 8 is checkpoint.py.
 """
 
 # -----------------------------------------------------------------------------
@@ -34,6 +34,7 @@ import json
 import lzma
 import math
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -77,6 +78,7 @@ def backend(name):
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
 RECORDS = (ROOT / "records/variables.py").exists()  # the file works alone, too
+LAUNCH = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)  # torchrun's variables
 
 Count = Annotated[int, 1, 2**62]  # bounds; a plain number is at least 0
 Positive = Annotated[float, 1e-30, 1e30]
@@ -99,24 +101,24 @@ def beside(name, *arguments):
 
 @dataclass(frozen=True)
 class Config(beside("published.variables") if RECORDS else object):
-  """Everything a run depends on; field `x_y` is environment variable `X_Y`."""
+  """Everything a run depends on; field `x_y` is environment variable `X_Y`, --help says more."""
 
   # Run
   record: str = ""  # folder in records/
   run_id: str = ""  # else <config>_seed<SEED>
   seed: int = 1337  # of the initial weights
   device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
-  attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"  # attention kernel
-  dry_run: bool = False  # print what would run
-  eval_only: str = ""  # artifact to score
-  decode: str = ""  # run folder to decode
+  attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"
+  dry_run: bool = False
+  eval_only: str = ""
+  decode: str = ""
   overwrite: bool = False  # a finished run folder
   resume: Literal["0", "auto"] = "0"  # auto: go on with a run
-  checkpoint_every: str = "0"  # 10 steps, 10m minutes; 0: never
+  checkpoint_every: str = "0"  # 10 steps, 10m minutes; 0: on a signal
 
   # Data
-  data_path: str = ""  # folder of token shards
-  tokenizer_path: str = ""  # else beside the shards
+  data_path: str = ""
+  tokenizer_path: str = ""
   train_batch_tokens: Count = 786_432  # in a step, all ranks
   grad_accum_steps: int = 0  # 0: 8 // ranks, 1 on CPU
 
@@ -127,11 +129,11 @@ class Config(beside("published.variables") if RECORDS else object):
   model_dim: Count = 512  # residual width
   num_heads: Count = 8  # query heads
   num_kv_heads: Count = 4  # key/value heads
-  mlp_mult: Positive = 3.0  # of MODEL_DIM
+  mlp_mult: Positive = 3.0
   leaky_slope: float = 0.5  # leaky_relu(x)^2; 0: relu^2
   polyglu_enabled: bool = False  # learn each neuron's slope
   depth_recurrence: tuple[int, ...] = ()  # layers applied twice
-  tied_embed_init_std: float = 0.005  # token embedding
+  tied_embed_init_std: float = 0.005
   overtone_init: bool = False  # its spectrum is 1/sqrt(k)
   ortho_init: bool = True  # orthogonal; 0: uniform
   logit_softcap: Positive = 30.0  # c tanh(z / c)
@@ -141,68 +143,68 @@ class Config(beside("published.variables") if RECORDS else object):
   rope_train_seq_len: Count = 1024  # longer: a larger base
   ln_scale: bool = True  # times 1/sqrt(layer + 1)
   xsa_last_n: int = 11  # last layers without self
-  value_residual: bool = False  # mix in the first layer's
+  value_residual: bool = False
   gated_attention: bool = False  # gate each head
   smear_gate: bool = True  # blend in the token before
   smear_init: Annotated[float, -1e30, 1e30] = 0.0  # logit of its share
-  bos_reset: bool = True  # smear, bigram stop at BOS
+  bos_reset: bool = True
   bigram_vocab_size: int = 2048  # rows; 0: none
-  bigram_dim: Count = 128  # its width
-  bigram_kind: Literal["xor", "linear"] = "xor"  # hash
+  bigram_dim: Count = 128
+  bigram_kind: Literal["xor", "linear"] = "xor"
   pre_enrich_dim: int = 0  # GELU before the blocks; 0: none
-  ve_enabled: bool = True  # embedding added to values
-  ve_dim: Count = 128  # its width
+  ve_enabled: bool = True
+  ve_dim: Count = 128
   ve_layers: tuple[int, ...] = (-2, -1)  # its layers; -1: the last
 
   # Artifact
-  embed_coding: Literal["int6", "int8", "fp16"] = "int8"  # token embedding
-  table_coding: Literal["int6", "int8", "fp16"] = "int8"  # bigram, value
-  control_coding: Literal["fp16", "fp32"] = "fp16"  # gains, gates
+  embed_coding: Literal["int6", "int8", "fp16"] = "int8"
+  table_coding: Literal["int6", "int8", "fp16"] = "int8"
+  control_coding: Literal["fp16", "fp32"] = "fp16"
   compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
-  quant_per: Literal["row", "matrix"] = "row"  # unit of a clip
-  clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # clips to try
+  quant_per: Literal["row", "matrix"] = "row"
+  clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
   quant_floor: bool = True  # scale >= 1 / largest
   target_mb: float = 0.0  # MiB, by pruning; 0: any
 
   # Training
   iterations: Count = 20_000  # steps at most
   max_wallclock_seconds: float = 600.0  # of training; 0: no cap
-  warmup_steps: int = 20  # untimed
-  warmdown_iters: int = 3500  # last steps, rate falls
+  warmup_steps: int = 20
+  warmdown_iters: int = 3500
   matrix_lr: float = 0.025  # Muon: the banks
   scalar_lr: float = 0.025  # AdamW: gains
   tied_embed_lr: float = 0.035  # AdamW: embeddings
-  muon_momentum: Fraction = 0.99  # after its warm-up
+  muon_momentum: Fraction = 0.99
   muon_momentum_warmup_start: Fraction = 0.92  # at step 0
-  muon_momentum_warmup_steps: int = 1500  # steps
+  muon_momentum_warmup_steps: int = 1500
   muon_backend_steps: Count = 5  # Newton-Schulz steps
-  muon_wd: float = 0.04  # of the banks
-  adam_wd: float = 0.04  # of the rest
-  beta1: Beta = 0.9  # AdamW
-  beta2: Beta = 0.95  # AdamW
+  muon_wd: float = 0.04
+  adam_wd: float = 0.04
+  beta1: Beta = 0.9
+  beta2: Beta = 0.95
   adam_eps: Positive = 1e-8  # AdamW
   grad_clip_norm: float = 0.3  # 0: any
-  clip: Literal["global", "local"] = "global"  # of average or rank
+  clip: Literal["global", "local"] = "global"
   val_loss_every: int = 4000  # steps; 0: never
-  train_log_every: Count = 500  # steps
+  train_log_every: Count = 500
 
   # Averaging and QAT
-  ema_enabled: bool = True  # exponential mean
-  ema_decay: Fraction = 0.997  # weight of the past
+  ema_enabled: bool = True
+  ema_decay: Fraction = 0.997
   ema_warmup: bool = True  # <= (1 + s) / (10 + s)
-  swa_enabled: bool = True  # mean of late snapshots
-  swa_every: Count = 50  # steps
-  swa_source: Literal["raw", "ema"] = "raw"  # what a snapshot is of
-  swa_weight: Fraction = 0.5  # share of SWA beside EMA
+  swa_enabled: bool = True
+  swa_every: Count = 50
+  swa_source: Literal["raw", "ema"] = "raw"
+  swa_weight: Fraction = 0.5
   qat_enabled: bool = False  # on row grids, from step 0
-  late_qat: bool = True  # on the export's grid
-  late_qat_threshold: float = 0.15  # rate factor then
-  qat_every: Count = 50  # steps between
+  late_qat: bool = True
+  late_qat_threshold: float = 0.15
+  qat_every: Count = 50
 
   # Scoring
   eval_seq_len: int = 0  # window; 0: TRAIN_SEQ_LEN
-  eval_stride: Count = 64  # new targets in a window
-  eval_batch_seqs: Count = 32  # windows in a pass
+  eval_stride: Count = 64
+  eval_batch_seqs: Count = 32
   scorer: Literal["sliding", "documents"] = "documents"  # feeds the mixture
   eval_lanes: Count = 1024  # documents side by side
   save_scores: bool = False  # write scores.npz
@@ -210,7 +212,7 @@ class Config(beside("published.variables") if RECORDS else object):
   codec_device: Literal["same", "cpu"] = "same"  # where to prove
 
   # N-gram
-  ngram_enabled: bool = True  # score-first evaluator
+  ngram_enabled: bool = True
   ngram_mixer: Literal["blend", "cascade", "none"] = "blend"  # what val_bpb is
   ngram_min_order: int = 2  # shortest n-gram
   ngram_max_order: int = 9  # longest n-gram
@@ -321,8 +323,7 @@ class Runtime:
 
   def __init__(self, cfg):
     self.cfg, self.folder = cfg, Path("runs") / cfg.run_id
-    launch = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)  # torchrun's
-    ranks = (int(os.environ.get(name, alone)) for name, alone in launch.items())
+    ranks = (int(os.environ.get(name, alone)) for name, alone in LAUNCH.items())
     self.rank, local, self.world_size, self.local_ranks = ranks
     self.cuda = cfg.device != "cpu" and torch.cuda.is_available()
     if cfg.device == "cuda" and not self.cuda:
@@ -330,6 +331,7 @@ class Runtime:
     self.device = torch.device(f"cuda:{local}" if self.cuda else "cpu")
     self.finished = (self.folder / "submission.json").exists()
     self.seconds, self.files = {"train": 0.0, "eval": 0.0}, [sys.stdout]
+    self.tick = lambda stage, done, total: None  # a terminal's progress bar, records/progress.py
 
   def start(self):
     """Threads, seed, kernels, process group, log."""
@@ -358,8 +360,28 @@ class Runtime:
       dist.all_reduce(torch.from_numpy(array), how)
     return array
 
-  def largest(self, value):
-    return self.sum(np.array([float(value)]), dist.ReduceOp.MAX).item()
+  def largest(self, *values):
+    return self.sum(np.array(values, float), dist.ReduceOp.MAX)
+
+  def barrier(self):
+    self.largest(0)
+
+  @contextlib.contextmanager
+  def signals(self):
+    """-> SIGINT, SIGTERM that came; a second one ends the process at once."""
+    numbers, came = (signal.SIGINT, signal.SIGTERM), []
+
+    def handle(number, _):
+      came.append(number)
+      for each in numbers:
+        signal.signal(each, signal.SIG_DFL)
+
+    before = {each: signal.signal(each, handle) for each in numbers}
+    try:
+      yield came
+    finally:
+      for handler in before.items():
+        signal.signal(*handler)
 
   @contextlib.contextmanager
   def clock(self, stage):
@@ -394,10 +416,22 @@ class Runtime:
 
 
 def write_atomically(path, write):
-  """The bytes, or what write(path) writes, appear whole or not at all"""
+  """The bytes, or what write(path) writes, appear whole or not at all, whatever dies."""
   partial = path.with_name(f".partial_{path.name}")
-  write(partial) if callable(write) else partial.write_bytes(write)
-  os.replace(partial, path)
+  try:
+    write(partial) if callable(write) else partial.write_bytes(write)
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def flush(path):
+  """To the disk."""
+  file = os.open(path, os.O_RDONLY)
+  os.fsync(file)
+  os.close(file)
 
 
 # -----------------------------------------------------------------------------
@@ -533,33 +567,16 @@ def uniform(weight):
   return weight.uniform_(-1, 1).mul_(weight.shape[-1] ** -0.5)
 
 
-def orthogonal(count=None, fill=nn.init.orthogonal_):
-  """The first `count` matrices orthogonal, the rest (output projections) zero."""
-
-  def fill_first(weight):
-    for matrix in weight.zero_().view(-1, *weight.shape[-2:])[:count]:
-      fill(matrix)
-
-  return fill_first
-
-
-def overtone(std):
-  """normal, then singular values proportional to 1 / sqrt(k) (PR #810)."""
-
-  def fill(weight):
-    u, values, v = torch.linalg.svd(weight.normal_(std=std), full_matrices=False)
-    falling = torch.arange(1, len(values) + 1) ** -0.5
-    weight.copy_(u * (values[0] * falling) @ v)
-
-  return fill
+def orthogonal(weight):
+  for matrix in weight.view(-1, *weight.shape[-2:]):
+    nn.init.orthogonal_(matrix)
 
 
 def parameter_specs(cfg):
   """Name -> Spec of every parameter."""
   L, D, H, V, B = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.vocab_size, cfg.bigram_dim
   KV, F_ = D // H * cfg.num_kv_heads, int(cfg.mlp_mult * D)
-  matrix = functools.partial(orthogonal, fill=nn.init.orthogonal_ if cfg.ortho_init else uniform)
-  token = (overtone if cfg.overtone_init else normal)(cfg.tied_embed_init_std)
+  std, matrix = cfg.tied_embed_init_std, orthogonal if cfg.ortho_init else uniform
 
   def gain(init, *shape):
     return Spec(shape, init, "scalar", cfg.control_coding)
@@ -568,35 +585,35 @@ def parameter_specs(cfg):
   start, *group = (normal(0.01), "muon", "muon") if linear else (0.0, "embed", "scalar")
   ve, enrich, gate = cfg.value_layers, cfg.pre_enrich_dim, cfg.gated_attention
   table, first = cfg.table_coding, lambda w: w.copy_(torch.tensor([[1.0], [0.0]]))
-  always = {
+  token = functools.partial(beside, "published.overtone", std) if cfg.overtone_init else normal(std)
+  specs = {
     "tok_emb": Spec((V, D), token, "embed", cfg.embed_coding),
-    "qo_bank": Spec((2 * L, D, D), matrix(L), "muon", "int6"),  # L queries, L outputs
-    "kv_bank": Spec((2 * L, KV, D), matrix(), "muon", "int6"),  # L keys, L values
-    "mlp_up_bank": Spec((L, F_, D), matrix(), "muon", "int6"),
+    # L queries; L outputs, from zero
+    "qo_bank": Spec((2 * L, D, D), lambda w: matrix(w.zero_()[:L]), "muon", "int6"),
+    "kv_bank": Spec((2 * L, KV, D), matrix, "muon", "int6"),  # L keys, L values
+    "mlp_up_bank": Spec((L, F_, D), matrix, "muon", "int6"),
     "mlp_down_bank": Spec((L, D, F_), 0.0, "muon", "int6"),
     "q_gain": gain(cfg.qk_gain_init, L, H),
     "attn_scale": gain(1.0, L, D),
     "mlp_scale": gain(1.0, L, D),
     "resid_mix": gain(first, L, 2, D),
     "skip_weights": gain(1.0, L // 2, D),
+    "smear": cfg.smear_gate and gain(cfg.smear_init, D),
+    "bigram_embed": bigram and Spec((bigram, B), start, group[0], table),
+    "bigram_proj": bigram and Spec((D, B), matrix, group[1], "fp16"),
+    "bigram_scale": bigram and not linear and gain(0.05),
+    "enrich_up": enrich and Spec((enrich, D), uniform, "muon", "int6"),
+    "enrich_down": enrich and Spec((D, enrich), uniform, "muon", "int6"),
+    "ve_embed": ve and Spec((V, cfg.ve_dim), normal(0.01), "embed", table),
+    "ve_proj": ve and Spec((KV, cfg.ve_dim), matrix, "scalar", "fp16"),
+    "ve_scale": ve and gain(0.1),
+    "ve_layer_scales": ve and gain(1.0, len(ve)),
+    "vr_lambda": cfg.value_residual and gain(0.5, L, 2),
+    "attn_gate_weight": gate and gain(0.0, L, H, D),
+    "attn_gate_bias": gate and gain(4.0, L, H),
+    "routing_alpha": cfg.polyglu_enabled and Spec((L, F_), 0.0, "routing", "fp16"),
   }
-  optional = [
-    (cfg.smear_gate, "smear", gain(cfg.smear_init, D)),
-    (bigram, "bigram_embed", Spec((bigram, B), start, group[0], table)),
-    (bigram, "bigram_proj", Spec((D, B), matrix(), group[1], "fp16")),
-    (bigram and not linear, "bigram_scale", gain(0.05)),
-    (enrich, "enrich_up", Spec((enrich, D), uniform, "muon", "int6")),
-    (enrich, "enrich_down", Spec((D, enrich), uniform, "muon", "int6")),
-    (ve, "ve_embed", Spec((V, cfg.ve_dim), normal(0.01), "embed", table)),
-    (ve, "ve_proj", Spec((KV, cfg.ve_dim), matrix(), "scalar", "fp16")),
-    (ve, "ve_scale", gain(0.1)),
-    (ve, "ve_layer_scales", gain(1.0, len(ve))),
-    (cfg.value_residual, "vr_lambda", gain(0.5, L, 2)),
-    (gate, "attn_gate_weight", gain(0.0, L, H, D)),
-    (gate, "attn_gate_bias", gain(4.0, L, H)),
-    (cfg.polyglu_enabled, "routing_alpha", Spec((L, F_), 0.0, "routing", "fp16")),
-  ]
-  return always | {name: spec for wanted, name, spec in optional if wanted}
+  return {name: spec for name, spec in specs.items() if spec}
 
 
 def count_parameters(cfg):
@@ -651,10 +668,10 @@ class Pass:
     """x_{t-1} at t, zeros first. (B, T, ...)"""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
-  def attend(self, q, k, v):
+  def attend(self, q, k, v, mask=None):
     """(B, H, T, d), (B, H_kv, T, d) twice -> (B, H, T, d)"""
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    how = dict(is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
 
 class Lanes(Pass):
@@ -684,12 +701,10 @@ class Lanes(Pass):
     return before
 
   def attend(self, q, k, v):
-    keys, values = self.caches[self.call]
+    past = self.caches[self.call]  # keys and values
+    past[:, self.lane, :, self.slot] = torch.cat([k, v], 2).transpose(1, 2).type_as(past)
     self.call += 1
-    for cache, new in ((keys, k), (values, v)):
-      cache[self.lane, :, self.slot] = new[:, :, 0].type_as(cache)
-    mask, grouped = self.seen[:, None, None], q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=grouped)
+    return super().attend(q, *past, self.seen[:, None, None])
 
 
 class GPT(nn.Module):
@@ -697,13 +712,12 @@ class GPT(nn.Module):
 
   def __init__(self, cfg):
     super().__init__()
-    self.cfg, specs = cfg, parameter_specs(cfg)
-    for name, spec in specs.items():
+    self.cfg = cfg
+    for name, spec in parameter_specs(cfg).items():
       self.register_parameter(name, nn.Parameter(torch.full(spec.shape, math.nan)))
-    self.gridded = [n for n, s in specs.items() if s.group == "muon" and "bigram" not in n]
-    for name in self.gridded:
-      grid = torch.zeros(*specs[name].shape[:-1], 1)  # 0: quantisation is off
-      self.register_buffer(f"{name}_grid", grid, persistent=False)
+      if spec.group == "muon" and "bigram" not in name:
+        grid = torch.zeros(*spec.shape[:-1], 1)  # 0: quantisation is off
+        self.register_buffer(f"{name}_grid", grid, persistent=False)
 
   @torch.no_grad()
   def initialise(self):
@@ -724,13 +738,13 @@ class GPT(nn.Module):
 
   def forward(self, ids, targets):
     """Mean cross-entropy in nats of targets given ids, both int64 (B, T)."""
-    logits = self.logits(self.hidden(ids)[0])
+    logits = self.logits(self.hidden(ids))
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
   def hidden(self, ids, shared=None):
-    """(B, T) -> normed output of the last block (B, T, D); (B, T) change by pre-enrichment"""
+    """(B, T) -> normed output of the last block (B, T, D)"""
     shared, skips, half = shared or Pass(self, ids), [], self.cfg.num_layers // 2
-    x, change = self.embed(ids, shared)
+    x = self.embed(ids, shared)
     for i in range(self.cfg.num_layers):
       if i >= half and skips:
         x = x + self.skip_weights[i - half] * skips.pop()
@@ -738,7 +752,7 @@ class GPT(nn.Module):
         x = self.block(i, x, shared)
       if i < half:
         skips.append(x)
-    return rms_norm(x), change
+    return rms_norm(x)
 
   def logits(self, hidden):
     """(..., D) -> softcapped (..., V), at any selection of positions"""
@@ -747,8 +761,8 @@ class GPT(nn.Module):
 
   def embed(self, ids, shared):
     """Token + bigram embedding, norm, smear; with pre-enrichment the norm comes last.
-    (B, T) -> (B, T, D), the change (B, T) or 0"""
-    cfg, x, change = self.cfg, F.embedding(ids, self.tok_emb), torch.zeros_like(ids)
+    (B, T) -> (B, T, D)"""
+    cfg, x = self.cfg, F.embedding(ids, self.tok_emb)
     starts = (ids == BOS) & cfg.bos_reset  # a document does not see the one before
     if cfg.bigram_vocab_size:
       pairs = F.embedding(self.bigram_index(ids, starts, shared), self.bigram_embed)
@@ -759,14 +773,14 @@ class GPT(nn.Module):
       before = shared.before("x", x).masked_fill(starts.unsqueeze(-1), 0.0)
       x = torch.lerp(x, before, torch.sigmoid(self.smear).type_as(x))
     if cfg.pre_enrich_dim:
-      plain, up, down = x, self.bank("enrich_up"), self.bank("enrich_down")
-      x = F.linear(F.gelu(F.linear(plain, up)), down)
-      x, change = rms_norm(x), (x - plain).detach().float().norm(dim=-1)
-    shared.x0, shared.value_embedding = x, None
+      up, down = self.bank("enrich_up"), self.bank("enrich_down")
+      shared.plain, x = x, F.linear(F.gelu(F.linear(x, up)), down)
+      shared.enriched, x = x, rms_norm(x)
+    shared.x0 = x
     if cfg.value_layers:
       values = F.linear(F.embedding(ids, self.ve_embed), self.ve_proj)
       shared.value_embedding = self.ve_scale * values  # (B, T, KV)
-    return x, change
+    return x
 
   def bigram_index(self, ids, starts, shared):
     """Hash of (previous, current) id; at a start the last row ("xor", wraps as int32 upstream) or
@@ -870,7 +884,9 @@ class Bank:
     # gradients out, updates back in; the padding's are zero
     self.padded = weight.new_zeros(share * rt.world_size, rows, columns, dtype=kind)
     self.own = self.padded[:count].view_as(weight)
-    self.gradient, self.momentum = (torch.zeros_like(self.padded[:share]) for _ in range(2))
+    self.gradient = torch.zeros_like(self.padded[:share])
+    self.momenta = torch.zeros_like(self.padded)  # of all ranks, once gathered
+    self.momentum = self.momenta.chunk(rt.world_size)[rt.rank]
 
   def start(self, collective, output, source):
     """Between `padded` and this rank's share, which on one rank is all of it."""
@@ -900,8 +916,15 @@ class ParallelMuon:
       bank.wait()
     return [bank.gradient for bank in self.banks]
 
+  def gather(self):
+    """Everybody's momenta, for a checkpoint"""
+    for bank in self.banks:
+      bank.start(all_gather, bank.momenta, bank.momentum.clone())
+      bank.wait()
+
   @torch.no_grad()
-  def step(self, rate, momentum):
+  def step(self, rate, momentum, sick):
+    decay = torch.where(sick, 1.0, 1 - rate * self.cfg.muon_wd)
     for bank in self.banks:
       bank.momentum.mul_(momentum).add_(bank.gradient)
       nesterov = bank.gradient.add(bank.momentum, alpha=momentum)
@@ -909,8 +932,8 @@ class ParallelMuon:
       bank.start(all_gather, bank.padded, update)
     for bank in self.banks:
       bank.wait()
-      bank.weight.mul_(1 - rate * self.cfg.muon_wd)
-      bank.weight.add_(bank.own, alpha=-rate * bank.scale)
+      bank.weight.mul_(decay)
+      bank.weight.add_(bank.own.masked_fill_(sick, 0), alpha=-rate * bank.scale)
 
 
 def optimizer_groups(cfg):
@@ -949,33 +972,43 @@ class Optimizers:
     self.adam = torch.optim.AdamW(adam, 0.0, (cfg.beta1, cfg.beta2), cfg.adam_eps, fused=True)
     self.small = [weight for group in adam for weight in group["params"]]
     self.weights = self.small + banks
+    for weight in self.small:  # as its first step would, for a checkpoint to fill
+      empty = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+      self.adam.state[weight] = dict(step=weight.new_zeros(())) | empty
 
   @torch.no_grad()
-  def step(self, step, factor):
-    """Average over ranks, clip, update, clear -> norm of the gradients"""
+  def step(self, step, factor, loss):
+    """Average over ranks, clip, update, clear -> loss, not finite where a gradient is not; if that
+    is so on any rank, no weight changes."""
+    gradients = [w.grad for w in self.weights]
+    loss = loss + 0 * torch.stack(torch._foreach_norm(gradients)).sum()
+    sick = (~loss.isfinite()).float()
+    if self.rt.world_size > 1:
+      dist.all_reduce(sick, dist.ReduceOp.MAX)
     if self.cfg.clip == "local":  # as published
-      norm = self.clip([w.grad for w in self.weights], [])
+      self.clip(gradients, [])
     average_gradients(self.small, self.rt)
     shards = self.muon.reduce()
     if self.cfg.clip == "global":
-      norm = self.clip([w.grad for w in self.small], shards)
+      self.clip([w.grad for w in self.small], shards)
     for group in self.adam.param_groups:
       group["lr"] = group["base_lr"] * factor
+    self.adam.found_inf = sick  # skips, without a wait
     self.adam.step()
-    self.muon.step(self.cfg.matrix_lr * factor, muon_momentum(step, self.cfg))
+    self.muon.step(self.cfg.matrix_lr * factor, muon_momentum(step, self.cfg), sick > 0)
     self.model.zero_grad()
-    return norm
+    return loss
 
   def clip(self, gradients, shards):
-    """To a norm of at most GRAD_CLIP_NORM, shards of all ranks included -> norm before"""
+    """To a norm of at most GRAD_CLIP_NORM, shards of all ranks included"""
+    if not self.cfg.grad_clip_norm:
+      return
     square = sum((shard.float() ** 2).sum() for shard in shards)
     if shards and self.rt.world_size > 1:
       dist.all_reduce(square)
     norm = sum(((g**2).sum() for g in gradients), square).sqrt()
-    if self.cfg.grad_clip_norm > 0:
-      factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-      torch._foreach_mul_([*gradients, *shards], factor)
-    return norm
+    factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([*gradients, *shards], factor)
 
 
 # -----------------------------------------------------------------------------
@@ -1050,8 +1083,8 @@ def search_grid(weight, coding, cfg):
 @torch.no_grad()
 def update_qat_grids(model, cfg):
   """The grid that the export would choose now."""
-  for name in model.gridded:
-    getattr(model, f"{name}_grid").copy_(search_grid(getattr(model, name), "int6", cfg))
+  for name, grid in model.named_buffers():
+    grid.copy_(search_grid(getattr(model, name.removesuffix("_grid")), "int6", cfg))
 
 
 def payload_type(specs):
@@ -1175,18 +1208,16 @@ class Scores(NamedTuple):
 
   log_prob: np.ndarray
   entropy: np.ndarray
-  pe_delta: np.ndarray | None = None  # norm of the change by pre-enrichment
-
-  @staticmethod
-  def of(columns, cfg):
-    return Scores(*columns[: 3 if cfg.pre_enrich_dim else 2])
+  pe_delta: np.ndarray | None = None  # norm of the change by pre-enrichment (PR #810)
 
   def take(self, places):
     return Scores(*(c if c is None else c[places] for c in self))
 
 
-def entropy_of(log_probs):
-  return -(log_probs.exp() * log_probs).sum(-1)
+def predict(model, hidden):
+  """(..., D) -> log-probabilities, float64 (..., V), also under autocast, and their entropy"""
+  log_probs = model.logits(hidden).double().log_softmax(-1)
+  return log_probs, -(log_probs.exp() * log_probs).sum(-1)
 
 
 def bits_per_byte(log_prob, token_bytes):
@@ -1203,48 +1234,36 @@ class WindowScorer:
     self.batch, self.length = cfg.eval_batch_seqs, cfg.window
     self.forward = rt.compile(self.score_rows)
 
-  def log_probs(self, ids, first, count):
-    """ids (B, T) -> at `count` rows from first (B,): log-probabilities, float64 (B, count, V),
-    and change by pre-enrichment"""
+  def predict(self, ids, rows):
+    """Of inputs (B, T) at rows (B, S)"""
     with self.rt.autocast():
-      index = first.unsqueeze(1) + torch.arange(count, device=first.device)
-      hidden, change = self.model.hidden(ids)
-      hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-      logits = self.model.logits(hidden)
-    return logits.double().log_softmax(-1), change.gather(1, index)
+      return predict(self.model, self.model.hidden(ids).take_along_dim(rows.unsqueeze(-1), 1))
 
-  def score_rows(self, ids, first, targets):
-    """-> log p of targets (B, S), entropy, change; float64 (3, B, S)"""
-    log_probs, change = self.log_probs(ids, first, targets.shape[1])
-    chosen = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return torch.stack([chosen, entropy_of(log_probs), change.double()])
+  def score_rows(self, ids, rows, targets):
+    """-> log p of targets (B, S), entropy; float64 (2, B, S)"""
+    log_probs, entropy = self.predict(ids, rows)
+    return torch.stack([log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy])
 
   def windows(self, stream, ends, stride):
-    """Inputs (B, T), first scored rows (B,), targets (B, S) of the windows that end before
-    target `ends`; beyond the stream's end lies a constant."""
-    starts = np.maximum(ends - self.length, 0)
-    inputs = starts[:, None] + np.arange(self.length)
-    goals = ends[:, None] - stride + np.arange(stride) + 1
-    ids, targets = (stream.take(i, mode="clip").astype(np.int64) for i in (inputs, goals))
+    """Inputs (B, T), scored rows and targets (B, S) of the windows that end before target `ends`;
+    beyond the stream's end lies a constant."""
+    starts = np.maximum(ends - self.length, 0)[:, None]
+    inputs = starts + np.arange(self.length)
+    scored = ends[:, None] - stride + np.arange(stride)
+    ids, targets = (stream.take(i, mode="clip").astype(np.int64) for i in (inputs, scored + 1))
     ids[inputs >= len(stream) - 1] = 0
-    arrays = ids, ends - stride - starts, targets
-    return [torch.from_numpy(array).to(self.rt.device) for array in arrays]
+    return [torch.as_tensor(a, device=self.rt.device) for a in (ids, scored - starts, targets)]
+
+  def score(self, stream, stride):
+    """stream: N + 1 tokens -> Scores of the last N"""
+    total = len(stream) - 1
+    columns = self.score_windows(stream, np.arange(0, total, stride) + stride, stride)
+    return Scores(*columns.reshape(2, -1)[:, :total])
 
   @torch.no_grad()
-  def score(self, stream, stride, student=None):
-    """stream: N + 1 tokens -> Scores of the last N. student, if any, learns from scored chunks."""
-    total, parts = len(stream) - 1, []
-    size = student.chunk if student else total + stride
-    for a in range(0, total, size):
-      b = min(a + size, total)
-      parts.append(self.score_windows(stream, np.arange(a, b, stride) + stride, stride))
-      if student and b < total:
-        student.learn(stream[a : b + 1], a / size / ((total - 1) // size))
-    return Scores.of(np.concatenate(parts, 1).reshape(3, -1)[:, :total], self.cfg)
-
   def score_windows(self, stream, ends, stride):
-    """float64 (3, windows, S), the same on every rank"""
-    result = np.zeros((3, len(ends), stride))
+    """float64 (2, windows, S), the same on every rank"""
+    result = np.zeros((2, len(ends), stride))
     for b in range(self.rt.rank * self.batch, len(ends), self.rt.world_size * self.batch):
       real = range(b, min(b + self.batch, len(ends)))
       window = np.resize(real, self.batch)  # the last batch keeps its shape
@@ -1279,66 +1298,72 @@ class Order(NamedTuple):
   steps: Any = None  # times, lanes of tokens; None: one by one
 
 
+def coding_order(stream, steps):
+  """Order of a BOS and N targets from drive's steps"""
+  lanes, documents, places = map(np.concatenate, zip(*steps, strict=True))
+  targets, begun = np.flatnonzero(stream == BOS)[documents] + places, steps[0][0]
+  sizes = [len(step[0]) for step in (steps[0], *steps)]
+  times = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+  tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
+  return Order(tokens, targets, (times, np.append(begun, lanes)))
+
+
+def reader(stream):
+  """-> drive's choose along a text"""
+  starts = np.flatnonzero(stream == BOS) + 1
+  return lambda _, lanes, documents, places: stream[starts[documents] + places].astype(np.int32)
+
+
 @torch.no_grad()
 def drive(model, rt, shape, groups, choose):
   """The loop of scoring, encoding and decoding: a token a lane a step; BOS ends a document, a free
   lane takes the next. choose(outputs of the groups' lanes, lanes at work, their documents, their
-  places there) -> their tokens. Returns how many."""
+  places there) -> their tokens. Returns these three of each step."""
   rows = shape.lanes // shape.groups
   passes = [lane_pass(model, rt, rows, shape.window) for _ in groups if rows]
   ids, places = np.full(shape.lanes, BOS), np.zeros(shape.lanes, int)
-  documents, waiting, coded = np.arange(shape.lanes), shape.lanes, 0
+  documents, waiting, coded, steps = np.arange(shape.lanes), shape.lanes, 0, []
   while len(lanes := np.flatnonzero(documents < shape.documents)) and coded < shape.targets:
-    inputs = torch.from_numpy(np.stack([ids, places])).to(rt.device).split(rows, 1)
+    inputs = torch.as_tensor(np.stack([ids, places]), device=rt.device).split(rows, 1)
     outputs = [forward(*inputs[i]) for i, forward in zip(groups, passes, strict=True)]
     joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
-    tokens = choose(joined, lanes, documents[lanes], places[lanes])
+    steps.append((lanes, documents[lanes], places[lanes]))
+    tokens = choose(joined, *steps[-1])
     ids[lanes], places[lanes], coded = tokens, places[lanes] + 1, coded + len(lanes)
     end = (documents[lanes] == shape.documents - 1) & (places[lanes] == shape.last)
     for lane in lanes[end | (tokens == BOS)]:
       ids[lane], places[lane], documents[lane], waiting = BOS, 0, waiting, waiting + 1
-  return coded
+  return steps
 
 
 def lane_pass(model, rt, rows, window):
-  """-> forward(ids, places), int64 (rows,) each -> log-probabilities, float64 (rows, V), entropy,
-  change (rows,)"""
+  """-> forward(ids, places), int64 (rows,) each, that predicts the next tokens"""
   lanes = Lanes(model, rows, window)
 
   def forward(ids, places):
     lanes.begin(places)
     with rt.autocast():
-      hidden, change = model.hidden(ids.unsqueeze(1), lanes)
-      logits = model.logits(hidden[:, 0])
-    log_probs = logits.double().log_softmax(-1)
-    return log_probs, entropy_of(log_probs), change[:, 0].double()
+      return predict(model, model.hidden(ids.unsqueeze(1), lanes)[:, 0])
 
   return rt.graph(forward, *torch.zeros(2, rows, dtype=torch.int64, device=rt.device))
 
 
 def score_documents(model, rt, cfg, stream):
   """stream: a BOS and N targets -> Scores of these in the text's order, Order of coding"""
-  shape, starts = Shape.of(stream, cfg, rt.world_size), np.flatnonzero(stream == BOS)
-  rows, coded, parts = shape.lanes // shape.groups, [], []
+  shape, read, parts = Shape.of(stream, cfg, rt.world_size), reader(stream), []
+  rows, columns = shape.lanes // shape.groups, np.zeros((2, shape.targets))
 
-  def choose(outputs, lanes, documents, places):
-    targets = starts[documents] + places
-    tokens, mine = stream[targets + 1].astype(np.int64), lanes // rows == rt.rank
-    at, goal = (torch.from_numpy(a[mine]).to(rt.device) for a in (lanes % rows, tokens))
-    log_probs, *others = outputs
-    parts.append(torch.stack([log_probs[at, goal], *(column[at] for column in others)]))
-    coded.append((targets, lanes))
+  def choose(outputs, lanes, *where):
+    tokens, mine = read(outputs, lanes, *where), lanes // rows == rt.rank
+    at, goal = (torch.as_tensor(a[mine], device=rt.device) for a in (lanes % rows, tokens))
+    log_probs, entropy = outputs
+    parts.append(torch.stack([log_probs[at, goal], entropy[at]]))
     return tokens
 
-  drive(model, rt, shape, [rt.rank], choose)
-  targets, lanes = map(np.concatenate, zip(*coded, strict=True))
-  columns, begun = np.zeros((3, shape.targets)), np.arange(min(shape.lanes, shape.documents))
-  columns[:, targets[lanes // rows == rt.rank]] = torch.cat(parts, 1).cpu()
-  sizes = [len(begun), *(len(lanes) for _, lanes in coded)]
-  times = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-  tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
-  order = Order(tokens, targets, (times, np.append(begun, lanes)))
-  return Scores.of(rt.sum(columns), model.cfg), order
+  order = coding_order(stream, drive(model, rt, shape, [rt.rank], choose))
+  mine = order.steps[1][-shape.targets :] // rows == rt.rank
+  columns[:, order.targets[mine]] = torch.cat(parts, 1).cpu()
+  return Scores(*rt.sum(columns)), order
 
 
 # -----------------------------------------------------------------------------
@@ -1388,8 +1413,10 @@ def jit(function):
 
 
 def sort_pieces(keys, cuts):
-  pieces = [np.sort(keys[a:b]) for a, b in zip(cuts, [*cuts[1:], len(keys)], strict=True)]
-  return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+  keys = keys.copy()
+  for piece in np.split(keys, cuts):
+    piece.sort()
+  return keys
 
 
 def numba_orders(text, vocab_size):
@@ -1505,7 +1532,7 @@ class Blend:
   def rows(self, stats, entropy, _=None):
     """Inputs of the gate (rows, 5K + 3), scaled by constants, not by the stream (C1), and the
     experts' mask (rows, K + 1). stats: (K, rows, 4) int32; entropy: (rows,) float64, nats."""
-    stats, entropy = (torch.as_tensor(a).to(self.device) for a in (stats, entropy))
+    stats, entropy = (torch.as_tensor(a, device=self.device) for a in (stats, entropy))
     (n, _, types, singles), h = stats.float().unbind(-1), entropy.float()[None]
     known, total = n > 0, n.clamp(min=1)
     inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
@@ -1528,7 +1555,7 @@ class Blend:
   def learn(self, inputs, known, p):
     """Train on a scored chunk: four passes early in the stream, one from 2^19 targets on. p: by
     expert_p"""
-    threads, p = torch.get_num_threads(), torch.from_numpy(p).to(self.device)
+    threads, p = torch.get_num_threads(), torch.as_tensor(p, device=self.device)
     torch.set_num_threads(1)  # faster for so small a gate
     with torch.no_grad():
       gate = (self.logits(inputs, known).double().softmax(1) * p).sum(1)
@@ -1578,7 +1605,7 @@ def make_mixer(name, cfg, device):
 def mix_ngrams(scores, order, report):
   """By the published backoff and by NGRAM_MIXER -> log p (N,)"""
   cfg, rt, final = report.cfg, report.rt, scores.log_prob.copy()
-  names = dict.fromkeys(("cascade", cfg.mixer) if RECORDS else (cfg.mixer,))
+  names = ["cascade"] * RECORDS + [cfg.mixer]
   mixers = {name: make_mixer(name, cfg, rt.device) for name in names}
   orders = mixers[cfg.mixer].orders
   store, steps = CountStore(orders, len(order.tokens) - len(final)), order.steps
@@ -1649,16 +1676,14 @@ class Mixture:
 
   def __init__(self, rt, cfg, begun, isolated=True):
     self.mixer, self.chunk, self.mass_error = make_mixer(cfg.mixer, cfg, rt.device), [], 0.0
-    self.counts, self.enriched = Dictionary(self.mixer.orders, begun, isolated), cfg.pre_enrich_dim
+    self.counts = Dictionary(self.mixer.orders, begun, isolated)
     self.counts.insert(range(begun), np.full(begun, BOS))
 
   def distributions(self, outputs, lanes):
-    """log-probabilities (rows, V), entropy, change -> p of the lanes, float64 (lanes, V)"""
-    self.log_probs, entropy, change = (column.cpu().numpy()[lanes] for column in outputs)
+    """log-probabilities (rows, V), entropy -> p of the lanes, float64 (lanes, V)"""
+    self.log_probs, entropy = (column.cpu().numpy()[lanes] for column in outputs)
     self.lanes, (stats, self.found) = lanes, self.counts.read(lanes)
-    weights = self.mixer.weights(
-      *self.mixer.rows(stats, entropy, change if self.enriched else None)
-    )
+    weights = self.mixer.weights(*self.mixer.rows(stats, entropy))
     p, self.now = weights[:, :1] * np.exp(self.log_probs), (stats, entropy)
     for i, k, tokens, counts in self.found:
       p[i, tokens] += weights[i, k + 1] / stats[k, i, 0] * counts
@@ -1691,21 +1716,21 @@ def coder_integers(p):
 
 
 def code(model, rt, cfg, shape, pick):
-  """Encoder and decoder; pick(integers (lanes, V), documents, places) -> tokens (lanes,). Returns
-  the text, a BOS before each document; how many targets; largest error of a mass"""
+  """Encoder and decoder; pick(integers (lanes, V), lanes, documents, places) -> tokens (lanes,).
+  Returns the text, a BOS before each document; how many targets; largest error of a mass"""
   mixture, text = Mixture(rt, cfg, min(shape.lanes, shape.documents)), {}
 
   def choose(outputs, lanes, documents, places):
-    tokens = pick(coder_integers(mixture.distributions(outputs, lanes)), documents, places)
-    mixture.learn(tokens)
+    integers = coder_integers(mixture.distributions(outputs, lanes))
+    mixture.learn(tokens := pick(integers, lanes, documents, places))
     for document, token in zip(documents, tokens.tolist(), strict=True):
       text.setdefault(document, [BOS]).append(token)
     return tokens
 
-  coded, last = drive(model, rt, shape, range(shape.groups), choose), shape.documents - 1
+  steps, last = drive(model, rt, shape, range(shape.groups), choose), shape.documents - 1
   parts = [t[:-1] if d < last and t[-1] == BOS else t for d, t in text.items()]
   text = np.array([token for part in parts for token in part] or [BOS], np.uint16)
-  return text, coded, mixture.mass_error
+  return text, sum(len(step[0]) for step in steps), mixture.mass_error
 
 
 def encode(model, rt, cfg, stream, shape):
@@ -1713,18 +1738,12 @@ def encode(model, rt, cfg, stream, shape):
   coders, read = backend("constriction").stream, reader(stream)
   coder, family = coders.queue.RangeEncoder(), coders.model.Categorical(perfect=False)
 
-  def pick(integers, documents, places):
-    tokens = read(documents, places)
-    coder.encode(tokens, family, integers)
+  def pick(integers, *where):
+    coder.encode(tokens := read(integers, *where), family, integers)
     return tokens
 
   coded = code(model, rt, cfg, shape, pick)
   return coder.get_compressed().astype("<u4").tobytes(), *coded
-
-
-def reader(stream):
-  starts = np.flatnonzero(stream == BOS)
-  return lambda documents, places: stream[starts[documents] + places + 1].astype(np.int32)
 
 
 def decode(model, rt, cfg, words, shape):
@@ -1771,12 +1790,11 @@ def window_mass(model, rt, cfg, stream):
   """Largest error of a mass among the first targets"""
   scorer, mixture = WindowScorer(model, rt, cfg), Mixture(rt, cfg, 1, isolated=False)
   ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
-  ids, first, _ = scorer.windows(stream, ends, cfg.eval_stride)
-  rows = [x.flatten(0, 1) for x in scorer.log_probs(ids, first, cfg.eval_stride)]
-  for t in range(min(WITNESSES, len(rows[0]), len(stream) - 1)):
-    log_probs, change = (x[t : t + 1] for x in rows)
-    mixture.distributions((log_probs, entropy_of(log_probs), change), np.array([0]))
-    mixture.learn(stream[t + 1 : t + 2])
+  outputs = scorer.predict(*scorer.windows(stream, ends, cfg.eval_stride)[:2])
+  columns = [column.flatten(0, 1)[:WITNESSES].split(1) for column in outputs]
+  for row, token in zip(zip(*columns, strict=True), stream[1:, None], strict=False):
+    mixture.distributions(row, np.array([0]))
+    mixture.learn(token)
   return mixture.mass_error
 
 
@@ -1790,15 +1808,13 @@ def prove(report, log_prob):
   shape = shape._replace(targets=min(max(most, WITNESSES), shape.targets))
   model = load_artifact(artifact, rt.device)
   if not most:
-    read = reader(stream)
-    return code(model, rt, cfg, shape, lambda _, *where: read(*where))[2], {}
+    return code(model, rt, cfg, shape, reader(stream))[2], {}
   words, text, coded, mass_error = encode(model, rt, cfg, stream, shape)
   made = fingerprint(rt, artifact, folder / "train_gpt.py")
   scoring = {name: show(getattr(cfg, name)) for name in SCORING}
   header = dict(shape=shape, made=made, text=sha(text), scoring=scoring)
   write_atomically(folder / "stream.bin", seal(STREAM_PREFIX, header, words))
-  ours = {*VARIABLES, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-  environ = {name: value for name, value in os.environ.items() if name not in ours}
+  environ = {n: text for n, text in os.environ.items() if n not in VARIABLES | LAUNCH}
   command, decoded = [sys.executable, folder / "train_gpt.py"], folder / "decoded.npy"
   done = subprocess.run(command, env=environ | {"DECODE": str(folder)})
   right = done.returncode == 0 and np.array_equal(np.load(decoded), text)
@@ -1830,6 +1846,7 @@ class Trainer:
     self.micro, self.step, self.qat_since = micro_batches(cfg, rt), 0, None
     self.optimizers, self.averages = Optimizers(model, rt, cfg), Averages(model, cfg)
     self.loss = rt.compile(model, fullgraph=True)
+    self.folder, self.elapsed, self.signal = rt.folder / "checkpoint", 0.0, 0
 
   def gradients(self):
     """Of this rank's rows -> mean loss"""
@@ -1858,37 +1875,73 @@ class Trainer:
       self.rt.log("late_qat:enabled", step=self.step, scale=factor)
     if self.qat_since is not None and (self.step - self.qat_since) % cfg.qat_every == 0:
       update_qat_grids(self.model, cfg)
-    loss = self.gradients()
-    self.optimizers.step(self.step, factor)
+    loss = self.optimizers.step(self.step, factor, self.gradients())
     self.averages.update(self.step, factor)
     self.step += 1
     return loss
+
+  def agree(self, loss):
+    """One clock, and a signal to one is one to all; a loss that is not finite ends the run."""
+    sick = 0 if math.isfinite(loss) else self.rt.rank + 1
+    found = self.rt.largest(self.rt.seconds["train"], max(self.came, default=0), sick)
+    self.elapsed, self.signal, sick = found.tolist()
+    if sick:
+      last = max(self.folder.glob("*.json"), default="none")
+      where = f"step {self.step}: loss or gradient not finite on rank {sick - 1:.0f}"
+      raise UserError(f"{where}; last good checkpoint: {last}; fix: lower MATRIX_LR and the like")
+
+  @property
+  def capped(self):
+    return 0 < self.cfg.max_wallclock_seconds <= self.elapsed
+
+  @property
+  def done(self):
+    return self.capped or self.step >= self.cfg.iterations
 
   def run(self, validate):
     """Train to the last step or the cap -> averaged weights by name"""
     cfg, rt, loss = self.cfg, self.rt, torch.zeros(())
     self.warm_up()
-    elapsed, stop = rt.largest(0), False  # a barrier
-    while self.step < cfg.iterations and not stop:
-      with rt.clock("train"):
-        previous, loss = loss, self.update(lr_factor(self.step, elapsed, cfg))
-        previous.item()  # the host stays one step ahead at most
-      elapsed = rt.largest(rt.seconds["train"])  # one clock for all ranks
-      stop = 0 < cfg.max_wallclock_seconds <= elapsed
-      last = stop or self.step == cfg.iterations
-      if last or self.step <= 10 or self.step % cfg.train_log_every == 0:
-        self.log_step(train_loss=rt.sum(np.array([loss.item()])).item() / rt.world_size)
-      if cfg.val_loss_every and (last or self.step % cfg.val_loss_every == 0):
-        self.log_step(**validate())
-    if stop:
+    with rt.signals() as self.came:
+      self.agree(0)  # a barrier
+      mark = self.mark()
+      while not self.done:
+        with rt.clock("train"):
+          previous, loss = loss, self.update(lr_factor(self.step, self.elapsed, cfg))
+          value = previous.item()  # the host stays one step ahead at most
+        self.agree(value)
+        rt.tick("train", self.step, cfg.iterations)
+        if self.done or self.step <= 10 or self.step % cfg.train_log_every == 0:
+          self.log_step(train_loss=rt.sum(np.array([loss.item()])).item() / rt.world_size)
+        if cfg.val_loss_every and (self.done or self.step % cfg.val_loss_every == 0):
+          self.log_step(**validate())
+        before, mark = mark, self.mark()
+        if self.signal or mark > before:
+          self.save(loss)
+    if self.capped:
       rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
     rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
     return self.averages.final()
 
+  def mark(self):
+    """Grows when CHECKPOINT_EVERY says so, and at the end."""
+    every = self.cfg.checkpoint_every
+    count = self.elapsed / 60 if every.endswith("m") else self.step
+    every = int(every.removesuffix("m"))
+    return count // every + self.done if every else 0
+
+  def save(self, loss):
+    """A checkpoint; after a signal, the end."""
+    self.agree(loss.item())
+    beside("checkpoint.save", self)
+    if self.signal:
+      self.rt.log("note", f"signal {self.signal:.0f}: checkpoint written, RESUME=auto goes on")
+      sys.exit(128 + int(self.signal))
+
   def log_step(self, **values):
-    seconds = self.rt.seconds["train"]
-    values |= dict(train_time_ms=int(1000 * seconds), step_avg_ms=1000 * seconds / self.step)
-    values["tokens_per_s"] = int(self.cfg.train_batch_tokens * self.step / seconds)
+    spent = 1000 * self.rt.seconds["train"]
+    values |= dict(train_time_ms=int(spent), step_avg_ms=spent / self.step)
+    values |= beside("progress.facts", self) if RECORDS else {}
     self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
 
 
@@ -1914,16 +1967,6 @@ class Report:
     bpb = bits_per_byte(log_prob, self.text.bytes)
     return dict(val_loss=float(-log_prob.mean()), val_bpb=bpb)
 
-  def save_scores(self, name, scores, final):
-    text, columns = self.text, dict(logp_model=scores.log_prob, entropy=scores.entropy)
-    columns |= dict(position=text.positions, token=text.targets, bytes=text.bytes)
-    columns |= {} if scores.pe_delta is None else dict(pe_delta=scores.pe_delta)
-    self.save(name, logp_final=final, **columns)
-
-  def save(self, name, **arrays):
-    if self.rt.rank == 0:
-      write_atomically(self.rt.folder / name, lambda partial: np.savez(partial, **arrays))
-
   def finish(self, model, scores, final, order):
     """Proof, scores, bytes and seconds against the caps"""
     rt, cfg, text = self.rt, self.cfg, self.text
@@ -1932,12 +1975,8 @@ class Report:
     else:
       mass_error, codec = window_mass(model, rt, cfg, text.stream), {}
     self.score("ngram", final, mixer=cfg.mixer, orders=cfg.orders, mass_error=mass_error)
-    columns, edges = dict(logp_model=scores.log_prob, logp_final=final), range(0, len(final), 1024)
-    columns = {n: np.add.reduceat(c, edges) for n, c in (columns | dict(bytes=text.bytes)).items()}
-    self.save("blocks.npz", **columns)
-    if cfg.save_scores or getattr(cfg, "ngram_scheme", ""):
-      self.save_scores("scores.npz", scores, final)
     if RECORDS:
+      beside("folder.save_columns", self, scores, final)
       beside("published.pseudo_score", self)
     if codec:
       rt.log("final_codec", **codec)
@@ -1965,7 +2004,10 @@ def train_model(report):
     model.train()
     return report.losses(log_prob)
 
-  weights = Trainer(model, loader, rt, cfg).run(validate)
+  trainer = Trainer(model, loader, rt, cfg)
+  if cfg.resume == "auto":
+    beside("checkpoint.resume", trainer)
+  weights = trainer.run(validate)
   if cfg.val_loss_every:  # what quantisation starts from
     model.load_state_dict(weights)
     rt.log("averaged", **validate())
@@ -2010,7 +2052,7 @@ def run(cfg):
   rt.start()
   if rt.rank == 0 and RECORDS:
     beside("variables.announce", rt, cfg)
-  rt.largest(0)  # barrier
+  rt.barrier()
   find_shards(cfg.data_path, "val")
   cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
   report, path = Report(rt, cfg), rt.folder / "artifact.bin"
@@ -2022,7 +2064,7 @@ def run(cfg):
   with rt.clock("eval"):  # quantisation is in its budget
     if rt.rank == 0:
       write_atomically(path, pack_artifact(weights, cfg, rt.log) if weights else packed)
-    rt.largest(0)  # barrier
+    rt.barrier()
     model = load_artifact(path, rt.device)
     scores, order = evaluate(model, weights, report)
     final = scores.log_prob
@@ -2030,7 +2072,7 @@ def run(cfg):
       final = mix_ngrams(scores, order, report)
   if rt.rank == 0:
     report.finish(model, scores, final, order)
-  rt.largest(0)  # a rank that ends earlier could take rank 0 with it
+  rt.barrier()  # a rank that ends earlier could take rank 0 with it
 
 
 def main():

@@ -221,8 +221,8 @@ class Case:
     require(
       train_gpt.sha((alone / "train_gpt.py").read_bytes()) == OUR_CODE, "train_gpt.py has changed"
     )
-    launch = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-    environ = {n: x for n, x in os.environ.items() if n not in launch | train_gpt.VARIABLES.keys()}
+    ours = {"PYTHONPATH", *train_gpt.VARIABLES, *train_gpt.LAUNCH}
+    environ = {name: text for name, text in os.environ.items() if name not in ours}
     process = subprocess.Popen(
       [sys.executable, "train_gpt.py"],
       cwd=alone,
@@ -241,19 +241,8 @@ class Case:
 
 def coding_order(stream: np.ndarray, rt: Any, shape: Any) -> Any:
   """The Order in which lanes take the targets of a stream (N + 1,), without a network."""
-  coded, starts = [], np.flatnonzero(stream == BOS)
-
-  def choose(_: Any, lanes: np.ndarray, documents: np.ndarray, places: np.ndarray) -> np.ndarray:
-    coded.append((starts[documents] + places, lanes))
-    return stream[coded[-1][0] + 1].astype(np.int64)
-
-  train_gpt.drive(None, rt, shape, [], choose)
-  targets, lanes = map(np.concatenate, zip(*coded, strict=True))
-  begun = np.arange(min(shape.lanes, shape.documents))
-  sizes = [len(begun), *(len(step) for step, _ in coded)]
-  times = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-  tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
-  return train_gpt.Order(tokens, targets, (times, np.append(begun, lanes)))
+  steps = train_gpt.drive(None, rt, shape, [], train_gpt.reader(stream))
+  return train_gpt.coding_order(stream, steps)
 
 
 def mix_again(
@@ -307,7 +296,7 @@ def score_lanes(case: Case, stream: np.ndarray, spans: list, picked: list[int]) 
 
   def choose(outputs: Any, lanes: np.ndarray, at: np.ndarray, offset: np.ndarray) -> np.ndarray:
     here = begins[at] + offset
-    log_probs, spread, _ = (column.cpu().numpy()[lanes] for column in outputs)
+    log_probs, spread = (column.cpu().numpy()[lanes] for column in outputs)
     log_prob[here], entropy[here] = log_probs[np.arange(len(here)), goals[here]], spread
     found = zip(places[here].tolist(), log_probs, strict=True)
     rows.update({place: row for place, row in found if place in picked})
@@ -325,10 +314,10 @@ def score_windows(case: Case, stream: np.ndarray, spans: list, picked: list[int]
   windows = [np.arange(a // stride, -(-b // stride)) for a, b in spans]
   ends, rows = (np.unique(np.concatenate(windows)) + 1) * stride, {}
   for place in picked:
-    ids, first, _ = scorer.windows(stream, np.array([place // stride + 1]) * stride, stride)
-    rows[place] = scorer.log_probs(ids, first, stride)[0][0, place % stride].cpu().numpy()
+    ids, scored, _ = scorer.windows(stream, np.array([place // stride + 1]) * stride, stride)
+    rows[place] = scorer.predict(ids, scored)[0][0, place % stride].cpu().numpy()
   places = (ends[:, None] - stride + np.arange(stride)).ravel()
-  columns = scorer.score_windows(stream, ends, stride).reshape(3, -1)[:2]
+  columns = scorer.score_windows(stream, ends, stride).reshape(2, -1)
   inside = places < len(stream) - 1
   return Blocks(places[inside], *columns[:, inside], rows)
 

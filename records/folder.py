@@ -1,34 +1,95 @@
 """Book-keeping of a run folder: what a run clears before it begins and makes at its end."""
 
+import functools
+import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
+BLOCK = 1024  # targets
+LOGS = ("log.txt", "metrics.jsonl")
 OUTPUTS = """submission.json log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model
  config.env blocks.npz scores.npz scores_ema.npz stream.bin report.png""".split()  # its mark first
 
 
 def open_run(rt: Any, script: ModuleType) -> None:
-  """runs/<RUN_ID>/, cleared of an unfinished run, with its logs open on rank 0; a finished one is
-  not touched unasked, and what stands in its way is named (ConfigError)."""
-  if rt.finished and not rt.cfg.overwrite:
-    fix = "OVERWRITE=1 or another RUN_ID"
-    raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {rt.folder} is finished; fix: {fix}")
+  """runs/<RUN_ID>/ with its logs open on rank 0: as the last checkpoint saw it, where the run goes
+  on, else cleared. What a finished run or a checkpoint holds is not lost unasked (ConfigError)."""
+  saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
+  goes_on = saved and rt.cfg.resume == "auto" and not rt.cfg.overwrite
+  if (rt.finished or saved) and not goes_on and not rt.cfg.overwrite:
+    state = "finished" if rt.finished else f"unfinished, with {saved[-1].stem}"
+    fix = "OVERWRITE=1" + (" or RESUME=auto" if saved and not rt.finished else "")
+    message = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
+    raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
+  script.beside("progress.attach", rt)
   if rt.rank == 0:
     try:
       rt.folder.mkdir(parents=True, exist_ok=True)
-      for name in OUTPUTS:
-        (rt.folder / name).unlink(missing_ok=True)
-      logs = ("log.txt", "metrics.jsonl")
-      rt.files += [open(rt.folder / name, "w", encoding="utf-8") for name in logs]
+      if goes_on:
+        cut_logs(rt.folder, saved[-1])
+      else:
+        clear(rt.folder)
+      rt.files += [open(rt.folder / name, "a", encoding="utf-8") for name in LOGS]
     except OSError as error:
       fix = "a run must be able to write and clear that; move it away or give another RUN_ID"
       raise script.ConfigError(f"{error.filename}: {error.strerror}; fix: {fix}") from error
 
 
+def clear(folder: Path) -> None:
+  """Remove what an earlier run wrote."""
+  for name in OUTPUTS:
+    (folder / name).unlink(missing_ok=True)
+  shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+
+def cut_logs(folder: Path, checkpoint: Path) -> None:
+  """Without the lines after the checkpoint, which the run will write again. A checkpoint that
+  cannot be read is another function's to refuse."""
+  try:
+    sizes = [*map(int, json.loads(checkpoint.read_bytes())["state"]["logs"])]
+  except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+    return
+  for name, size in zip(LOGS, sizes, strict=False):
+    path = folder / name
+    if path.exists() and 0 <= size < path.stat().st_size:
+      os.truncate(path, size)
+
+
+def save_columns(report: Any, scores: Any, final: np.ndarray, script: ModuleType) -> None:
+  """blocks.npz, sums over BLOCK targets of log p by model and mixture and of bytes; scores.npz
+  where it was asked for. final: log p (N,), nats"""
+  columns = dict(logp_model=scores.log_prob, logp_final=final, bytes=report.text.bytes)
+  edges = range(0, len(final), BLOCK)
+  sums = {name: np.add.reduceat(column, edges) for name, column in columns.items()}
+  save(report.rt, "blocks.npz", sums, script)
+  if report.cfg.save_scores or report.cfg.ngram_scheme:
+    save_scores(report, "scores.npz", scores, final, script)
+
+
+def save_scores(report: Any, name: str, scores: Any, final: np.ndarray, script: ModuleType) -> None:
+  """Of each target its place, token, bytes, the model's log p and entropy, and the final log p."""
+  text, columns = report.text, dict(logp_model=scores.log_prob, entropy=scores.entropy)
+  columns |= dict(position=text.positions, token=text.targets, bytes=text.bytes)
+  columns |= {} if scores.pe_delta is None else dict(pe_delta=scores.pe_delta)
+  save(report.rt, name, dict(logp_final=final) | columns, script)
+
+
+def save(rt: Any, name: str, arrays: dict[str, np.ndarray], script: ModuleType) -> None:
+  if rt.rank == 0:
+    write = functools.partial(np.savez, **arrays)
+    script.write_atomically(rt.folder / name, write)
+
+
 def close_run(rt: Any, script: ModuleType) -> None:
-  """submission.json, the mark of a finished run, and report.png"""
+  """Peak memory; submission.json, the mark of a finished run, and report.png"""
+  rt.log("peak_memory_mb", script.beside("progress.peak_memory", rt))
   for name in ("records/submission.py", "records/plot.py"):
     if subprocess.run([sys.executable, script.ROOT / name, rt.folder]).returncode:
       rt.log("note", f"{name} failed; run it again on {rt.folder}")

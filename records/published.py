@@ -1,4 +1,4 @@
-"""What only the published systems add to an evaluation: their variables, and two stages of it.
+"""What only the published systems add: their variables, a start, two stages of an evaluation.
 
 Test-time training (ttt.py), their backoff over exact counts (cascade.py) and their scorers as
 written (as_written.py) lie beside train_gpt.py: no proof needs them.
@@ -8,6 +8,11 @@ import copy
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
+
+import numpy as np
+import torch
+
+PIECE = 1 << 14  # tokens embedded at once
 
 
 def variables(script: ModuleType) -> type:
@@ -59,21 +64,47 @@ def variables(script: ModuleType) -> type:
   return Published
 
 
+def overtone(std: float, weight: torch.Tensor, _: ModuleType) -> None:
+  """OVERTONE_INIT: normal, then singular values proportional to 1 / sqrt(k) (PR #810)."""
+  u, values, v = torch.linalg.svd(weight.normal_(std=std), full_matrices=False)
+  falling = torch.arange(1, len(values) + 1) ** -0.5
+  weight.copy_(u * (values[0] * falling) @ v)
+
+
 def evaluate(model: Any, weights: dict, scores: Any, report: Any, script: ModuleType) -> Any:
   """Test-time training where it is on; scores of the unquantised weights where NGRAM_SCHEME was
   measured on these (PR #864) -> Scores that feed the mixture"""
   cfg, rt, stream = report.cfg, report.rt, report.text.stream
   if cfg.ttt_enabled:
     student = script.beside("ttt.TestTimeTraining", model, rt, cfg)
-    scorer = script.WindowScorer(student.model, rt, cfg)
-    scores = scorer.score(stream, cfg.eval_stride, student)
+    scores = student.score(stream)
     report.score("ttt", scores.log_prob)
+  if cfg.pre_enrich_dim:
+    scores = scores._replace(pe_delta=enrichment_change(model, stream, PIECE, script))
   if weights and cfg.ngram_scheme and cfg.pseudo_weights == "ema":
     model = copy.deepcopy(model)
     model.load_state_dict(weights)
     raw = script.WindowScorer(model, rt, cfg).score(stream, cfg.eval_stride)
-    report.save_scores("scores_ema.npz", raw, raw.log_prob)
+    if cfg.pre_enrich_dim:
+      raw = raw._replace(pe_delta=enrichment_change(model, stream, PIECE, script))
+    script.beside("folder.save_scores", report, "scores_ema.npz", raw, raw.log_prob)
   return scores
+
+
+@torch.no_grad()
+def enrichment_change(model: Any, stream: np.ndarray, piece: int, script: ModuleType) -> np.ndarray:
+  """Norm of the change by pre-enrichment (PR #810's confidence) at each input of a stream of N + 1
+  tokens, float64 (N,): of the token and the two before (smear over bigrams), so in pieces
+  that overlap by two."""
+  parts, device = [], model.tok_emb.device
+  for a in range(0, len(stream) - 1, piece):
+    first = max(a - 2, 0)
+    ids = stream[first : min(a + piece, len(stream) - 1)].astype(np.int64)
+    shared = script.Pass(model, ids := torch.from_numpy(ids)[None].to(device))
+    model.embed(ids, shared)
+    change = (shared.enriched - shared.plain).double().norm(dim=-1)
+    parts.append(change[0, a - first :].cpu().numpy())
+  return np.concatenate(parts)
 
 
 def pseudo_score(report: Any, script: ModuleType) -> None:

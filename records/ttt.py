@@ -45,7 +45,17 @@ class TestTimeTraining:
     self.model.bank = adapted
     return a, b
 
-  @torch.enable_grad()
+  def score(self, stream: np.ndarray) -> Any:
+    """stream: N + 1 tokens -> Scores of the last N, each chunk by what the ones before it taught"""
+    scorer = self.script.WindowScorer(self.model, self.rt, self.cfg)
+    stride, total, parts = self.cfg.eval_stride, len(stream) - 1, []
+    for a in range(0, total, self.chunk):
+      b = min(a + self.chunk, total)
+      parts.append(scorer.score_windows(stream, np.arange(a, b, stride) + stride, stride))
+      if b < total:
+        self.learn(stream[a : b + 1], a / self.chunk / ((total - 1) // self.chunk))
+    return self.script.Scores(*np.concatenate(parts, 1).reshape(2, -1)[:, :total])
+
   def learn(self, chunk: np.ndarray, progress: float) -> None:
     """chunk: scored targets and the token before them; progress 0..1 lowers the rate"""
     cfg, rt, length = self.cfg, self.rt, self.cfg.window

@@ -1,5 +1,5 @@
-"""Names of train_gpt.py's variables: the siblings' names, misspellings, RECORDs, the --help table;
-the repository's data folders.
+"""Names of train_gpt.py's variables: the siblings' names, misspellings, RECORDs, the --help table
+(what help.env says of them, else the script's comments); the repository's data folders.
 
 train_gpt.py runs without this file, on the variables' own names, its defaults and a DATA_PATH with
 a tokenizer; beside it a published run command resolves as it stands, RECORD=<name> finds its
@@ -7,27 +7,43 @@ config.env, and a name that is nearly right stops the run with a suggestion.
 """
 
 import inspect
+import itertools
+import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import torch
 
 ALIASES = Path(__file__).parent / "aliases.env"
+MEANINGS = Path(__file__).parent / "help.env"
 DATA = Path(__file__).resolve().parents[1] / "data"
 SAMPLE_DATA = DATA / "datasets/sample_en"
 FINEWEB_DATA = DATA / "datasets/fineweb10B_sp1024"
 FINEWEB_TOKENIZER = DATA / "tokenizers/fineweb_1024_bpe.model"
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
 BACKENDS = ("sentencepiece", "zstandard", "numba", "constriction", "matplotlib")  # optional
-PATHS = ("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID")  # no settings
-PLANNED = ("CHECKPOINT_EVERY",)  # known, no effect yet
+NO_SETTINGS = (  # of a configuration
+  *("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID"),
+  *("DRY_RUN", "OVERWRITE", "RESUME", "CHECKPOINT_EVERY"),
+)
+WIDTHS, GAP = (26, 13, 13), "  "  # of --help's columns but the last, in a page of 100
+HELP_HEAD = """Environment variables: name, type, default, meaning. 0|1: off or on. Numbers are
+at least 0 where nothing else is said. Lists are 1,2,3; DRY_RUN=1 shows what a run would use."""
+HELP_EXAMPLES = """
+Examples
+  RUN_ID=short ITERATIONS=200 WARMDOWN_ITERS=120 python train_gpt.py
+  RECORD=pr864 SEED=7 torchrun --standalone --nproc_per_node=8 train_gpt.py
+  DATA_PATH=data/datasets/mine RUN_ID=mine python train_gpt.py
+  EVAL_ONLY=runs/mine/artifact.bin RUN_ID=again python train_gpt.py"""
 
 
 def resolve(environ: Mapping[str, str], script: ModuleType):
@@ -43,7 +59,7 @@ def resolve(environ: Mapping[str, str], script: ModuleType):
   texts |= {name: (text, "env") for name, text in given.items() if name in script.VARIABLES}
   texts["RECORD"] = record, texts.get("RECORD", ("", "default"))[1]
   texts |= {name: (str(path), "default") for name, path in default_paths(given, record).items()}
-  return texts, notes + why + [f"{name} has no effect yet" for name in PLANNED if name in given]
+  return texts, notes + why
 
 
 def read_pairs(path: Path, error: type[Exception] = ValueError) -> dict[str, str]:
@@ -139,16 +155,21 @@ def read_record(name, script):
   """The NAME=value lines of records/**/<name>*/config.env; {} for no record."""
   if not name:
     return {}
-  known = {path.parent.name: path for path in (script.ROOT / "records").glob("**/config.env")}
+  known = known_records(script)
   found = [name] if name in known else [folder for folder in known if folder.startswith(name)]
   if len(found) != 1:
     message = f"RECORD={name!r}: {len(found)} fit; fix: one of {sorted(known)}"
     raise script.ConfigError(message)
   pairs = read_pairs(known[found[0]], script.ConfigError)
   for setting, text in pairs.items():
-    if setting not in script.VARIABLES or setting in PATHS:
+    if setting not in script.VARIABLES or setting in NO_SETTINGS:
       raise script.ConfigError(f"{known[found[0]]}: {setting}={text} is not a setting")
   return pairs
+
+
+def known_records(script):
+  """Name -> path of its config.env"""
+  return {path.parent.name: path for path in (script.ROOT / "records").glob("**/config.env")}
 
 
 def prepare_sample(folder: str | Path, script: ModuleType) -> None:
@@ -160,8 +181,8 @@ def prepare_sample(folder: str | Path, script: ModuleType) -> None:
 
 
 def keep_sources(rt, cfg, script: ModuleType) -> None:
-  """config.env, every setting without paths, and tokenizer.model, into the run folder."""
-  names = [name for name in script.VARIABLES if name not in PATHS]
+  """config.env, every setting, and tokenizer.model, into the run folder."""
+  names = [name for name in script.VARIABLES if name not in NO_SETTINGS]
   lines = [f"{name}={script.show(getattr(cfg, name.lower()))}\n" for name in names]
   (rt.folder / "config.env").write_text("".join(lines), encoding="utf-8")
   shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
@@ -184,16 +205,61 @@ def announce(rt, cfg, script: ModuleType) -> None:
 
 
 def print_help(script: ModuleType) -> None:
-  """Name, type, default and meaning of each variable, as the source of Config says."""
+  """A row for each variable, then the RECORDs and examples, in at most 100 columns."""
+  lines = [HELP_HEAD]
+  for group, names in help_groups(script).items():
+    lines += ["", group, *(line for name in names for line in help_row(name, names[name], script))]
+  lines += ["", "Values of RECORD, their beginning is enough"]
+  for name, path in sorted(known_records(script).items()):
+    comment = " ".join(re.findall(r"^# (.+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    first = re.match(r".+?\.(?= |$)", comment)[0].removeprefix(f"{name}: ")
+    lines += textwrap.wrap(f"  {name:<8}{first}", 100, subsequent_indent=" " * 10)
+  try:
+    print(*lines, HELP_EXAMPLES, sep="\n", flush=True)
+  except BrokenPipeError:  # the reader, head or less, has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def help_groups(script):
+  """Group -> {name: meaning}, as in the source of Config and published.py."""
   published = (Path(__file__).parent / "published.py").read_text(encoding="utf-8")
+  groups, fuller = {}, read_pairs(MEANINGS)
   for line in (inspect.getsource(script.Config) + published).splitlines():
     if found := re.fullmatch(r" +# (.+)", line):
-      print(f"\n{found[1]}")
-    elif found := re.match(r" +(\w+): (.*) = .*  # (.+)", line):
-      name, choices = found[1].upper(), re.findall(r'"(\w+)"', found[2])
-      default = script.VARIABLES[name].default
-      kind = "|".join(choices) or type(default).__name__
-      print(f"{name:<28}{kind:<22}{script.show(default) or '-':<34}{found[3]}")
+      names = groups.setdefault(found[1], {})
+    elif found := re.match(r" +(\w+): .* = .+?(?:  # (.+))?$", line):
+      if (name := found[1].upper()) in script.VARIABLES:
+        names[name] = fuller.get(name, found[2])
+  return groups
+
+
+def help_row(name, meaning, script):
+  """The lines of a variable; what is too long for its column goes on below, in the same column."""
+  field = script.VARIABLES[name]
+  default = script.show(field.default).replace(",", ", ") or "-"
+  choices = get_args(field.type) if isinstance(field.default, str) else ()
+  meaning = "|".join(filter(None, choices)) + ": " * bool(choices) + meaning
+  widths = *WIDTHS, 100 - sum(WIDTHS) - len(GAP) * len(WIDTHS)
+  columns = zip((name, kind_of(field), default, meaning), widths, strict=True)
+  cells = [textwrap.wrap(text, width) for text, width in columns]
+  cells[2] = [cell.replace(", ", ",") for cell in cells[2]]  # as it would be given
+  for row in itertools.zip_longest(*cells, fillvalue=""):
+    yield GAP.join(map(str.ljust, row, widths)).rstrip()
+
+
+def kind_of(field):
+  """Type of a variable in a word or two, with its bounds if they are not the usual ones."""
+  kind, default = field.type, field.default
+  if isinstance(default, str):
+    return "choice" if get_args(kind) else "text"
+  if isinstance(default, bool | tuple):
+    return "0|1" if kind is bool else f"{get_args(kind)[0].__name__}s"
+  word, (least, most) = type(default).__name__, getattr(kind, "__metadata__", (0, 2**62))
+  if most < 2**62:
+    return f"{least} to {most}"
+  if least < -1:
+    return f"any {word}"
+  return f"{word} > 0" if 0 < least < 1 else f"{word} >= {least}" if least else word
 
 
 def dry_run(rt, cfg, script: ModuleType) -> None:

@@ -115,6 +115,11 @@ def perturbed(cfg, seed=0, spread=0.3):
   return model
 
 
+def enrichment_change(model, stream, piece=1 << 14):
+  """Of records/published.py"""
+  return train_gpt.beside("published.enrichment_change", model, stream, piece)
+
+
 def random_ids(cfg, rows=3, seed=0):
   """int64 (rows, train_seq_len) with a BOS in the middle of each row."""
   ids = torch.randint(
@@ -172,9 +177,7 @@ def student_of(model, runtime, cfg):
 
 def adapted(model, runtime, cfg, stream):
   """Scores of a stream by a model that learns from it, chunk by chunk"""
-  training = student_of(model.eval(), runtime, cfg)
-  scorer = train_gpt.WindowScorer(training.model, runtime, cfg)
-  return scorer.score(stream, cfg.eval_stride, training)
+  return student_of(model.eval(), runtime, cfg).score(stream)
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):

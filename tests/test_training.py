@@ -149,7 +149,7 @@ def test_qat_is_on_from_the_first_step(trainer, monkeypatch):
     lines = logged(run, monkeypatch)
     run.run(no_validation)
     assert not any("late_qat" in line[0] for line in lines)
-    assert all((getattr(run.model, f"{name}_grid") == 0).all() for name in run.model.gridded)
+    assert all((grid == 0).all() for grid in run.model.buffers())
     losses[on] = [line[2]["train_loss"] for line in lines if "train_loss" in line[2]]
   assert losses[True][0] == losses[False][0]
   assert all(a != b for a, b in zip(losses[True][1:], losses[False][1:], strict=True))
@@ -222,7 +222,7 @@ def test_score_is_that_of_the_artifact_on_disk(base, dataset):
   for t in (0, 1, 15, 16, 63, 64, 65, 500, len(columns["token"]) - 1):
     start = max(0, t // 16 * 16 + 16 - 64)  # EVAL_STRIDE 16, windows of 64
     ids = torch.from_numpy(stream[start : t + 1]).long().unsqueeze(0)
-    logits = model.logits(model.hidden(ids)[0])[0, -1].double()
+    logits = model.logits(model.hidden(ids))[0, -1].double()
     wanted = logits.log_softmax(-1)[stream[t + 1]].item()
     assert columns["logp_model"][t] == pytest.approx(wanted, abs=2e-5)
 
