@@ -47,6 +47,7 @@ from helpers import (  # noqa: E402
   ROOT,
   SHRUNK,
   clean_environment,
+  new_trainer,
   random_stream,
   run_here,
   tiny,
@@ -303,6 +304,41 @@ def text_is(path: Path, meaning: str) -> bool:
   return meaning == digest([document for document in found if document])
 
 
+def checkpoint(path: Path, change: Callable[[Any], Any] = lambda trainer: None) -> Any:
+  """A trainer whose checkpoints lie beside `path`."""
+  cfg = tiny(vocab_size=VOCAB, num_layers=2, xsa_last_n=1, model_dim=16)
+  rt = train_gpt.Runtime(cfg)
+  rt.folder = path.parent.parent
+  trainer = new_trainer(cfg, rt, Path("set/x_train_000000.bin").absolute())
+  change(trainer)
+  return trainer
+
+
+def read_checkpoint(path: Path) -> str:
+  """The newest that is whole; a training goes on from it for a step."""
+  trainer = checkpoint(path, lambda trainer: train_gpt.beside("checkpoint.resume", trainer))
+  if not 0 <= trainer.step <= trainer.cfg.iterations:
+    raise AssertionError(f"step {trainer.step}")
+  weights = [weight.detach().numpy().copy() for weight in trainer.model.parameters()]
+  trainer.update(1.0)
+  return digest(trainer.step - 1, *weights)
+
+
+def checkpoint_is(path: Path, meaning: str) -> bool:
+  """The one before; or other numbers, if they were signed."""
+  kept, moved = path.read_bytes(), path.with_suffix(".away")
+  entry = {}
+  with contextlib.suppress(ValueError, RecursionError):
+    entry = json.loads(kept) if path.suffix == ".json" else {}
+  if entry.get("sha256") == mutate.checkpoint_seal(entry.get("state")):
+    return True
+  path.rename(moved)
+  try:
+    return meaning == read_checkpoint(path)
+  finally:
+    moved.rename(path)
+
+
 XZ = mutate.packed_text(lzma.compress, lzma.decompress, mutate.json_lines)
 GZ = mutate.packed_text(gzip.compress, gzip.decompress)
 ARTIFACT = mutate.container(train_gpt.PREFIX, mutate.weights)
@@ -330,6 +366,12 @@ KINDS = {
   "environment": Kind("environment", 8, mutate.settings, read_environment, any_meaning),
   "tokenizer": Kind("coded/tokenizer.model", 7, mutate.tokenizer, read_tokenizer, tables_are_sound),
   "load_tokenizer": Kind("coded/tokenizer.model", 3, mutate.tokenizer, load_tokenizer, any_meaning),
+  "checkpoint": Kind(
+    mutate.CHECKPOINT + ".json", 7, mutate.checkpoint, read_checkpoint, checkpoint_is
+  ),
+  "checkpoint_tensors": Kind(
+    mutate.CHECKPOINT + ".safetensors", 5, mutate.any_bytes, read_checkpoint, checkpoint_is
+  ),
   "text": Kind("text/a.txt", 3, mutate.any_bytes, read_text, text_is),
   "text_gz": Kind("text/a.txt.gz", 3, GZ, read_text, text_is),
   "jsonl": Kind("text/a.jsonl", 5, mutate.json_lines, read_text, text_is),
@@ -360,6 +402,11 @@ def build(folder: Path) -> None:
     submission.main([str(folder / "run")])
   build_text(folder / "text", val)
   build_coded(folder)
+  with contextlib.chdir(folder):
+    trainer = checkpoint(Path(mutate.CHECKPOINT))
+    for _ in range(2):
+      trainer.update(1.0)
+      train_gpt.beside("checkpoint.save", trainer)
   checkout = folder / "checkout/records"
   (checkout / "fuzzed").mkdir(parents=True)
   for path in [*(ROOT / "records").glob("*.py"), ROOT / "records/aliases.env"]:
@@ -500,7 +547,8 @@ class Worker:
     found, memory_mb = self.measured(kind.read, path)
     self.watching, seconds = False, time.perf_counter() - began
     try:
-      outcome, message = self.explain(kind, path, found, meaning)
+      with contextlib.redirect_stdout(io.StringIO()):
+        outcome, message = self.explain(kind, path, found, meaning)
     except Exception as error:  # the other way of reading fails: this file is no such file
       outcome, message = "misread", f"read, but {type(error).__name__}: {error}"
     finally:
@@ -654,7 +702,8 @@ class Keeper:
     kind = KINDS[result.kind]
     worker = SimpleNamespace(seed=self.options.seed)
     worker.original = {result.kind: (self.base / kind.file).read_bytes()}
-    data = Worker.mutated(worker, result.kind, result.number)
+    with contextlib.chdir(self.base):
+      data = Worker.mutated(worker, result.kind, result.number)
     stem = f"{result.kind}_{result.number}_{self.options.seed}"
     (self.options.failures / f"{stem}_{Path(kind.file).name}").write_bytes(data)
     (self.options.failures / f"{stem}.txt").write_text(result.message, errors="replace")

@@ -8,6 +8,7 @@ import lzma
 import struct
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -387,3 +388,21 @@ def tokenizer(rng: Rng, data: bytes) -> bytes:
     else:
       fields = fields[:at] + fields[:5]
   return b"".join(written_varint(t) + written_varint(len(c)) + c for t, c in fields)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints: a JSON file signed together with the tensors beside it
+
+CHECKPOINT = "resumed/checkpoint/step_00000002"  # below the worker's folder
+
+
+def checkpoint_seal(state: Any) -> str:
+  tensors = Path(CHECKPOINT + ".safetensors").read_bytes()
+  return hashlib.sha256(json.dumps(state).encode() + tensors).hexdigest()
+
+
+def checkpoint(rng: Rng, data: bytes) -> bytes:
+  if rng.random() < 0.3:
+    return json_file(rng, data)
+  state = json_tree(rng, json.loads(data)["state"])
+  return json_text(dict(state=state, sha256=checkpoint_seal(state)))
