@@ -95,7 +95,7 @@ def read_jsonl(path):
     try:
       text = json.loads(line)["text"]
       text.encode()  # a lone surrogate escape is valid JSON but no text
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise DataError(
         f'{path}: line {number:,} is no JSON object with a string "text"'
         f" ({type(error).__name__}: {error}); correct or remove the line"
@@ -217,7 +217,10 @@ def load_tokenizer(path, vocab_size=None):
     model = Path(path).read_bytes() or b"empty"  # an empty model would load
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces, bos = tokenizer.vocab_size(), tokenizer.bos_id()
-  except (OSError, RuntimeError) as error:
+    tokenizer.id_to_piece(
+      [*range(pieces)]
+    )  # some damaged models load, but their pieces are no text
+  except (OSError, RuntimeError, UnicodeDecodeError) as error:
     raise DataError(
       f"--tokenizer {path}: not a SentencePiece model ({error}); give a .model file"
     ) from None
@@ -442,7 +445,8 @@ def main(arguments=None):
   try:
     prepare(parse_arguments(arguments))
   except (DataError, OSError) as error:
-    print(f"prepare_text.py: {' '.join(str(error).split())}", file=sys.stderr)
+    fix = "; see that --out can be written and has room" * isinstance(error, OSError)
+    print(f"prepare_text.py: {' '.join(str(error).split())}{fix}", file=sys.stderr)
     return 2
   return 0
 

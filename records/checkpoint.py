@@ -86,7 +86,11 @@ def restore(trainer: Any, state: dict, tensors: dict, script: ModuleType) -> Non
   counters = [state[name] for name in ("step", "seconds", "snapshots")]
   loader, (shard, offset) = trainer.loader, state["loader"]
   loader.restore((shard, offset))
-  if min(*counters, shard, offset) < 0 or offset > len(loader.tokens):
+  since = 0 if state["qat_since"] is None else state["qat_since"]
+  whole = [counters[0], counters[2], since, shard, offset]
+  if {*map(type, whole)} != {int} or counters[0] > trainer.cfg.iterations:
+    raise ValueError(f"at {counters}, late QAT since {since}")
+  if min(*counters, *whole) < 0 or offset > len(loader.tokens):
     raise ValueError(f"at {counters}, {offset} of shard {shard}")
   own = changing(trainer)
   for name, tensor in own.items():

@@ -26,6 +26,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ from train_gpt import BOS, Config, Shape, UserError  # noqa: E402
 
 SUFFIX, PREFIX = ".pgz", b"PGZ\x01"
 LANES, LANE_TOKENS = 32, 512  # lanes at most; tokens in each at least
+MOST_LANES, THREADS = 4096, 1024  # that can be asked for, by --lanes or by a container
 BLOCK_TOKENS = 1 << 19  # coded on their own: counts take about 3 KB of memory a token
 SETTINGS = "eval_seq_len ngram_enabled ngram_mixer ngram_min_order ngram_max_order".split()
 INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, by surrogateescape
@@ -200,7 +202,7 @@ class Compressor:
     """Any bytes -> Packed. lanes: 0 chooses by the number of tokens."""
     began, (tokens, held) = time.perf_counter(), tokenise(self.spelt, data)
     lanes = lanes or min(LANES, max(1, len(tokens) // LANE_TOKENS))
-    scoring = {name: train_gpt.show(getattr(Config(), name)) for name in SETTINGS}
+    scoring = defaults()
     cfg, blocks, parts = self.config(scoring, lanes), [], []
     with self.rt.bar_of("compressing", len(tokens)):
       for a in range(0, len(tokens), BLOCK_TOKENS):
@@ -224,31 +226,69 @@ class Compressor:
   def restore(self, packed: bytes, name: str = "the container") -> bytes:
     """The file; CompressError if `packed`, called `name`, is damaged or of other making."""
     header, payload = open_container(packed, name)
-    torch.set_num_threads(header["made"]["threads"])
-    fits(header, self.made(), name)
+    with blame(name):
+      torch.set_num_threads(min(header["made"]["threads"], THREADS))
+      fits(header, self.made(), name)
+      data = self.unpack(header, payload)
+    if train_gpt.sha(data) != header["sha256"]:
+      raise CompressError(f"{name}: restores to other bytes; fix: use the machine it was made on")
+    return data
+
+  def unpack(self, header: dict[str, Any], payload: bytes) -> bytes:
+    """What the blocks hold and what was kept aside, together; any exception for a lie"""
     parts, tokens = [], sum(shape[4] for shape, _ in header["blocks"] if shape)
     with self.rt.bar_of("restoring", tokens):
       for shape, size in header["blocks"]:
         part, payload = payload[:size], payload[size:]
         if shape:
-          cfg, shape = self.config(header["scoring"], shape[2]), Shape(*shape)
-          with contextlib.suppress(AssertionError):  # the coder's, for words it cannot have made
+          shape = Shape(*shape)
+          cfg = self.config(header["scoring"], shape.lanes)
+          check_shape(shape, cfg, header)
+          with contextlib.suppress(AssertionError, ValueError):  # words that no coder can have made
             stream, *_ = train_gpt.decode(self.model, self.rt, cfg, part, shape)
             part = self.text(stream[stream != BOS])
         parts.append(part)
     data = b"".join(parts)
-    data = put_back(data, payload, header["bytes"]) if payload else data
-    if train_gpt.sha(data) != header["sha256"]:
-      raise CompressError(f"{name}: restores to other bytes; fix: use the machine it was made on")
-    return data
+    return put_back(data, payload, header["bytes"]) if payload else data
+
+
+def check_shape(shape: Shape, cfg: Config, header: dict[str, Any]) -> None:
+  """ValueError for a shape that `compress` makes of no file: memory is taken according to it."""
+  wanted = shape._replace(documents=shape.lanes, groups=1, window=cfg.window)
+  sizes = 1 <= shape.lanes <= min(MOST_LANES, shape.targets, BLOCK_TOKENS + 1)
+  sizes = sizes and shape.targets < BLOCK_TOKENS + shape.lanes  # a BOS between the pieces
+  if shape != wanted or not sizes or header["scoring"] != defaults():
+    raise ValueError(f"its shape is {[*shape]}")
+
+
+def defaults() -> dict[str, str]:
+  """The settings of the scorer, as text"""
+  return {name: train_gpt.show(getattr(Config(), name)) for name in SETTINGS}
+
+
+@contextlib.contextmanager
+def blame(name: str) -> Iterator[None]:
+  """CompressError, in one line, for whatever goes wrong with a container that was signed: no list
+  of exceptions holds all that a lie in its header can cause."""
+  try:
+    yield
+  except (UserError, OSError):
+    raise
+  except Exception as error:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise CompressError(f"{name}: damaged ({reason}); fix: get it again") from error
 
 
 def open_container(packed: bytes, name: str) -> tuple[dict[str, Any], bytes]:
   """-> header, payload; CompressError for anything damaged"""
-  try:
+  with blame(name):
     return train_gpt.unseal(PREFIX, packed)
-  except ValueError as error:
-    raise CompressError(f"{name}: {error}; fix: get it again") from error
+
+
+def device_of(packed: bytes, name: str) -> str:
+  """Where a container was made: cpu or cuda"""
+  with blame(name):
+    return open_container(packed, name)[0]["made"]["device"].split()[0]
 
 
 def fits(header: dict[str, Any], here: dict[str, Any], name: str) -> None:
@@ -320,7 +360,7 @@ def restore_file(options: argparse.Namespace) -> None:
   if os.path.lexists(target):
     raise exists(target)
   packed = path.read_bytes()
-  device = open_container(packed, str(path))[0]["made"]["device"].split()[0]
+  device = device_of(packed, str(path))
   data = Compressor(options.artifact, options.tokenizer, device).restore(packed, str(path))
   place(target, data)
   print(f"{path} -> {target}: {len(data):,} bytes")
@@ -341,8 +381,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
   add("--lanes", type=int, default=0, help="pieces coded side by side; default: by the length")
   add("--device", choices=("cpu", "cuda"), default="cpu", help="to compress on; a restore's too")
   options = parser.parse_args(arguments)
-  if not 0 <= options.lanes <= 4096:
-    parser.error(f"--lanes {options.lanes}: give 1 to 4096, or 0 to choose by the length")
+  if not 0 <= options.lanes <= MOST_LANES:
+    parser.error(f"--lanes {options.lanes}: give 1 to {MOST_LANES}, or 0 to choose by the length")
   return options
 
 

@@ -30,12 +30,16 @@ def open_run(rt: Any, script: ModuleType) -> None:
     raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
   script.beside("progress.attach", rt)
   if rt.rank == 0:
-    rt.folder.mkdir(parents=True, exist_ok=True)
-    if goes_on:
-      cut_logs(rt.folder, saved[-1])
-    else:
-      clear(rt.folder)
-    rt.files += [open(rt.folder / name, "a", encoding="utf-8") for name in LOGS]
+    try:
+      rt.folder.mkdir(parents=True, exist_ok=True)
+      if goes_on:
+        cut_logs(rt.folder, saved[-1])
+      else:
+        clear(rt.folder)
+      rt.files += [open(rt.folder / name, "a", encoding="utf-8") for name in LOGS]
+    except OSError as error:
+      fix = "a run must be able to write and clear that; move it away or give another RUN_ID"
+      raise script.ConfigError(f"{error.filename}: {error.strerror}; fix: {fix}") from error
 
 
 def clear(folder: Path) -> None:
@@ -49,12 +53,12 @@ def cut_logs(folder: Path, checkpoint: Path) -> None:
   """Without the lines after the checkpoint, which the run will write again. A checkpoint that
   cannot be read is another function's to refuse."""
   try:
-    sizes = json.loads(checkpoint.read_bytes())["state"]["logs"]
-  except (ValueError, LookupError, TypeError):
+    sizes = [*map(int, json.loads(checkpoint.read_bytes())["state"]["logs"])]
+  except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
     return
   for name, size in zip(LOGS, sizes, strict=False):
     path = folder / name
-    if path.exists() and path.stat().st_size > size:
+    if path.exists() and 0 <= size < path.stat().st_size:
       os.truncate(path, size)
 
 

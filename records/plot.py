@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from submission import CAP_BYTES, RunError, RunFolder
+from submission import CAP_BYTES, RunError, RunFolder, blame, placing
 
 # Okabe and Ito's palette, safe for colour-blind readers; each run also has its own marker.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -447,8 +447,8 @@ def legend(runs: list[Run]) -> str:
 def save(figure: Any, path: Path) -> None:
   """Whole or not at all; the same run gives the same bytes."""
   partial = path.with_name(f".{path.name}.partial.png")
-  figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
-  os.replace(partial, path)
+  with placing(path, partial):
+    figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -465,7 +465,7 @@ def main(arguments: list[str] | None = None) -> int:
   first, single = Path(given.runs[0]), len(given.runs) == 1
   out = given.out or (first / "report.png" if single else first.resolve().parent / "compare.png")
   try:
-    with rc_context(STYLE):
+    with rc_context(STYLE), blame(", ".join(given.runs)):
       save(draw(load_all(given.runs), Figure), out)
   except (RunError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)

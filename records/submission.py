@@ -7,15 +7,18 @@ on stderr, exit status 2. Written whole or not at all; writing it again gives th
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
 import sys
+import zipfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -36,6 +39,51 @@ class RunError(ValueError):
   """A run folder that is unfinished, incomplete or contradicts itself."""
 
 
+@contextlib.contextmanager
+def blame(path: str | Path) -> Iterator[None]:
+  """RunError, in one line, for whatever goes wrong with the files of a run: they may be anybody's,
+  and no list of exceptions holds all that a wrong one can cause."""
+  try:
+    yield
+  except (RunError, OSError):
+    raise
+  except Exception as error:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    raise RunError(f"{path}: a file in it is damaged ({reason}); fix: get the run again") from error
+
+
+@contextlib.contextmanager
+def placing(path: Path, partial: Path) -> Iterator[Path]:
+  """What the block writes to `partial` appears as `path`, or nothing does: RunError, with the name
+  that a full disk does not give."""
+  try:
+    yield partial
+    os.replace(partial, path)
+  except OSError as error:
+    fix = f"make room or move away what is there, then run this again on {path.parent}"
+    raise RunError(f"{path}: {error.strerror or error}; fix: {fix}") from error
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink()
+
+
+def read_columns(data: bytes) -> dict[str, np.ndarray]:
+  """The arrays of an .npz, not to be written to. Unlike by np.load, each has the bytes that are
+  there: a header that lies about its shape allocates nothing. ValueError and others"""
+  columns = {}
+  with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    for member in archive.infolist():
+      if member.file_size > len(data):  # np.savez does not compress
+        raise ValueError(f"{member.filename} claims {member.file_size} bytes of {len(data)}")
+      stored = archive.read(member)
+      stream = io.BytesIO(stored)
+      np.lib.format.read_magic(stream)
+      shape, _, kind = np.lib.format.read_array_header_1_0(stream)
+      column = np.frombuffer(stored, kind, offset=stream.tell()).reshape(shape)
+      columns[member.filename.removesuffix(".npy")] = column
+  return columns
+
+
 class RunFolder:
   """A run's log lines and settings. A line cut off by a kill is passed over."""
 
@@ -48,6 +96,8 @@ class RunFolder:
       return (self.path / name).read_text(encoding="utf-8")
     except OSError as error:
       raise RunError(f"{self.path}: no {name} ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+      raise RunError(f"{self.path}: {name} is damaged ({error})") from None
 
   def all(self, key: str) -> list[dict[str, Any]]:
     return [line for line in self.lines if line["key"] == key]
@@ -80,18 +130,24 @@ class RunFolder:
   def blocks(self) -> dict[str, np.ndarray]:
     """blocks.npz: sums of logp_model, logp_final (nats) and bytes per 1,024 targets."""
     try:
-      with np.load(self.path / "blocks.npz", allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in ("logp_model", "logp_final", "bytes")}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-      raise RunError(f"{self.path}: no usable blocks.npz ({error})") from None
+      arrays = read_columns((self.path / "blocks.npz").read_bytes())
+      blocks = {name: arrays[name] for name in ("logp_model", "logp_final", "bytes")}
+      if {(column.dtype.kind, column.ndim) for column in blocks.values()} - {("f", 1), ("i", 1)}:
+        raise ValueError("its columns are no numbers")
+      if len({len(column) for column in blocks.values()}) > 1:
+        raise ValueError("its columns are not equally long")
+      return blocks
+    except Exception as error:  # zipfile, zlib and numpy have their own
+      reason = " ".join(str(error).split())
+      raise RunError(f"{self.path}: no usable blocks.npz ({reason})") from None
 
 
 def parse_line(text: str) -> dict[str, Any] | None:
   try:
     line = json.loads(text)
-  except ValueError:
+  except (ValueError, RecursionError):
     return None
-  return line if isinstance(line, dict) and "key" in line else None
+  return line if isinstance(line, dict) and isinstance(line.get("key"), str) else None
 
 
 def fields(line: dict[str, Any]) -> dict[str, Any]:
@@ -203,15 +259,13 @@ def submission(run: RunFolder) -> dict[str, Any]:
 
 
 def write(run: RunFolder) -> Path:
-  """submission.json, whole or not at all -> its path"""
+  """submission.json, whole or not at all -> its path; RunError"""
   path = run.path / "submission.json"
-  try:
+  with blame(run.path):
     text = json.dumps(submission(run), indent=2, ensure_ascii=False, allow_nan=False)
-  except ValueError as error:
-    raise error if isinstance(error, RunError) else RunError(f"{run.path}: {error}") from None
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(text + "\n", encoding="utf-8")
-  os.replace(partial, path)
+    data = (text + "\n").encode()
+  with placing(path, path.with_name(f".{path.name}.partial")) as partial:
+    partial.write_bytes(data)
   return path
 
 

@@ -50,6 +50,9 @@ def resolve(environ: Mapping[str, str], script: ModuleType):
   """-> ({name: (text, origin)}, notes) of train_gpt.py's variables that are given, by the
   environment or by RECORD's config.env; ConfigError for what cannot be meant."""
   given, notes = canonical_names(environ, script)
+  for name in script.VARIABLES.keys() & given.keys():
+    if re.search("[\ud800-\udfff]", given[name]):  # how Python reads other bytes
+      raise script.ConfigError(f"{name}={given[name]!r}: must be UTF-8, as the log is")
   refuse_misspelt(given, script)
   record, why = choose_record(given, script)
   texts = {name: (text, f"RECORD={record}") for name, text in read_record(record, script).items()}
@@ -61,7 +64,10 @@ def resolve(environ: Mapping[str, str], script: ModuleType):
 
 def read_pairs(path: Path, error: type[Exception] = ValueError) -> dict[str, str]:
   """The NAME=value lines of a file, without comments."""
-  lines = path.read_text(encoding="utf-8").splitlines()
+  try:
+    lines = path.read_text(encoding="utf-8").splitlines()
+  except UnicodeDecodeError as wrong:
+    raise error(f"{path}: not UTF-8 ({wrong}); fix: get it again") from None
   lines = [line for line in lines if line.strip() and not line.startswith("#")]
   if wrong := [line for line in lines if "=" not in line]:
     raise error(f"{path}: {wrong[0]!r} is not NAME=value")

@@ -143,3 +143,103 @@ def ruff(*arguments):
 def test_ruff_is_content(arguments):
   done = ruff(*arguments)
   assert done.returncode == 0, done.stdout + done.stderr
+
+
+# -----------------------------------------------------------------------------
+# Nothing that is read is ever executed
+
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"}
+UNSAFE_CALLS |= {"yaml.load", "yaml.unsafe_load", "torch.jit.load", "torch.hub.load"}
+UNSAFE_KEYWORDS = {"allow_pickle", "shell"}  # anything but False
+
+
+def dotted(node, names):
+  """a.b.c of an expression, with the imported names put in; "" for what is no such chain"""
+  if isinstance(node, ast.Name):
+    return names.get(node.id, node.id)
+  if isinstance(node, ast.Attribute) and (base := dotted(node.value, names)):
+    return f"{base}.{node.attr}"
+  return ""
+
+
+def imported(tree):
+  """Local name -> what it stands for"""
+  names = {}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      names |= {a.asname or a.name.split(".")[0]: a.name for a in node.names if a.asname}
+      names |= {a.name.split(".")[0]: a.name.split(".")[0] for a in node.names if not a.asname}
+    elif isinstance(node, ast.ImportFrom):
+      names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+  return names
+
+
+def unsafe(text):
+  """What could run code out of data: line numbers and names"""
+  tree, found = ast.parse(text), []
+  names = imported(tree)
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      modules = [getattr(node, "module", None) or alias.name for alias in node.names]
+      found += [(node.lineno, m) for m in modules if m.split(".")[0] in UNSAFE_MODULES]
+    elif isinstance(node, ast.Call):
+      name = dotted(node.func, names).removeprefix("builtins.")
+      found += [(node.lineno, name)] * (name in UNSAFE_CALLS)
+      for keyword in node.keywords:
+        no = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+        if keyword.arg in UNSAFE_KEYWORDS and not no:
+          found.append((node.lineno, f"{name}({keyword.arg}=)"))
+  return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_runs_code_out_of_data(path):
+  if any(part.startswith(".") for part in path.relative_to(ROOT).parts):
+    pytest.skip("not of the repository")
+  assert unsafe(path.read_text(encoding="utf-8")) == []
+
+
+UNSAFE = """import pickle
+from pickle import loads
+import pickle as p
+import marshal
+import shelve
+import torch; torch.load("x")
+import torch as t; t.load("x", weights_only=True)
+from torch import load; load("x")
+from torch import load as read; read("x")
+import numpy as np; np.load("x", allow_pickle=True)
+import numpy as np; np.load("x", allow_pickle=flag)
+eval("1")
+exec("1")
+compile("1", "", "eval")
+import builtins; builtins.eval("1")
+__import__("os")
+import yaml; yaml.load("x")
+from yaml import load; load("x")
+import os; os.system("ls")
+from os import system; system("ls")
+import os; os.popen("ls")
+import subprocess; subprocess.run("ls", shell=True)
+from subprocess import Popen; Popen("ls", shell=1)""".splitlines()
+SAFE = """import re; re.compile("x")
+import torch; torch.compile(f)
+import numpy as np; np.load("x", allow_pickle=False)
+import numpy as np; np.load("x")
+import json; json.load(file)
+import subprocess; subprocess.run(["ls"], shell=False)
+model.eval()
+from safetensors.torch import load_file; load_file("x")
+tokenizer.load("x")""".splitlines()
+
+
+@pytest.mark.parametrize("line", UNSAFE)
+def test_unsafe_lines_are_found(line):
+  assert unsafe(line)
+  assert unsafe(f"def f():\n  class A:\n    if 1:\n      {line}")
+
+
+@pytest.mark.parametrize("line", SAFE)
+def test_safe_lines_are_not(line):
+  assert unsafe(line) == []
