@@ -215,7 +215,7 @@ class Config(beside("published.variables") if RECORDS else object):
   ngram_enabled: bool = True
   ngram_mixer: Literal["blend", "cascade", "none"] = "blend"  # what val_bpb is
   ngram_min_order: int = 2  # shortest n-gram
-  ngram_max_order: int = 9  # longest n-gram
+  ngram_max_order: Annotated[int, 2, 32] = 9  # longest n-gram
 
   origin: dict = field(default_factory=dict, compare=False)
   notes: tuple = field(default=(), compare=False)
@@ -249,7 +249,8 @@ class Config(beside("published.variables") if RECORDS else object):
       ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
       ("CHECKPOINT_EVERY", not self.checkpoint_every.removesuffix("m").isdecimal(), "10 or 10m"),
       ("SCORER", not RECORDS and self.scorer == "sliding", "documents without records/"),
-      ("RUN_ID", Path(self.run_id).name != self.run_id, "a plain folder name"),
+      ("MODEL_DIM", count_parameters(self) >= 2**31, "smaller"),
+      ("RUN_ID", not Path(self.run_id).name == self.run_id != "..", "a plain folder name"),
       *more,
     ):
       if broken:
@@ -433,8 +434,9 @@ def write_atomically(path, write):
     flush(partial)
     os.replace(partial, path)
     flush(path.parent)
-  finally:
+  except OSError as error:
     partial.unlink(missing_ok=True)
+    raise UserError(f"{path}: {error}; fix: make room there") from error
 
 
 def flush(path):
@@ -523,9 +525,10 @@ def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
   tokenizer strips or invents one (upstream's rule on its own models)."""
   try:
     model = backend("sentencepiece").SentencePieceProcessor(model_file=str(tokenizer_path))
-  except (RuntimeError, OSError) as error:
+    ids = [*range(model.vocab_size())]
+    model.id_to_piece(ids)  # all of them text
+  except (RuntimeError, OSError, UnicodeError) as error:
     raise UserError(f"TOKENIZER_PATH={tokenizer_path!r}: must be SentencePiece's") from error
-  ids = [*range(model.vocab_size())]
   if vocab_size not in (0, len(ids)):
     raise UserError(f"VOCAB_SIZE={vocab_size}: must be that of {tokenizer_path}, {len(ids)}")
   silent = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
@@ -1772,14 +1775,17 @@ def decode_folder(cfg):
     made, values = header["made"], {n: parse(n.upper(), header["scoring"][n]) for n in SCORING}
     rt = Runtime(replace(cfg, device=made["device"].split()[0]))
     rt.start()
-    torch.set_num_threads(made["threads"])
+    torch.set_num_threads(min(made["threads"], 999))
     here, shape, goal = fingerprint(rt, artifact), Shape(*header["shape"]), header["text"]
     for name in here:
       if made[name] != here[name]:
         raise StreamError(f"{path}: made with {name} {made[name]}, not {here[name]}; fix: use that")
     model = load_artifact(artifact, rt.device)
     values |= {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
-    text, coded, mass_error = decode(model, rt, replace(cfg, **values), words, shape)
+    cfg = replace(cfg, **values)
+    if not 0 < shape.groups <= shape.lanes <= 1024 + 8 * len(words) or shape.window != cfg.window:
+      raise ValueError("shape of another text")
+    text, coded, mass_error = decode(model, rt, cfg, words, shape)
   except UserError:
     raise
   except Exception as error:  # json, constriction and others have their own
@@ -2073,7 +2079,7 @@ def main():
       return beside("variables.print_help")
     run(Config.from_env(os.environ))
   except (UserError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", *str(error).split(), file=sys.stderr)
     sys.exit(2)
   finally:
     if dist.is_initialized():
