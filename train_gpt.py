@@ -380,14 +380,15 @@ class Runtime:
   @contextlib.contextmanager
   def signals(self):
     """-> SIGINT, SIGTERM that came; a second one ends the process at once."""
-    numbers, came = (signal.SIGINT, signal.SIGTERM), []
+    came, before = [], {}
 
     def handle(number, _):
       came.append(number)
-      for each in numbers:
+      for each in before:
         signal.signal(each, signal.SIG_DFL)
 
-    before = {each: signal.signal(each, handle) for each in numbers}
+    for each in (signal.SIGINT, signal.SIGTERM):
+      before[each] = signal.signal(each, handle)
     try:
       yield came
     finally:
@@ -1722,14 +1723,19 @@ def coder_integers(p):
   return integers
 
 
-def code(model, rt, cfg, shape, pick):
-  """Encoder and decoder; pick(integers (lanes, V), lanes, documents, places) -> tokens (lanes,).
-  Returns the text, a BOS before each document; how many targets; largest error of a mass"""
+def code(model, rt, cfg, shape, pick, bits=math.inf):
+  """Encoder and decoder; pick(integers (lanes, V), lanes, documents, places) -> tokens (lanes,), in
+  so many bits. Returns the text, a BOS before each document; how many targets; largest error of a
+  mass"""
   mixture, text = Mixture(rt, cfg, min(shape.lanes, shape.documents)), {}
 
   def choose(outputs, lanes, documents, places):
+    nonlocal bits
     integers = coder_integers(mixture.distributions(outputs, lanes))
     mixture.learn(tokens := pick(integers, lanes, documents, places))
+    bits += np.log2((integers[range(len(tokens)), tokens] + 1) / (1 << PRECISION)).sum()
+    if bits < 0:
+      raise ValueError("words of another text")
     for document, token in zip(documents, tokens.tolist(), strict=True):
       text.setdefault(document, [BOS]).append(token)
     return tokens
@@ -1756,7 +1762,8 @@ def encode(model, rt, cfg, stream, shape):
 def decode(model, rt, cfg, words, shape):
   coders, words = backend("constriction").stream, np.frombuffer(words, "<u4").astype(np.uint32)
   coder, family = coders.queue.RangeDecoder(words), coders.model.Categorical(perfect=False)
-  return code(model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers))
+  bits = 32 * len(words) + 64
+  return code(model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers), bits)
 
 
 def fingerprint(rt, artifact, code=CODE):
@@ -1885,7 +1892,7 @@ class Trainer:
     self.elapsed, self.signal, sick = found.tolist()
     if sick:
       last = max(self.folder.glob("*.json"), default="none")
-      where = f"step {self.step}: loss or gradient not finite on rank {sick - 1:.0f}"
+      where = f"by step {self.step} loss or gradient not finite on rank {sick - 1:.0f}"
       raise UserError(f"{where}; last good checkpoint: {last}; fix: lower MATRIX_LR and the like")
 
   @property
@@ -1914,8 +1921,10 @@ class Trainer:
         if cfg.val_loss_every and (self.done or self.step % cfg.val_loss_every == 0):
           self.log_step(**validate())
         before, mark = mark, self.mark()
+        if self.done or self.signal or mark > before:
+          self.agree(loss.item())  # this step's, too
         if self.signal or mark > before:
-          self.save(loss)
+          beside("checkpoint.save", self)  # after a signal the end
     if self.capped:
       rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
     rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
@@ -1928,17 +1937,7 @@ class Trainer:
     every = int(every.removesuffix("m"))
     return count // every + self.done if every else 0
 
-  def save(self, loss):
-    """A checkpoint; after a signal, the end."""
-    self.agree(loss.item())
-    beside("checkpoint.save", self)
-    if self.signal:
-      self.rt.log("note", f"signal {self.signal:.0f}: checkpoint written, RESUME=auto goes on")
-      sys.exit(128 + int(self.signal))
-
   def log_step(self, **values):
-    spent = 1000 * self.rt.seconds["train"]
-    values |= dict(train_time_ms=int(spent), step_avg_ms=spent / self.step)
     values |= beside("progress.facts", self) if RECORDS else {}
     self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
 

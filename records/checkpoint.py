@@ -7,6 +7,7 @@ a .json makes a checkpoint; the last two stay. train_gpt.py calls `save` and `re
 """
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,12 +16,19 @@ import torch
 
 
 def save(trainer: Any, script: ModuleType) -> None:
-  """Called on every rank; the others wait until the files are on rank 0's disk."""
+  """Called on every rank; the others wait until the files are on rank 0's disk. If a signal was
+  the reason, the process ends with status 128 + its number."""
   trainer.optimizers.muon.gather()
   if trainer.rt.rank == 0:
     tensors = {name: tensor.clone() for name, tensor in changing(trainer).items()}
     write(trainer.folder, state_of(trainer, script), tensors, script)
   trainer.rt.barrier()
+  if trainer.signal:
+    number = int(trainer.signal)
+    trainer.rt.log(
+      "note", f"signal {number} at step {trainer.step}: checkpoint written, RESUME=auto goes on"
+    )
+    sys.exit(128 + number)
 
 
 def resume(trainer: Any, script: ModuleType) -> None:

@@ -83,14 +83,16 @@ class Bars:
 
 
 def facts(trainer: Any, script: ModuleType) -> dict[str, Any]:
-  """Of a step line: training tokens/s, on a CUDA device that is known the share of its peak (mfu),
-  and h:mm:ss of training left (eta); validation and the scores after it come on top."""
+  """Of a step line: the seconds of training, training tokens/s, on a CUDA device that is known the
+  share of its peak (mfu), and h:mm:ss of training left (eta); validation and the scores after it
+  come on top."""
   cfg, rt, step = trainer.cfg, trainer.rt, trainer.step
   spent = rt.seconds["train"]
   speed, left = cfg.train_batch_tokens * step / spent, (cfg.iterations - step) * spent / step
   if cfg.max_wallclock_seconds:
     left = min(left, max(0.0, cfg.max_wallclock_seconds - spent))
-  values = dict(tokens_per_s=int(speed))
+  values = dict(train_time_ms=int(1000 * spent), step_avg_ms=1000 * spent / step)
+  values["tokens_per_s"] = int(speed)
   peak = peak_flops(script.torch.cuda.get_device_name(rt.device)) if rt.cuda else None
   if peak:
     values["mfu"] = speed * token_flops(cfg, script) / (peak * rt.world_size)
