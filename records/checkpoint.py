@@ -112,7 +112,7 @@ def restore(trainer: Any, state: dict, tensors: dict, script: ModuleType) -> Non
 def write(folder: Path, state: dict, tensors: dict, script: ModuleType) -> None:
   """The two files, and nothing else but those of the checkpoint before."""
   path = folder / f"step_{state['step']:08}.json"
-  data = script.backend("safetensors.torch").save(tensors)
+  data = formats(script).save(tensors)
   folder.mkdir(parents=True, exist_ok=True)
   script.write_atomically(path.with_suffix(".safetensors"), data)
   entry = dict(state=state, sha256=script.sha(json.dumps(state).encode() + data))
@@ -128,4 +128,12 @@ def read(path: Path, script: ModuleType) -> tuple[dict, dict]:
   data, entry = path.with_suffix(".safetensors").read_bytes(), json.loads(path.read_bytes())
   if script.sha(json.dumps(entry["state"]).encode() + data) != entry["sha256"]:
     raise ValueError("its sha256 does not fit")
-  return entry["state"], script.backend("safetensors.torch").load(data)
+  return entry["state"], formats(script).load(data)
+
+
+def formats(script: ModuleType) -> ModuleType:
+  """safetensors.torch; UserError where the package is missing"""
+  script.backend("safetensors")
+  import safetensors.torch
+
+  return safetensors.torch

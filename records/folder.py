@@ -1,11 +1,13 @@
 """Book-keeping of a run folder: what a run clears before it begins and makes at its end."""
 
+import contextlib
 import functools
-import json
+import io
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,34 +30,65 @@ def open_run(rt: Any, script: ModuleType) -> None:
     fix = "OVERWRITE=1" + (" or RESUME=auto" if saved and not rt.finished else "")
     message = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
     raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
+  if rt.cfg.checkpoint_every != "0":
+    script.backend("safetensors")  # rather missed now than when it is needed
   script.beside("progress.attach", rt)
   if rt.rank == 0:
     try:
       rt.folder.mkdir(parents=True, exist_ok=True)
       if goes_on:
-        cut_logs(rt.folder, saved[-1])
+        cut_logs(rt.folder, saved, script)
       else:
         clear(rt.folder)
-      rt.files += [open(rt.folder / name, "a", encoding="utf-8") for name in LOGS]
+      rt.files += [Log(rt.folder / name) for name in LOGS]
     except OSError as error:
       fix = "a run must be able to write and clear that; move it away or give another RUN_ID"
       raise script.ConfigError(f"{error.filename}: {error.strerror}; fix: {fix}") from error
 
 
+class Log:
+  """A text file that lines are added to. Where that fails, a full disk, the run goes on without:
+  each line is on standard output as well."""
+
+  def __init__(self, path: Path):
+    self.path, self.file = path, open(path, "a", encoding="utf-8")
+
+  def write(self, text: str) -> None:
+    self.attempt(self.file.write, text)
+
+  def flush(self) -> None:
+    self.attempt(self.file.flush)
+
+  def tell(self) -> int:
+    """Bytes on the disk, for a checkpoint"""
+    return self.path.stat().st_size
+
+  def attempt(self, action: Callable, *arguments: Any) -> None:
+    try:
+      action(*arguments)
+    except OSError as error:
+      print(f"note: {self.path}: {error}; the log ends here; fix: make room there", file=sys.stderr)
+      with contextlib.suppress(OSError):
+        self.file.close()  # tries once more
+      self.file = io.StringIO()
+
+
 def clear(folder: Path) -> None:
-  """Remove what an earlier run wrote."""
+  """Remove what an earlier run wrote; checkpoints first, or a run that died meanwhile could go on
+  from them."""
+  shutil.rmtree(folder / "checkpoint", ignore_errors=True)
   for name in OUTPUTS:
     (folder / name).unlink(missing_ok=True)
-  shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
-def cut_logs(folder: Path, checkpoint: Path) -> None:
-  """Without the lines after the checkpoint, which the run will write again. A checkpoint that
-  cannot be read is another function's to refuse."""
-  try:
-    sizes = [*map(int, json.loads(checkpoint.read_bytes())["state"]["logs"])]
-  except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-    return
+def cut_logs(folder: Path, saved: list[Path], script: ModuleType) -> None:
+  """Without the lines after the newest whole checkpoint, which the run will write again. Where
+  none is whole, another function refuses the run."""
+  sizes = []
+  for checkpoint in reversed(saved):
+    with contextlib.suppress(Exception):  # as resume passes it over
+      sizes = [*map(int, script.beside("checkpoint.read", checkpoint)[0]["logs"])]
+      break
   for name, size in zip(LOGS, sizes, strict=False):
     path = folder / name
     if path.exists() and 0 <= size < path.stat().st_size:
