@@ -13,7 +13,6 @@ import types
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +87,8 @@ def tiny(**changes):
 
 def model_of(text, vocab_size=400, **options):
   """Bytes of a SentencePiece model as upstream trains them: which alters text."""
+  import sentencepiece  # only here: tests/gpu runs without it
+
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(text.splitlines()),

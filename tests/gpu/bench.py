@@ -39,6 +39,7 @@ from common import (
   record_names,
   synthetic_stream,
 )
+from documents import documents
 from helpers import write_shard
 
 BUDGET_SECONDS = 600  # of training, and again of evaluation
@@ -64,7 +65,9 @@ def all_parts():
       ("parity", Part(checks.parity, 60, 3)),
       ("recompile", Part(checks.recompile, 120, 3)),
       ("scoring", Part(speed.scoring, 120, 10)),
+      ("documents", Part(documents, 120, 12)),
       *steps[:2],
+      ("resume", Part(checks.resume, 60, 3)),
       ("pack", Part(speed.pack, 90, 2)),
       *steps[2:3],
       ("counts", Part(speed.counts, 240, 12)),
@@ -236,6 +239,7 @@ def projection(table, peak):
   seconds = {
     "windows": table.value("scoring", "seconds", kind="windows"),
     "sliding": table.value("scoring", "seconds", kind="sliding"),
+    "documents": table.value("documents", "seconds", item="speed"),
     "counts": table.value("counts", "seconds", item="exact"),
     "blend": table.value("counts", "seconds", item="blend"),
   }

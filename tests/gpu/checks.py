@@ -1,26 +1,30 @@
 """Parts that are right or wrong: CPU against CUDA, compilation, causality."""
 
+import contextlib
 import copy
+import math
+import signal
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Plain, Traced, all_switches, new_trainer, synthetic_stream
-from helpers import perturbed, random_ids, train_gpt
+from common import Eager, Plain, Skip, Traced, all_switches, new_trainer, synthetic_stream
+from helpers import no_validation, perturbed, random_ids, train_gpt
+from records.checkpoint import changing
 from torch._dynamo.utils import counters
 
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 3e-2  # of ||logits - true|| / ||true||
 STEP_TOLERANCE, COMPILED_TOLERANCE = 2e-3, 1e-2  # of a loss; Muon works in bf16 on CUDA
 STEPS = 6
+STOP, RESUMED_TOLERANCE = 4, 1e-3  # of a loss, where the device does not repeat itself
 
 
 def logits(model, ids, bf16=False):
   """(B, T) -> float64 (B, T, V) on the CPU"""
   device = model.tok_emb.device
   with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-    hidden, _ = model.hidden(ids.to(device))
-    return model.logits(hidden).double().cpu()
+    return model.logits(model.hidden(ids.to(device))).double().cpu()
 
 
 def float32_norm(x):
@@ -102,3 +106,97 @@ def same_counts(job, tokens, vocab_size, max_order):
   equal = all(np.array_equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
   text = f"orders 1 to {max_order} of {len(tokens):,} tokens equal the CPU's: {equal}"
   job.check("parity", equal, text)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoint and resume
+
+
+def resume(job):
+  """A training that a signal stops and another process's Trainer takes up is the one that nobody
+  stopped, bit for bit where the device gives the same run twice: atomic additions in backward
+  passes (attention, embeddings) do not, and no checkpoint can."""
+  if not train_gpt.has_backend("safetensors"):
+    raise Skip("safetensors is not installed")
+  cfg = all_switches(job, checkpoint_every="2")
+  (_, *whole), (_, *twin) = (followed(job, cfg, name) for name in ("whole", "twin"))
+  stopped, first, _ = followed(job, cfg, "stopped", STOP)
+  kept = {name: tensor.clone() for name, tensor in changing(stopped).items()}
+  taken = trainer_in(job, cfg, "stopped")
+  train_gpt.beside("checkpoint.resume", taken)
+  same = all(torch.equal(kept[name], tensor) for name, tensor in changing(taken).items())
+  same &= facts(taken) == facts(stopped) and taken.step == STOP
+  job.check("state", same, f"{len(kept)} tensors and the loader's place after step {taken.step}")
+  _, last, weights = followed(job, cfg, "stopped")
+  noise, error = difference(whole, twin), difference(whole, (first + last, weights))
+  most = 0.0 if noise == (0.0, 0.0) else RESUMED_TOLERANCE
+  text = f"{len(first)} + {len(last)} steps, losses differ by {error[0]:.2g}, {most:g} allowed, "
+  text += f"weights by {error[1]:.2g}; the same run twice: {noise[0]:.2g} and {noise[1]:.2g}"
+  right = error[0] <= most and (most > 0 or error[1] == 0)
+  job.check("resumed", right, text, losses=error[0], weights=error[1], noise=noise)
+  poisoned(job, cfg)
+  yield from ()
+
+
+def trainer_in(job, cfg, name):
+  """A fresh Trainer whose checkpoints lie in a folder of this name."""
+  runtime = Eager(cfg)
+  runtime.folder = job.options.folder / name
+  return new_trainer(cfg, runtime, job.options.folder / "small_train_000000.bin")
+
+
+def followed(job, cfg, name, stop=0):
+  """Train to the end, or until a signal in step `stop` -> Trainer, losses, averaged weights;
+  goes on from a checkpoint that it finds."""
+  trainer, losses, weights = trainer_in(job, cfg, name), [], None
+  train_gpt.beside("checkpoint.resume", trainer)
+  update = trainer.update
+
+  def watched(factor):
+    losses.append(update(factor).item())
+    return torch.tensor(losses[-1])
+
+  def tick(stage, done, _):
+    if stage == "train" and done == stop:
+      signal.raise_signal(signal.SIGTERM)
+
+  trainer.update, trainer.rt.tick = watched, tick
+  with contextlib.suppress(SystemExit):
+    weights = trainer.run(no_validation)
+  return trainer, losses, weights
+
+
+def facts(trainer):
+  return trainer.step, trainer.qat_since, trainer.averages.snapshots, trainer.loader.state()
+
+
+def difference(one, other):
+  """Of (losses, weights): the largest of each, inf where there are more of one."""
+  if len(one[0]) != len(other[0]):
+    return math.inf, math.inf
+  weights = (float((w - other[1][name]).abs().max()) for name, w in one[1].items())
+  return float(np.abs(np.subtract(one[0], other[0])).max()), max(weights)
+
+
+def poisoned(job, cfg):
+  """A gradient that is not finite changes nothing that a step changes but Muon's momenta; the
+  step before changes every weight."""
+  trainer = trainer_in(job, cfg, "poisoned")
+  model, optimizers = trainer.model, trainer.optimizers
+  for weight in model.parameters():  # what starts at zero has no gradient behind it
+    torch.nn.init.normal_(weight, std=0.05)
+  moved, loss = [], None
+  for sick in (False, True):
+    before = {name: tensor.clone() for name, tensor in changing(trainer).items()}
+    loss = trainer.gradients()
+    if sick:
+      model.kv_bank.grad.view(-1)[3] = math.inf
+    loss = optimizers.step(0, 1.0, loss)
+    after = changing(trainer).items()
+    moved.append({name for name, tensor in after if not torch.equal(tensor, before[name])})
+  healthy = sum(name.startswith(("weight", "adam")) for name in moved[0])
+  poison = sorted(name for name in moved[1] if not name.startswith("muon"))
+  wanted = len(trainer.averages.weights) + 3 * len(optimizers.small)
+  text = f"{healthy} of {wanted} tensors moved before, {len(poison)} with it; loss {loss.item()}"
+  right = healthy == wanted and not poison and not math.isfinite(loss.item())
+  job.check("poisoned gradient", right, text, moved=poison)

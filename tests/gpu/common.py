@@ -53,9 +53,12 @@ class Sizes:
   blend: tuple[int, int] = (1_000_000, 8_000_000)  # targets; the rest is extrapolated
   check: int = 200_000  # tokens counted on both devices
   repeats: int = 10  # of an attention kernel
+  lanes: int = 1024 // RANKS  # a GPU's share of EVAL_LANES
+  documents: int = 262_145  # tokens scored in lanes
+  coded: int = 32_768  # of them, there and back
 
 
-SMALL = Sizes(20_001, 3, 1_025, 2_049, 30_001, (3_000, 8_000), 3_000, 2)
+SMALL = Sizes(20_001, 3, 1_025, 2_049, 30_001, (3_000, 8_000), 3_000, 2, 4, 4_097, 2_500)
 
 
 class Skip(Exception):
@@ -163,14 +166,18 @@ def all_switches(job, **changes):
   return tiny(**shape | dict(device=job.device) | changes)
 
 
-class Plain(train_gpt.Runtime):
-  """fp32, nothing compiled: what remains to differ is the device."""
-
-  def autocast(self):
-    return contextlib.nullcontext()
+class Eager(train_gpt.Runtime):
+  """Nothing compiled."""
 
   def compile(self, function, **how):
     return function
+
+
+class Plain(Eager):
+  """In fp32, too: what remains to differ is the device."""
+
+  def autocast(self):
+    return contextlib.nullcontext()
 
 
 class Traced(train_gpt.Runtime):
