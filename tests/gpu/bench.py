@@ -35,12 +35,13 @@ from common import (
   Job,
   Options,
   Skip,
-  peak_flops,
   record_names,
   synthetic_stream,
 )
 from documents import documents
 from helpers import write_shard
+
+from records.progress import peak_flops
 
 BUDGET_SECONDS = 600  # of training, and again of evaluation
 LANES = 4  # parts that prepare at the same time, at most

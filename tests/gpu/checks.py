@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from common import Eager, Plain, Skip, Traced, all_switches, new_trainer, synthetic_stream
 from helpers import no_validation, perturbed, random_ids, train_gpt
-from records.checkpoint import changing
 from torch._dynamo.utils import counters
+
+from records.checkpoint import changing
 
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 3e-2  # of ||logits - true|| / ||true||
 STEP_TOLERANCE, COMPILED_TOLERANCE = 2e-3, 1e-2  # of a loss; Muon works in bf16 on CUDA

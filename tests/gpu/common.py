@@ -16,11 +16,6 @@ from helpers import ROOT, tiny, train_gpt  # noqa: E402
 RANKS = 8  # of the machine that the projections are for
 VALIDATION_TARGETS = 62_021_632  # of FineWeb's validation text, sp1024
 ORDER = ("own", "pr864", "pr810", "pr1026", "pr993", "pr808")  # others follow
-PEAK_FLOPS = {  # dense bf16, per second
-  "H100 80GB HBM3": 989e12,
-  "H200": 989e12,
-  "A100": 312e12,
-}
 VOCAB_SIZE = 1024
 
 # The most that --quick leaves of a configuration; a smaller value, such as 0 for "off", stays.
@@ -54,11 +49,11 @@ class Sizes:
   check: int = 200_000  # tokens counted on both devices
   repeats: int = 10  # of an attention kernel
   lanes: int = 1024 // RANKS  # a GPU's share of EVAL_LANES
-  documents: int = 262_145  # tokens scored in lanes
+  documents: int = 131_073  # tokens scored in lanes
   coded: int = 32_768  # of them, there and back
 
 
-SMALL = Sizes(20_001, 3, 1_025, 2_049, 30_001, (3_000, 8_000), 3_000, 2, 4, 4_097, 2_500)
+SMALL = Sizes(20_001, 3, 1_025, 2_049, 30_001, (3_000, 8_000), 3_000, 2, 4, 2_561, 2_048)
 
 
 class Skip(Exception):
@@ -128,11 +123,6 @@ def gb(value):
 def host_gb():
   """Largest resident memory of this process so far."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def peak_flops(name):
-  """Dense bf16 FLOP/s of a device by its name, None where it is not in the table."""
-  return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
 # -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from common import (
   RANKS,
   VALIDATION_TARGETS,
@@ -16,22 +17,33 @@ from common import (
   synthetic_stream,
 )
 from helpers import perturbed, random_stream, train_gpt
+from speed import as_on_cuda
 
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 3e-2  # of ||log p - true|| / ||true - its mean||
+DOCUMENT = 256  # tokens at most, so that few steps fill every lane evenly
 SLACK_BYTES = 64  # of a coded text beside its claim, and 0.1 %
 
 
 def documents(job):
   """Scores against whole rows, the speed of a step, encode and decode in a fresh process."""
   whole_rows(job)
-  cfg = configuration("own", job, eval_lanes=job.sizes.lanes, codec_tokens=job.sizes.coded)
-  model = perturbed(cfg, spread=0.02).to(job.device).eval().requires_grad_(False)
-  stream, runtime = synthetic_stream(job.sizes.documents, cfg.vocab_size), train_gpt.Runtime(cfg)
+  how = "zstd" if train_gpt.has_backend("zstandard") else "lzma"
+  lanes, coded = job.sizes.lanes, job.sizes.coded
+  cfg = configuration("own", job, eval_lanes=lanes, codec_tokens=coded, compressor=how)
+  runtime = train_gpt.Runtime(cfg)
+  runtime.folder = job.options.folder / "proof"
+  runtime.folder.mkdir()
+  path, weights = runtime.folder / "artifact.bin", perturbed(cfg, spread=0.02).named_parameters()
+  path.write_bytes(train_gpt.pack_artifact(dict(weights), cfg))
+  model = train_gpt.load_artifact(path, job.device)
+  stream = synthetic_stream(job.sizes.documents, cfg.vocab_size)
+  stream[::DOCUMENT] = train_gpt.BOS
   yield
   lane_step(job, model, runtime, cfg)
+  lane_attention(job, cfg)
   scores, order = speed(job, model, runtime, stream)
   if train_gpt.has_backend("constriction"):
-    proof(job, runtime, cfg, (model, stream, scores, order))
+    proof(job, runtime, stream, (scores, order))
   else:
     job.row("proof", "constriction is not installed", "SKIP")
 
@@ -65,7 +77,7 @@ def rows_of_documents(model, runtime, stream):
     )
     with runtime.autocast():
       log_probs, entropy = train_gpt.predict(model, model.hidden(ids[None])[0])
-    columns.append(torch.stack([log_probs[torch.arange(b - a), targets], entropy]).cpu())
+    columns.append(torch.stack([log_probs.gather(-1, targets[:, None])[:, 0], entropy]).cpu())
   return torch.cat(columns, 1).numpy()
 
 
@@ -79,39 +91,66 @@ def lane_step(job, model, runtime, cfg):
   places = torch.full((lanes,), cfg.window // 2, device=job.device)
   step = job.median_seconds(lambda: forward(ids, places), job.sizes.steps)
   text = f"{1e3 * step:.2f} ms, {lanes / step:,.0f} targets/s; {lanes} lanes, window {cfg.window}, "
-  text += f"captured in {capture:.1f} s, peak {gb(job.peak_gb())}; {steps:,.0f} steps at least"
+  text += f"captured in {capture:.1f} s, peak {gb(job.peak_gb())}; {steps:,.0f} steps score all"
   job.row("lane step", text, step_ms=1e3 * step, capture=capture, peak_gb=job.peak_gb())
 
 
+@torch.no_grad()
+def lane_attention(job, cfg):
+  """The one query of a lane against its keys: grouped by SDPA as the model does it, and with the
+  heads of a group as the queries of one head, which more kernels take."""
+  lanes, heads, few, width = cfg.eval_lanes, cfg.num_heads, cfg.num_kv_heads, cfg.model_dim
+  how = dict(device=job.device, dtype=torch.bfloat16)
+  q = torch.randn(lanes, heads, 1, width // heads, **how)
+  k, v = torch.randn(2, lanes, few, cfg.window, width // heads, **how)
+  mask = torch.arange(cfg.window, device=job.device) < cfg.window // 2
+  mask, rows = mask.expand(lanes, 1, 1, -1), q.view(lanes, few, -1, width // heads)
+  ways = {
+    "grouped": lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=few != heads),
+    "as rows": lambda: F.scaled_dot_product_attention(rows, k, v, mask),
+  }
+  true = F.scaled_dot_product_attention(rows.float(), k.float(), v.float(), mask).flatten()
+  for name, attend in ways.items():
+    job.reset_peak()
+    seconds = job.median_seconds(attend, job.sizes.repeats)
+    error = float((attend().flatten() - true).norm() / true.norm())
+    text = (
+      f"{1e3 * seconds:.3f} ms a call, relative error {error:.2g}, {BF16_TOLERANCE:g} allowed, "
+    )
+    text += f"peak {gb(job.peak_gb())}; {lanes} lanes, window {cfg.window}"
+    values = dict(call_ms=1e3 * seconds, error=error, peak_gb=job.peak_gb())
+    job.check(f"lane attention {name}", error <= BF16_TOLERANCE, text, **values)
+
+
 def speed(job, model, runtime, stream):
-  """-> what score_documents returns"""
+  """-> what score_documents returns; a step costs the same however many lanes are at work"""
   job.reset_peak()
   how = model, runtime, runtime.cfg, stream
   seconds, (scores, order) = job.seconds(lambda: train_gpt.score_documents(*how))
   size, steps = len(stream) - 1, int(order.steps[0][-1])
-  full = VALIDATION_TARGETS / size * seconds / RANKS
-  text = f"{size / seconds:,.0f} targets/s, {1e3 * seconds / steps:.2f} ms each of {steps:,} steps, "
-  text += f"peak {gb(job.peak_gb())}; {VALIDATION_TARGETS:,} targets on {RANKS} GPUs: {full:.0f} s, "
+  full = VALIDATION_TARGETS / (job.sizes.lanes * RANKS) * seconds / steps
+  text = (
+    f"{size / seconds:,.0f} targets/s, {1e3 * seconds / steps:.2f} ms each of {steps:,} steps, "
+  )
+  text += (
+    f"peak {gb(job.peak_gb())}; {VALIDATION_TARGETS:,} targets on {RANKS} GPUs: {full:.0f} s, "
+  )
   text += f"extrapolated from {size:,}"
   values = dict(seconds=full, targets_per_s=size / seconds, peak_gb=job.peak_gb())
   job.check("speed", bool(np.isfinite(scores.log_prob).all()), text, **values)
   return scores, order
 
 
-def proof(job, runtime, cfg, scored):
+def proof(job, runtime, stream, scored):
   """Encode here, decode in a fresh process; the coded bytes are those that the scores claim."""
-  model, stream, scores, order = scored
-  runtime.folder = folder = job.options.folder / "proof"
-  folder.mkdir()
-  weights, how = dict(model.named_parameters()), dict(cfg=cfg, rt=runtime)
-  report = SimpleNamespace(**how, text=SimpleNamespace(stream=stream), score=lambda *_, **__: None)
-  (folder / "artifact.bin").write_bytes(train_gpt.pack_artifact(weights, cfg))
-  (folder / "train_gpt.py").write_bytes(train_gpt.CODE.read_bytes())
-  model = train_gpt.load_artifact(folder / "artifact.bin", job.device)
-  scores, order = train_gpt.score_documents(model, runtime, cfg, stream)
-  final = train_gpt.mix_ngrams(scores, order, report)
+  scores, order = scored
+  how = dict(cfg=runtime.cfg, rt=runtime, score=lambda *_, **__: None)
+  report = SimpleNamespace(**how, text=SimpleNamespace(stream=stream))
+  (runtime.folder / "train_gpt.py").write_bytes(train_gpt.CODE.read_bytes())
+  with as_on_cuda(job):
+    final = train_gpt.mix_ngrams(scores, order, report)
   seconds, said = {}, []
-  (mass_error, codec) = clocked_proof(job, report, final[order.targets], (seconds, said))
+  mass_error, codec = clocked_proof(job, report, final[order.targets], (seconds, said))
   tokens, coded, claimed = (codec[f] for f in ("proved_tokens", "coded_bytes", "claimed_bytes"))
   text = f"decoded {codec['decoded']}, {tokens:,} tokens, {coded:,} bytes, {claimed:,} claimed, "
   text += f"mass error {mass_error:.1g}; encoding {tokens / seconds['encode']:,.0f} tokens/s, "

@@ -16,6 +16,7 @@ import contextlib
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from unittest import mock
 
@@ -30,11 +31,12 @@ from common import (
   gb,
   host_gb,
   new_trainer,
-  peak_flops,
   synthetic_stream,
 )
 from helpers import ROOT, SHRUNK, clean_environment, perturbed, train_gpt
 from torch.utils.flop_counter import FlopCounterMode
+
+from records.progress import peak_flops, token_flops
 
 MIXED = (*range(1, 10), *train_gpt.LONG_ORDERS)
 BUCKETS, CHUNK = 1 << 22, 1 << 16  # of #864
@@ -55,6 +57,9 @@ def flops_per_token(job, record, cfg):
   attention = 4 * layers * length * cfg.model_dim
   if round(sum(flops.values()) - linear) != attention:
     job.row(f"{record} FLOP", f"attention is {attention} FLOP, counted {flops}", "FAIL")
+  logged = token_flops(cfg, train_gpt)
+  if round(3 * (linear + attention)) != logged:  # PaLM's count, for mfu in log.txt
+    job.row(f"{record} FLOP", f"records/progress.py counts {logged:,}, not these {flops}", "FAIL")
   text = f"{linear / 2e6:.2f} M matmul parameters, {layers} layers"
   return 3 * linear + 3 * attention / 2, text
 
@@ -78,7 +83,7 @@ def steps(job, record):
   text = f"{1e3 * step:.1f} ms a step ({low:.1f} to {high:.1f}; gradients {1e3 * gradient:.1f})"
   text += f", {rate:,.0f} tokens/s, MFU {f'{mfu:.1%}' if mfu else '-'}, peak {gb(peak)}; "
   text += f"{cfg.train_batch_tokens:,} tokens, T {cfg.train_seq_len}, {formula}, "
-  text += f"compiled in {compiling:.0f} s, loss {loss:.3f}"
+  text += f"compiled in {compiling:.0f} s, loss {loss:.3f}, the host waits {waits(trainer)} times"
   values = dict(step_ms=1e3 * step, gradient_ms=1e3 * gradient, tokens_per_s=rate, mfu=mfu)
   values |= dict(peak_gb=peak, flops_per_token=flops, compile_seconds=compiling, loss=loss)
   job.check(record, bool(np.isfinite(loss)), text, batch_tokens=cfg.train_batch_tokens, **values)
@@ -92,6 +97,18 @@ def step_times(trainer, count):
     previous.item()
     ends.append(time.perf_counter())
   return np.diff(ends), loss.item()
+
+
+def waits(trainer):
+  """How often the host waits for the device in a step, "-" on a CPU."""
+  if not trainer.rt.cuda:
+    return "-"
+  with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    torch.cuda.set_sync_debug_mode("warn")
+    trainer.update(1.0)
+    torch.cuda.set_sync_debug_mode("default")
+  return sum("synchronizing CUDA operation" in str(w.message) for w in said)
 
 
 def device_name():
@@ -239,6 +256,8 @@ def script(job):
   how = "zstd" if train_gpt.has_backend("zstandard") else "lzma"
   env = clean_environment() | (SHRUNK if job.quick else dict(RECORD="tiny", ITERATIONS="40"))
   env |= dict(DEVICE=job.device, COMPRESSOR=how, RUN_ID="gpu")
+  if not job.quick:
+    env["CODEC_TOKENS"] = "20000" if train_gpt.has_backend("constriction") else "0"
   command = [sys.executable, str(ROOT / "train_gpt.py")]
   began, timeout = time.perf_counter(), max(10, min(job.box, job.left()) - 5)
   how = dict(cwd=job.options.folder, env=env, text=True, timeout=timeout)
