@@ -119,7 +119,7 @@ def resume(job):
   passes (attention, embeddings) do not, and no checkpoint can."""
   if not train_gpt.has_backend("safetensors"):
     raise Skip("safetensors is not installed")
-  cfg = all_switches(job, checkpoint_every="2")
+  cfg = all_switches(job, checkpoint_every="2", late_qat_threshold=0.9)  # from step 3 on
   (_, *whole), (_, *twin) = (followed(job, cfg, name) for name in ("whole", "twin"))
   stopped, first, _ = followed(job, cfg, "stopped", STOP)
   kept = {name: tensor.clone() for name, tensor in changing(stopped).items()}

@@ -49,8 +49,9 @@ def documents(job):
 
 
 def whole_rows(job):
-  """On every switch: lanes, each with many documents, against one row a document."""
-  cfg = all_switches(job, eval_lanes=16)
+  """On every switch: lanes, each with many documents, against one row a document. Without
+  BOS_RESET a lane itself must forget the document before."""
+  cfg = all_switches(job, eval_lanes=16, bos_reset=False)
   model = perturbed(cfg, spread=0.05).to(job.device).eval().requires_grad_(False)
   stream, starts = random_stream(6_000, cfg.vocab_size), np.arange(0, 6_001, 50)
   starts += np.random.default_rng(0).integers(-20, 20, len(starts))
