@@ -118,7 +118,7 @@ def write(folder: Path, state: dict, tensors: dict, script: ModuleType) -> None:
   entry = dict(state=state, sha256=script.sha(json.dumps(state).encode() + data))
   script.write_atomically(path, json.dumps(entry).encode())
   kept = {path.stem for path in sorted(folder.glob("step_*.json"))[-2:]}
-  for path in sorted(folder.iterdir()):
+  for path in sorted(folder.glob("*step_*")):
     if path.stem not in kept:
       path.unlink()
 
