@@ -1,7 +1,7 @@
 """Book-keeping of a run folder: what a run clears before it begins and makes at its end."""
 
+import contextlib
 import functools
-import json
 import os
 import shutil
 import subprocess
@@ -31,25 +31,28 @@ def open_run(rt: Any, script: ModuleType) -> None:
   if rt.rank == 0:
     rt.folder.mkdir(parents=True, exist_ok=True)
     if goes_on:
-      cut_logs(rt.folder, saved[-1])
+      cut_logs(rt.folder, saved, script)
     else:
       clear(rt.folder)
     rt.files += [open(rt.folder / name, "a", encoding="utf-8") for name in LOGS]
 
 
 def clear(folder: Path) -> None:
-  """Remove what an earlier run wrote."""
+  """Remove what an earlier run wrote; checkpoints first, or a run that died meanwhile could go on
+  from them."""
+  shutil.rmtree(folder / "checkpoint", ignore_errors=True)
   for name in OUTPUTS:
     (folder / name).unlink(missing_ok=True)
-  shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
-def cut_logs(folder: Path, checkpoint: Path) -> None:
-  """Without the lines after the checkpoint, which the run will write again. A checkpoint that
-  cannot be read is another function's to refuse."""
-  try:
-    sizes = json.loads(checkpoint.read_bytes())["state"]["logs"]
-  except (ValueError, LookupError, TypeError):
+def cut_logs(folder: Path, saved: list[Path], script: ModuleType) -> None:
+  """Without the lines after the newest whole checkpoint, which the run will write again. Where
+  none is whole, another function refuses the run."""
+  for checkpoint in reversed(saved):
+    with contextlib.suppress(Exception):  # as Trainer.resume passes it over
+      sizes = script.read_checkpoint(checkpoint)[0]["logs"]
+      break
+  else:
     return
   for name, size in zip(LOGS, sizes, strict=False):
     path = folder / name

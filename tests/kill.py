@@ -1,25 +1,22 @@
-"""Kill a training run again and again, start it again with RESUME=auto, and compare its end, bit for
-bit, with that of a run that nobody interrupted.
+"""Kill a training run again and again, start it again with RESUME=auto, and compare its end, bit
+for bit, with that of a run that nobody interrupted.
 
   python tests/kill.py  # 100 kills of one rank
   python tests/kill.py --kills 20 --ranks 2  # torchrun, gloo
 
 SIGKILL goes to every process of a launch: while it starts, trains, writes a checkpoint or scores.
-After some of the kills the newest checkpoint is cut short or altered as well, as a loss of power can
+After some of the kills the newest checkpoint is cut or altered as well, as a loss of power can
 leave it; the one before must do then. Exit status 1: something differs. One rank is a fork of this
 process, which has imported torch; several are torchrun's, from scratch.
 """
 
 import os
 
-ENVIRONMENT = dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
 if __name__ == "__main__":  # a process with threads must not be forked
-  os.environ.update(ENVIRONMENT)
+  os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
 
 import argparse
 import collections
-import json
-import platform
 import signal
 import subprocess
 import sys
@@ -32,6 +29,7 @@ import numpy as np
 from helpers import SCRIPT, SHRUNK, Run, clean_environment, train_gpt
 
 STEPS = 40
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 SETTINGS = SHRUNK | dict(
   ITERATIONS=f"{STEPS}",
   WARMDOWN_ITERS="30",
@@ -47,7 +45,7 @@ PLACES = ("start", "training", "writing", "evaluation")
 
 
 def arguments():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("--kills", type=int, default=100)
   parser.add_argument("--ranks", type=int, default=1)
   parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -67,7 +65,7 @@ class Launch:
     self.cwd, self.folder, self.ranks, self.began = cwd, cwd / "runs" / run_id, ranks, time.time()
     self.mark = f"{run_id}_{self.began}"
     self.path, self.status = cwd / f"{run_id}.out", None
-    env = SETTINGS | env | ENVIRONMENT | dict(RUN_ID=run_id, KILL_MARK=self.mark)
+    env = SETTINGS | dict.fromkeys(THREADS, "1") | env | dict(RUN_ID=run_id, KILL_MARK=self.mark)
     self.pid = self.torchrun(env) if ranks > 1 else self.fork(env)
 
   def fork(self, env):
@@ -279,7 +277,7 @@ def interrupted(cwd, run_id, env, plan, task):
 
 def count_notes(text, counts):
   counts["resumed"] += "\nresumed " in text
-  counts["passed over"] += text.count("is passed over")
+  counts["over"] += text.count("is passed over")
 
 
 def differences(launch, wanted):
@@ -309,6 +307,24 @@ prepare_text.write_dataset(train[:40], short, Path(sys.argv[1]), "prose", 512)""
   subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
 
 
+def summary(options, counts, bad):
+  told = dict(
+    kills="processes killed",
+    start="while it started or read a checkpoint",
+    training="in training",
+    writing="while a checkpoint was written",
+    evaluation="in the evaluation",
+    damaged="newest checkpoint damaged as well",
+    over="damaged checkpoints passed over",
+    resumed="starts that went on from a checkpoint",
+    runs="runs that came to their end",
+  )
+  print(f"\n| {options.ranks} rank(s), torch {train_gpt.torch.__version__} | count |\n|---|---|")
+  for name, text in told.items():
+    print(f"| {text} | {counts[name]} |")
+  print(f"| of them different from the uninterrupted run | {bad} |")
+
+
 def main():
   options = arguments()
   rng, counts, bad = np.random.default_rng(options.seed), collections.Counter(), 0
@@ -335,10 +351,7 @@ def main():
       bad += bool(different)
       verdict = f"DIFFERENT: {', '.join(different)}" if different else "equal"
       print(f"{launch.folder.name}: {verdict}", flush=True)
-  print(json.dumps(dict(machine=f"{platform.system()} {platform.machine()}", ranks=options.ranks)))
-  for name in ("runs", "kills", *PLACES, "resumed", "damaged", "passed over"):
-    print(f"| {name} | {counts[name]} |")
-  print(f"| different at the end | {bad} |")
+  summary(options, counts, bad)
   sys.exit(bool(bad))
 
 
