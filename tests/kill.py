@@ -121,7 +121,8 @@ class Launch:
     """Every process of it -> whether there was one to kill."""
     if not self.alive():
       return False
-    os.killpg(self.pid, signal.SIGKILL)
+    kill_one(self.pid)
+    kill_one(-self.pid)  # its session, if it has come to have one
     while self.ranks > 1 and (pids := self.marked()):  # torchrun's ranks have their own sessions
       for pid in pids:
         kill_one(pid)
