@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from helpers import no_validation, random_stream, tiny, train_gpt, write_shard
 
-STEPS = 10
+STEPS = 12
 LENGTHS = (150, 70, 230)  # of the shards: a step of 64 tokens crosses from one into the next
-ROOM = dict(iterations=STEPS, warmdown_iters=8, late_qat_threshold=0.6)
+ROOM = dict(iterations=STEPS, warmdown_iters=12, late_qat_threshold=0.6)  # snapshots: 11, 12
 
 
 class Killed(BaseException):

@@ -94,12 +94,12 @@ def test_interrupted_training_ends_bit_equal(number, every, stops):
 def test_checkpoint_holds_what_the_next_step_needs(tmp_path):
   """Everything at the moment of restoring, where training on could hide a difference; the loader
   stands in the third shard."""
-  cfg = configuration(checkpoint_every="7")
-  _, before = died(cfg, tmp_path, stop=7)
+  cfg = configuration(checkpoint_every="11")
+  _, before = died(cfg, tmp_path, stop=11)
   wanted = state(before)
   torch.manual_seed(99)
   found = state(new_trainer(cfg, tmp_path))
-  assert wanted["loader"][0] == 2 and wanted["qat_since"] == 6 and wanted["snapshots"] == 0
+  assert wanted["loader"][0] == 2 and wanted["qat_since"] == 5 and wanted["snapshots"] == 1
   assert [name for name in wanted if found[name] != wanted[name]] == []
 
 
@@ -125,12 +125,12 @@ def saved(monkeypatch):
 
 @pytest.mark.usefixtures("clock")
 def test_checkpoints_by_the_minute(saved, tmp_path):
-  """Steps of 45 s: 2, 4, 6 minutes are over after steps 3, 6 and 8; the end is one as well."""
+  """Steps of 45 s: 2, 4, 6, 8 minutes are over after steps 3, 6, 8, 11; the end is one as well."""
   cfg = configuration(checkpoint_every="2m")
   died(cfg, tmp_path, stop=9, seconds=45.0)
   assert saved == [3, 6, 8]
   trainer = train(cfg, tmp_path, seconds=45.0)
-  assert saved == [3, 6, 8, STEPS] and trainer.rt.seconds["train"] == 45 * STEPS
+  assert saved == [3, 6, 8, 11, STEPS] and trainer.rt.seconds["train"] == 45 * STEPS
 
 
 @pytest.mark.parametrize("every", ["0", "0m"])
