@@ -65,6 +65,7 @@ class Launch:
     self.cwd, self.folder, self.ranks, self.began = cwd, cwd / "runs" / run_id, ranks, time.time()
     self.mark = f"{run_id}_{self.began}"
     self.path, self.status = cwd / f"{run_id}.out", None
+    self.path.unlink(missing_ok=True)  # of the launch before
     env = SETTINGS | dict.fromkeys(THREADS, "1") | env | dict(RUN_ID=run_id, KILL_MARK=self.mark)
     self.pid = self.torchrun(env) if ranks > 1 else self.fork(env)
 
