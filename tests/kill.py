@@ -11,6 +11,7 @@ process, which has imported torch; several are torchrun's, from scratch.
 """
 
 import os
+import re
 
 if __name__ == "__main__":  # a process with threads must not be forked
   os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
@@ -174,8 +175,8 @@ def wait_for(launch, place, step, lasts, rng):
 
 
 def last_step(text):
-  found = [line for line in text.splitlines() if line.startswith("step:")]
-  return int(found[-1][5:].split("/")[0]) if found else 0
+  found = re.findall(r"^(?:resumed )?step:(\d+)", text, re.MULTILINE)
+  return int(found[-1]) if found else 0
 
 
 def where(launch):
