@@ -1945,9 +1945,6 @@ class Trainer:
         before, mark = mark, self.mark()
         if self.signal or mark > before:
           self.save(loss)
-      self.agree(loss.item())  # the last step, too
-      if self.signal:
-        self.save(loss)
     if self.capped:
       rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
     rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
