@@ -173,6 +173,19 @@ def test_signal_writes_a_checkpoint_and_ends(number, every, tmp_path):
   assert state(trainer) == wanted
 
 
+def test_a_signal_in_the_last_validation_counts(tmp_path):
+  trainer = new_trainer(configuration(val_loss_every=STEPS), tmp_path)
+
+  def validate():
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {}
+
+  with pytest.raises(SystemExit) as end:
+    trainer.run(validate)
+  assert end.value.code == 143
+  assert (trainer.folder / f"step_{STEPS:08}.json").exists()
+
+
 @pytest.fixture
 def handlers():
   numbers = (signal.SIGTERM, signal.SIGINT)
