@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
