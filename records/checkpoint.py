@@ -82,7 +82,7 @@ def settings(trainer: Any, script: ModuleType) -> dict[str, Any]:
   names = ["seed", *script.NAMES[first:after]]
   sizes = [path.stat().st_size for path in trainer.loader.shards]
   found = {name.upper(): script.show(getattr(trainer.cfg, name)) for name in names}
-  return found | dict(ranks=trainer.rt.world_size, shards=f"{len(sizes)} of {sum(sizes)} bytes")
+  return found | dict(RANKS=trainer.rt.world_size, SHARDS=f"{len(sizes)} of {sum(sizes)} bytes")
 
 
 def restore(trainer: Any, state: dict, tensors: dict, script: ModuleType) -> None:

@@ -43,6 +43,8 @@ from resume_worker import (
   train,
 )
 
+from records import checkpoint
+
 # -----------------------------------------------------------------------------
 # The Trainer
 
@@ -113,13 +115,14 @@ def clock(monkeypatch):
 @pytest.fixture
 def saved(monkeypatch):
   """Steps of the checkpoints that were written."""
-  steps, save = [], train_gpt.save_checkpoint
+  steps, beside = [], train_gpt.beside
 
-  def record(folder, state, tensors):
-    steps.append(state["step"])
-    save(folder, state, tensors)
+  def record(name, *arguments):
+    if name == "checkpoint.save":
+      steps.append(arguments[0].step)
+    return beside(name, *arguments)
 
-  monkeypatch.setattr(train_gpt, "save_checkpoint", record)
+  monkeypatch.setattr(train_gpt, "beside", record)
   return steps
 
 
@@ -212,11 +215,11 @@ def test_ranks_wait_until_the_checkpoint_is_written(tmp_path, monkeypatch):
   events, cfg = [], configuration(checkpoint_every="4")
   trainer = new_trainer(cfg, tmp_path)
   monkeypatch.setattr(trainer.rt, "barrier", lambda: events.append("barrier"))
-  monkeypatch.setattr(train_gpt, "save_checkpoint", lambda *_: events.append("saved"))
+  monkeypatch.setattr(checkpoint, "write", lambda *_: events.append("saved"))
   for rank, number in ((0, signal.SIGTERM), (1, signal.SIGTERM)):
-    trainer.rt.rank, trainer.came, trainer.signal = rank, [number], 0
+    trainer.rt.rank, trainer.signal = rank, number
     with pytest.raises(SystemExit):
-      trainer.save(torch.zeros(()))
+      checkpoint.save(trainer, train_gpt)
   assert events == ["saved", "barrier", "barrier"]
 
 
@@ -250,7 +253,7 @@ def test_a_gradient_that_is_not_finite_ends_training(name, value, tmp_path):
   trainer.update = watched
   with pytest.raises(train_gpt.UserError, match="not finite on rank 0") as caught:
     trainer.run(lambda: {})
-  assert "step 6:" in str(caught.value) and "step_00000003.json" in str(caught.value)
+  assert "by step 6 " in str(caught.value) and "step_00000003.json" in str(caught.value)
   assert changed == [] and steps[-1] == 6 and finite(trainer.rt.folder)
 
 
@@ -273,14 +276,14 @@ def files(folder):
 def test_the_last_two_stay_and_leftovers_go(tmp_path):
   folder, tensors = tmp_path / "checkpoint", dict(x=torch.arange(5.0))
   for step in (3, 10, 200):
-    train_gpt.save_checkpoint(folder, dict(step=step), tensors)
+    checkpoint.write(folder, dict(step=step), tensors, train_gpt)
     (folder / f".partial_step_{step + 1:08}.json").write_bytes(b"{")
     (folder / f"step_{step + 1:08}.safetensors").write_bytes(b"orphan")
-  train_gpt.save_checkpoint(folder, dict(step=3000), tensors)
+  checkpoint.write(folder, dict(step=3000), tensors, train_gpt)
   names = {f"step_{step:08}.{kind}" for step in (200, 3000) for kind in ("json", "safetensors")}
   assert {path.name for path in folder.iterdir()} == names
   for step in (200, 3000):
-    state, found = train_gpt.read_checkpoint(folder / f"step_{step:08}.json")
+    state, found = checkpoint.read(folder / f"step_{step:08}.json", train_gpt)
     assert state == dict(step=step) and torch.equal(found["x"], tensors["x"])
 
 
@@ -290,7 +293,7 @@ def test_order_on_the_disk(tmp_path, monkeypatch):
   events, folder = [], tmp_path / "checkpoint"
   fsync, replace, unlink = os.fsync, os.replace, Path.unlink
   for step in (1, 2):
-    train_gpt.save_checkpoint(folder, dict(step=step), dict(x=torch.ones(2)))
+    checkpoint.write(folder, dict(step=step), dict(x=torch.ones(2)), train_gpt)
 
   def flushed(file):
     events.append(f"flush {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
@@ -308,7 +311,7 @@ def test_order_on_the_disk(tmp_path, monkeypatch):
   monkeypatch.setattr(os, "fsync", flushed)
   monkeypatch.setattr(os, "replace", named)
   monkeypatch.setattr(Path, "unlink", gone)
-  train_gpt.save_checkpoint(folder, dict(step=3), dict(x=torch.ones(2)))
+  checkpoint.write(folder, dict(step=3), dict(x=torch.ones(2)), train_gpt)
   names, wanted = ("step_00000003.safetensors", "step_00000003.json"), []
   for name in names:
     wanted += [f"flush .partial_{name}", f"name {name}", "flush checkpoint"]
@@ -321,7 +324,7 @@ def test_failed_writing_leaves_nothing_behind(name, tmp_path, monkeypatch):
     raise OSError("disk full")
 
   (path := tmp_path / "file").write_bytes(b"old")
-  with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+  with monkeypatch.context() as patch, pytest.raises(train_gpt.UserError, match="disk full; fix"):
     if name == "write":
 
       def write(partial):
@@ -503,9 +506,9 @@ def edit(path, change):
 
 def signed_again(path, change):
   """The checkpoint with other tensors, and a sha256 that fits."""
-  state, tensors = train_gpt.read_checkpoint(path)
+  state, tensors = checkpoint.read(path, train_gpt)
   change(tensors)
-  data = train_gpt.backend("safetensors.torch").save(tensors)
+  data = checkpoint.formats(train_gpt).save(tensors)
   path.with_suffix(".safetensors").write_bytes(data)
   seen = dict(state=state, sha256=train_gpt.sha(json.dumps(state).encode() + data))
   path.write_text(json.dumps(seen))
@@ -644,7 +647,7 @@ def test_a_signal_from_outside(fast, tmp_path):
   assert process.returncode == 143 and "Traceback" not in output
   assert "checkpoint written, RESUME=auto goes on" in output
   (path,) = (tmp_path / "runs/x/checkpoint").glob("*.json")
-  assert train_gpt.read_checkpoint(path)[0]["step"] >= 2
+  assert checkpoint.read(path, train_gpt)[0]["step"] >= 2
 
 
 # -----------------------------------------------------------------------------
@@ -675,7 +678,7 @@ def test_a_signal_to_one_rank_ends_all_at_the_same_step(ranks):
 def test_one_rank_s_gradient_stops_all(name, ranks):
   one, two = (results[name] for results in ranks[0])
   assert one == two and one["changed"] == [] and one["finite"]
-  assert one["error"].startswith("step 6: loss or gradient not finite on rank 1; last good")
+  assert one["error"].startswith("by step 6 loss or gradient not finite on rank 1; last good")
   assert one["last"] == "step_00000005.json" and one["last"] in one["error"]
 
 
