@@ -1723,7 +1723,7 @@ def coder_integers(p):
   return integers
 
 
-def code(model, rt, cfg, shape, pick, bits=math.inf):
+def code(model, rt, cfg, shape, pick, *, bits=math.inf):
   """Encoder and decoder; pick(integers (lanes, V), lanes, documents, places) -> tokens (lanes,), in
   so many bits. Returns the text, a BOS before each document; how many targets; largest error of a
   mass"""
@@ -1763,7 +1763,7 @@ def decode(model, rt, cfg, words, shape):
   coders, words = backend("constriction").stream, np.frombuffer(words, "<u4").astype(np.uint32)
   coder, family = coders.queue.RangeDecoder(words), coders.model.Categorical(perfect=False)
   bits = 32 * len(words) + 64
-  return code(model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers), bits)
+  return code(model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers), bits=bits)
 
 
 def fingerprint(rt, artifact, code=CODE):
@@ -1891,7 +1891,7 @@ class Trainer:
     found = self.rt.largest(self.rt.seconds["train"], max(self.came, default=0), sick)
     self.elapsed, self.signal, sick = found.tolist()
     if sick:
-      last = max(self.folder.glob("*.json"), default="none")
+      last = max(self.folder.glob("step_*.json"), default="none")
       where = f"by step {self.step} loss or gradient not finite on rank {sick - 1:.0f}"
       raise UserError(f"{where}; last good checkpoint: {last}; fix: lower MATRIX_LR and the like")
 
@@ -2054,7 +2054,7 @@ def run(cfg):
   cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
   report, path = Report(rt, cfg), rt.folder / "artifact.bin"
   if rt.rank == 0:
-    (rt.folder / "train_gpt.py").write_bytes(CODE.read_bytes())
+    write_atomically(rt.folder / "train_gpt.py", CODE.read_bytes())
     if RECORDS:
       beside("variables.keep_sources", rt, cfg)
   weights = {} if cfg.eval_only else train_model(report)

@@ -82,7 +82,7 @@ def settings(trainer: Any, script: ModuleType) -> dict[str, Any]:
   names = ["seed", *script.NAMES[first:after]]
   sizes = [path.stat().st_size for path in trainer.loader.shards]
   found = {name.upper(): script.show(getattr(trainer.cfg, name)) for name in names}
-  return found | dict(ranks=trainer.rt.world_size, shards=f"{len(sizes)} of {sum(sizes)} bytes")
+  return found | dict(RANKS=trainer.rt.world_size, SHARDS=f"{len(sizes)} of {sum(sizes)} bytes")
 
 
 def restore(trainer: Any, state: dict, tensors: dict, script: ModuleType) -> None:
@@ -118,7 +118,7 @@ def write(folder: Path, state: dict, tensors: dict, script: ModuleType) -> None:
   entry = dict(state=state, sha256=script.sha(json.dumps(state).encode() + data))
   script.write_atomically(path, json.dumps(entry).encode())
   kept = {path.stem for path in sorted(folder.glob("step_*.json"))[-2:]}
-  for path in sorted(folder.iterdir()):
+  for path in sorted(folder.glob("*step_*")):
     if path.stem not in kept:
       path.unlink()
 

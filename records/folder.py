@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,8 @@ def open_run(rt: Any, script: ModuleType) -> None:
     raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
   if rt.cfg.checkpoint_every != "0":
     script.backend("safetensors")  # rather missed now than when it is needed
+  if script.__name__ == "__main__":  # while training, Trainer.run has its own
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
   script.beside("progress.attach", rt)
   if rt.rank == 0:
     try:

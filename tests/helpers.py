@@ -121,6 +121,17 @@ def enrichment_change(model, stream, piece=1 << 14):
   return train_gpt.beside("published.enrichment_change", model, stream, piece)
 
 
+class SilentRuntime:
+  """What the mixture asks of a Runtime."""
+
+  device = "cpu"
+
+  def log(self, *_, **__):
+    pass
+
+  tick = log
+
+
 def random_ids(cfg, rows=3, seed=0):
   """int64 (rows, train_seq_len) with a BOS in the middle of each row."""
   ids = torch.randint(

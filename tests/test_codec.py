@@ -12,6 +12,7 @@ import torch
 from helpers import (
   ROOT,
   SCRIPT,
+  SilentRuntime,
   error_line,
   launch,
   perturbed,
@@ -105,7 +106,7 @@ def final_scores(cfg, stream, ranks=1):
   scores, order = score_documents(model_of(cfg), rt, cfg, stream)
   report = SimpleNamespace(
     cfg=cfg,
-    rt=SimpleNamespace(log=lambda *_, **__: None, device="cpu"),
+    rt=SilentRuntime(),
     score=lambda *_, **__: None,
   )
   if cfg.mixer == "none":
@@ -367,11 +368,11 @@ def test_golden_stream(monkeypatch):
   integers, tokens = golden_integers()
   stream = np.append(np.uint16(BOS), tokens)
 
-  def code(model, rt, cfg, shape, pick):
+  def code(model, rt, cfg, shape, pick, bits=0):
     found = [pick(integers[a:b], 0, np.zeros(b - a, int), np.arange(a, b)) for a, b in shape]
     return np.concatenate(found)
 
-  monkeypatch.setattr(train_gpt, "code", lambda *a: (code(*a),))
+  monkeypatch.setattr(train_gpt, "code", lambda *a, **bits: (code(*a, **bits),))
   monkeypatch.setattr(np, "flatnonzero", lambda _: np.zeros(1, int))  # one document
   for cuts in ([(0, 40)], [(i, i + 1) for i in range(40)], [(0, 7), (7, 40)]):
     words, text = encode(None, None, None, stream, cuts)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,6 @@ import pytest
 from helpers import (
   ROOT,
   SHRUNK,
-  error_line,
   launch,
   run_here,
   shared_folder,
@@ -160,18 +160,29 @@ def small_disk(env, cwd, size):
 
 
 @pytest.mark.parametrize(
-  ("size", "missing"), [(95_000, "artifact.bin"), (1_000, "log.txt")], ids=["artifact", "log"]
+  ("size", "missing"), [(95_000, "artifact.bin"), (1_000, "train_gpt.py")], ids=["artifact", "all"]
 )
 def test_full_disk(size, missing, dataset, tmp_path):
   """One line, status 2; what could not be written whole is not there"""
   done = small_disk(variables(dataset, RUN_ID="full"), tmp_path, size)
-  line = error_line(done)
+  *notes, line = done.stderr.splitlines()
   assert done.returncode == 2 and "too large" in line
-  assert missing == "log.txt" or f"{missing}: " in line and "fix" in line
+  assert f"{missing}: " in line and "fix" in line
   left = {path.name for path in (tmp_path / "runs/full").iterdir()}
-  assert not {"artifact.bin", "submission.json", "blocks.npz", "report.png"} & left
+  assert not {"artifact.bin", "submission.json", "blocks.npz", "report.png", missing} & left
   if missing == "artifact.bin":
-    assert "step:2/2" in (tmp_path / "runs/full/log.txt").read_text()
+    assert notes == [] and "step:2/2" in (tmp_path / "runs/full/log.txt").read_text()
+  else:
+    assert ["log.txt: " in notes[0], "metrics.jsonl: " in notes[1]] == [True] * len(notes)
+
+
+def test_a_log_on_a_full_disk_ends_alone(capsys):
+  """Said once; whoever writes to it goes on"""
+  log = runpy.run_path(str(ROOT / "records/folder.py"))["Log"](Path("/dev/full"))
+  for line in ("one", "two"):
+    print(line, file=log, flush=True)
+  (note,) = capsys.readouterr().err.splitlines()
+  assert "/dev/full: [Errno 28]" in note and "fix: make room" in note
 
 
 @pytest.mark.parametrize("place", ["log.txt", "metrics.jsonl", "artifact.bin", "submission.json"])

@@ -12,7 +12,7 @@ import numpy as np
 import prepare_sample
 import pytest
 import torch
-from helpers import SHRUNK, perturbed, random_stream, run_here, tiny, train_gpt
+from helpers import SHRUNK, SilentRuntime, perturbed, random_stream, run_here, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_smoke import runs
@@ -336,7 +336,7 @@ def mixed(tokens, scores, **changes):
   cfg, stages = tiny(**dict(vocab_size=256) | changes), {}
   report = SimpleNamespace(
     cfg=cfg,
-    rt=SimpleNamespace(log=lambda *_, **__: None, device="cpu"),
+    rt=SilentRuntime(),
     score=lambda stage, log_prob, **more: stages.update(
       {stage: more | dict(log_prob=log_prob.copy())}
     ),

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import perturbed, tiny, train_gpt
+from helpers import SilentRuntime, perturbed, tiny, train_gpt
 from test_smoke import runs
 
 __all__ = ["runs"]  # test_smoke's processes, not run again
@@ -173,7 +173,7 @@ def script_s(cfg, stream):
   scores, order = train_gpt.score_documents(model, rt, cfg, stream)
   report = SimpleNamespace(
     cfg=cfg,
-    rt=SimpleNamespace(log=lambda *_, **__: None, device="cpu"),
+    rt=SilentRuntime(),
     score=lambda *_, **__: None,
   )
   return scores, train_gpt.mix_ngrams(scores, order, report)

@@ -372,9 +372,9 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     partial.write_bytes(b"half")
     raise OSError("disk full")
 
-  with pytest.raises(OSError, match="disk full"):
+  with pytest.raises(train_gpt.UserError, match="x.npz: disk full; fix"):
     train_gpt.write_atomically(path, fail)
-  assert path.read_bytes() == b"old"
+  assert path.read_bytes() == b"old" and len([*tmp_path.iterdir()]) == 1
   train_gpt.write_atomically(path, lambda partial: partial.write_bytes(b"new"))
   assert path.read_bytes() == b"new"
 
