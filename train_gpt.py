@@ -410,9 +410,9 @@ class Runtime:
     """On CUDA one launch, captured here; outputs are overwritten"""
     if not self.cuda:
       return function
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
       function(*inputs)  # what a first use makes is not captured
-    torch.cuda.synchronize()
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
       outputs = function(*inputs)
 
@@ -938,7 +938,7 @@ class ParallelMuon:
 
   @torch.no_grad()
   def step(self, rate, momentum, sick):
-    decay = torch.where(sick, 1.0, 1 - rate * self.cfg.muon_wd)
+    decay = 1 - rate * self.cfg.muon_wd * ~sick
     for bank in self.banks:
       bank.momentum.mul_(momentum).add_(bank.gradient)
       nesterov = bank.gradient.add(bank.momentum, alpha=momentum)
@@ -2038,7 +2038,7 @@ def run(cfg):
   if cfg.dry_run:
     return beside("variables.dry_run", rt, cfg)
   rt.start()
-  if cfg.resume == "auto" and rt.largest(rt.finished):
+  if cfg.resume == "auto" and rt.largest(rt.finished) and not cfg.overwrite:
     return rt.log("note", f"{rt.folder} is finished")
   if cfg.eval_only:
     stored, packed = load_artifact(cfg.eval_only).cfg, Path(cfg.eval_only).read_bytes()
