@@ -174,8 +174,9 @@ def read_record(name, script):
 
 
 def known_records(script):
-  """Name -> path of its config.env"""
-  return {path.parent.name: path for path in (script.ROOT / "records").glob("**/config.env")}
+  """Name -> path of its config.env; a seed of a submission is none"""
+  paths = (script.ROOT / "records").glob("**/config.env")
+  return {path.parent.name: path for path in paths if not path.parent.name.startswith("seed_")}
 
 
 def prepare_sample(folder: str | Path, script: ModuleType) -> None:

@@ -161,6 +161,11 @@ def test_record_file_sets_settings_only(line, add_record):
   assert line in refused(RECORD="mine")
 
 
+def test_a_seed_of_a_submission_is_no_record(add_record):
+  add_record("track/2026-01-01_Mine/seed_7", "SEED=7\n")
+  assert "0 fit" in refused(RECORD="seed_7")
+
+
 def test_unknown_record_lists_the_known():
   message = refused(RECORD="pr99999")
   assert "RECORD='pr99999'" in message and "tiny" in message
