@@ -41,7 +41,7 @@ SETTINGS = SHRUNK | dict(
   RESUME="auto",
 )
 TIMINGS = ("seconds", "_ms", "per_s", "eta", "mfu", "memory")
-AGAIN = {"resumed", "note"}  # lines of an interrupted run alone
+AGAIN = {"resumed", "note", "peak_memory_mb"}  # of an interrupted run alone, or of the process
 PLACES = ("start", "training", "writing", "evaluation")
 
 
