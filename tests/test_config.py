@@ -173,7 +173,8 @@ def test_unknown_record_lists_the_known():
 
 def test_every_record_file_resolves():
   files = sorted((ROOT / "records").glob("**/config.env"))
-  assert files
+  files = [path for path in files if not path.parent.name.startswith("seed_")]
+  assert len(files) >= 7
   for path in files:
     cfg = Config.from_env(dict(DEVICE="cpu", RECORD=path.parent.name))
     assert cfg.record == path.parent.name
