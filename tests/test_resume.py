@@ -427,10 +427,10 @@ def go_on(fast, tmp_path, monkeypatch):
 
 def told(run):
   """The log without seconds, and without what every start writes."""
-  rows = [row for row in run.metrics() if row["key"] not in ("note", "resumed")]
+  rows = [row for row in run.metrics() if row["key"] not in ("note", "resumed", "peak_memory_mb")]
   first = next(i for i, row in enumerate(rows) if row["key"] == "step")
   header = {row["key"] for row in rows[:first]}
-  timed = ("seconds", "_ms", "per_s", "eta", "memory")
+  timed = ("seconds", "_ms", "per_s", "eta")
   return [
     {k: v for k, v in row.items() if not any(word in k for word in timed)}
     for row in rows
