@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -81,8 +82,10 @@ def settings(trainer: Any, script: ModuleType) -> dict[str, Any]:
   first, after = map(script.NAMES.index, ("train_batch_tokens", "eval_seq_len"))
   names = ["seed", *script.NAMES[first:after]]
   sizes = [path.stat().st_size for path in trainer.loader.shards]
+  heads = [np.fromfile(path, np.uint8, 4096) for path in trainer.loader.shards]
   found = {name.upper(): script.show(getattr(trainer.cfg, name)) for name in names}
-  return found | dict(RANKS=trainer.rt.world_size, SHARDS=f"{len(sizes)} of {sum(sizes)} bytes")
+  shards = f"{len(sizes)} of {sum(sizes)} bytes, {script.sha(np.concatenate(heads))[:12]}"
+  return found | dict(RANKS=trainer.rt.world_size, SHARDS=shards)
 
 
 def restore(trainer: Any, state: dict, tensors: dict, script: ModuleType) -> None:
@@ -117,7 +120,8 @@ def write(folder: Path, state: dict, tensors: dict, script: ModuleType) -> None:
   script.write_atomically(path.with_suffix(".safetensors"), data)
   entry = dict(state=state, sha256=script.sha(json.dumps(state).encode() + data))
   script.write_atomically(path, json.dumps(entry).encode())
-  kept = {path.stem for path in sorted(folder.glob("step_*.json"))[-2:]}
+  earlier = [other for other in folder.glob("step_*.json") if other <= path]  # later: damaged
+  kept = {other.stem for other in sorted(earlier)[-2:]}
   for path in sorted(folder.glob("*step_*")):
     if path.stem not in kept:
       path.unlink()

@@ -25,10 +25,11 @@ def open_run(rt: Any, script: ModuleType) -> None:
   """runs/<RUN_ID>/ with its logs open on rank 0: as the last checkpoint saw it, where the run goes
   on, else cleared. What a finished run or a checkpoint holds is not lost unasked (ConfigError)."""
   saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
-  goes_on = saved and rt.cfg.resume == "auto" and not rt.cfg.overwrite
+  trains_on = rt.cfg.resume == "auto" and not rt.cfg.eval_only
+  goes_on = saved and trains_on and not rt.cfg.overwrite
   if (rt.finished or saved) and not goes_on and not rt.cfg.overwrite:
     state = "finished" if rt.finished else f"unfinished, with {saved[-1].stem}"
-    fix = "OVERWRITE=1" + (" or RESUME=auto" if saved and not rt.finished else "")
+    fix = "OVERWRITE=1" + " or RESUME=auto" * (not rt.finished and not rt.cfg.eval_only)
     message = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
     raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
   if rt.cfg.checkpoint_every != "0":
@@ -42,6 +43,11 @@ def open_run(rt: Any, script: ModuleType) -> None:
       if goes_on:
         cut_logs(rt.folder, saved, script)
       else:
+        if rt.cfg.overwrite:  # what the new run lacks is missed before the old one is gone
+          script.beside("variables.prepare_sample", rt.cfg.data_path)
+          for split in ("val",) if rt.cfg.eval_only else ("val", "train"):
+            script.find_shards(rt.cfg.data_path, split)
+          script.token_bytes(rt.cfg.tokenizer_path, rt.cfg.vocab_size)
         clear(rt.folder)
       rt.files += [Log(rt.folder / name) for name in LOGS]
     except OSError as error:
@@ -64,7 +70,7 @@ class Log:
 
   def tell(self) -> int:
     """Bytes on the disk, for a checkpoint"""
-    return self.path.stat().st_size
+    return self.path.stat().st_size if self.path.exists() else 0
 
   def attempt(self, action: Callable, *arguments: Any) -> None:
     try:

@@ -309,7 +309,8 @@ def test_half_cleared_folder_is_not_taken_for_finished(dataset, tmp_path, monkey
   folder.mkdir(parents=True)
   for name in OUTPUTS:
     (folder / name).write_text("old")
-  rt = train_gpt.Runtime(tiny(run_id="old", overwrite=True))
+  paths = dict(data_path=str(dataset), tokenizer_path=str(dataset / "tokenizer.model"))
+  rt = train_gpt.Runtime(tiny(run_id="old", overwrite=True, vocab_size=0, **paths))
   rt.folder, rt.finished, unlink, gone = folder, True, Path.unlink, []
 
   def die_after_one(path, missing_ok=False):
