@@ -106,7 +106,7 @@ def problems(run: Result) -> list[str]:
   return found
 
 
-def load_runs(paths: Sequence[str], force: bool) -> tuple[list[Result], list[str]]:
+def load_runs(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
   """-> the finished runs by seed, what is wrong with them and with the others"""
   runs, wrong = [], []
   for path in paths:
@@ -334,7 +334,7 @@ def place(options: argparse.Namespace) -> Path:
 
 def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
   """-> the new folder, what is wrong with it; RunError where that is not forced"""
-  runs, wrong = load_runs(options.runs, options.force)
+  runs, wrong = load_runs(options.runs)
   runs = stats.with_verification(runs, options.verify)
   newest = max((claims(run) for run in runs), key=lambda part: part["date"])
   options.date = options.date or newest["date"][:10]
@@ -354,7 +354,8 @@ def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
     try:
       os.replace(whole, path)
     except OSError:
-      os.replace(old, path)
+      if old.exists():
+        os.replace(old, path)
       raise
   return path, wrong + remarks(runs)
 
