@@ -185,6 +185,15 @@ def test_a_log_on_a_full_disk_ends_alone(capsys):
   assert "/dev/full: [Errno 28]" in note and "fix: make room" in note
 
 
+def test_a_log_that_was_deleted_is_empty(tmp_path):
+  """A checkpoint asks how long it is"""
+  log = runpy.run_path(str(ROOT / "records/folder.py"))["Log"](tmp_path / "log.txt")
+  print("a line", file=log, flush=True)
+  assert log.tell() == 7
+  (tmp_path / "log.txt").unlink()
+  assert log.tell() == 0
+
+
 @pytest.mark.parametrize("place", ["log.txt", "metrics.jsonl", "artifact.bin", "submission.json"])
 def test_folder_in_the_place_of_a_file(place, dataset, tmp_path, monkeypatch, capsys):
   """Noticed before any training"""

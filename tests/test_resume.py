@@ -287,6 +287,13 @@ def test_the_last_two_stay_and_leftovers_go(tmp_path):
     assert state == dict(step=step) and torch.equal(found["x"], tensors["x"])
 
 
+def test_a_checkpoint_outlives_damaged_later_ones(tmp_path):
+  """Gone on from one that was put back, a run keeps what it writes."""
+  for step in (35, 40, 12):
+    checkpoint.write(tmp_path, dict(step=step), dict(x=torch.ones(2)), train_gpt)
+  assert sorted(path.stem for path in tmp_path.iterdir()) == ["step_00000012"] * 2
+
+
 def test_order_on_the_disk(tmp_path, monkeypatch):
   """Tensors before the json that makes them a checkpoint; each flushed before it gets its name,
   and the name after; old ones go last, the json first."""
@@ -483,6 +490,21 @@ def test_an_unfinished_folder_is_not_overwritten_unasked(killed, go_on, ended, m
     go_on(RESUME="0", OVERWRITE="1")
   assert not (folder / "checkpoint").exists()
   assert (folder / "log.txt").read_text().count("val_text") == 1
+
+
+def test_overwrite_clears_nothing_before_the_new_data_are_found(killed, go_on, tmp_path):
+  folder = killed()
+  before = files(folder)
+  assert "no *_val_*.bin" in refusal(go_on, OVERWRITE="1", DATA_PATH=str(tmp_path / "nowhere"))
+  assert files(folder) == before
+
+
+def test_scoring_an_artifact_goes_on_with_no_run(killed, ended, go_on):
+  folder = killed()
+  before = files(folder)
+  text = refusal(go_on, EVAL_ONLY=str(ended.folder / "artifact.bin"))
+  assert "unfinished" in text and "RESUME" not in text
+  assert files(folder) == before
 
 
 def test_a_finished_run_is_left_alone(ended, killed, go_on, capsys, monkeypatch):
