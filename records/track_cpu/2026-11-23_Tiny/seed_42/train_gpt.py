@@ -107,7 +107,7 @@ class Config(beside("published.variables") if RECORDS else object):
   record: str = ""  # folder in records/
   run_id: str = ""  # else <config>_seed<SEED>
   seed: int = 1337  # of the initial weights
-  device: Literal["auto", "cuda", "cpu"] = "auto"  # where to run
+  device: Literal["auto", "cuda", "cpu"] = "auto"
   attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"
   dry_run: bool = False
   eval_only: str = ""
@@ -160,7 +160,7 @@ class Config(beside("published.variables") if RECORDS else object):
   embed_coding: Literal["int6", "int8", "fp16"] = "int8"
   table_coding: Literal["int6", "int8", "fp16"] = "int8"
   control_coding: Literal["fp16", "fp32"] = "fp16"
-  compressor: Literal["zstd", "lzma"] = "zstd"  # of the integers
+  compressor: Literal["zstd", "lzma"] = "zstd"
   quant_per: Literal["row", "matrix"] = "row"
   clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
   quant_floor: bool = True  # scale >= 1 / largest
@@ -369,10 +369,9 @@ class Runtime:
       dist.barrier(self.patient)
 
   def share(self, path):
-    """Rank 0's file, to every rank: hosts need no common disk."""
+    """Rank 0's file, to every rank: hosts share no disk"""
     data = np.fromfile(path, np.uint8) if self.rank == 0 else np.zeros(0, np.uint8)
-    size = int(self.largest(len(data)).item())
-    return self.sum(np.pad(data, (0, size - len(data)))).tobytes()
+    return self.sum(np.pad(data, (0, int(self.largest(len(data)).item()) - len(data)))).tobytes()
 
   def tick(self, stage, done, total):
     """Of a long loop; on a terminal records/progress.py draws it."""
@@ -1886,14 +1885,15 @@ class Trainer:
     return loss
 
   def agree(self, loss):
-    """One clock, and a signal to one is one to all; a loss that is not finite ends the run."""
-    sick = 0 if math.isfinite(loss) else self.rt.rank + 1
+    """Wait; one clock and signal for all; a loss that is not finite ends the run."""
+    with self.rt.clock("train"):
+      sick = 0 if math.isfinite(loss.item()) else self.rt.rank + 1
     found = self.rt.largest(self.rt.seconds["train"], max(self.came, default=0), sick)
     self.elapsed, self.signal, sick = found.tolist()
     if sick:
       last = max(self.folder.glob("step_*.json"), default="none")
       where = f"by step {self.step} loss or gradient not finite on rank {sick - 1:.0f}"
-      raise UserError(f"{where}; last good checkpoint: {last}; fix: lower MATRIX_LR and the like")
+      raise UserError(f"{where}; last good checkpoint: {last}; fix: lower rates, another RUN_ID")
 
   @property
   def capped(self):
@@ -1907,24 +1907,30 @@ class Trainer:
     """Train to the last step or the cap -> averaged weights by name"""
     cfg, rt, loss = self.cfg, self.rt, torch.zeros(())
     self.warm_up()
+
+    def every(steps):
+      return steps and (self.done or self.step % steps == 0)
+
     with rt.signals() as self.came:
-      self.agree(0)  # a barrier
+      self.agree(loss)
       mark = self.mark()
       while not self.done:
         with rt.clock("train"):
           previous, loss = loss, self.update(lr_factor(self.step, self.elapsed, cfg))
-          value = previous.item()  # the host stays one step ahead at most
-        self.agree(value)
+        self.agree(previous)  # the host stays a step ahead at most
         rt.tick("train", self.step, cfg.iterations)
-        if self.done or self.step <= 10 or self.step % cfg.train_log_every == 0:
+        logs = self.step <= 10 or every(cfg.train_log_every)
+        if logs or every(cfg.val_loss_every) or self.signal or self.mark() > mark:
+          self.agree(loss)
+        if logs or self.done:
           self.log_step(train_loss=rt.sum(np.array([loss.item()])).item() / rt.world_size)
-        if cfg.val_loss_every and (self.done or self.step % cfg.val_loss_every == 0):
+        if every(cfg.val_loss_every):
           self.log_step(**validate())
+        if self.done:
+          self.agree(loss)
         before, mark = mark, self.mark()
-        if self.done or self.signal or mark > before:
-          self.agree(loss.item())  # this step's, too
         if self.signal or mark > before:
-          beside("checkpoint.save", self)  # after a signal the end
+          beside("checkpoint.save", self)
     if self.capped:
       rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
     rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
