@@ -161,6 +161,20 @@ def test_record_file_sets_settings_only(line, add_record):
   assert line in refused(RECORD="mine")
 
 
+@pytest.mark.parametrize("name", ["..", "a/b", "/tmp/x"])
+def test_run_id_does_not_leave_the_runs(name):
+  assert "RUN_ID" in refused(**PLAIN, RUN_ID=name)
+
+
+def test_half_a_download_is_no_data(tmp_path, monkeypatch):
+  monkeypatch.setitem(names.has_fineweb.__globals__, "FINEWEB_DATA", tmp_path)
+  assert not names.has_fineweb()
+  (tmp_path / "fineweb_val_000000.bin").touch()
+  assert names.has_fineweb()
+  (tmp_path / ".fineweb_train_000000.bin.0123456789ab.partial").touch()
+  assert not names.has_fineweb()
+
+
 def test_a_seed_of_a_submission_is_no_record(add_record):
   add_record("track/2026-01-01_Mine/seed_7", "SEED=7\n")
   assert "0 fit" in refused(RECORD="seed_7")
