@@ -79,16 +79,21 @@ def evaluate(model: Any, weights: dict, scores: Any, report: Any, script: Module
     student = script.beside("ttt.TestTimeTraining", model, rt, cfg)
     scores = student.score(stream)
     report.score("ttt", scores.log_prob)
-  if cfg.pre_enrich_dim:
-    scores = scores._replace(pe_delta=enrichment_change(model, stream, PIECE, script))
+  scores = with_change(scores, model, stream, script)
   if weights and cfg.ngram_scheme and cfg.pseudo_weights == "ema":
     model = copy.deepcopy(model)
     model.load_state_dict(weights)
     raw = script.WindowScorer(model, rt, cfg).score(stream, cfg.eval_stride)
-    if cfg.pre_enrich_dim:
-      raw = raw._replace(pe_delta=enrichment_change(model, stream, PIECE, script))
+    raw = with_change(raw, model, stream, script)
     script.beside("folder.save_scores", report, "scores_ema.npz", raw, raw.log_prob)
   return scores
+
+
+def with_change(scores: Any, model: Any, stream: np.ndarray, script: ModuleType) -> Any:
+  """Scores with their column pe_delta, where the model has pre-enrichment"""
+  if not model.cfg.pre_enrich_dim:
+    return scores
+  return scores._replace(pe_delta=enrichment_change(model, stream, PIECE, script))
 
 
 @torch.no_grad()

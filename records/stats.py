@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from submission import (  # noqa: E402
   RunError,
   RunFolder,
   file_bytes,
+  placing,
   require_finished,
 )
 
@@ -241,9 +241,8 @@ def with_verification(runs: Iterable[Result], make: bool) -> list[Result]:
 
 
 def write_whole(path: Path, text: str) -> None:
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
+  with placing(path, path.with_name(f".{path.name}.partial")) as partial:
+    partial.write_text(text, encoding="utf-8")
 
 
 # -----------------------------------------------------------------------------

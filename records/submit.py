@@ -39,7 +39,6 @@ ROOT = RECORDS.parent
 PROOF = [name for name in stats.CHECKED if name != "scores.npz"]
 UPSTREAM_SEEDS = 3
 GITHUB_FILE_BYTES = 100_000_000  # larger files cannot be pushed
-NO_SETTINGS = {"RECORD", "RUN_ID", "DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE"}
 WIDTH = 96
 
 
@@ -63,7 +62,7 @@ def command_settings(run: Result) -> dict[str, str]:
   given = {name for name, text in logged.items() if not str(text).endswith("(default)")}
   known = own_variables(run.folder.read("train_gpt.py"))
   names = [name for name in run.settings if name in given & known]
-  return {n: run.settings[n] for n in names if n not in stats.NO_RESULT | NO_SETTINGS}
+  return {n: run.settings[n] for n in names if n not in stats.NO_RESULT}
 
 
 def neighbours(run: Result) -> list[str]:
@@ -144,15 +143,10 @@ def carried(run: Result, scores: bool) -> list[Path]:
 # submission.json
 
 
-def claims(run: Result) -> dict[str, Any]:
-  """The run's own submission, from its log"""
-  return submission.submission(run.folder)
-
-
 def combined(options: argparse.Namespace, runs: Sequence[Result]) -> dict[str, Any]:
   """Upstream's keys over all seeds: scores are means, bytes and seconds those of the worst seed,
   steps the median; deviations have n - 1, null for one seed."""
-  parts, stages = [claims(run) for run in runs], stats.by_stage(runs)
+  parts, stages = [submission.submission(run.folder) for run in runs], stats.by_stage(runs)
   seeds = {
     str(run.seed): part["seed_results"][str(run.seed)]
     for run, part in zip(runs, parts, strict=True)
@@ -336,7 +330,7 @@ def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
   """-> the new folder, what is wrong with it; RunError where that is not forced"""
   runs, wrong = load_runs(options.runs)
   runs = stats.with_verification(runs, options.verify)
-  newest = max((claims(run) for run in runs), key=lambda part: part["date"])
+  newest = max((submission.submission(run.folder) for run in runs), key=lambda part: part["date"])
   options.date = options.date or newest["date"][:10]
   options.track = options.track or newest["track"]
   for name in ("author", "github_id"):
