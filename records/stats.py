@@ -37,6 +37,7 @@ from submission import (  # noqa: E402
   file_bytes,
   placing,
   require_finished,
+  sha,
 )
 
 IMPROVEMENT_NATS, ALPHA = 0.005, 0.01  # upstream's rule for a new record
@@ -103,10 +104,6 @@ def load(path: str | Path) -> Result:
   text = folder.last("val_text").get("tokens", 0), int(blocks.sum()), sha(blocks.tobytes())
   digests = {name: sha(file_bytes(folder, name)) for name in FILES.values()}
   return Result(folder, int(settings["SEED"]), stages, settings, digests, text)
-
-
-def sha(data: bytes) -> str:
-  return hashlib.sha256(data).hexdigest()
 
 
 def over_budget(run: Result) -> list[str]:

@@ -39,6 +39,10 @@ class RunError(ValueError):
   """A run folder that is unfinished, incomplete or contradicts itself."""
 
 
+def sha(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()
+
+
 @contextlib.contextmanager
 def blame(path: str | Path) -> Iterator[None]:
   """RunError, in one line, for whatever goes wrong with the files of a run: they may be anybody's,
@@ -250,9 +254,7 @@ def submission(run: RunFolder) -> dict[str, Any]:
     **score,
     "tokens": run.last("val_text").get("tokens"),
     "bytes": int(run.blocks()["bytes"].sum()),
-    "sha256": {
-      what: hashlib.sha256(file_bytes(run, name)).hexdigest() for what, name in FILES.items()
-    },
+    "sha256": {what: sha(file_bytes(run, name)) for what, name in FILES.items()},
     "stages": run.stages(),
     **extras(run),
   }
