@@ -22,126 +22,131 @@ OUTPUTS = """submission.json log.txt metrics.jsonl artifact.bin train_gpt.py tok
 
 
 def open_run(rt: Any, script: ModuleType) -> None:
-  """runs/<RUN_ID>/ with its logs open on rank 0: as the last checkpoint saw it, where the run goes
-  on, else cleared. What a finished run or a checkpoint holds is not lost unasked (ConfigError)."""
-  saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
-  trains_on = rt.cfg.resume == "auto" and not rt.cfg.eval_only
-  goes_on = saved and trains_on and not rt.cfg.overwrite
-  if (rt.finished or saved) and not goes_on and not rt.cfg.overwrite:
-    state = "finished" if rt.finished else f"unfinished, with {saved[-1].stem}"
-    fix = "OVERWRITE=1" + " or RESUME=auto" * (not rt.finished and not rt.cfg.eval_only)
-    message = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
-    raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
-  if rt.cfg.checkpoint_every != "0":
-    script.backend("safetensors")  # rather missed now than when it is needed
-  if script.__name__ == "__main__":  # while training, Trainer.run has its own
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
-  script.beside("progress.attach", rt)
-  if rt.rank == 0:
-    try:
-      rt.folder.mkdir(parents=True, exist_ok=True)
-      if goes_on:
-        cut_logs(rt.folder, saved, script)
-      else:
-        if rt.cfg.overwrite:  # what the new run lacks is missed before the old one is gone
-          script.beside("variables.prepare_sample", rt.cfg.data_path)
-          for split in ("val",) if rt.cfg.eval_only else ("val", "train"):
-            script.find_shards(rt.cfg.data_path, split)
-          script.token_bytes(rt.cfg.tokenizer_path, rt.cfg.vocab_size)
-        clear(rt.folder)
-      rt.files += [Log(rt.folder / name) for name in LOGS]
-    except OSError as error:
-      fix = "a run must be able to write and clear that; move it away or give another RUN_ID"
-      raise script.ConfigError(f"{error.filename}: {error.strerror}; fix: {fix}") from error
+    """runs/<RUN_ID>/ with its logs open on rank 0: as the last checkpoint saw it, where the run
+    goes on, else cleared. What a finished run or a checkpoint holds is not lost unasked
+    (ConfigError)."""
+    saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
+    trains_on = rt.cfg.resume == "auto" and not rt.cfg.eval_only
+    goes_on = saved and trains_on and not rt.cfg.overwrite
+    if (rt.finished or saved) and not goes_on and not rt.cfg.overwrite:
+        state = "finished" if rt.finished else f"unfinished, with {saved[-1].stem}"
+        fix = "OVERWRITE=1" + " or RESUME=auto" * (not rt.finished and not rt.cfg.eval_only)
+        message = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
+        raise script.ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
+    if rt.cfg.checkpoint_every != "0":
+        script.backend("safetensors")  # rather missed now than when it is needed
+    if script.__name__ == "__main__":  # while training, Trainer.run has its own
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
+    script.beside("progress.attach", rt)
+    if rt.rank == 0:
+        try:
+            rt.folder.mkdir(parents=True, exist_ok=True)
+            if goes_on:
+                cut_logs(rt.folder, saved, script)
+            else:
+                if rt.cfg.overwrite:  # what the new run lacks is missed before the old one is gone
+                    script.beside("variables.prepare_sample", rt.cfg.data_path)
+                    for split in ("val",) if rt.cfg.eval_only else ("val", "train"):
+                        script.find_shards(rt.cfg.data_path, split)
+                    script.token_bytes(rt.cfg.tokenizer_path, rt.cfg.vocab_size)
+                clear(rt.folder)
+            rt.files += [Log(rt.folder / name) for name in LOGS]
+        except OSError as error:
+            fix = "a run must be able to write and clear that; move it away or give another RUN_ID"
+            raise script.ConfigError(f"{error.filename}: {error.strerror}; fix: {fix}") from error
 
 
 class Log:
-  """A text file that lines are added to. Where that fails, a full disk, the run goes on without:
-  each line is on standard output as well."""
+    """A text file that lines are added to. Where that fails, a full disk, the run goes on without:
+    each line is on standard output as well."""
 
-  def __init__(self, path: Path):
-    self.path, self.file = path, open(path, "a", encoding="utf-8")
+    def __init__(self, path: Path):
+        self.path, self.file = path, open(path, "a", encoding="utf-8")
 
-  def write(self, text: str) -> None:
-    self.attempt(self.file.write, text)
+    def write(self, text: str) -> None:
+        self.attempt(self.file.write, text)
 
-  def flush(self) -> None:
-    self.attempt(self.file.flush)
+    def flush(self) -> None:
+        self.attempt(self.file.flush)
 
-  def tell(self) -> int:
-    """Bytes on the disk, for a checkpoint"""
-    return self.path.stat().st_size if self.path.exists() else 0
+    def tell(self) -> int:
+        """Bytes on the disk, for a checkpoint"""
+        return self.path.stat().st_size if self.path.exists() else 0
 
-  def attempt(self, action: Callable, *arguments: Any) -> None:
-    try:
-      action(*arguments)
-    except OSError as error:
-      print(f"note: {self.path}: {error}; the log ends here; fix: make room there", file=sys.stderr)
-      with contextlib.suppress(OSError):
-        self.file.close()  # tries once more
-      self.file = io.StringIO()
+    def attempt(self, action: Callable, *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            print(
+                f"note: {self.path}: {error}; the log ends here; fix: make room there",
+                file=sys.stderr,
+            )
+            with contextlib.suppress(OSError):
+                self.file.close()  # tries once more
+            self.file = io.StringIO()
 
 
 def clear(folder: Path) -> None:
-  """Remove what an earlier run wrote; checkpoints first, or a run that died meanwhile could go on
-  from them."""
-  shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-  for name in OUTPUTS:
-    (folder / name).unlink(missing_ok=True)
+    """Remove what an earlier run wrote; checkpoints first, or a run that died meanwhile could go on
+    from them."""
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    for name in OUTPUTS:
+        (folder / name).unlink(missing_ok=True)
 
 
 def cut_logs(folder: Path, saved: list[Path], script: ModuleType) -> None:
-  """Without the lines after the newest whole checkpoint, which the run will write again. Where
-  none is whole, another function refuses the run."""
-  sizes = []
-  for checkpoint in reversed(saved):
-    with contextlib.suppress(Exception):  # as resume passes it over
-      sizes = [*map(int, script.beside("checkpoint.read", checkpoint)[0]["logs"])]
-      break
-  for name, size in zip(LOGS, sizes, strict=False):
-    path = folder / name
-    if path.exists() and 0 <= size < path.stat().st_size:
-      os.truncate(path, size)
+    """Without the lines after the newest whole checkpoint, which the run will write again. Where
+    none is whole, another function refuses the run."""
+    sizes = []
+    for checkpoint in reversed(saved):
+        with contextlib.suppress(Exception):  # as resume passes it over
+            sizes = [*map(int, script.beside("checkpoint.read", checkpoint)[0]["logs"])]
+            break
+    for name, size in zip(LOGS, sizes, strict=False):
+        path = folder / name
+        if path.exists() and 0 <= size < path.stat().st_size:
+            os.truncate(path, size)
 
 
 def save_columns(report: Any, scores: Any, final: np.ndarray, script: ModuleType) -> None:
-  """blocks.npz, sums over BLOCK targets of log p by model and mixture and of bytes; scores.npz
-  where it was asked for. final: log p (N,), nats"""
-  columns = dict(logp_model=scores.log_prob, logp_final=final, bytes=report.text.bytes)
-  edges = range(0, len(final), BLOCK)
-  sums = {name: np.add.reduceat(column, edges) for name, column in columns.items()}
-  save(report.rt, "blocks.npz", sums, script)
-  if report.cfg.save_scores or report.cfg.ngram_scheme:
-    save_scores(report, "scores.npz", scores, final, script)
+    """blocks.npz, sums over BLOCK targets of log p by model and mixture and of bytes; scores.npz
+    where it was asked for. final: log p (N,), nats"""
+    columns = dict(logp_model=scores.log_prob, logp_final=final, bytes=report.text.bytes)
+    edges = range(0, len(final), BLOCK)
+    sums = {name: np.add.reduceat(column, edges) for name, column in columns.items()}
+    save(report.rt, "blocks.npz", sums, script)
+    if report.cfg.save_scores or report.cfg.ngram_scheme:
+        save_scores(report, "scores.npz", scores, final, script)
 
 
 def save_scores(report: Any, name: str, scores: Any, final: np.ndarray, script: ModuleType) -> None:
-  """Of each target its place, token, bytes, the model's log p and entropy, and the final log p."""
-  text, columns = report.text, dict(logp_model=scores.log_prob, entropy=scores.entropy)
-  columns |= dict(position=text.positions, token=text.targets, bytes=text.bytes)
-  columns |= {} if scores.pe_delta is None else dict(pe_delta=scores.pe_delta)
-  save(report.rt, name, dict(logp_final=final) | columns, script)
+    """Of each target its place, token, bytes, the model's log p and entropy, and the final log
+    p."""
+    text, columns = report.text, dict(logp_model=scores.log_prob, entropy=scores.entropy)
+    columns |= dict(position=text.positions, token=text.targets, bytes=text.bytes)
+    columns |= {} if scores.pe_delta is None else dict(pe_delta=scores.pe_delta)
+    save(report.rt, name, dict(logp_final=final) | columns, script)
 
 
 def save(rt: Any, name: str, arrays: dict[str, np.ndarray], script: ModuleType) -> None:
-  if rt.rank == 0:
-    write = functools.partial(np.savez, **arrays)
-    script.write_atomically(rt.folder / name, write)
+    if rt.rank == 0:
+        write = functools.partial(np.savez, **arrays)
+        script.write_atomically(rt.folder / name, write)
 
 
 def log_gains(rt: Any, matched: np.ndarray, saved: np.ndarray, script: ModuleType) -> None:
-  """What the counts are worth, by the longest context seen before (0: none). matched, saved: of
-  each target, (N,), nats"""
-  for longest in np.unique(matched).tolist():
-    here = matched == longest
-    bits = float(saved[here].sum() / np.log(2))
-    counts = dict(positions=int(here.sum()), share=float(here.mean()))
-    rt.log("ngram_gain", longest, **counts, bits_saved=bits)
+    """What the counts are worth, by the longest context seen before (0: none). matched, saved: of
+    each target, (N,), nats"""
+    for longest in np.unique(matched).tolist():
+        here = matched == longest
+        bits = float(saved[here].sum() / np.log(2))
+        counts = dict(positions=int(here.sum()), share=float(here.mean()))
+        rt.log("ngram_gain", longest, **counts, bits_saved=bits)
 
 
 def close_run(rt: Any, script: ModuleType) -> None:
-  """Peak memory; submission.json, the mark of a finished run, and report.png"""
-  rt.log("peak_memory_mb", script.beside("progress.peak_memory", rt))
-  for name in ("records/submission.py", "records/plot.py"):
-    if subprocess.run([sys.executable, script.ROOT / name, rt.folder]).returncode:
-      rt.log("note", f"{name} failed; run it again on {rt.folder}")
+    """Peak memory; submission.json, the mark of a finished run, and report.png"""
+    rt.log("peak_memory_mb", script.beside("progress.peak_memory", rt))
+    for name in ("records/submission.py", "records/plot.py"):
+        if subprocess.run([sys.executable, script.ROOT / name, rt.folder]).returncode:
+            rt.log("note", f"{name} failed; run it again on {rt.folder}")

@@ -47,41 +47,43 @@ WIDTH = 96
 
 
 def own_variables(code: str) -> set[str]:
-  """Variables that a train_gpt.py knows without records/, from its source"""
-  classes = [node for node in ast.parse(code).body if isinstance(node, ast.ClassDef)]
-  fields = [node for c in classes if c.name == "Config" for node in c.body]
-  # origin and notes, field(...), are no variables
-  known = [n for n in fields if isinstance(n, ast.AnnAssign) and not isinstance(n.value, ast.Call)]
-  return {node.target.id.upper() for node in known}
+    """Variables that a train_gpt.py knows without records/, from its source"""
+    classes = [node for node in ast.parse(code).body if isinstance(node, ast.ClassDef)]
+    fields = [node for c in classes if c.name == "Config" for node in c.body]
+    # origin and notes, field(...), are no variables
+    known = [
+        n for n in fields if isinstance(n, ast.AnnAssign) and not isinstance(n.value, ast.Call)
+    ]
+    return {node.target.id.upper() for node in known}
 
 
 def command_settings(run: Result) -> dict[str, str]:
-  """Settings of the run that are not train_gpt.py's defaults. What only the published systems
-  add is left out: the script alone does not know it, and `neighbours` names what matters."""
-  logged = {k: v for line in run.folder.all("config") for k, v in submission.fields(line).items()}
-  given = {name for name, text in logged.items() if not str(text).endswith("(default)")}
-  known = own_variables(run.folder.read("train_gpt.py"))
-  names = [name for name in run.settings if name in given & known]
-  return {n: run.settings[n] for n in names if n not in stats.NO_RESULT}
+    """Settings of the run that are not train_gpt.py's defaults. What only the published systems
+    add is left out: the script alone does not know it, and `neighbours` names what matters."""
+    logged = {k: v for line in run.folder.all("config") for k, v in submission.fields(line).items()}
+    given = {name for name, text in logged.items() if not str(text).endswith("(default)")}
+    known = own_variables(run.folder.read("train_gpt.py"))
+    names = [name for name in run.settings if name in given & known]
+    return {n: run.settings[n] for n in names if n not in stats.NO_RESULT}
 
 
 def neighbours(run: Result) -> list[str]:
-  """Files beside train_gpt.py that the score rests on"""
-  pruned = float(run.settings.get("TARGET_MB") or 0) > 0
-  cascade = run.stages["ngram"].get("mixer") == "cascade"
-  needed = {"ttt.py": "ttt" in run.stages, "prune.py": pruned, "cascade.py": cascade}
-  causes = {"ttt.py": "TTT_ENABLED", "prune.py": "TARGET_MB", "cascade.py": "NGRAM_MIXER"}
-  return [
-    f"{causes[name]}={run.settings.get(causes[name])} needs records/{name} beside train_gpt.py"
-    for name, holds in needed.items()
-    if holds
-  ]
+    """Files beside train_gpt.py that the score rests on"""
+    pruned = float(run.settings.get("TARGET_MB") or 0) > 0
+    cascade = run.stages["ngram"].get("mixer") == "cascade"
+    needed = {"ttt.py": "ttt" in run.stages, "prune.py": pruned, "cascade.py": cascade}
+    causes = {"ttt.py": "TTT_ENABLED", "prune.py": "TARGET_MB", "cascade.py": "NGRAM_MIXER"}
+    return [
+        f"{causes[name]}={run.settings.get(causes[name])} needs records/{name} beside train_gpt.py"
+        for name, holds in needed.items()
+        if holds
+    ]
 
 
 def ranks(run: Result) -> int:
-  """Processes of the run, from its line "8 x NVIDIA H100" """
-  found = re.match(r"(\d+) x ", str(run.folder.last("hardware").get("value")))
-  return int(found[1]) if found else 1
+    """Processes of the run, from its line "8 x NVIDIA H100" """
+    found = re.match(r"(\d+) x ", str(run.folder.last("hardware").get("value")))
+    return int(found[1]) if found else 1
 
 
 # -----------------------------------------------------------------------------
@@ -89,54 +91,58 @@ def ranks(run: Result) -> int:
 
 
 def problems(run: Result) -> list[str]:
-  """Whatever keeps one finished run out of a submission"""
-  found = stats.over_budget(run) + neighbours(run)
-  missing = [name for name in PROOF if not (run.folder.path / name).exists()]
-  found += [f"no {name}" for name in missing]
-  if "submission.json" not in missing:
-    found += [f"submission.json is of another {name}" for name in stats.misfits(run.folder)]
-  if run.steps is None:
-    found.append("no training (EVAL_ONLY)")
-  codec = run.folder.last("final_codec")
-  if codec.get("decoded") != "ok":
-    found.append(f"no proof: final_codec has decoded:{codec.get('decoded')}")
-  if run.verification.startswith("FAILED"):
-    found.append(f"verify.py says {run.verification}")
-  return found
+    """Whatever keeps one finished run out of a submission"""
+    found = stats.over_budget(run) + neighbours(run)
+    missing = [name for name in PROOF if not (run.folder.path / name).exists()]
+    found += [f"no {name}" for name in missing]
+    if "submission.json" not in missing:
+        found += [f"submission.json is of another {name}" for name in stats.misfits(run.folder)]
+    if run.steps is None:
+        found.append("no training (EVAL_ONLY)")
+    codec = run.folder.last("final_codec")
+    if codec.get("decoded") != "ok":
+        found.append(f"no proof: final_codec has decoded:{codec.get('decoded')}")
+    if run.verification.startswith("FAILED"):
+        found.append(f"verify.py says {run.verification}")
+    return found
 
 
 def load_runs(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
-  """-> the finished runs by seed, what is wrong with them and with the others"""
-  runs, wrong = [], []
-  for path in paths:
-    try:
-      runs.append(stats.load(path))
-    except RunError as error:
-      wrong.append(f"{error} (left out)")
-  if not runs:
-    raise RunError("; ".join(wrong).replace(" (left out)", ""))
-  runs.sort(key=lambda run: run.seed)
-  if different := stats.differences(runs):
-    raise RunError(f"not seeds of one configuration: {'; '.join(different)}; fix: leave one out")
-  return runs, wrong
+    """-> the finished runs by seed, what is wrong with them and with the others"""
+    runs, wrong = [], []
+    for path in paths:
+        try:
+            runs.append(stats.load(path))
+        except RunError as error:
+            wrong.append(f"{error} (left out)")
+    if not runs:
+        raise RunError("; ".join(wrong).replace(" (left out)", ""))
+    runs.sort(key=lambda run: run.seed)
+    if different := stats.differences(runs):
+        raise RunError(
+            f"not seeds of one configuration: {'; '.join(different)}; fix: leave one out"
+        )
+    return runs, wrong
 
 
 def complaints(options: argparse.Namespace, runs: Sequence[Result], wrong: list[str]) -> list[str]:
-  """Everything that is missing or over a cap, each with its run"""
-  found = wrong + [f"{run.name}: {what}" for run in runs for what in problems(run)]
-  for run in runs:
-    large = [p for p in carried(run, options.scores) if p.stat().st_size > GITHUB_FILE_BYTES]
-    found += [f"{path}: over {GITHUB_FILE_BYTES:,} bytes, too large to be pushed" for path in large]
-  for name in ("author", "github_id"):
-    if not getattr(options, name):
-      found.append(f"no --{name.replace('_', '-')}")
-  return found
+    """Everything that is missing or over a cap, each with its run"""
+    found = wrong + [f"{run.name}: {what}" for run in runs for what in problems(run)]
+    for run in runs:
+        large = [p for p in carried(run, options.scores) if p.stat().st_size > GITHUB_FILE_BYTES]
+        found += [
+            f"{path}: over {GITHUB_FILE_BYTES:,} bytes, too large to be pushed" for path in large
+        ]
+    for name in ("author", "github_id"):
+        if not getattr(options, name):
+            found.append(f"no --{name.replace('_', '-')}")
+    return found
 
 
 def carried(run: Result, scores: bool) -> list[Path]:
-  """Files of a run folder that go into seed_<N>/"""
-  names = PROOF + ["scores.npz"] * scores
-  return [path for name in names if (path := run.folder.path / name).exists()]
+    """Files of a run folder that go into seed_<N>/"""
+    names = PROOF + ["scores.npz"] * scores
+    return [path for name in names if (path := run.folder.path / name).exists()]
 
 
 # -----------------------------------------------------------------------------
@@ -144,48 +150,48 @@ def carried(run: Result, scores: bool) -> list[Path]:
 
 
 def combined(options: argparse.Namespace, runs: Sequence[Result]) -> dict[str, Any]:
-  """Upstream's keys over all seeds: scores are means, bytes and seconds those of the worst seed,
-  steps the median; deviations have n - 1, null for one seed."""
-  parts, stages = [submission.submission(run.folder) for run in runs], stats.by_stage(runs)
-  seeds = {
-    str(run.seed): part["seed_results"][str(run.seed)]
-    for run, part in zip(runs, parts, strict=True)
-  }
-  score = {name: stages["ngram"][name].mean for name in MEASURES}
-  score |= {f"{name}_std": stages["ngram"][name].deviation for name in MEASURES}
-  total = max(run.sizes["total"] for run in runs)
-  steps = [run.steps for run in runs if run.steps is not None]
-  return {
-    "author": options.author,
-    "github_id": options.github_id,
-    "name": options.name,
-    "blurb": options.blurb or parts[0]["blurb"],
-    "date": options.date,
-    "track": options.track,
-    **score,
-    "bytes_total": total,
-    "bytes_code": runs[0].sizes["code"],
-    "over_cap": total > CAP_BYTES,
-    "seeds": [run.seed for run in runs],
-    "seed_results": seeds,
-    "hardware": parts[0]["hardware"],
-    "pytorch_version": parts[0]["pytorch_version"],
-    "step_stop": statistics.median_low(steps) if steps else None,
-    "wallclock_seconds": max(part["wallclock_seconds"] for part in parts),
-    "eval_time_seconds": max(part["eval_time_seconds"] for part in parts),
-    "tokens": parts[0]["tokens"],
-    "bytes": parts[0]["bytes"],
-    "sha256": {
-      "code": runs[0].digests["train_gpt.py"],
-      "artifact": {str(run.seed): run.digests["artifact.bin"] for run in runs},
-      "tokenizer": runs[0].digests["tokenizer.model"],
-    },
-    "stages": {
-      stage: {name: found[name].mean for name in MEASURES}
-      | {f"{name}_std": found[name].deviation for name in MEASURES}
-      for stage, found in stages.items()
-    },
-  }
+    """Upstream's keys over all seeds: scores are means, bytes and seconds those of the worst seed,
+    steps the median; deviations have n - 1, null for one seed."""
+    parts, stages = [submission.submission(run.folder) for run in runs], stats.by_stage(runs)
+    seeds = {
+        str(run.seed): part["seed_results"][str(run.seed)]
+        for run, part in zip(runs, parts, strict=True)
+    }
+    score = {name: stages["ngram"][name].mean for name in MEASURES}
+    score |= {f"{name}_std": stages["ngram"][name].deviation for name in MEASURES}
+    total = max(run.sizes["total"] for run in runs)
+    steps = [run.steps for run in runs if run.steps is not None]
+    return {
+        "author": options.author,
+        "github_id": options.github_id,
+        "name": options.name,
+        "blurb": options.blurb or parts[0]["blurb"],
+        "date": options.date,
+        "track": options.track,
+        **score,
+        "bytes_total": total,
+        "bytes_code": runs[0].sizes["code"],
+        "over_cap": total > CAP_BYTES,
+        "seeds": [run.seed for run in runs],
+        "seed_results": seeds,
+        "hardware": parts[0]["hardware"],
+        "pytorch_version": parts[0]["pytorch_version"],
+        "step_stop": statistics.median_low(steps) if steps else None,
+        "wallclock_seconds": max(part["wallclock_seconds"] for part in parts),
+        "eval_time_seconds": max(part["eval_time_seconds"] for part in parts),
+        "tokens": parts[0]["tokens"],
+        "bytes": parts[0]["bytes"],
+        "sha256": {
+            "code": runs[0].digests["train_gpt.py"],
+            "artifact": {str(run.seed): run.digests["artifact.bin"] for run in runs},
+            "tokenizer": runs[0].digests["tokenizer.model"],
+        },
+        "stages": {
+            stage: {name: found[name].mean for name in MEASURES}
+            | {f"{name}_std": found[name].deviation for name in MEASURES}
+            for stage, found in stages.items()
+        },
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -232,65 +238,69 @@ refused by name). In a checkout of the project with this train_gpt.py,
 
 
 def command(runs: Sequence[Result]) -> str:
-  """The shell lines that make these runs again from the submission folder"""
-  settings = {n: shlex.quote(text) for n, text in command_settings(runs[0]).items()}
-  # The embedded tokenizer is the runs' own, wherever the shards lie.
-  words = ["SEED=$seed", "RUN_ID=seed_$seed", f"TOKENIZER_PATH=seed_{runs[0].seed}/tokenizer.model"]
-  words += [f"{name}={text}" for name, text in settings.items()]
-  count = ranks(runs[0])
-  launcher = f"torchrun --standalone --nproc_per_node={count}" if count > 1 else "python"
-  words += [*launcher.split(), "train_gpt.py", "|", "tee", "rerun_seed$seed.log"]
-  lines = [""]
-  for word in words:
-    if len(lines[-1]) + len(word) > WIDTH - 6:
-      lines.append("")
-    lines[-1] += f" {word}" if lines[-1] else word
-  seeds = " ".join(str(run.seed) for run in runs)
-  return f"for seed in {seeds}; do\n  " + " \\\n    ".join(lines) + "\ndone"
+    """The shell lines that make these runs again from the submission folder"""
+    settings = {n: shlex.quote(text) for n, text in command_settings(runs[0]).items()}
+    # The embedded tokenizer is the runs' own, wherever the shards lie.
+    words = [
+        "SEED=$seed",
+        "RUN_ID=seed_$seed",
+        f"TOKENIZER_PATH=seed_{runs[0].seed}/tokenizer.model",
+    ]
+    words += [f"{name}={text}" for name, text in settings.items()]
+    count = ranks(runs[0])
+    launcher = f"torchrun --standalone --nproc_per_node={count}" if count > 1 else "python"
+    words += [*launcher.split(), "train_gpt.py", "|", "tee", "rerun_seed$seed.log"]
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > WIDTH - 6:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    seeds = " ".join(str(run.seed) for run in runs)
+    return f"for seed in {seeds}; do\n  " + " \\\n    ".join(lines) + "\ndone"
 
 
 def proof_note(runs: Sequence[Result]) -> str:
-  """How much of the text stream.bin holds"""
-  codec = [run.folder.last("final_codec") for run in runs]
-  if any(line.get("decoded") != "ok" for line in codec):
-    return "Not every seed has a proof."
-  least = min(line["proved_tokens"] for line in codec)
-  total = codec[0]["total_tokens"]
-  if least == total:
-    return f"All {total:,} tokens of the text are in its stream.bin:"
-  return f"{least:,} of the text's {total:,} tokens are in its stream.bin:"
+    """How much of the text stream.bin holds"""
+    codec = [run.folder.last("final_codec") for run in runs]
+    if any(line.get("decoded") != "ok" for line in codec):
+        return "Not every seed has a proof."
+    least = min(line["proved_tokens"] for line in codec)
+    total = codec[0]["total_tokens"]
+    if least == total:
+        return f"All {total:,} tokens of the text are in its stream.bin:"
+    return f"{least:,} of the text's {total:,} tokens are in its stream.bin:"
 
 
 def spread(summary: stats.Summary) -> str:
-  deviation = "" if summary.deviation is None else f" ± {summary.deviation:.5f}"
-  return f"{summary.mean:.5f}{deviation}"
+    deviation = "" if summary.deviation is None else f" ± {summary.deviation:.5f}"
+    return f"{summary.mean:.5f}{deviation}"
 
 
 def readme(options: argparse.Namespace, runs: Sequence[Result], wrong: Sequence[str]) -> str:
-  whole, final = combined(options, runs), stats.by_stage(runs)["ngram"]
-  seed = runs[0].seed
-  note = f"**Not a valid submission:** {'; '.join(wrong)}.\n\n" if wrong else ""
-  return README.format(
-    name=whole["name"],
-    problems=note,
-    blurb=textwrap.fill(whole["blurb"], WIDTH),
-    score=spread(final["val_bpb"]),
-    loss=spread(final["val_loss"]),
-    seeds=f"mean of {len(runs)} seeds, ± standard deviation" if len(runs) > 1 else "one seed",
-    runs=stats.run_table(runs),
-    stages=stats.stage_table(runs),
-    code=whole["bytes_code"],
-    weights=max(run.sizes["weights"] for run in runs),
-    total=whole["bytes_total"],
-    cap=CAP_BYTES,
-    hardware=whole["hardware"],
-    torch=whole["pytorch_version"],
-    command=command(runs),
-    sha=whole["sha256"]["code"],
-    proof=proof_note(runs),
-    check=f"DECODE=seed_{seed} python train_gpt.py",
-    seed=seed,
-  )
+    whole, final = combined(options, runs), stats.by_stage(runs)["ngram"]
+    seed = runs[0].seed
+    note = f"**Not a valid submission:** {'; '.join(wrong)}.\n\n" if wrong else ""
+    return README.format(
+        name=whole["name"],
+        problems=note,
+        blurb=textwrap.fill(whole["blurb"], WIDTH),
+        score=spread(final["val_bpb"]),
+        loss=spread(final["val_loss"]),
+        seeds=f"mean of {len(runs)} seeds, ± standard deviation" if len(runs) > 1 else "one seed",
+        runs=stats.run_table(runs),
+        stages=stats.stage_table(runs),
+        code=whole["bytes_code"],
+        weights=max(run.sizes["weights"] for run in runs),
+        total=whole["bytes_total"],
+        cap=CAP_BYTES,
+        hardware=whole["hardware"],
+        torch=whole["pytorch_version"],
+        command=command(runs),
+        sha=whole["sha256"]["code"],
+        proof=proof_note(runs),
+        check=f"DECODE=seed_{seed} python train_gpt.py",
+        seed=seed,
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -298,96 +308,100 @@ def readme(options: argparse.Namespace, runs: Sequence[Result], wrong: Sequence[
 
 
 def build(
-  options: argparse.Namespace, runs: Sequence[Result], wrong: Sequence[str], folder: Path
+    options: argparse.Namespace, runs: Sequence[Result], wrong: Sequence[str], folder: Path
 ) -> None:
-  """Fill an empty folder."""
-  for run in runs:
-    (folder / f"seed_{run.seed}").mkdir()
-    for path in carried(run, options.scores):
-      shutil.copyfile(path, folder / f"seed_{run.seed}" / path.name)
-    if (log := run.folder.path / "log.txt").exists():
-      shutil.copyfile(log, folder / f"train_seed{run.seed}.log")
-  shutil.copyfile(runs[0].folder.path / "train_gpt.py", folder / "train_gpt.py")
-  shutil.copyfile(ROOT / "requirements.txt", folder / "requirements.txt")
-  found = combined(options, runs) | ({"problems": list(wrong)} if wrong else {})
-  text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
-  (folder / "submission.json").write_text(text + "\n", encoding="utf-8")
-  (folder / "README.md").write_text(readme(options, runs, wrong), encoding="utf-8")
+    """Fill an empty folder."""
+    for run in runs:
+        (folder / f"seed_{run.seed}").mkdir()
+        for path in carried(run, options.scores):
+            shutil.copyfile(path, folder / f"seed_{run.seed}" / path.name)
+        if (log := run.folder.path / "log.txt").exists():
+            shutil.copyfile(log, folder / f"train_seed{run.seed}.log")
+    shutil.copyfile(runs[0].folder.path / "train_gpt.py", folder / "train_gpt.py")
+    shutil.copyfile(ROOT / "requirements.txt", folder / "requirements.txt")
+    found = combined(options, runs) | ({"problems": list(wrong)} if wrong else {})
+    text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "submission.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(readme(options, runs, wrong), encoding="utf-8")
 
 
 def place(options: argparse.Namespace) -> Path:
-  """The folder to be made; RunError where it is there already"""
-  name = re.sub(r"\W+", "_", options.name).strip("_")
-  if not name or not re.fullmatch(r"\d{4}-\d\d-\d\d", options.date):
-    raise RunError(f"--name {options.name!r} --date {options.date}: must be a name, a YYYY-MM-DD")
-  path = options.out / f"track_{options.track}" / f"{options.date}_{name}"
-  if path.exists() and not options.overwrite:
-    raise RunError(f"{path}: is there already; fix: --overwrite or another --name")
-  return path
+    """The folder to be made; RunError where it is there already"""
+    name = re.sub(r"\W+", "_", options.name).strip("_")
+    if not name or not re.fullmatch(r"\d{4}-\d\d-\d\d", options.date):
+        raise RunError(
+            f"--name {options.name!r} --date {options.date}: must be a name, a YYYY-MM-DD"
+        )
+    path = options.out / f"track_{options.track}" / f"{options.date}_{name}"
+    if path.exists() and not options.overwrite:
+        raise RunError(f"{path}: is there already; fix: --overwrite or another --name")
+    return path
 
 
 def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
-  """-> the new folder, what is wrong with it; RunError where that is not forced"""
-  runs, wrong = load_runs(options.runs)
-  runs = stats.with_verification(runs, options.verify)
-  newest = max((submission.submission(run.folder) for run in runs), key=lambda part: part["date"])
-  options.date = options.date or newest["date"][:10]
-  options.track = options.track or newest["track"]
-  for name in ("author", "github_id"):
-    setattr(options, name, getattr(options, name) or newest[name])
-  wrong, path = complaints(options, runs, wrong), place(options)
-  if wrong and not options.force:
-    raise RunError(f"no submission: {'; '.join(wrong)}; fix: mend it, or --force")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=".partial_", dir=path.parent) as partial:
-    whole, old = Path(partial, "new"), Path(partial, "old")
-    whole.mkdir()
-    build(options, runs, wrong, whole)
-    if path.exists():
-      os.replace(path, old)
-    try:
-      os.replace(whole, path)
-    except OSError:
-      if old.exists():
-        os.replace(old, path)
-      raise
-  return path, wrong + remarks(runs)
+    """-> the new folder, what is wrong with it; RunError where that is not forced"""
+    runs, wrong = load_runs(options.runs)
+    runs = stats.with_verification(runs, options.verify)
+    newest = max((submission.submission(run.folder) for run in runs), key=lambda part: part["date"])
+    options.date = options.date or newest["date"][:10]
+    options.track = options.track or newest["track"]
+    for name in ("author", "github_id"):
+        setattr(options, name, getattr(options, name) or newest[name])
+    wrong, path = complaints(options, runs, wrong), place(options)
+    if wrong and not options.force:
+        raise RunError(f"no submission: {'; '.join(wrong)}; fix: mend it, or --force")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial_", dir=path.parent) as partial:
+        whole, old = Path(partial, "new"), Path(partial, "old")
+        whole.mkdir()
+        build(options, runs, wrong, whole)
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(whole, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    return path, wrong + remarks(runs)
 
 
 def remarks(runs: Sequence[Result]) -> list[str]:
-  """What does not keep a submission from being one, but should be known"""
-  few = [f"{len(runs)} seeds, upstream's rule usually takes three"] * (len(runs) < UPSTREAM_SEEDS)
-  return few + [f"{run.name}: {run.verification}" for run in runs if run.verification != "PROVED"]
+    """What does not keep a submission from being one, but should be known"""
+    few = [f"{len(runs)} seeds, upstream's rule usually takes three"] * (len(runs) < UPSTREAM_SEEDS)
+    return few + [f"{run.name}: {run.verification}" for run in runs if run.verification != "PROVED"]
 
 
 def parser() -> argparse.ArgumentParser:
-  made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  made.add_argument("runs", nargs="+", metavar="RUN_DIR")
-  made.add_argument("--name", required=True, help="of the submission; the folder is <date>_<name>")
-  made.add_argument("--author", default="", help="default: AUTHOR of the environment")
-  made.add_argument("--github-id", default="", help="default: GITHUB_ID of the environment")
-  made.add_argument("--blurb", default="", help="one or two sentences; default: the run's own")
-  made.add_argument("--date", default="", help="YYYY-MM-DD; default: that of the last run")
-  made.add_argument("--track", default="", help="default: the runs', such as 10min_16mb")
-  made.add_argument("--out", type=Path, default=RECORDS, help="folder of the tracks")
-  made.add_argument("--scores", action="store_true", help="scores.npz, too (48 bytes a token)")
-  made.add_argument("--verify", action="store_true", help="run records/verify.py on each folder")
-  made.add_argument("--force", action="store_true", help="build though something is wrong")
-  made.add_argument("--overwrite", action="store_true", help="replace a folder of this name")
-  return made
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    made.add_argument(
+        "--name", required=True, help="of the submission; the folder is <date>_<name>"
+    )
+    made.add_argument("--author", default="", help="default: AUTHOR of the environment")
+    made.add_argument("--github-id", default="", help="default: GITHUB_ID of the environment")
+    made.add_argument("--blurb", default="", help="one or two sentences; default: the run's own")
+    made.add_argument("--date", default="", help="YYYY-MM-DD; default: that of the last run")
+    made.add_argument("--track", default="", help="default: the runs', such as 10min_16mb")
+    made.add_argument("--out", type=Path, default=RECORDS, help="folder of the tracks")
+    made.add_argument("--scores", action="store_true", help="scores.npz, too (48 bytes a token)")
+    made.add_argument("--verify", action="store_true", help="run records/verify.py on each folder")
+    made.add_argument("--force", action="store_true", help="build though something is wrong")
+    made.add_argument("--overwrite", action="store_true", help="replace a folder of this name")
+    return made
 
 
 def main(arguments: list[str] | None = None) -> int:
-  try:
-    path, notes = make(parser().parse_args(arguments))
-  except (RunError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  print("wrote", path)
-  for note in notes:
-    print("note:", note)
-  return 0
+    try:
+        path, notes = make(parser().parse_args(arguments))
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("wrote", path)
+    for note in notes:
+        print("note:", note)
+    return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+    sys.exit(main())

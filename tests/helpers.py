@@ -27,177 +27,177 @@ ALIASES = {alias: ours for alias, ours in PAIRS.items() if ours in train_gpt.VAR
 
 # Every architecture switch on, small enough for loops.
 TINY = dict(
-  device="cpu",
-  vocab_size=64,
-  num_layers=4,
-  model_dim=32,
-  num_heads=4,
-  num_kv_heads=2,
-  rope_dims=4,
-  rope_train_seq_len=8,
-  xsa_last_n=2,
-  value_residual=True,
-  gated_attention=True,
-  bigram_vocab_size=48,
-  bigram_dim=8,
-  ve_dim=8,
-  train_seq_len=16,
-  train_batch_tokens=64,
-  grad_accum_steps=1,
-  iterations=8,
-  max_wallclock_seconds=0.0,
-  warmup_steps=0,
-  warmdown_iters=6,
-  muon_momentum_warmup_steps=4,
-  swa_every=1,
-  qat_every=2,
-  quant_floor=False,  # a few steps leave weights too small for it
-  late_qat_threshold=0.5,
-  val_loss_every=0,
-  eval_stride=4,
-  eval_batch_seqs=4,
-  eval_lanes=4,
-  codec_tokens=0,  # of a run; encode and decode are told what to code
+    device="cpu",
+    vocab_size=64,
+    num_layers=4,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    rope_dims=4,
+    rope_train_seq_len=8,
+    xsa_last_n=2,
+    value_residual=True,
+    gated_attention=True,
+    bigram_vocab_size=48,
+    bigram_dim=8,
+    ve_dim=8,
+    train_seq_len=16,
+    train_batch_tokens=64,
+    grad_accum_steps=1,
+    iterations=8,
+    max_wallclock_seconds=0.0,
+    warmup_steps=0,
+    warmdown_iters=6,
+    muon_momentum_warmup_steps=4,
+    swa_every=1,
+    qat_every=2,
+    quant_floor=False,  # a few steps leave weights too small for it
+    late_qat_threshold=0.5,
+    val_loss_every=0,
+    eval_stride=4,
+    eval_batch_seqs=4,
+    eval_lanes=4,
+    codec_tokens=0,  # of a run; encode and decode are told what to code
 )
 # The same idea for the script as a process: RECORD=tiny, shrunk further.
 SHRUNK = dict(
-  RECORD="tiny",
-  DEVICE="cpu",
-  ITERATIONS="8",
-  WARMDOWN_ITERS="6",
-  WARMUP_STEPS="1",
-  TRAIN_BATCH_TOKENS="512",
-  TRAIN_SEQ_LEN="64",
-  MODEL_DIM="64",
-  BIGRAM_VOCAB_SIZE="256",
-  SWA_EVERY="1",
-  QAT_EVERY="2",
-  LATE_QAT_THRESHOLD="0.5",
-  TRAIN_LOG_EVERY="1",
-  EVAL_STRIDE="16",
-  SCORER="sliding",  # faster on two long documents; test_smoke's runs score documents
-  CODEC_TOKENS="0",
+    RECORD="tiny",
+    DEVICE="cpu",
+    ITERATIONS="8",
+    WARMDOWN_ITERS="6",
+    WARMUP_STEPS="1",
+    TRAIN_BATCH_TOKENS="512",
+    TRAIN_SEQ_LEN="64",
+    MODEL_DIM="64",
+    BIGRAM_VOCAB_SIZE="256",
+    SWA_EVERY="1",
+    QAT_EVERY="2",
+    LATE_QAT_THRESHOLD="0.5",
+    TRAIN_LOG_EVERY="1",
+    EVAL_STRIDE="16",
+    SCORER="sliding",  # faster on two long documents; test_smoke's runs score documents
+    CODEC_TOKENS="0",
 )
 
 
 def tiny(**changes):
-  """A checked Config with every switch on; `changes` by field name."""
-  return train_gpt.Config(**TINY | changes).check()
+    """A checked Config with every switch on; `changes` by field name."""
+    return train_gpt.Config(**TINY | changes).check()
 
 
 def model_of(text, vocab_size=400, **options):
-  """Bytes of a SentencePiece model as upstream trains them: which alters text."""
-  import sentencepiece  # only here: tests/gpu runs without it
+    """Bytes of a SentencePiece model as upstream trains them: which alters text."""
+    import sentencepiece  # only here: tests/gpu runs without it
 
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(text.splitlines()),
-    model_writer=model,
-    vocab_size=vocab_size,
-    model_type="bpe",
-    hard_vocab_limit=False,
-    pad_id=0,
-    bos_id=1,
-    eos_id=2,
-    unk_id=3,
-    minloglevel=2,
-    **options,
-  )
-  return model.getvalue()
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
 
 
 def perturbed(cfg, seed=0, spread=0.3):
-  """A model whose every parameter, zeros at the start included, is random."""
-  torch.manual_seed(seed)
-  model = train_gpt.GPT(cfg).initialise()
-  with torch.no_grad():
-    for weight in model.parameters():
-      weight.add_(torch.randn_like(weight) * spread)
-  return model
+    """A model whose every parameter, zeros at the start included, is random."""
+    torch.manual_seed(seed)
+    model = train_gpt.GPT(cfg).initialise()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * spread)
+    return model
 
 
 def enrichment_change(model, stream, piece=1 << 14):
-  """Of records/published.py"""
-  return train_gpt.beside("published.enrichment_change", model, stream, piece)
+    """Of records/published.py"""
+    return train_gpt.beside("published.enrichment_change", model, stream, piece)
 
 
 class SilentRuntime:
-  """What the mixture asks of a Runtime."""
+    """What the mixture asks of a Runtime."""
 
-  device = "cpu"
+    device = "cpu"
 
-  def log(self, *_, **__):
-    pass
+    def log(self, *_, **__):
+        pass
 
-  tick = log
+    tick = log
 
 
 def random_ids(cfg, rows=3, seed=0):
-  """int64 (rows, train_seq_len) with a BOS in the middle of each row."""
-  ids = torch.randint(
-    2,
-    cfg.vocab_size,
-    (rows, cfg.train_seq_len),
-    generator=torch.Generator().manual_seed(seed),
-  )
-  ids[:, cfg.train_seq_len // 2] = train_gpt.BOS
-  return ids
+    """int64 (rows, train_seq_len) with a BOS in the middle of each row."""
+    ids = torch.randint(
+        2,
+        cfg.vocab_size,
+        (rows, cfg.train_seq_len),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    ids[:, cfg.train_seq_len // 2] = train_gpt.BOS
+    return ids
 
 
 def random_stream(count, vocab_size, seed=0):
-  """BOS and `count` uniform tokens, uint16 as in a shard."""
-  tokens = np.random.default_rng(seed).integers(2, vocab_size, count + 1)
-  tokens[0] = train_gpt.BOS
-  return tokens.astype(np.uint16)
+    """BOS and `count` uniform tokens, uint16 as in a shard."""
+    tokens = np.random.default_rng(seed).integers(2, vocab_size, count + 1)
+    tokens[0] = train_gpt.BOS
+    return tokens.astype(np.uint16)
 
 
 def new_trainer(cfg, runtime, shard):
-  """A Trainer with fresh weights of this seed over one shard."""
-  torch.manual_seed(cfg.seed)
-  model = train_gpt.GPT(cfg).initialise()
-  loader = train_gpt.TokenLoader([shard], cfg.vocab_size)
-  return train_gpt.Trainer(model, loader, runtime, cfg)
+    """A Trainer with fresh weights of this seed over one shard."""
+    torch.manual_seed(cfg.seed)
+    model = train_gpt.GPT(cfg).initialise()
+    loader = train_gpt.TokenLoader([shard], cfg.vocab_size)
+    return train_gpt.Trainer(model, loader, runtime, cfg)
 
 
 def no_validation():
-  """What Trainer.run asks for when it is time to validate."""
-  return dict(val_loss=0.0, val_bpb=0.0)
+    """What Trainer.run asks for when it is time to validate."""
+    return dict(val_loss=0.0, val_bpb=0.0)
 
 
 def trained(cfg, stream, folder):
-  """Run the Trainer over a stream -> (model as the last step left it, averaged weights)"""
-  shard = write_shard(folder / "stream_train_000000.bin", stream)
-  trainer = new_trainer(cfg, train_gpt.Runtime(cfg), shard)
-  weights = trainer.run(no_validation)
-  return trainer.model, weights
+    """Run the Trainer over a stream -> (model as the last step left it, averaged weights)"""
+    shard = write_shard(folder / "stream_train_000000.bin", stream)
+    trainer = new_trainer(cfg, train_gpt.Runtime(cfg), shard)
+    weights = trainer.run(no_validation)
+    return trainer.model, weights
 
 
 def fixed_steps(cfg, runtime, shard, steps):
-  """Weights (name -> array) after so many steps; 0: as many as run() makes."""
-  trainer = new_trainer(cfg, runtime, shard)
-  if not steps:
-    trainer.run(no_validation)
-  for _ in range(steps):
-    trainer.update(1.0)
-  return {name: w.detach().numpy() for name, w in trainer.model.named_parameters()}
+    """Weights (name -> array) after so many steps; 0: as many as run() makes."""
+    trainer = new_trainer(cfg, runtime, shard)
+    if not steps:
+        trainer.run(no_validation)
+    for _ in range(steps):
+        trainer.update(1.0)
+    return {name: w.detach().numpy() for name, w in trainer.model.named_parameters()}
 
 
 def student_of(model, runtime, cfg):
-  """Test-time training of a copy of the model."""
-  return train_gpt.beside("ttt.TestTimeTraining", model, runtime, cfg)
+    """Test-time training of a copy of the model."""
+    return train_gpt.beside("ttt.TestTimeTraining", model, runtime, cfg)
 
 
 def adapted(model, runtime, cfg, stream):
-  """Scores of a stream by a model that learns from it, chunk by chunk"""
-  return student_of(model.eval(), runtime, cfg).score(stream)
+    """Scores of a stream by a model that learns from it, chunk by chunk"""
+    return student_of(model.eval(), runtime, cfg).score(stream)
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
-  """One shard in the published format, or wrong in the way that is asked for."""
-  header = np.zeros(256, "<i4")
-  header[:3] = magic, version, len(tokens) if count is None else count
-  path.write_bytes(header.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
-  return path
+    """One shard in the published format, or wrong in the way that is asked for."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
+    return path
 
 
 # -----------------------------------------------------------------------------
@@ -205,115 +205,115 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 
 
 def clean_environment():
-  """os.environ without anything the script or torchrun reads."""
-  ours = {*train_gpt.VARIABLES, *PAIRS}
-  torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}
-  return {
-    name: text
-    for name, text in os.environ.items()
-    if name not in ours | torchrun and not name.startswith(names.FAMILIES)
-  }
+    """os.environ without anything the script or torchrun reads."""
+    ours = {*train_gpt.VARIABLES, *PAIRS}
+    torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}
+    return {
+        name: text
+        for name, text in os.environ.items()
+        if name not in ours | torchrun and not name.startswith(names.FAMILIES)
+    }
 
 
 def worker_number():
-  """Of this xdist worker, from 0."""
-  return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    """Of this xdist worker, from 0."""
+    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 
 
 @contextlib.contextmanager
 def cores(count):
-  """Processes started in here share `count` cores, so that each rank gets one thread."""
-  mine = sorted(os.sched_getaffinity(0))
-  first = worker_number()
-  os.sched_setaffinity(0, {mine[(first + i) % len(mine)] for i in range(count)})
-  try:
-    yield
-  finally:
-    os.sched_setaffinity(0, mine)
+    """Processes started in here share `count` cores, so that each rank gets one thread."""
+    mine = sorted(os.sched_getaffinity(0))
+    first = worker_number()
+    os.sched_setaffinity(0, {mine[(first + i) % len(mine)] for i in range(count)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 def launch(script, arguments, env, ranks, cwd):
-  """Run a Python script with its output captured, through torchrun for several ranks."""
-  torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-  command = [sys.executable, *(torchrun if ranks > 1 else []), script, *arguments]
-  paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-  quiet = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-  with cores(ranks):
-    return subprocess.run(
-      list(map(str, command)),
-      cwd=cwd,
-      env=clean_environment() | quiet | env,
-      capture_output=True,
-      text=True,
-      timeout=240,
-    )
+    """Run a Python script with its output captured, through torchrun for several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), script, *arguments]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    quiet = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    with cores(ranks):
+        return subprocess.run(
+            list(map(str, command)),
+            cwd=cwd,
+            env=clean_environment() | quiet | env,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
 
 
 def run_script(env, ranks=1, cwd=None, arguments=()):
-  """Run train_gpt.py with these variables of ours and no others."""
-  return launch(SCRIPT, arguments, {k: str(v) for k, v in env.items()}, ranks, cwd)
+    """Run train_gpt.py with these variables of ours and no others."""
+    return launch(SCRIPT, arguments, {k: str(v) for k, v in env.items()}, ranks, cwd)
 
 
 class Run:
-  """A finished run folder, read back."""
+    """A finished run folder, read back."""
 
-  def __init__(self, folder):
-    self.folder = folder
-    self.lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
-    self.artifact = (folder / "artifact.bin").read_bytes()
+    def __init__(self, folder):
+        self.folder = folder
+        self.lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+        self.artifact = (folder / "artifact.bin").read_bytes()
 
-  def submission(self):
-    return json.loads((self.folder / "submission.json").read_text(encoding="utf-8"))
+    def submission(self):
+        return json.loads((self.folder / "submission.json").read_text(encoding="utf-8"))
 
-  def metrics(self):
-    text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    def metrics(self):
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
-  def arrays(self, name):
-    with np.load(self.folder / name, allow_pickle=False) as file:
-      return dict(file)
+    def arrays(self, name):
+        with np.load(self.folder / name, allow_pickle=False) as file:
+            return dict(file)
 
-  def final(self, stage):
-    """The values of a final line: name -> text."""
-    (line,) = [line for line in self.lines if line.split()[0] == f"final_{stage}"]
-    return dict(re.findall(r"(\S+?):(\S+)", line))
+    def final(self, stage):
+        """The values of a final line: name -> text."""
+        (line,) = [line for line in self.lines if line.split()[0] == f"final_{stage}"]
+        return dict(re.findall(r"(\S+?):(\S+)", line))
 
-  def val_bpb(self, stage="ngram_exact"):
-    return float(self.final(stage)["val_bpb"])
+    def val_bpb(self, stage="ngram_exact"):
+        return float(self.final(stage)["val_bpb"])
 
 
 def finished_run(cwd, run_id, ranks=1, **env):
-  """Run the script to its end in a process -> Run; its standard output is kept beside it."""
-  done = run_script(env | dict(RUN_ID=run_id), ranks, cwd)
-  assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-  (cwd / f"{run_id}.stdout").write_text(done.stdout, encoding="utf-8")
-  return Run(cwd / "runs" / run_id)
+    """Run the script to its end in a process -> Run; its standard output is kept beside it."""
+    done = run_script(env | dict(RUN_ID=run_id), ranks, cwd)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (cwd / f"{run_id}.stdout").write_text(done.stdout, encoding="utf-8")
+    return Run(cwd / "runs" / run_id)
 
 
 def run_here(cwd, run_id, **env):
-  """The same in this process, for many short runs -> Run"""
-  config = train_gpt.Config.from_env(env | dict(RUN_ID=run_id))
-  with cores(1), contextlib.chdir(cwd):
-    train_gpt.run(config)
-  return Run(cwd / "runs" / run_id)
+    """The same in this process, for many short runs -> Run"""
+    config = train_gpt.Config.from_env(env | dict(RUN_ID=run_id))
+    with cores(1), contextlib.chdir(cwd):
+        train_gpt.run(config)
+    return Run(cwd / "runs" / run_id)
 
 
 @contextlib.contextmanager
 def shared_folder(tmp_path_factory, name):
-  """-> (folder, whether it is empty); one for all xdist workers, of which one fills it."""
-  root = tmp_path_factory.getbasetemp()
-  root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-  folder = root / name
-  with open(root / f"{name}.lock", "w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    folder.mkdir(exist_ok=True)
-    yield folder, not any(folder.iterdir())
+    """-> (folder, whether it is empty); one for all xdist workers, of which one fills it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / name
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.mkdir(exist_ok=True)
+        yield folder, not any(folder.iterdir())
 
 
 def error_line(done):
-  """The one line with which a refused run ends; no traceback, nothing half-finished."""
-  assert done.returncode != 0, done.stdout
-  lines = [line for line in done.stderr.splitlines() if line.strip()]
-  assert "Traceback" not in done.stderr, done.stderr
-  assert len(lines) == 1, done.stderr
-  return lines[0]
+    """The one line with which a refused run ends; no traceback, nothing half-finished."""
+    assert done.returncode != 0, done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert "Traceback" not in done.stderr, done.stderr
+    assert len(lines) == 1, done.stderr
+    return lines[0]

@@ -14,24 +14,24 @@ from helpers import adapted, fixed_steps, perturbed, tiny, train_gpt
 
 
 def main():
-  folder = Path(sys.argv[1])
-  dist.init_process_group("gloo")
-  for name, (steps, changes) in json.loads(sys.argv[2]).items():
-    cfg = tiny(**changes)
-    runtime = train_gpt.Runtime(cfg)
-    shard = folder / "stream_train_000000.bin"
-    if steps == "ttt":
-      stream = np.array(train_gpt.read_shard(shard, cfg.vocab_size)[:401])
-      result = adapted(perturbed(cfg), runtime, cfg, stream)._asdict()
-      result.pop("pe_delta")
-    else:
-      result = fixed_steps(cfg, runtime, shard, steps)
-    np.savez(folder / f"{name}_rank{runtime.rank}.npz", **result)
-  dist.destroy_process_group()
-  tasks = Path("/proc/self/task").iterdir()
-  names = [(task / "comm").read_text().strip() for task in tasks]
-  (folder / f"threads_rank{runtime.rank}.json").write_text(json.dumps(names))
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    for name, (steps, changes) in json.loads(sys.argv[2]).items():
+        cfg = tiny(**changes)
+        runtime = train_gpt.Runtime(cfg)
+        shard = folder / "stream_train_000000.bin"
+        if steps == "ttt":
+            stream = np.array(train_gpt.read_shard(shard, cfg.vocab_size)[:401])
+            result = adapted(perturbed(cfg), runtime, cfg, stream)._asdict()
+            result.pop("pe_delta")
+        else:
+            result = fixed_steps(cfg, runtime, shard, steps)
+        np.savez(folder / f"{name}_rank{runtime.rank}.npz", **result)
+    dist.destroy_process_group()
+    tasks = Path("/proc/self/task").iterdir()
+    names = [(task / "comm").read_text().strip() for task in tasks]
+    (folder / f"threads_rank{runtime.rank}.json").write_text(json.dumps(names))
 
 
 if __name__ == "__main__":
-  main()
+    main()

@@ -27,140 +27,142 @@ LONG = (12, 16, 24)
 
 
 def coding_order(stream, lanes):
-  """Steps of (lane, place of the target in the text): each lane takes a document, and the next
-  one where it ends, with a BOS or the text."""
-  starts = [i for i in range(len(stream) - 1) if stream[i] == BOS]
-  at, steps = {}, []
-  for lane in range(min(lanes, len(starts))):
-    at[lane] = starts.pop(0)
-  while at:
-    steps.append([(lane, at[lane]) for lane in sorted(at)])
-    for lane, target in steps[-1]:
-      at[lane] = target + 1
-      if stream[target + 1] == BOS or target == len(stream) - 2:
-        del at[lane]
-        if starts:
-          at[lane] = starts.pop(0)
-  return steps
+    """Steps of (lane, place of the target in the text): each lane takes a document, and the next
+    one where it ends, with a BOS or the text."""
+    starts = [i for i in range(len(stream) - 1) if stream[i] == BOS]
+    at, steps = {}, []
+    for lane in range(min(lanes, len(starts))):
+        at[lane] = starts.pop(0)
+    while at:
+        steps.append([(lane, at[lane]) for lane in sorted(at)])
+        for lane, target in steps[-1]:
+            at[lane] = target + 1
+            if stream[target + 1] == BOS or target == len(stream) - 2:
+                del at[lane]
+                if starts:
+                    at[lane] = starts.pop(0)
+    return steps
 
 
 class Counts:
-  """Of each context of each order: token -> how often it followed."""
+    """Of each context of each order: token -> how often it followed."""
 
-  def __init__(self, orders, lanes):
-    self.orders, self.after = orders, defaultdict(lambda: defaultdict(int))
-    self.past = [[] for _ in range(lanes)]
-    self.add([(lane, BOS) for lane in range(lanes)])  # documents of the first step begin
+    def __init__(self, orders, lanes):
+        self.orders, self.after = orders, defaultdict(lambda: defaultdict(int))
+        self.past = [[] for _ in range(lanes)]
+        self.add([(lane, BOS) for lane in range(lanes)])  # documents of the first step begin
 
-  def contexts(self, lane):
-    past = self.past[lane]
-    return [tuple(past[len(past) - k + 1 :]) if len(past) >= k - 1 else None for k in self.orders]
+    def contexts(self, lane):
+        past = self.past[lane]
+        return [
+            tuple(past[len(past) - k + 1 :]) if len(past) >= k - 1 else None for k in self.orders
+        ]
 
-  def look_up(self, lane, token):
-    """(count of the context, of the token after it, distinct tokens after it, those seen once)
-    of each order"""
-    found = []
-    for order, context in zip(self.orders, self.contexts(lane), strict=True):
-      seen = self.after.get((order, context), {}) if context is not None else {}
-      once = sum(1 for count in seen.values() if count == 1)
-      found.append((sum(seen.values()), seen.get(token, 0), len(seen), once))
-    return found
+    def look_up(self, lane, token):
+        """(count of the context, of the token after it, distinct tokens after it, those seen once)
+        of each order"""
+        found = []
+        for order, context in zip(self.orders, self.contexts(lane), strict=True):
+            seen = self.after.get((order, context), {}) if context is not None else {}
+            once = sum(1 for count in seen.values() if count == 1)
+            found.append((sum(seen.values()), seen.get(token, 0), len(seen), once))
+        return found
 
-  def add(self, tokens):
-    """The tokens of a step: (lane, token)"""
-    for lane, token in tokens:
-      for order, context in zip(self.orders, self.contexts(lane), strict=True):
-        if context is not None:
-          self.after[order, context][token] += 1
-    for lane, token in tokens:
-      self.past[lane] = [BOS] if token == BOS else [*self.past[lane], token]
+    def add(self, tokens):
+        """The tokens of a step: (lane, token)"""
+        for lane, token in tokens:
+            for order, context in zip(self.orders, self.contexts(lane), strict=True):
+                if context is not None:
+                    self.after[order, context][token] += 1
+        for lane, token in tokens:
+            self.past[lane] = [BOS] if token == BOS else [*self.past[lane], token]
 
 
 def features(found, entropy):
-  """What the gate sees of a target: of the counts by kind, then of the model's entropy."""
-  n, types, once = ([row[i] for row in found] for i in (0, 2, 3))
-  parts = [math.log1p(x) / 4 for x in n] + [math.log1p(x) / 4 for x in types]
-  parts += [t / max(x, 1) for t, x in zip(types, n, strict=True)]
-  parts += [s / max(x, 1) for s, x in zip(once, n, strict=True)]
-  parts += [float(x > 0) for x in n]
-  return [*parts, entropy / 4, entropy**2 / 16, math.exp(-entropy)]
+    """What the gate sees of a target: of the counts by kind, then of the model's entropy."""
+    n, types, once = ([row[i] for row in found] for i in (0, 2, 3))
+    parts = [math.log1p(x) / 4 for x in n] + [math.log1p(x) / 4 for x in types]
+    parts += [t / max(x, 1) for t, x in zip(types, n, strict=True)]
+    parts += [s / max(x, 1) for s, x in zip(once, n, strict=True)]
+    parts += [float(x > 0) for x in n]
+    return [*parts, entropy / 4, entropy**2 / 16, math.exp(-entropy)]
 
 
 class Gate:
-  """inputs -> 32 hidden GELUs -> a softmax over the model and the orders that know the context;
-  Adam, written out."""
+    """inputs -> 32 hidden GELUs -> a softmax over the model and the orders that know the context;
+    Adam, written out."""
 
-  def __init__(self, orders):
-    inputs = 5 * orders + 3
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(inputs, HIDDEN, generator=generator) / inputs**0.5
-    b = torch.full((orders + 1,), -1.0)
-    b[0] = 1.0
-    self.w = [a, torch.zeros(HIDDEN), torch.zeros(HIDDEN, orders + 1), b]
-    self.mean = [torch.zeros_like(w) for w in self.w]
-    self.square = [torch.zeros_like(w) for w in self.w]
-    self.steps, self.seen, self.odds, self.chunk = 0, 0, 0.0, FIRST_CHUNK
+    def __init__(self, orders):
+        inputs = 5 * orders + 3
+        generator = torch.Generator().manual_seed(0)
+        a = torch.randn(inputs, HIDDEN, generator=generator) / inputs**0.5
+        b = torch.full((orders + 1,), -1.0)
+        b[0] = 1.0
+        self.w = [a, torch.zeros(HIDDEN), torch.zeros(HIDDEN, orders + 1), b]
+        self.mean = [torch.zeros_like(w) for w in self.w]
+        self.square = [torch.zeros_like(w) for w in self.w]
+        self.steps, self.seen, self.odds, self.chunk = 0, 0, 0.0, FIRST_CHUNK
 
-  def shares(self, x, known, w):
-    a, b, c, d = w
-    z = x @ a + b
-    z = z * (1 + torch.erf(z / math.sqrt(2))) / 2
-    return (z @ c + d).masked_fill(~known, -math.inf)
+    def shares(self, x, known, w):
+        a, b, c, d = w
+        z = x @ a + b
+        z = z * (1 + torch.erf(z / math.sqrt(2))) / 2
+        return (z @ c + d).masked_fill(~known, -math.inf)
 
-  def mixed(self, x, known, p):
-    """p of the targets by the gate, and by the pair of gate and model."""
-    gate = (self.shares(x, known, self.w).double().softmax(1) * p).sum(1)
-    trust = 1 / (1 + math.exp(-self.odds)) if self.odds > -700 else 0.0
-    return gate, trust * gate + (1 - trust) * p[:, 0]
+    def mixed(self, x, known, p):
+        """p of the targets by the gate, and by the pair of gate and model."""
+        gate = (self.shares(x, known, self.w).double().softmax(1) * p).sum(1)
+        trust = 1 / (1 + math.exp(-self.odds)) if self.odds > -700 else 0.0
+        return gate, trust * gate + (1 - trust) * p[:, 0]
 
-  def learn(self, x, known, p, gate):
-    """From a chunk of scored targets, and not before."""
-    self.odds += float(gate.log().sum() - p[:, 0].log().sum())
-    self.seen += len(p)
-    passes = min(4, max(1, 2**20 // self.seen))
-    size = 256 if passes > 1 else 512
-    scaled = (p / p.max(1, keepdim=True).values).float()
-    for _ in range(passes):
-      for a in range(0, len(p), size):
-        part = slice(a, a + size)
-        w = [v.clone().requires_grad_() for v in self.w]
-        p_mixed = (self.shares(x[part], known[part], w).softmax(1) * scaled[part]).sum(1)
-        loss = -p_mixed.clamp(min=1e-30).log().mean()
-        self.descend(torch.autograd.grad(loss, w))
-    self.chunk = min(2 * self.chunk, LARGEST_CHUNK)
+    def learn(self, x, known, p, gate):
+        """From a chunk of scored targets, and not before."""
+        self.odds += float(gate.log().sum() - p[:, 0].log().sum())
+        self.seen += len(p)
+        passes = min(4, max(1, 2**20 // self.seen))
+        size = 256 if passes > 1 else 512
+        scaled = (p / p.max(1, keepdim=True).values).float()
+        for _ in range(passes):
+            for a in range(0, len(p), size):
+                part = slice(a, a + size)
+                w = [v.clone().requires_grad_() for v in self.w]
+                p_mixed = (self.shares(x[part], known[part], w).softmax(1) * scaled[part]).sum(1)
+                loss = -p_mixed.clamp(min=1e-30).log().mean()
+                self.descend(torch.autograd.grad(loss, w))
+        self.chunk = min(2 * self.chunk, LARGEST_CHUNK)
 
-  def descend(self, gradients):
-    self.steps += 1
-    for i, g in enumerate(gradients):
-      self.mean[i] = 0.9 * self.mean[i] + 0.1 * g
-      self.square[i] = 0.999 * self.square[i] + 0.001 * g * g
-      mean = self.mean[i] / (1 - 0.9**self.steps)
-      square = self.square[i] / (1 - 0.999**self.steps)
-      self.w[i] = self.w[i] - RATE * mean / (square.sqrt() + 1e-8)
+    def descend(self, gradients):
+        self.steps += 1
+        for i, g in enumerate(gradients):
+            self.mean[i] = 0.9 * self.mean[i] + 0.1 * g
+            self.square[i] = 0.999 * self.square[i] + 0.001 * g * g
+            mean = self.mean[i] / (1 - 0.9**self.steps)
+            square = self.square[i] / (1 - 0.999**self.steps)
+            self.w[i] = self.w[i] - RATE * mean / (square.sqrt() + 1e-8)
 
 
 def honest_score(stream, log_prob, entropy, lanes, orders):
-  """log p of each target by the mixture. stream: tokens from a BOS on; log_prob, entropy: of the
-  targets by the model, in the text's order, nats; orders: of the counts"""
-  steps = coding_order(stream, lanes)
-  counts, gate = Counts(orders, len(steps[0]) if steps else 0), Gate(len(orders))
-  final, chunk = np.zeros(len(stream) - 1), []
-  for number, step in enumerate(steps):
-    for lane, target in step:
-      found = counts.look_up(lane, stream[target + 1])
-      p = [math.exp(log_prob[target])] + [c / max(n, 1) for n, c, *_ in found]
-      known = [True] + [n > 0 for n, *_ in found]
-      chunk.append((target, features(found, entropy[target]), known, p))
-    counts.add([(lane, stream[target + 1]) for lane, target in step])
-    if len(chunk) >= gate.chunk or number == len(steps) - 1:
-      targets, x, known, p = zip(*chunk, strict=True)
-      x, known = torch.tensor(x, dtype=torch.float32), torch.tensor(known)
-      p = torch.tensor(p, dtype=torch.float64)
-      of_gate, of_pair = gate.mixed(x, known, p)
-      final[list(targets)] = of_pair.log().numpy()
-      gate.learn(x, known, p, of_gate)
-      chunk = []
-  return final
+    """log p of each target by the mixture. stream: tokens from a BOS on; log_prob, entropy: of the
+    targets by the model, in the text's order, nats; orders: of the counts"""
+    steps = coding_order(stream, lanes)
+    counts, gate = Counts(orders, len(steps[0]) if steps else 0), Gate(len(orders))
+    final, chunk = np.zeros(len(stream) - 1), []
+    for number, step in enumerate(steps):
+        for lane, target in step:
+            found = counts.look_up(lane, stream[target + 1])
+            p = [math.exp(log_prob[target])] + [c / max(n, 1) for n, c, *_ in found]
+            known = [True] + [n > 0 for n, *_ in found]
+            chunk.append((target, features(found, entropy[target]), known, p))
+        counts.add([(lane, stream[target + 1]) for lane, target in step])
+        if len(chunk) >= gate.chunk or number == len(steps) - 1:
+            targets, x, known, p = zip(*chunk, strict=True)
+            x, known = torch.tensor(x, dtype=torch.float32), torch.tensor(known)
+            p = torch.tensor(p, dtype=torch.float64)
+            of_gate, of_pair = gate.mixed(x, known, p)
+            final[list(targets)] = of_pair.log().numpy()
+            gate.learn(x, known, p, of_gate)
+            chunk = []
+    return final
 
 
 # -----------------------------------------------------------------------------
@@ -168,55 +170,55 @@ def honest_score(stream, log_prob, entropy, lanes, orders):
 
 
 def script_s(cfg, stream):
-  """-> the model's Scores in the text's order, log p by the mixture"""
-  model, rt = perturbed(cfg).eval().requires_grad_(False), train_gpt.Runtime(cfg)
-  scores, order = train_gpt.score_documents(model, rt, cfg, stream)
-  report = SimpleNamespace(
-    cfg=cfg,
-    rt=SilentRuntime(),
-    score=lambda *_, **__: None,
-  )
-  return scores, train_gpt.mix_ngrams(scores, order, report)
+    """-> the model's Scores in the text's order, log p by the mixture"""
+    model, rt = perturbed(cfg).eval().requires_grad_(False), train_gpt.Runtime(cfg)
+    scores, order = train_gpt.score_documents(model, rt, cfg, stream)
+    report = SimpleNamespace(
+        cfg=cfg,
+        rt=SilentRuntime(),
+        score=lambda *_, **__: None,
+    )
+    return scores, train_gpt.mix_ngrams(scores, order, report)
 
 
 def text_with_repeats(seed):
-  """Documents that quote each other, some empty, some longer than the window"""
-  rng, parts = np.random.default_rng(seed), []
-  phrases = [rng.integers(2, 64, rng.integers(3, 30)) for _ in range(6)]
-  for _ in range(14):
-    parts.append([BOS])
-    parts += [phrases[i] for i in rng.integers(0, 6, rng.integers(0, 6))]
-    parts.append(rng.integers(2, 64, rng.integers(0, 8)))
-  return np.concatenate(parts).astype(np.uint16)
+    """Documents that quote each other, some empty, some longer than the window"""
+    rng, parts = np.random.default_rng(seed), []
+    phrases = [rng.integers(2, 64, rng.integers(3, 30)) for _ in range(6)]
+    for _ in range(14):
+        parts.append([BOS])
+        parts += [phrases[i] for i in rng.integers(0, 6, rng.integers(0, 6))]
+        parts.append(rng.integers(2, 64, rng.integers(0, 8)))
+    return np.concatenate(parts).astype(np.uint16)
 
 
 def furthest(cfg, stream, orders):
-  scores, final = script_s(cfg, stream)
-  arguments = scores.log_prob.tolist(), scores.entropy.tolist(), cfg.eval_lanes, orders
-  wanted = honest_score(stream.tolist(), *arguments)
-  assert abs(wanted - scores.log_prob).mean() > 0.05  # the counts say something
-  return abs(final - wanted).max()
+    scores, final = script_s(cfg, stream)
+    arguments = scores.log_prob.tolist(), scores.entropy.tolist(), cfg.eval_lanes, orders
+    wanted = honest_score(stream.tolist(), *arguments)
+    assert abs(wanted - scores.log_prob).mean() > 0.05  # the counts say something
+    return abs(final - wanted).max()
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 5, 32])
 def test_score_of_a_short_text_is_the_oracle_s(lanes):
-  cfg, orders = tiny(eval_lanes=lanes), (*range(1, 10), *LONG)
-  assert furthest(cfg, text_with_repeats(seed=lanes), orders) <= 1e-6
+    cfg, orders = tiny(eval_lanes=lanes), (*range(1, 10), *LONG)
+    assert furthest(cfg, text_with_repeats(seed=lanes), orders) <= 1e-6
 
 
 def test_configured_orders_are_the_oracle_s():
-  cfg = tiny(ngram_min_order=3, ngram_max_order=5)
-  stream = np.append(text_with_repeats(seed=9), np.uint16(BOS))  # ends in a BOS
-  assert furthest(cfg, stream, (1, 3, 4, 5, *LONG)) <= 1e-6
+    cfg = tiny(ngram_min_order=3, ngram_max_order=5)
+    stream = np.append(text_with_repeats(seed=9), np.uint16(BOS))  # ends in a BOS
+    assert furthest(cfg, stream, (1, 3, 4, 5, *LONG)) <= 1e-6
 
 
 def test_a_run_s_score_is_the_oracle_s(runs):
-  """Of scores.npz alone: the text, what the model said, and the printed val_bpb."""
-  for name in ("one", "eval_1", "two_ranks"):
-    run, columns = runs[name], runs[name].arrays("scores.npz")
-    stream = [BOS, *columns["token"].tolist()]
-    said = columns["logp_model"].tolist(), columns["entropy"].tolist()
-    wanted = honest_score(stream, *said, 32, (*range(1, 10), *LONG))
-    assert abs(columns["logp_final"] - wanted).max() <= 1e-6, name
-    bpb = -wanted.sum() / math.log(2) / columns["bytes"].sum()
-    assert run.val_bpb() == pytest.approx(bpb, abs=1e-6)
+    """Of scores.npz alone: the text, what the model said, and the printed val_bpb."""
+    for name in ("one", "eval_1", "two_ranks"):
+        run, columns = runs[name], runs[name].arrays("scores.npz")
+        stream = [BOS, *columns["token"].tolist()]
+        said = columns["logp_model"].tolist(), columns["entropy"].tolist()
+        wanted = honest_score(stream, *said, 32, (*range(1, 10), *LONG))
+        assert abs(columns["logp_final"] - wanted).max() <= 1e-6, name
+        bpb = -wanted.sum() / math.log(2) / columns["bytes"].sum()
+        assert run.val_bpb() == pytest.approx(bpb, abs=1e-6)

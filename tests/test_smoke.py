@@ -9,18 +9,18 @@ import numpy as np
 import prepare_text
 import pytest
 from helpers import (
-  SCRIPT,
-  SHRUNK,
-  Run,
-  error_line,
-  finished_run,
-  random_stream,
-  run_here,
-  run_script,
-  shared_folder,
-  train_gpt,
-  worker_number,
-  write_shard,
+    SCRIPT,
+    SHRUNK,
+    Run,
+    error_line,
+    finished_run,
+    random_stream,
+    run_here,
+    run_script,
+    shared_folder,
+    train_gpt,
+    worker_number,
+    write_shard,
 )
 from test_data import CHINESE, SCRIPTS, SOURCE_CODE
 
@@ -32,251 +32,251 @@ FILES = """log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model confi
  submission.json report.png blocks.npz scores.npz""".split()
 PROOF = dict(SCORER="documents", CODEC_TOKENS="-1")
 RUNS = {  # run -> (ranks, variables beside SHRUNK)
-  "one": (1, PROOF | dict(VAL_LOSS_EVERY="5")),
-  "again": (1, dict(VAL_LOSS_EVERY="0")),
-  "other_seed": (1, dict(SEED="7")),
-  "two_ranks": (2, PROOF),
+    "one": (1, PROOF | dict(VAL_LOSS_EVERY="5")),
+    "again": (1, dict(VAL_LOSS_EVERY="0")),
+    "other_seed": (1, dict(SEED="7")),
+    "two_ranks": (2, PROOF),
 }
 
 
 ORDERS = (  # in which xdist's even and odd workers set out, so that they meet halfway
-  ["one", "again", "eval_1", "other_seed", "two_ranks", "eval_2"],
-  ["two_ranks", "other_seed", "again", "one", "eval_2", "eval_1"],
+    ["one", "again", "eval_1", "other_seed", "two_ranks", "eval_2"],
+    ["two_ranks", "other_seed", "again", "one", "eval_2", "eval_1"],
 )
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, dataset):
-  """name -> Run: RUNS, and the artifact of "one" scored again on one and two ranks."""
-  finished = {}
-  for name in ORDERS[worker_number() % 2]:
-    with shared_folder(tmp_path_factory, f"smoke_{name}") as (cwd, empty):
-      if empty:
-        ranks, env = RUNS.get(name) or (int(name[-1]), dict(SCORER="documents"))
-        if name not in RUNS:
-          env |= dict(EVAL_ONLY=str(finished["one"].folder / "artifact.bin"))
-        finished_run(cwd, name, ranks, **SHRUNK | env, DATA_PATH=str(dataset))
-    finished[name] = Run(cwd / "runs" / name)
-  return finished
+    """name -> Run: RUNS, and the artifact of "one" scored again on one and two ranks."""
+    finished = {}
+    for name in ORDERS[worker_number() % 2]:
+        with shared_folder(tmp_path_factory, f"smoke_{name}") as (cwd, empty):
+            if empty:
+                ranks, env = RUNS.get(name) or (int(name[-1]), dict(SCORER="documents"))
+                if name not in RUNS:
+                    env |= dict(EVAL_ONLY=str(finished["one"].folder / "artifact.bin"))
+                finished_run(cwd, name, ranks, **SHRUNK | env, DATA_PATH=str(dataset))
+        finished[name] = Run(cwd / "runs" / name)
+    return finished
 
 
 @pytest.fixture(params=["one", "two_ranks", "eval_1", "eval_2"])
 def run(request, runs):
-  return runs[request.param]
+    return runs[request.param]
 
 
 def validation(dataset):
-  """(tokens, UTF-8 bytes) of a dataset's validation side, read without the script."""
-  (shard,) = dataset.glob("*_val_*.bin")
-  (source,) = dataset.glob("*_val.jsonl")
-  lines = source.read_text(encoding="utf-8").split("\n")
-  texts = [json.loads(line)["text"] for line in lines if line]
-  return np.fromfile(shard, "<u2", offset=1024), sum(len(text.encode()) for text in texts)
+    """(tokens, UTF-8 bytes) of a dataset's validation side, read without the script."""
+    (shard,) = dataset.glob("*_val_*.bin")
+    (source,) = dataset.glob("*_val.jsonl")
+    lines = source.read_text(encoding="utf-8").split("\n")
+    texts = [json.loads(line)["text"] for line in lines if line]
+    return np.fromfile(shard, "<u2", offset=1024), sum(len(text.encode()) for text in texts)
 
 
 def check_scores(run, dataset):
-  """Every target once, the text's own bytes, and the printed figures from the columns."""
-  (tokens, text_bytes), columns = validation(dataset), run.arrays("scores.npz")
-  assert columns["position"].tolist() == list(range(1, len(tokens)))
-  assert columns["token"].tolist() == tokens[1:].tolist()
-  assert columns["bytes"].sum() == text_bytes
-  assert {columns[name].dtype for name in ("position", "token", "bytes")} <= {
-    np.dtype(kind) for kind in ("u2", "i4", "i8")
-  }
-  for name, stage in (("logp_final", "ngram_exact"), ("logp_model", "documents_exact")):
-    log_prob, line = columns[name], run.final(stage)
-    assert log_prob.dtype == np.float64 and (log_prob < 0).all()
-    assert float(line["val_loss"]) == pytest.approx(-log_prob.mean(), rel=1e-12)
-    bits = -log_prob.sum() / math.log(2)
-    assert float(line["val_bpb"]) == pytest.approx(bits / text_bytes, rel=1e-12)
-  assert (columns["entropy"] > 0).all() and columns["entropy"].max() < math.log(1024)
+    """Every target once, the text's own bytes, and the printed figures from the columns."""
+    (tokens, text_bytes), columns = validation(dataset), run.arrays("scores.npz")
+    assert columns["position"].tolist() == list(range(1, len(tokens)))
+    assert columns["token"].tolist() == tokens[1:].tolist()
+    assert columns["bytes"].sum() == text_bytes
+    assert {columns[name].dtype for name in ("position", "token", "bytes")} <= {
+        np.dtype(kind) for kind in ("u2", "i4", "i8")
+    }
+    for name, stage in (("logp_final", "ngram_exact"), ("logp_model", "documents_exact")):
+        log_prob, line = columns[name], run.final(stage)
+        assert log_prob.dtype == np.float64 and (log_prob < 0).all()
+        assert float(line["val_loss"]) == pytest.approx(-log_prob.mean(), rel=1e-12)
+        bits = -log_prob.sum() / math.log(2)
+        assert float(line["val_bpb"]) == pytest.approx(bits / text_bytes, rel=1e-12)
+    assert (columns["entropy"] > 0).all() and columns["entropy"].max() < math.log(1024)
 
 
 def proves(run):
-  return run.folder.name in ("one", "two_ranks")
+    return run.folder.name in ("one", "two_ranks")
 
 
 def test_final_lines_in_order_and_once(run):
-  stages = [line.split()[0] for line in run.lines if line.startswith("final_")]
-  places = [FINAL_LINES.index(stage.removeprefix("final_")) for stage in stages]
-  assert places == sorted(set(places))
-  wanted = {*ALWAYS, *(["codec"] if proves(run) else [])}
-  assert {FINAL_LINES[place] for place in places} == wanted
+    stages = [line.split()[0] for line in run.lines if line.startswith("final_")]
+    places = [FINAL_LINES.index(stage.removeprefix("final_")) for stage in stages]
+    assert places == sorted(set(places))
+    wanted = {*ALWAYS, *(["codec"] if proves(run) else [])}
+    assert {FINAL_LINES[place] for place in places} == wanted
 
 
 def test_run_folder_is_complete(run):
-  names = {path.name for path in run.folder.iterdir()} - {"checkpoint"}
-  assert names == {*FILES, *(["stream.bin"] if proves(run) else [])}
-  assert (run.folder / "report.png").read_bytes().startswith(b"\x89PNG")
-  assert (run.folder / "train_gpt.py").read_bytes() == SCRIPT.read_bytes()
+    names = {path.name for path in run.folder.iterdir()} - {"checkpoint"}
+    assert names == {*FILES, *(["stream.bin"] if proves(run) else [])}
+    assert (run.folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (run.folder / "train_gpt.py").read_bytes() == SCRIPT.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["one", "two_ranks"])
 def test_all_tokens_are_proved(name, runs, dataset):
-  """Coded, and decoded in a process that was given the folder alone; at the price claimed."""
-  run, tokens = runs[name], validation(dataset)[0]
-  line, columns = run.final("codec"), run.arrays("scores.npz")
-  assert line["decoded"] == "ok"
-  assert int(line["proved_tokens"]) == int(line["total_tokens"]) == len(tokens) - 1
-  coded, claimed = int(line["coded_bytes"]), int(line["claimed_bytes"])
-  assert claimed == math.ceil(-columns["logp_final"].sum() / math.log(256))
-  most = len(tokens) * 2 * 512 / 2**24 / 8 + 16  # rounding to 24 bits, the coder's own end
-  assert -1 <= coded - claimed <= most
-  header, words = train_gpt.unseal(
-    train_gpt.STREAM_PREFIX, (run.folder / "stream.bin").read_bytes()
-  )
-  assert len(words) == coded and train_gpt.Shape(*header["shape"]).groups == RUNS[name][0]
-  assert not (run.folder / "decoded.npy").exists()
+    """Coded, and decoded in a process that was given the folder alone; at the price claimed."""
+    run, tokens = runs[name], validation(dataset)[0]
+    line, columns = run.final("codec"), run.arrays("scores.npz")
+    assert line["decoded"] == "ok"
+    assert int(line["proved_tokens"]) == int(line["total_tokens"]) == len(tokens) - 1
+    coded, claimed = int(line["coded_bytes"]), int(line["claimed_bytes"])
+    assert claimed == math.ceil(-columns["logp_final"].sum() / math.log(256))
+    most = len(tokens) * 2 * 512 / 2**24 / 8 + 16  # rounding to 24 bits, the coder's own end
+    assert -1 <= coded - claimed <= most
+    header, words = train_gpt.unseal(
+        train_gpt.STREAM_PREFIX, (run.folder / "stream.bin").read_bytes()
+    )
+    assert len(words) == coded and train_gpt.Shape(*header["shape"]).groups == RUNS[name][0]
+    assert not (run.folder / "decoded.npy").exists()
 
 
 def test_stdout_is_the_log(run):
-  output = (run.folder.parents[1] / f"{run.folder.name}.stdout").read_text(encoding="utf-8")
-  assert [line for line in output.splitlines() if line in set(run.lines)] == run.lines
+    output = (run.folder.parents[1] / f"{run.folder.name}.stdout").read_text(encoding="utf-8")
+    assert [line for line in output.splitlines() if line in set(run.lines)] == run.lines
 
 
 def test_metrics_repeat_the_log(run):
-  metrics = run.metrics()
-  assert len(metrics) == len(run.lines)
-  for line, row in zip(run.lines, metrics, strict=True):
-    assert line.startswith(row["key"])
-    if row["key"].startswith("final_"):
-      printed = run.final(row["key"].removeprefix("final_"))
-      assert {name: str(row[name]) for name in printed} == printed
+    metrics = run.metrics()
+    assert len(metrics) == len(run.lines)
+    for line, row in zip(run.lines, metrics, strict=True):
+        assert line.startswith(row["key"])
+        if row["key"].startswith("final_"):
+            printed = run.final(row["key"].removeprefix("final_"))
+            assert {name: str(row[name]) for name in printed} == printed
 
 
 def test_scores_cover_every_target_once(run, dataset):
-  check_scores(run, dataset)
+    check_scores(run, dataset)
 
 
 def test_blocks_sum_1024_targets(run):
-  columns, blocks = run.arrays("scores.npz"), run.arrays("blocks.npz")
-  starts = range(0, len(columns["token"]), 1024)
-  assert blocks.keys() >= {"logp_model", "logp_final", "bytes"}
-  for name, sums in blocks.items():
-    wanted = [columns[name][start : start + 1024].sum() for start in starts]
-    np.testing.assert_allclose(sums, wanted, rtol=1e-12)
+    columns, blocks = run.arrays("scores.npz"), run.arrays("blocks.npz")
+    starts = range(0, len(columns["token"]), 1024)
+    assert blocks.keys() >= {"logp_model", "logp_final", "bytes"}
+    for name, sums in blocks.items():
+        wanted = [columns[name][start : start + 1024].sum() for start in starts]
+        np.testing.assert_allclose(sums, wanted, rtol=1e-12)
 
 
 def test_submission_carries_the_score(run):
-  submission, line = run.submission(), run.final("ngram_exact")
-  assert submission["val_bpb"] == float(line["val_bpb"])
-  assert submission["val_loss"] == float(line["val_loss"])
-  sizes = [(run.folder / name).stat().st_size for name in ("train_gpt.py", "artifact.bin")]
-  assert [submission["bytes_code"], submission["bytes_total"]] == [sizes[0], sum(sizes)]
-  printed = run.final("artifact_bytes")
-  assert [int(printed[name]) for name in ("code", "weights")] == sizes
-  for name in ("train_gpt.py", "artifact.bin", "tokenizer.model"):
-    digest = hashlib.sha256((run.folder / name).read_bytes()).hexdigest()
-    assert digest in json.dumps(submission), name
+    submission, line = run.submission(), run.final("ngram_exact")
+    assert submission["val_bpb"] == float(line["val_bpb"])
+    assert submission["val_loss"] == float(line["val_loss"])
+    sizes = [(run.folder / name).stat().st_size for name in ("train_gpt.py", "artifact.bin")]
+    assert [submission["bytes_code"], submission["bytes_total"]] == [sizes[0], sum(sizes)]
+    printed = run.final("artifact_bytes")
+    assert [int(printed[name]) for name in ("code", "weights")] == sizes
+    for name in ("train_gpt.py", "artifact.bin", "tokenizer.model"):
+        digest = hashlib.sha256((run.folder / name).read_bytes()).hexdigest()
+        assert digest in json.dumps(submission), name
 
 
 def test_config_file_repeats_the_run(runs):
-  lines = (runs["one"].folder / "config.env").read_text(encoding="utf-8").splitlines()
-  settings = dict(line.split("=", 1) for line in lines)
-  assert not settings.keys() & {"DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "RECORD", "EVAL_ONLY"}
-  wanted = SHRUNK | PROOF | dict(VAL_LOSS_EVERY="5", GATED_ATTENTION="1", SEED="1337")
-  assert {name: settings.get(name) for name in wanted.keys() - {"RECORD"}} == {
-    name: text for name, text in wanted.items() if name != "RECORD"
-  }
+    lines = (runs["one"].folder / "config.env").read_text(encoding="utf-8").splitlines()
+    settings = dict(line.split("=", 1) for line in lines)
+    assert not settings.keys() & {"DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "RECORD", "EVAL_ONLY"}
+    wanted = SHRUNK | PROOF | dict(VAL_LOSS_EVERY="5", GATED_ATTENTION="1", SEED="1337")
+    assert {name: settings.get(name) for name in wanted.keys() - {"RECORD"}} == {
+        name: text for name, text in wanted.items() if name != "RECORD"
+    }
 
 
 def test_stages_are_not_idle(runs):
-  """Validation, late QAT and SWA happen in the shrunk run too, else it would prove little."""
-  text = "\n".join(runs["one"].lines)
-  assert "late_qat:enabled" in text
-  assert "step:5/8 val_loss:" in text and "step:8/8 val_loss:" in text
-  assert "swa_snapshots:0" not in text and "swa_snapshots:" in text
-  averaged = [line for line in runs["one"].lines if line.startswith("averaged ")]
-  assert len(averaged) == 1 and " val_bpb:" in averaged[0]
-  assert not any(line.startswith("averaged ") for line in runs["again"].lines)
-  stages = ["int6_roundtrip_exact", "int6_sliding_window_exact", "documents_exact"]
-  roundtrip, sliding, documents = (runs["one"].val_bpb(stage) for stage in stages)
-  assert sliding < roundtrip and documents < roundtrip
+    """Validation, late QAT and SWA happen in the shrunk run too, else it would prove little."""
+    text = "\n".join(runs["one"].lines)
+    assert "late_qat:enabled" in text
+    assert "step:5/8 val_loss:" in text and "step:8/8 val_loss:" in text
+    assert "swa_snapshots:0" not in text and "swa_snapshots:" in text
+    averaged = [line for line in runs["one"].lines if line.startswith("averaged ")]
+    assert len(averaged) == 1 and " val_bpb:" in averaged[0]
+    assert not any(line.startswith("averaged ") for line in runs["again"].lines)
+    stages = ["int6_roundtrip_exact", "int6_sliding_window_exact", "documents_exact"]
+    roundtrip, sliding, documents = (runs["one"].val_bpb(stage) for stage in stages)
+    assert sliding < roundtrip and documents < roundtrip
 
 
 def test_a_seed_is_an_artifact(runs):
-  """Validation on the way does not matter; the seed does."""
-  digests = {n: hashlib.sha256(runs[n].artifact).hexdigest() for n in RUNS}
-  assert digests["one"] == digests["again"] != digests["other_seed"]
-  sliding = {n: runs[n].val_bpb("int6_sliding_window_exact") for n in RUNS}
-  assert sliding["one"] == sliding["again"] != sliding["other_seed"]
+    """Validation on the way does not matter; the seed does."""
+    digests = {n: hashlib.sha256(runs[n].artifact).hexdigest() for n in RUNS}
+    assert digests["one"] == digests["again"] != digests["other_seed"]
+    sliding = {n: runs[n].val_bpb("int6_sliding_window_exact") for n in RUNS}
+    assert sliding["one"] == sliding["again"] != sliding["other_seed"]
 
 
 def test_ranks_do_not_change_the_score(runs):
-  """One artifact scored on one and two ranks, and by the run that made it."""
-  assert len({run.artifact for run in map(runs.get, ("one", "eval_1", "eval_2"))}) == 1
-  for a, b in itertools.combinations(map(runs.get, ("one", "eval_1", "eval_2")), 2):
-    for name in ("logp_model", "logp_final"):
-      gap = abs(a.arrays("scores.npz")[name] - b.arrays("scores.npz")[name]).max()
-      assert gap <= 1e-5, name
-    assert a.val_bpb() == pytest.approx(b.val_bpb(), abs=1e-6)
-    assert a.final("int6_sliding_window_exact") == b.final("int6_sliding_window_exact")
+    """One artifact scored on one and two ranks, and by the run that made it."""
+    assert len({run.artifact for run in map(runs.get, ("one", "eval_1", "eval_2"))}) == 1
+    for a, b in itertools.combinations(map(runs.get, ("one", "eval_1", "eval_2")), 2):
+        for name in ("logp_model", "logp_final"):
+            gap = abs(a.arrays("scores.npz")[name] - b.arrays("scores.npz")[name]).max()
+            assert gap <= 1e-5, name
+        assert a.val_bpb() == pytest.approx(b.val_bpb(), abs=1e-6)
+        assert a.final("int6_sliding_window_exact") == b.final("int6_sliding_window_exact")
 
 
 def test_training_on_two_ranks_is_the_same_training(runs):
-  """Sums in another order flip a few of the integers, no more."""
-  assert runs["two_ranks"].val_bpb() == pytest.approx(runs["one"].val_bpb(), rel=2e-3)
+    """Sums in another order flip a few of the integers, no more."""
+    assert runs["two_ranks"].val_bpb() == pytest.approx(runs["one"].val_bpb(), rel=2e-3)
 
 
 def test_finished_folder_is_refused(runs, dataset):
-  folder = runs["one"].folder
-  before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-  env = SHRUNK | dict(DATA_PATH=str(dataset), RUN_ID="one")
-  line = error_line(run_script(env, cwd=folder.parents[1]))
-  assert "OVERWRITE=1" in line and "one" in line
-  assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    folder = runs["one"].folder
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    env = SHRUNK | dict(DATA_PATH=str(dataset), RUN_ID="one")
+    line = error_line(run_script(env, cwd=folder.parents[1]))
+    assert "OVERWRITE=1" in line and "one" in line
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_overwrite_runs_again(dataset, tmp_path):
-  env = SHRUNK | dict(DATA_PATH=str(dataset), ITERATIONS="1")
-  first = run_here(tmp_path, "same", **env)
-  assert run_here(tmp_path, "same", **env, OVERWRITE="1", SEED="5").artifact != first.artifact
+    env = SHRUNK | dict(DATA_PATH=str(dataset), ITERATIONS="1")
+    first = run_here(tmp_path, "same", **env)
+    assert run_here(tmp_path, "same", **env, OVERWRITE="1", SEED="5").artifact != first.artifact
 
 
 # -----------------------------------------------------------------------------
 # Other texts
 
 TEXTS = {
-  "chinese": CHINESE,
-  "ten_scripts_and_emoji": SCRIPTS,
-  "source_code": SOURCE_CODE,
-  "crlf": "first line\r\nsecond line\r\n\r\n" * 60,
-  "shorter_than_a_window": "A text of a few words, no more.",
+    "chinese": CHINESE,
+    "ten_scripts_and_emoji": SCRIPTS,
+    "source_code": SOURCE_CODE,
+    "crlf": "first line\r\nsecond line\r\n\r\n" * 60,
+    "shorter_than_a_window": "A text of a few words, no more.",
 }
 SHORT = SHRUNK | dict(ITERATIONS="2", WARMUP_STEPS="0", TRAIN_BATCH_TOKENS="256")
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_main_job_on_other_texts(name, tmp_path, capsys):
-  (tmp_path / "in.txt").write_bytes(TEXTS[name].encode())
-  data = tmp_path / "set"
-  arguments = ["--input", str(tmp_path / "in.txt"), "--out", str(data), "--val-fraction", "0.3"]
-  assert prepare_text.main(arguments) == 0
-  run = run_here(tmp_path, "text", **SHORT | dict(SCORER="documents"), DATA_PATH=str(data))
-  check_scores(run, data)
-  assert TEXTS[name].encode().endswith(validation_text(data).encode())
+    (tmp_path / "in.txt").write_bytes(TEXTS[name].encode())
+    data = tmp_path / "set"
+    arguments = ["--input", str(tmp_path / "in.txt"), "--out", str(data), "--val-fraction", "0.3"]
+    assert prepare_text.main(arguments) == 0
+    run = run_here(tmp_path, "text", **SHORT | dict(SCORER="documents"), DATA_PATH=str(data))
+    check_scores(run, data)
+    assert TEXTS[name].encode().endswith(validation_text(data).encode())
 
 
 def validation_text(data):
-  (source,) = data.glob("*_val.jsonl")
-  lines = source.read_text(encoding="utf-8").split("\n")
-  return "".join(json.loads(line)["text"] for line in lines if line)
+    (source,) = data.glob("*_val.jsonl")
+    lines = source.read_text(encoding="utf-8").split("\n")
+    return "".join(json.loads(line)["text"] for line in lines if line)
 
 
 def test_random_tokens_cost_ten_bits(vocab_1024, tmp_path):
-  """No distribution is short on uniform tokens; the bound is the expected least code length
-  minus four standard errors. Caches that add up to more than one go far below."""
-  data = tmp_path / "noise"
-  data.mkdir()
-  (data / "tokenizer.model").write_bytes(vocab_1024.read_bytes())
-  write_shard(data / "noise_train_000000.bin", random_stream(20_000, 1024, seed=1))
-  tokens = np.random.default_rng(2).integers(1, 1024, 20_001)  # BOS among them: documents
-  tokens[0] = train_gpt.BOS
-  stream = write_shard(data / "noise_val_000000.bin", tokens)
-  env = SHORT | dict(SCORER="documents", ITERATIONS="8")
-  run = run_here(tmp_path, "noise", **env, DATA_PATH=str(data))
-  columns = run.arrays("scores.npz")
-  assert len(columns["token"]) == len(train_gpt.read_shard(stream, 1024)) - 1
-  for name in ("logp_model", "logp_final"):
-    bits = -columns[name] / math.log(2)
-    assert bits.mean() > math.log2(1023) - 4 * bits.std() / math.sqrt(len(bits)), name
+    """No distribution is short on uniform tokens; the bound is the expected least code length
+    minus four standard errors. Caches that add up to more than one go far below."""
+    data = tmp_path / "noise"
+    data.mkdir()
+    (data / "tokenizer.model").write_bytes(vocab_1024.read_bytes())
+    write_shard(data / "noise_train_000000.bin", random_stream(20_000, 1024, seed=1))
+    tokens = np.random.default_rng(2).integers(1, 1024, 20_001)  # BOS among them: documents
+    tokens[0] = train_gpt.BOS
+    stream = write_shard(data / "noise_val_000000.bin", tokens)
+    env = SHORT | dict(SCORER="documents", ITERATIONS="8")
+    run = run_here(tmp_path, "noise", **env, DATA_PATH=str(data))
+    columns = run.arrays("scores.npz")
+    assert len(columns["token"]) == len(train_gpt.read_shard(stream, 1024)) - 1
+    for name in ("logp_model", "logp_final"):
+        bits = -columns[name] / math.log(2)
+        assert bits.mean() > math.log2(1023) - 4 * bits.std() / math.sqrt(len(bits)), name

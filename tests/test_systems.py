@@ -13,47 +13,47 @@ Config = train_gpt.Config
 
 
 def system(name, **variables):
-  """The configuration of a RECORD, with the published vocabulary."""
-  known = dict(DEVICE="cpu", VOCAB_SIZE="1024", RECORD=name)
-  return Config.from_env(known | variables)
+    """The configuration of a RECORD, with the published vocabulary."""
+    known = dict(DEVICE="cpu", VOCAB_SIZE="1024", RECORD=name)
+    return Config.from_env(known | variables)
 
 
 # -----------------------------------------------------------------------------
 # Sizes
 
 PARAMETERS = {  # of the published logs (systems.md, 1.0 and 1.2)
-  "pr864": 26_744_007,
-  "pr810": 25_254_992,
-  "pr1026": 26_928_220,
-  "pr993": 26_993_756,
-  "pr808": 26_993_756,
+    "pr864": 26_744_007,
+    "pr810": 25_254_992,
+    "pr1026": 26_928_220,
+    "pr993": 26_993_756,
+    "pr808": 26_993_756,
 }
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_the_published_ones(name):
-  assert train_gpt.count_parameters(system(name)) == PARAMETERS[name]
+    assert train_gpt.count_parameters(system(name)) == PARAMETERS[name]
 
 
 def test_polyglu_adds_a_slope_a_neuron():
-  more = train_gpt.count_parameters(system("pr1026", POLYGLU_ENABLED="1"))
-  assert more - PARAMETERS["pr1026"] == 16_896
+    more = train_gpt.count_parameters(system("pr1026", POLYGLU_ENABLED="1"))
+    assert more - PARAMETERS["pr1026"] == 16_896
 
 
 @pytest.mark.parametrize(
-  ("name", "published", "wider", "values"),
-  [
-    ("pr810", 25_993_024, "smear", 512),
-    ("pr864", 27_627_290, "bigram_scale", 1),
-  ],
+    ("name", "published", "wider", "values"),
+    [
+        ("pr810", 25_993_024, "smear", 512),
+        ("pr864", 27_627_290, "bigram_scale", 1),
+    ],
 )
 def test_payload_before_compression(name, published, wider, values):
-  """Theirs, but for one parameter that they store in fp16, ours as fp32 like the other gains."""
-  specs = train_gpt.parameter_specs(system(name))
-  assert train_gpt.payload_type(specs).itemsize == published + 2 * values
-  assert specs[wider].coding == "fp32" and math.prod(specs[wider].shape) == values
-  half = specs | {wider: specs[wider]._replace(coding="fp16")}
-  assert train_gpt.payload_type(half).itemsize == published
+    """Theirs, but for one parameter that they store in fp16, ours as fp32 like the other gains."""
+    specs = train_gpt.parameter_specs(system(name))
+    assert train_gpt.payload_type(specs).itemsize == published + 2 * values
+    assert specs[wider].coding == "fp32" and math.prod(specs[wider].shape) == values
+    half = specs | {wider: specs[wider]._replace(coding="fp16")}
+    assert train_gpt.payload_type(half).itemsize == published
 
 
 # -----------------------------------------------------------------------------
@@ -119,15 +119,15 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_are_the_published_ones(name):
-  cfg, wanted = system(name), COMMON | SETTINGS[name] | dict(ngram_scheme=name)
-  assert {field: getattr(cfg, field) for field in wanted} == wanted
-  assert cfg.target_mb == (15.149 if name == "pr993" else 0)
+    cfg, wanted = system(name), COMMON | SETTINGS[name] | dict(ngram_scheme=name)
+    assert {field: getattr(cfg, field) for field in wanted} == wanted
+    assert cfg.target_mb == (15.149 if name == "pr993" else 0)
 
 
 def test_rotation_of_pr810_is_not_stretched():
-  cos, sin = train_gpt.rotary(system("pr810"), torch.arange(2))
-  assert cos.shape == (2, 32)
-  assert math.atan2(sin[1, 16], cos[1, 16]) ** -2 == pytest.approx(10_000, rel=1e-4)
+    cos, sin = train_gpt.rotary(system("pr810"), torch.arange(2))
+    assert cos.shape == (2, 32)
+    assert math.atan2(sin[1, 16], cos[1, 16]) ** -2 == pytest.approx(10_000, rel=1e-4)
 
 
 BLOCK = {"q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weights", "smear"}
@@ -146,17 +146,19 @@ GROUPS["polyglu"] = (*GROUPS["pr1026"][:3], {"routing_alpha"})
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_optimizer_groups_are_the_published_ones(name):
-  cfg = system("pr1026", POLYGLU_ENABLED="1") if name == "polyglu" else system(name)
-  groups = train_gpt.optimizer_groups(cfg)
-  rates = dict(muon=(0.025, 0.04), embed=(0.035, 0.04), scalar=(0.025, 0.04), routing=(0.025, 0.0))
-  wanted = dict(zip(rates, GROUPS[name], strict=True))
-  wanted["muon"] = wanted["muon"] | set(train_gpt.BANKS)
-  assert {group: set(members) for group, (members, *_) in groups.items()} == {
-    group: members for group, members in wanted.items() if members
-  }
-  assert {group: tuple(rest) for group, (_, *rest) in groups.items()} == {
-    group: rates[group] for group in groups
-  }
+    cfg = system("pr1026", POLYGLU_ENABLED="1") if name == "polyglu" else system(name)
+    groups = train_gpt.optimizer_groups(cfg)
+    rates = dict(
+        muon=(0.025, 0.04), embed=(0.035, 0.04), scalar=(0.025, 0.04), routing=(0.025, 0.0)
+    )
+    wanted = dict(zip(rates, GROUPS[name], strict=True))
+    wanted["muon"] = wanted["muon"] | set(train_gpt.BANKS)
+    assert {group: set(members) for group, (members, *_) in groups.items()} == {
+        group: members for group, members in wanted.items() if members
+    }
+    assert {group: tuple(rest) for group, (_, *rest) in groups.items()} == {
+        group: rates[group] for group in groups
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -188,26 +190,26 @@ COMMANDS = {  # RECORD -> command, what it changes of the RECORD
 
 
 def pasted(command):
-  return dict(pair.split("=", 1) for pair in command.split())
+    return dict(pair.split("=", 1) for pair in command.split())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command_pasted_with_record_is_the_record(name):
-  command, changes = COMMANDS[name]
-  known = dict(DEVICE="cpu", RECORD=name)
-  alone, cfg = Config.from_env(known), Config.from_env(known | pasted(command))
-  assert cfg == replace(alone, **changes)
-  different = {f.name for f in fields(cfg) if f.compare and getattr(cfg, f.name) != f.default}
-  assert len(different) > 10  # so the comparison says something
+    command, changes = COMMANDS[name]
+    known = dict(DEVICE="cpu", RECORD=name)
+    alone, cfg = Config.from_env(known), Config.from_env(known | pasted(command))
+    assert cfg == replace(alone, **changes)
+    different = {f.name for f in fields(cfg) if f.compare and getattr(cfg, f.name) != f.default}
+    assert len(different) > 10  # so the comparison says something
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command_pasted_alone_resolves(name):
-  command, _ = COMMANDS[name]
-  cfg, variables = Config.from_env(dict(DEVICE="cpu") | pasted(command)), pasted(command)
-  for variable in variables.keys() & train_gpt.VARIABLES.keys():
-    assert getattr(cfg, variable.lower()) == train_gpt.parse(variable, variables[variable])
-    assert cfg.origin[variable] == "env"
+    command, _ = COMMANDS[name]
+    cfg, variables = Config.from_env(dict(DEVICE="cpu") | pasted(command)), pasted(command)
+    for variable in variables.keys() & train_gpt.VARIABLES.keys():
+        assert getattr(cfg, variable.lower()) == train_gpt.parse(variable, variables[variable])
+        assert cfg.origin[variable] == "env"
 
 
 # -----------------------------------------------------------------------------
@@ -220,120 +222,120 @@ PR810_ORDERS = {  # order -> entropy centre, weight (systems.md, 4.4.2)
 
 
 def sigmoid(z):
-  return 1 / (1 + math.exp(-z))
+    return 1 / (1 + math.exp(-z))
 
 
 def published_alpha(name, order, entropy, confidence):
-  """The weight of the counts, by the text of each pull request; at most 0.95."""
-  if name == "pr864":
-    centre = 3.0 - 0.25 * (order - 2)
-    alpha = 0.05 + 0.55 * sigmoid(2 * (entropy - centre))
-    alpha *= {2: 0.3, 3: 0.3, 4: 0.97}.get(order, 2.0)
-  elif name == "pr810":
-    centre, weight = PR810_ORDERS[order]
-    alpha = (0.20 + 0.55 * sigmoid(2 * (entropy - centre))) * weight * (0.5 + confidence)
-  elif name == "pr1026":
-    alpha = 0.5 * min(max(entropy / 2.5, 0.1), 2.0)
-  else:
-    alpha = 0.05 + 0.55 * sigmoid(2 * (entropy - 4.0))
-  return min(alpha, 0.95)
+    """The weight of the counts, by the text of each pull request; at most 0.95."""
+    if name == "pr864":
+        centre = 3.0 - 0.25 * (order - 2)
+        alpha = 0.05 + 0.55 * sigmoid(2 * (entropy - centre))
+        alpha *= {2: 0.3, 3: 0.3, 4: 0.97}.get(order, 2.0)
+    elif name == "pr810":
+        centre, weight = PR810_ORDERS[order]
+        alpha = (0.20 + 0.55 * sigmoid(2 * (entropy - centre))) * weight * (0.5 + confidence)
+    elif name == "pr1026":
+        alpha = 0.5 * min(max(entropy / 2.5, 0.1), 2.0)
+    else:
+        alpha = 0.05 + 0.55 * sigmoid(2 * (entropy - 4.0))
+    return min(alpha, 0.95)
 
 
 def random_scores(size, vocab_size, seed):
-  """-> distributions (size, V) of varying entropy, the same in Scores of any targets, changes"""
-  rng = np.random.default_rng(seed)
-  sharpness = rng.choice([0.05, 0.5, 5.0], (size, 1))
-  rows = rng.gamma(np.broadcast_to(sharpness, (size, vocab_size))) + 1e-12
-  rows /= rows.sum(1, keepdims=True)
-  return rows, rng.gamma(2.0, 2.0, size)
+    """-> distributions (size, V) of varying entropy, the same in Scores of any targets, changes"""
+    rng = np.random.default_rng(seed)
+    sharpness = rng.choice([0.05, 0.5, 5.0], (size, 1))
+    rows = rng.gamma(np.broadcast_to(sharpness, (size, vocab_size))) + 1e-12
+    rows /= rows.sum(1, keepdims=True)
+    return rows, rng.gamma(2.0, 2.0, size)
 
 
 def scores_of(rows, tokens, change):
-  entropy = -(rows * np.log(rows)).sum(1)
-  chosen = rows[np.arange(len(rows)), tokens[1:]]
-  return train_gpt.Scores(np.log(chosen), entropy, change)
+    entropy = -(rows * np.log(rows)).sum(1)
+    chosen = rows[np.arange(len(rows)), tokens[1:]]
+    return train_gpt.Scores(np.log(chosen), entropy, change)
 
 
 def cascade_config(name):
-  """The cascade of a RECORD, and nothing else of it, as changes to a tiny configuration."""
-  names = [f.name for f in fields(Config) if f.name.startswith("ngram_")]
-  cfg = system(name)
-  return {n: getattr(cfg, n) for n in names} | dict(ngram_mixer="cascade", ngram_scheme="")
+    """The cascade of a RECORD, and nothing else of it, as changes to a tiny configuration."""
+    names = [f.name for f in fields(Config) if f.name.startswith("ngram_")]
+    cfg = system(name)
+    return {n: getattr(cfg, n) for n in names} | dict(ngram_mixer="cascade", ngram_scheme="")
 
 
 def repetitive(size, vocab_size, seed):
-  rng = np.random.default_rng(seed)
-  tokens = np.tile(rng.integers(0, vocab_size, size // 4), 5)[: size + 1]
-  noise = rng.random(size + 1) < 0.05
-  tokens[noise] = rng.integers(0, vocab_size, noise.sum())
-  return tokens
+    rng = np.random.default_rng(seed)
+    tokens = np.tile(rng.integers(0, vocab_size, size // 4), 5)[: size + 1]
+    noise = rng.random(size + 1) < 0.05
+    tokens[noise] = rng.integers(0, vocab_size, noise.sum())
+    return tokens
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_cascade_is_the_published_formula(name):
-  size, vocab_size = 400, 12
-  tokens = repetitive(size, vocab_size, seed=1)
-  rows, change = random_scores(size, vocab_size, seed=2)
-  scores = scores_of(rows, tokens, change if name == "pr810" else None)
-  final, stages = mixed(tokens, scores, **cascade_config(name), vocab_size=12)
-  assert stages["ngram_backoff"]["log_prob"].tobytes() == final.tobytes()
-  cfg, table, used = system(name), oracle(tokens, 11)[:, :, 1:], set()
-  for t in range(size):
-    usable = range(2, cfg.ngram_max_order + 1)
-    usable = [k for k in usable if table[k - 1, 0, t] >= (1 if name == "pr1026" else 2)]
-    p, order = math.exp(scores.log_prob[t]), max(usable, default=0)
-    if order:
-      confidence = change[t] / change[: t + 1].max()
-      alpha = published_alpha(name, order, scores.entropy[t], confidence)
-      p = (1 - alpha) * p + alpha * table[order - 1, 1, t] / table[order - 1, 0, t]
-    assert math.exp(final[t]) == pytest.approx(p, rel=1e-9)
-    used.add(order)
-  assert {0, 2, cfg.ngram_max_order} <= used
+    size, vocab_size = 400, 12
+    tokens = repetitive(size, vocab_size, seed=1)
+    rows, change = random_scores(size, vocab_size, seed=2)
+    scores = scores_of(rows, tokens, change if name == "pr810" else None)
+    final, stages = mixed(tokens, scores, **cascade_config(name), vocab_size=12)
+    assert stages["ngram_backoff"]["log_prob"].tobytes() == final.tobytes()
+    cfg, table, used = system(name), oracle(tokens, 11)[:, :, 1:], set()
+    for t in range(size):
+        usable = range(2, cfg.ngram_max_order + 1)
+        usable = [k for k in usable if table[k - 1, 0, t] >= (1 if name == "pr1026" else 2)]
+        p, order = math.exp(scores.log_prob[t]), max(usable, default=0)
+        if order:
+            confidence = change[t] / change[: t + 1].max()
+            alpha = published_alpha(name, order, scores.entropy[t], confidence)
+            p = (1 - alpha) * p + alpha * table[order - 1, 1, t] / table[order - 1, 0, t]
+        assert math.exp(final[t]) == pytest.approx(p, rel=1e-9)
+        used.add(order)
+    assert {0, 2, cfg.ngram_max_order} <= used
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_cascade_s_probabilities_add_up_to_one(name):
-  """Each token of the vocabulary is the last target in turn, and scored."""
-  vocab_size, changes = 9, cascade_config(name)
-  for place in (1, 2, 40, 117, 160):
-    tokens = repetitive(160, vocab_size, seed=place)[: place + 1]
-    rows, change = random_scores(place, vocab_size, seed=place)
-    total = 0.0
-    for token in range(vocab_size):
-      tokens[-1] = token
-      scores = scores_of(rows, tokens, change if name == "pr810" else None)
-      final, _ = mixed(tokens, scores, **changes, vocab_size=vocab_size)
-      total += math.exp(final[-1])
-    assert total == pytest.approx(1, abs=1e-9)
+    """Each token of the vocabulary is the last target in turn, and scored."""
+    vocab_size, changes = 9, cascade_config(name)
+    for place in (1, 2, 40, 117, 160):
+        tokens = repetitive(160, vocab_size, seed=place)[: place + 1]
+        rows, change = random_scores(place, vocab_size, seed=place)
+        total = 0.0
+        for token in range(vocab_size):
+            tokens[-1] = token
+            scores = scores_of(rows, tokens, change if name == "pr810" else None)
+            final, _ = mixed(tokens, scores, **changes, vocab_size=vocab_size)
+            total += math.exp(final[-1])
+        assert total == pytest.approx(1, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_random_tokens_cost_ten_bits_under_every_cascade(name):
-  """Whose formulas as written report 1.25 to 9.71 (systems.md, 7.2)."""
-  size = 40_000
-  tokens = np.random.default_rng(3).integers(0, 1024, size + 1)
-  scores = uniform(size, 1024)._replace(pe_delta=np.random.default_rng(4).gamma(2, 2, size))
-  final, _ = mixed(tokens, scores, **cascade_config(name), vocab_size=1024)
-  error = final.std() / math.log(2) / math.sqrt(size)
-  assert bits(final) >= 10 - 4 * error and bits(final) != 10
+    """Whose formulas as written report 1.25 to 9.71 (systems.md, 7.2)."""
+    size = 40_000
+    tokens = np.random.default_rng(3).integers(0, 1024, size + 1)
+    scores = uniform(size, 1024)._replace(pe_delta=np.random.default_rng(4).gamma(2, 2, size))
+    final, _ = mixed(tokens, scores, **cascade_config(name), vocab_size=1024)
+    error = final.std() / math.log(2) / math.sqrt(size)
+    assert bits(final) >= 10 - 4 * error and bits(final) != 10
 
 
 # -----------------------------------------------------------------------------
 # Each from end to end, small
 
 SMALL = SHRUNK | dict(
-  MAX_WALLCLOCK_SECONDS="0",
-  WARMUP_STEPS="0",
-  NUM_LAYERS="4",
-  NUM_HEADS="4",
-  NUM_KV_HEADS="2",
-  BIGRAM_DIM="16",
-  VE_DIM="16",
-  VAL_LOSS_EVERY="8",
-  NGRAM_SCHEME="",
-  NGRAM_MIXER="cascade",
-  SAVE_SCORES="1",
-  SCORER="sliding",
+    MAX_WALLCLOCK_SECONDS="0",
+    WARMUP_STEPS="0",
+    NUM_LAYERS="4",
+    NUM_HEADS="4",
+    NUM_KV_HEADS="2",
+    BIGRAM_DIM="16",
+    VE_DIM="16",
+    VAL_LOSS_EVERY="8",
+    NGRAM_SCHEME="",
+    NGRAM_MIXER="cascade",
+    SAVE_SCORES="1",
+    SCORER="sliding",
 )
 SYSTEMS = {  # RECORD -> its own switches at this size
   "pr864": dict(),
@@ -350,35 +352,37 @@ SYSTEMS = {  # RECORD -> its own switches at this size
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.usefixtures("no_picture")
 def test_system_from_end_to_end(name, dataset, tmp_path):
-  env = SMALL | SYSTEMS[name] | dict(RECORD=name, DATA_PATH=str(dataset))
-  run = run_here(tmp_path, name, **env)
-  keys = [row["key"] for row in run.metrics()]
-  assert ("late_qat:enabled" in keys) == (name != "pr810")
-  assert ("prune" in keys) == (name == "pr993")
-  assert ("final_ttt_exact" in keys) == (name == "pr808")
-  assert keys.count("averaged") == 1 and float(run.final("ngram_exact")["mass_error"]) < 1e-9
-  assert run.val_bpb() == run.val_bpb("ngram_backoff_exact")
-  model, columns = train_gpt.load_artifact(run.folder / "artifact.bin"), run.arrays("scores.npz")
-  assert model.cfg.depth_recurrence == ((1, 2) if name == "pr808" else ())
-  assert ("routing_alpha" in dict(model.named_parameters())) == (name == "pr1026")
-  assert ("pe_delta" in columns) == (name == "pr810")
-  tokens = np.append(train_gpt.BOS, columns["token"])
-  scores = train_gpt.Scores(*(columns.get(c) for c in ("logp_model", "entropy", "pe_delta")))
-  final, _ = mixed(tokens, scores, **cascade_config(name), vocab_size=512)
-  assert final.tobytes() == columns["logp_final"].tobytes()
+    env = SMALL | SYSTEMS[name] | dict(RECORD=name, DATA_PATH=str(dataset))
+    run = run_here(tmp_path, name, **env)
+    keys = [row["key"] for row in run.metrics()]
+    assert ("late_qat:enabled" in keys) == (name != "pr810")
+    assert ("prune" in keys) == (name == "pr993")
+    assert ("final_ttt_exact" in keys) == (name == "pr808")
+    assert keys.count("averaged") == 1 and float(run.final("ngram_exact")["mass_error"]) < 1e-9
+    assert run.val_bpb() == run.val_bpb("ngram_backoff_exact")
+    model, columns = train_gpt.load_artifact(run.folder / "artifact.bin"), run.arrays("scores.npz")
+    assert model.cfg.depth_recurrence == ((1, 2) if name == "pr808" else ())
+    assert ("routing_alpha" in dict(model.named_parameters())) == (name == "pr1026")
+    assert ("pe_delta" in columns) == (name == "pr810")
+    tokens = np.append(train_gpt.BOS, columns["token"])
+    scores = train_gpt.Scores(*(columns.get(c) for c in ("logp_model", "entropy", "pe_delta")))
+    final, _ = mixed(tokens, scores, **cascade_config(name), vocab_size=512)
+    assert final.tobytes() == columns["logp_final"].tobytes()
 
 
 @pytest.mark.slow
 def test_own_configuration_fits_the_cap_with_the_floor_alone():
-  """26,993,756 Gaussian weights of the spread that #993's log implies (its share of +-1)."""
-  sizes = {}
-  for floor in ("1", "0"):
-    cfg = Config.from_env(dict(RECORD="own", DEVICE="cpu", VOCAB_SIZE="1024", QUANT_FLOOR=floor))
-    torch.manual_seed(0)
-    weights = {
-      name: torch.randn(spec.shape) * {"muon": 0.16, "embed": 0.1}.get(spec.group, 0.3)
-      for name, spec in train_gpt.parameter_specs(cfg).items()
-    }
-    sizes[floor] = len(train_gpt.pack_artifact(weights, cfg)) + SCRIPT.stat().st_size
-  print(sizes)
-  assert sizes["1"] < train_gpt.CAP_BYTES < sizes["0"]
+    """26,993,756 Gaussian weights of the spread that #993's log implies (its share of +-1)."""
+    sizes = {}
+    for floor in ("1", "0"):
+        cfg = Config.from_env(
+            dict(RECORD="own", DEVICE="cpu", VOCAB_SIZE="1024", QUANT_FLOOR=floor)
+        )
+        torch.manual_seed(0)
+        weights = {
+            name: torch.randn(spec.shape) * {"muon": 0.16, "embed": 0.1}.get(spec.group, 0.3)
+            for name, spec in train_gpt.parameter_specs(cfg).items()
+        }
+        sizes[floor] = len(train_gpt.pack_artifact(weights, cfg)) + SCRIPT.stat().st_size
+    print(sizes)
+    assert sizes["1"] < train_gpt.CAP_BYTES < sizes["0"]

@@ -30,13 +30,13 @@ import speed
 import torch
 from attention import attention
 from common import (
-  RANKS,
-  VOCAB_SIZE,
-  Job,
-  Options,
-  Skip,
-  record_names,
-  synthetic_stream,
+    RANKS,
+    VOCAB_SIZE,
+    Job,
+    Options,
+    Skip,
+    record_names,
+    synthetic_stream,
 )
 from documents import documents
 from helpers import write_shard
@@ -48,35 +48,35 @@ LANES = 4  # parts that prepare at the same time, at most
 
 
 class Part(NamedTuple):
-  """A generator function: it prepares, yields once if it wants the device alone, measures."""
+    """A generator function: it prepares, yields once if it wants the device alone, measures."""
 
-  function: Callable
-  box: int  # seconds for each of the two
-  memory: int  # GB of the device, at most
+    function: Callable
+    box: int  # seconds for each of the two
+    memory: int  # GB of the device, at most
 
 
 def all_parts():
-  """Name -> Part, in the order in which they run."""
-  steps = [
-    (f"step:{name}", Part(functools.partial(speed.steps, record=name), 150, 32))
-    for name in record_names()
-  ]
-  return dict(
-    [
-      ("parity", Part(checks.parity, 60, 3)),
-      ("recompile", Part(checks.recompile, 120, 3)),
-      ("scoring", Part(speed.scoring, 120, 10)),
-      ("documents", Part(documents, 120, 12)),
-      *steps[:2],
-      ("resume", Part(checks.resume, 60, 3)),
-      ("pack", Part(speed.pack, 90, 2)),
-      *steps[2:3],
-      ("counts", Part(speed.counts, 240, 12)),
-      ("attention", Part(attention, 90, 6)),
-      ("script", Part(speed.script, 150, 6)),
-      *steps[3:],
+    """Name -> Part, in the order in which they run."""
+    steps = [
+        (f"step:{name}", Part(functools.partial(speed.steps, record=name), 150, 32))
+        for name in record_names()
     ]
-  )
+    return dict(
+        [
+            ("parity", Part(checks.parity, 60, 3)),
+            ("recompile", Part(checks.recompile, 120, 3)),
+            ("scoring", Part(speed.scoring, 120, 10)),
+            ("documents", Part(documents, 120, 12)),
+            *steps[:2],
+            ("resume", Part(checks.resume, 60, 3)),
+            ("pack", Part(speed.pack, 90, 2)),
+            *steps[2:3],
+            ("counts", Part(speed.counts, 240, 12)),
+            ("attention", Part(attention, 90, 6)),
+            ("script", Part(speed.script, 150, 6)),
+            *steps[3:],
+        ]
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -84,42 +84,42 @@ def all_parts():
 
 
 def work(name, options, pipe):
-  """Run one part; its rows, its wish for the device and its end go through the pipe."""
-  part, said = all_parts()[name], io.StringIO()
-  job = Job(name.partition(":")[0], options, lambda row: pipe.send(("row", row)), part.box)
-  warnings.filterwarnings("ignore", message=".*TensorFloat32.*")
-  try:
-    with contextlib.redirect_stdout(said):
-      set_up(job)
-      for _ in part.function(job):
-        give_memory_back(job)
-        pipe.send(("ready", None))
-        pipe.recv()
-  except Skip as reason:
-    job.row(name.partition(":")[2] or name, str(reason), "SKIP")
-  except Exception as error:
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-    trace = traceback.format_exc() + said.getvalue()[-2000:]
-    job.row(name.partition(":")[2] or name, text, "FAIL", traceback=trace)
-  pipe.send(("end", None))
+    """Run one part; its rows, its wish for the device and its end go through the pipe."""
+    part, said = all_parts()[name], io.StringIO()
+    job = Job(name.partition(":")[0], options, lambda row: pipe.send(("row", row)), part.box)
+    warnings.filterwarnings("ignore", message=".*TensorFloat32.*")
+    try:
+        with contextlib.redirect_stdout(said):
+            set_up(job)
+            for _ in part.function(job):
+                give_memory_back(job)
+                pipe.send(("ready", None))
+                pipe.recv()
+    except Skip as reason:
+        job.row(name.partition(":")[2] or name, str(reason), "SKIP")
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+        trace = traceback.format_exc() + said.getvalue()[-2000:]
+        job.row(name.partition(":")[2] or name, text, "FAIL", traceback=trace)
+    pipe.send(("end", None))
 
 
 def set_up(job):
-  """What Runtime.start does, without a run folder."""
-  torch.manual_seed(0)
-  if job.cuda:
-    torch.cuda.set_device(0)
-    if job.part not in ("parity", "attention"):  # whose fp32 is a reference
-      torch.set_float32_matmul_precision("high")
-  else:
-    torch.set_num_threads(1)
+    """What Runtime.start does, without a run folder."""
+    torch.manual_seed(0)
+    if job.cuda:
+        torch.cuda.set_device(0)
+        if job.part not in ("parity", "attention"):  # whose fp32 is a reference
+            torch.set_float32_matmul_precision("high")
+    else:
+        torch.set_num_threads(1)
 
 
 def give_memory_back(job):
-  if job.cuda:
-    torch.cuda.synchronize()
-    gc.collect()
-    torch.cuda.empty_cache()
+    if job.cuda:
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 # -----------------------------------------------------------------------------
@@ -127,141 +127,141 @@ def give_memory_back(job):
 
 
 class Table:
-  """Rows, printed as they come and kept in a JSON file."""
+    """Rows, printed as they come and kept in a JSON file."""
 
-  def __init__(self, path, machine):
-    self.path, self.machine, self.rows, self.began = path, machine, [], time.monotonic()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{'s':>4}  {'part':<10} {'item':<26} {'':<5} result", flush=True)
+    def __init__(self, path, machine):
+        self.path, self.machine, self.rows, self.began = path, machine, [], time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{'s':>4}  {'part':<10} {'item':<26} {'':<5} result", flush=True)
 
-  def add(self, row):
-    row = dict(row, at=round(time.monotonic() - self.began, 1))
-    self.rows.append(row)
-    place = f"{row['at']:>4.0f}  {row['part']:<10} {row['item']:<26} {row['status']:<5}"
-    print(place, row["text"], flush=True)
-    text = json.dumps(dict(machine=self.machine, rows=self.rows), indent=1, default=str)
-    partial = self.path.with_name(f".{self.path.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, self.path)
+    def add(self, row):
+        row = dict(row, at=round(time.monotonic() - self.began, 1))
+        self.rows.append(row)
+        place = f"{row['at']:>4.0f}  {row['part']:<10} {row['item']:<26} {row['status']:<5}"
+        print(place, row["text"], flush=True)
+        text = json.dumps(dict(machine=self.machine, rows=self.rows), indent=1, default=str)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
 
-  def note(self, name, status, text):
-    part, _, item = name.partition(":")
-    self.add(dict(part=part, item=item or part, status=status, text=text, values={}))
+    def note(self, name, status, text):
+        part, _, item = name.partition(":")
+        self.add(dict(part=part, item=item or part, status=status, text=text, values={}))
 
-  def value(self, part, key, **wanted):
-    """A value of the first row of a part that has it and these others, None without one."""
-    for row in self.rows:
-      values = dict(row["values"], item=row["item"])
-      if row["part"] == part and key in values and wanted.items() <= values.items():
-        return values[key]
-    return None
+    def value(self, part, key, **wanted):
+        """A value of the first row of a part that has it and these others, None without one."""
+        for row in self.rows:
+            values = dict(row["values"], item=row["item"])
+            if row["part"] == part and key in values and wanted.items() <= values.items():
+                return values[key]
+        return None
 
-  def count(self, status):
-    return sum(row["status"] == status for row in self.rows)
+    def count(self, status):
+        return sum(row["status"] == status for row in self.rows)
 
 
 class Worker:
-  """A part in its process, seen from the parent."""
+    """A part in its process, seen from the parent."""
 
-  def __init__(self, name, options, table, start):
-    context = multiprocessing.get_context(start)
-    self.name, self.table, self.overall = name, table, options.deadline
-    self.pipe, theirs = context.Pipe()
-    self.process = context.Process(target=work, args=(name, options, theirs))
-    self.process.start()
-    theirs.close()  # so that a dead process is an end of file
-    self.open_box()
+    def __init__(self, name, options, table, start):
+        context = multiprocessing.get_context(start)
+        self.name, self.table, self.overall = name, table, options.deadline
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(name, options, theirs))
+        self.process.start()
+        theirs.close()  # so that a dead process is an end of file
+        self.open_box()
 
-  def open_box(self):
-    self.box = all_parts()[self.name].box
-    self.deadline = min(time.monotonic() + self.box, self.overall)
+    def open_box(self):
+        self.box = all_parts()[self.name].box
+        self.deadline = min(time.monotonic() + self.box, self.overall)
 
-  def listen(self, go=False):
-    """Give the device or not, pass rows on -> whether the part now waits for the device."""
-    try:
-      if go:
-        self.pipe.send("go")
-      while self.pipe.poll(max(0.0, self.deadline - time.monotonic())):
-        kind, row = self.pipe.recv()
-        if kind != "row":
-          return kind == "ready" or self.stop()
-        self.table.add(row)
-      self.stop("SKIP" if self.deadline == self.overall else "FAIL", "time is over")
-    except (EOFError, OSError):
-      self.process.join(5)
-      self.stop("FAIL", f"its process died, exit code {self.process.exitcode}")
-    return False
+    def listen(self, go=False):
+        """Give the device or not, pass rows on -> whether the part now waits for the device."""
+        try:
+            if go:
+                self.pipe.send("go")
+            while self.pipe.poll(max(0.0, self.deadline - time.monotonic())):
+                kind, row = self.pipe.recv()
+                if kind != "row":
+                    return kind == "ready" or self.stop()
+                self.table.add(row)
+            self.stop("SKIP" if self.deadline == self.overall else "FAIL", "time is over")
+        except (EOFError, OSError):
+            self.process.join(5)
+            self.stop("FAIL", f"its process died, exit code {self.process.exitcode}")
+        return False
 
-  def stop(self, status="", why=""):
-    """End the process; with a status, say why it had to."""
-    if status:
-      which = "limit" if status == "SKIP" else f"{self.box} s box"
-      self.table.note(self.name, status, f"{why} ({which})")
-      self.process.kill()
-    self.process.join(30)
-    self.pipe.close()
+    def stop(self, status="", why=""):
+        """End the process; with a status, say why it had to."""
+        if status:
+            which = "limit" if status == "SKIP" else f"{self.box} s box"
+            self.table.note(self.name, status, f"{why} ({which})")
+            self.process.kill()
+        self.process.join(30)
+        self.pipe.close()
 
-  def measure(self):
-    """The device is this part's alone."""
-    self.open_box()
-    while self.listen(go=True):
-      pass
+    def measure(self):
+        """The device is this part's alone."""
+        self.open_box()
+        while self.listen(go=True):
+            pass
 
 
 def groups(names, memory):
-  """Split names, in order, into lists of parts that may prepare together."""
-  parts, group = all_parts(), []
-  for name in names:
-    together = sum(parts[n].memory for n in [*group, name])
-    if group and (together > memory or len(group) == LANES):
-      yield group
-      group = []
-    group.append(name)
-  if group:
-    yield group
+    """Split names, in order, into lists of parts that may prepare together."""
+    parts, group = all_parts(), []
+    for name in names:
+        together = sum(parts[n].memory for n in [*group, name])
+        if group and (together > memory or len(group) == LANES):
+            yield group
+            group = []
+        group.append(name)
+    if group:
+        yield group
 
 
 def run_parts(names, options, table, memory):
-  cores = len(os.sched_getaffinity(0))
-  os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(2, cores // LANES)))
-  start = "spawn" if options.device == "cuda" else "fork"  # CUDA does not survive a fork
-  for group in groups(names, memory):
-    if time.monotonic() > options.deadline - 15:
-      for name in group:
-        table.note(name, "SKIP", f"no time left; run --parts {name}")
-      continue
-    workers = [Worker(name, options, table, start) for name in group]
-    for worker in [worker for worker in workers if worker.listen()]:
-      worker.measure()
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(2, cores // LANES)))
+    start = "spawn" if options.device == "cuda" else "fork"  # CUDA does not survive a fork
+    for group in groups(names, memory):
+        if time.monotonic() > options.deadline - 15:
+            for name in group:
+                table.note(name, "SKIP", f"no time left; run --parts {name}")
+            continue
+        workers = [Worker(name, options, table, start) for name in group]
+        for worker in [worker for worker in workers if worker.listen()]:
+            worker.measure()
 
 
 def projection(table, peak):
-  """Rows of what 8 GPUs would need for each measured RECORD, communication left out."""
-  seconds = {
-    "windows": table.value("scoring", "seconds", kind="windows"),
-    "sliding": table.value("scoring", "seconds", kind="sliding"),
-    "documents": table.value("documents", "seconds", item="speed"),
-    "counts": table.value("counts", "seconds", item="exact"),
-    "blend": table.value("counts", "seconds", item="blend"),
-  }
-  packing = table.value("pack", "seconds")
-  known = [value for value in seconds.values() if value is not None]
-  spent = ", ".join(f"{n} {'?' if v is None else f'{v:.0f}'} s" for n, v in seconds.items())
-  spent += f", together {sum(known):.0f} of {BUDGET_SECONDS} s; quantise and compress "
-  spent += "? s" if packing is None else f"{packing:.0f} s"
-  whole, fits = len(known) == len(seconds), sum(known) <= BUDGET_SECONDS
-  late = "FAIL" if peak and peak >= 989e12 else "SKIP"  # the caps are for 8 such devices
-  status = ("PASS" if whole else "SKIP") if fits else late
-  row = dict(part="projection", item="evaluation", status=status, text=spent)
-  if known:
-    table.add(row | dict(values=dict(seconds, pack=packing)))
-  for record in record_names():
-    if step := table.value("step", "step_ms", item=record):
-      batch = table.value("step", "batch_tokens", item=record) * RANKS
-      made = 1e3 * BUDGET_SECONDS / step
-      text = f"{made:,.0f} steps in {BUDGET_SECONDS} s, {made * batch / 1e9:.2f} G tokens"
-      row = dict(part="projection", item=record, status="PASS", text=text)
-      table.add(row | dict(values=dict(steps=made)))
+    """Rows of what 8 GPUs would need for each measured RECORD, communication left out."""
+    seconds = {
+        "windows": table.value("scoring", "seconds", kind="windows"),
+        "sliding": table.value("scoring", "seconds", kind="sliding"),
+        "documents": table.value("documents", "seconds", item="speed"),
+        "counts": table.value("counts", "seconds", item="exact"),
+        "blend": table.value("counts", "seconds", item="blend"),
+    }
+    packing = table.value("pack", "seconds")
+    known = [value for value in seconds.values() if value is not None]
+    spent = ", ".join(f"{n} {'?' if v is None else f'{v:.0f}'} s" for n, v in seconds.items())
+    spent += f", together {sum(known):.0f} of {BUDGET_SECONDS} s; quantise and compress "
+    spent += "? s" if packing is None else f"{packing:.0f} s"
+    whole, fits = len(known) == len(seconds), sum(known) <= BUDGET_SECONDS
+    late = "FAIL" if peak and peak >= 989e12 else "SKIP"  # the caps are for 8 such devices
+    status = ("PASS" if whole else "SKIP") if fits else late
+    row = dict(part="projection", item="evaluation", status=status, text=spent)
+    if known:
+        table.add(row | dict(values=dict(seconds, pack=packing)))
+    for record in record_names():
+        if step := table.value("step", "step_ms", item=record):
+            batch = table.value("step", "batch_tokens", item=record) * RANKS
+            made = 1e3 * BUDGET_SECONDS / step
+            text = f"{made:,.0f} steps in {BUDGET_SECONDS} s, {made * batch / 1e9:.2f} G tokens"
+            row = dict(part="projection", item=record, status="PASS", text=text)
+            table.add(row | dict(values=dict(steps=made)))
 
 
 # -----------------------------------------------------------------------------
@@ -269,64 +269,64 @@ def projection(table, peak):
 
 
 def machine(device):
-  where = dict(device=device, python=platform.python_version(), torch=torch.__version__)
-  where |= dict(cores=len(os.sched_getaffinity(0)), load_before=os.getloadavg()[0])
-  if device == "cuda":
-    found = torch.cuda.get_device_properties(0)
-    where |= dict(name=found.name, memory_gb=found.total_memory / 1e9, cuda=torch.version.cuda)
-    where |= dict(capability=f"{found.major}.{found.minor}", peak_flops=peak_flops(found.name))
-  return where
+    where = dict(device=device, python=platform.python_version(), torch=torch.__version__)
+    where |= dict(cores=len(os.sched_getaffinity(0)), load_before=os.getloadavg()[0])
+    if device == "cuda":
+        found = torch.cuda.get_device_properties(0)
+        where |= dict(name=found.name, memory_gb=found.total_memory / 1e9, cuda=torch.version.cuda)
+        where |= dict(capability=f"{found.major}.{found.minor}", peak_flops=peak_flops(found.name))
+    return where
 
 
 def arguments():
-  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-  parser.add_argument("--quick", action="store_true", help="small shapes, for a look on a CPU")
-  parser.add_argument("--parts", help="names, or their beginnings, with commas")
-  parser.add_argument("--limit", type=float, default=570.0, help="seconds for everything")
-  default = Path(os.environ.get("OUT", ".")) / "gpu.json"
-  parser.add_argument("--out", type=Path, default=default, help="JSON file")
-  args = parser.parse_args()
-  if args.device != "cpu" and not torch.cuda.is_available():
-    parser.error("torch sees no CUDA device; fix: --device cpu --quick")
-  if args.device == "cpu" and not args.quick:
-    parser.error("--device cpu: the sizes are a GPU's; fix: --device cpu --quick")
-  args.device = "cpu" if args.device == "cpu" else "cuda"
-  args.names = list(all_parts())
-  if args.parts:
-    wanted = tuple(args.parts.split(","))
-    args.names = [name for name in args.names if name.startswith(wanted)]
-  if not args.names:
-    parser.error(f"--parts {args.parts!r}: fix: some of {', '.join(all_parts())}")
-  return args
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--quick", action="store_true", help="small shapes, for a look on a CPU")
+    parser.add_argument("--parts", help="names, or their beginnings, with commas")
+    parser.add_argument("--limit", type=float, default=570.0, help="seconds for everything")
+    default = Path(os.environ.get("OUT", ".")) / "gpu.json"
+    parser.add_argument("--out", type=Path, default=default, help="JSON file")
+    args = parser.parse_args()
+    if args.device != "cpu" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; fix: --device cpu --quick")
+    if args.device == "cpu" and not args.quick:
+        parser.error("--device cpu: the sizes are a GPU's; fix: --device cpu --quick")
+    args.device = "cpu" if args.device == "cpu" else "cuda"
+    args.names = list(all_parts())
+    if args.parts:
+        wanted = tuple(args.parts.split(","))
+        args.names = [name for name in args.names if name.startswith(wanted)]
+    if not args.names:
+        parser.error(f"--parts {args.parts!r}: fix: some of {', '.join(all_parts())}")
+    return args
 
 
 def prepare(options):
-  """The streams to train on, as shards."""
-  tokens = synthetic_stream(options.sizes.shard, VOCAB_SIZE)
-  write_shard(options.folder / "stream_train_000000.bin", tokens)
-  write_shard(options.folder / "small_train_000000.bin", synthetic_stream(20_000, 256))
+    """The streams to train on, as shards."""
+    tokens = synthetic_stream(options.sizes.shard, VOCAB_SIZE)
+    write_shard(options.folder / "stream_train_000000.bin", tokens)
+    write_shard(options.folder / "small_train_000000.bin", synthetic_stream(20_000, 256))
 
 
 def main():
-  args, began = arguments(), time.monotonic()
-  where = machine(args.device)
-  print(" ".join(f"{name}:{value}" for name, value in where.items()))
-  print("MFU: 6 x matmul parameters + 12 x layers x T x D x 0.5 FLOP a token (speed.py)")
-  table = Table(args.out, where)
-  with tempfile.TemporaryDirectory() as folder:
-    options = Options(args.device, args.quick, Path(folder), began + args.limit)
-    prepare(options)
-    run_parts(args.names, options, table, where.get("memory_gb", 1e9) - 6)
-  projection(table, where.get("peak_flops"))
-  for row in table.rows:
-    if trace := row["values"].get("traceback"):
-      print(f"\n{row['part']} {row['item']}:\n{trace}")
-  failed, spent = table.count("FAIL"), time.monotonic() - began
-  counted = f"{table.count('PASS')} PASS, {failed} FAIL, {table.count('SKIP')} SKIP"
-  print(f"\n{counted} in {spent:.0f} s; {args.out}")
-  return 1 if failed else 0
+    args, began = arguments(), time.monotonic()
+    where = machine(args.device)
+    print(" ".join(f"{name}:{value}" for name, value in where.items()))
+    print("MFU: 6 x matmul parameters + 12 x layers x T x D x 0.5 FLOP a token (speed.py)")
+    table = Table(args.out, where)
+    with tempfile.TemporaryDirectory() as folder:
+        options = Options(args.device, args.quick, Path(folder), began + args.limit)
+        prepare(options)
+        run_parts(args.names, options, table, where.get("memory_gb", 1e9) - 6)
+    projection(table, where.get("peak_flops"))
+    for row in table.rows:
+        if trace := row["values"].get("traceback"):
+            print(f"\n{row['part']} {row['item']}:\n{trace}")
+    failed, spent = table.count("FAIL"), time.monotonic() - began
+    counted = f"{table.count('PASS')} PASS, {failed} FAIL, {table.count('SKIP')} SKIP"
+    print(f"\n{counted} in {spent:.0f} s; {args.out}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+    sys.exit(main())

@@ -20,109 +20,109 @@ VOCAB_SIZE = 1024
 
 # The most that --quick leaves of a configuration; a smaller value, such as 0 for "off", stays.
 QUICK = dict(
-  model_dim=64,
-  num_heads=4,
-  num_kv_heads=2,
-  rope_dims=16,
-  bigram_vocab_size=64,
-  bigram_dim=16,
-  ve_dim=16,
-  pre_enrich_dim=48,
-  train_seq_len=64,
-  train_batch_tokens=RANKS * 256,
-  eval_seq_len=64,
-  eval_stride=16,
-  eval_batch_seqs=4,
+    model_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    rope_dims=16,
+    bigram_vocab_size=64,
+    bigram_dim=16,
+    ve_dim=16,
+    pre_enrich_dim=48,
+    train_seq_len=64,
+    train_batch_tokens=RANKS * 256,
+    eval_seq_len=64,
+    eval_stride=16,
+    eval_batch_seqs=4,
 )
 
 
 @dataclass(frozen=True)
 class Sizes:
-  """How much each part does: for a GPU of a data centre, or for a look on a CPU."""
+    """How much each part does: for a GPU of a data centre, or for a look on a CPU."""
 
-  shard: int = 4_000_001  # tokens to train on
-  steps: int = 30  # timed
-  future: int = 65_537  # tokens scored again and again
-  sliding: int = 524_289  # tokens scored once
-  counts: int = VALIDATION_TARGETS + 1  # tokens
-  blend: tuple[int, int] = (1_000_000, 8_000_000)  # targets; the rest is extrapolated
-  check: int = 200_000  # tokens counted on both devices
-  repeats: int = 10  # of an attention kernel
-  lanes: int = 1024 // RANKS  # a GPU's share of EVAL_LANES
-  documents: int = 131_073  # tokens scored in lanes
-  coded: int = 32_768  # of them, there and back
+    shard: int = 4_000_001  # tokens to train on
+    steps: int = 30  # timed
+    future: int = 65_537  # tokens scored again and again
+    sliding: int = 524_289  # tokens scored once
+    counts: int = VALIDATION_TARGETS + 1  # tokens
+    blend: tuple[int, int] = (1_000_000, 8_000_000)  # targets; the rest is extrapolated
+    check: int = 200_000  # tokens counted on both devices
+    repeats: int = 10  # of an attention kernel
+    lanes: int = 1024 // RANKS  # a GPU's share of EVAL_LANES
+    documents: int = 131_073  # tokens scored in lanes
+    coded: int = 32_768  # of them, there and back
 
 
 SMALL = Sizes(20_001, 3, 1_025, 2_049, 30_001, (3_000, 8_000), 3_000, 2, 4, 2_561, 2_048)
 
 
 class Skip(Exception):
-  """A part that cannot run here; says why."""
+    """A part that cannot run here; says why."""
 
 
 @dataclass
 class Options:
-  """What a part in its own process is told."""
+    """What a part in its own process is told."""
 
-  device: str
-  quick: bool
-  folder: Path  # for files that do not stay
-  deadline: float  # of the whole, time.monotonic()
-  sizes: Sizes = field(init=False)
+    device: str
+    quick: bool
+    folder: Path  # for files that do not stay
+    deadline: float  # of the whole, time.monotonic()
+    sizes: Sizes = field(init=False)
 
-  def __post_init__(self):
-    self.sizes = SMALL if self.quick else Sizes()
+    def __post_init__(self):
+        self.sizes = SMALL if self.quick else Sizes()
 
 
 class Job:
-  """A part's way to its options, the device and the table."""
+    """A part's way to its options, the device and the table."""
 
-  def __init__(self, part, options, send, box):
-    self.part, self.options, self.send, self.box = part, options, send, box
-    self.device, self.sizes, self.quick = options.device, options.sizes, options.quick
-    self.cuda = self.device == "cuda"
+    def __init__(self, part, options, send, box):
+        self.part, self.options, self.send, self.box = part, options, send, box
+        self.device, self.sizes, self.quick = options.device, options.sizes, options.quick
+        self.cuda = self.device == "cuda"
 
-  def row(self, item, text, status="PASS", **values):
-    self.send(dict(part=self.part, item=item, status=status, text=text, values=values))
+    def row(self, item, text, status="PASS", **values):
+        self.send(dict(part=self.part, item=item, status=status, text=text, values=values))
 
-  def check(self, item, ok, text, **values):
-    self.row(item, text, "PASS" if ok else "FAIL", **values)
+    def check(self, item, ok, text, **values):
+        self.row(item, text, "PASS" if ok else "FAIL", **values)
 
-  def wait_for_device(self):
-    if self.cuda:
-      torch.cuda.synchronize()
+    def wait_for_device(self):
+        if self.cuda:
+            torch.cuda.synchronize()
 
-  def reset_peak(self):
-    if self.cuda:
-      torch.cuda.reset_peak_memory_stats()
+    def reset_peak(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
 
-  def peak_gb(self):
-    """Largest allocated device memory since reset_peak, None on a CPU."""
-    return torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None
+    def peak_gb(self):
+        """Largest allocated device memory since reset_peak, None on a CPU."""
+        return torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None
 
-  def seconds(self, function):
-    """-> (wall seconds until the device is done, result)"""
-    self.wait_for_device()
-    began = time.perf_counter()
-    result = function()
-    self.wait_for_device()
-    return time.perf_counter() - began, result
+    def seconds(self, function):
+        """-> (wall seconds until the device is done, result)"""
+        self.wait_for_device()
+        began = time.perf_counter()
+        result = function()
+        self.wait_for_device()
+        return time.perf_counter() - began, result
 
-  def median_seconds(self, function, repeats):
-    function()  # the first call loads kernels
-    return float(np.median([self.seconds(function)[0] for _ in range(repeats)]))
+    def median_seconds(self, function, repeats):
+        function()  # the first call loads kernels
+        return float(np.median([self.seconds(function)[0] for _ in range(repeats)]))
 
-  def left(self):
-    return self.options.deadline - time.monotonic()
+    def left(self):
+        return self.options.deadline - time.monotonic()
 
 
 def gb(value):
-  return "-" if value is None else f"{value:.1f} GB"
+    return "-" if value is None else f"{value:.1f} GB"
 
 
 def host_gb():
-  """Largest resident memory of this process so far."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 # -----------------------------------------------------------------------------
@@ -130,60 +130,60 @@ def host_gb():
 
 
 def record_names():
-  """ "own" and the folders of the 10-minute track that hold a config.env, in ORDER."""
-  found = {path.parent.name for path in (ROOT / "records").glob("track_10min*/*/config.env")}
-  return sorted(found | {"own"}, key=lambda n: (ORDER.index(n) if n in ORDER else 99, n))
+    """ "own" and the folders of the 10-minute track that hold a config.env, in ORDER."""
+    found = {path.parent.name for path in (ROOT / "records").glob("track_10min*/*/config.env")}
+    return sorted(found | {"own"}, key=lambda n: (ORDER.index(n) if n in ORDER else 99, n))
 
 
 def configuration(record, job, **changes):
-  """A RECORD's configuration, or the defaults as "own", on this device; small if --quick."""
-  if record == "own":
-    cfg = train_gpt.Config(device=job.device)
-  else:
-    cfg = train_gpt.Config.from_env({"RECORD": record, "DEVICE": job.device})
-  cfg = replace(cfg, vocab_size=cfg.vocab_size or VOCAB_SIZE, max_wallclock_seconds=0.0)
-  if job.quick:
-    limits = {name: most for name, most in QUICK.items() if hasattr(cfg, name)}
-    cfg = replace(cfg, **{name: min(getattr(cfg, name), most) for name, most in limits.items()})
-  return replace(cfg, warmup_steps=0, val_loss_every=0, **changes).check()
+    """A RECORD's configuration, or the defaults as "own", on this device; small if --quick."""
+    if record == "own":
+        cfg = train_gpt.Config(device=job.device)
+    else:
+        cfg = train_gpt.Config.from_env({"RECORD": record, "DEVICE": job.device})
+    cfg = replace(cfg, vocab_size=cfg.vocab_size or VOCAB_SIZE, max_wallclock_seconds=0.0)
+    if job.quick:
+        limits = {name: most for name, most in QUICK.items() if hasattr(cfg, name)}
+        cfg = replace(cfg, **{name: min(getattr(cfg, name), most) for name, most in limits.items()})
+    return replace(cfg, warmup_steps=0, val_loss_every=0, **changes).check()
 
 
 def all_switches(job, **changes):
-  """The tests' model with every switch on, wide enough for the device's kernels."""
-  shape = dict(vocab_size=256, model_dim=128, rope_dims=16, train_seq_len=128)
-  shape |= dict(train_batch_tokens=1024, rope_train_seq_len=64, bigram_dim=16, ve_dim=16)
-  shape |= dict(depth_recurrence=(1, 2), polyglu_enabled=True, pre_enrich_dim=64)
-  return tiny(**shape | dict(device=job.device) | changes)
+    """The tests' model with every switch on, wide enough for the device's kernels."""
+    shape = dict(vocab_size=256, model_dim=128, rope_dims=16, train_seq_len=128)
+    shape |= dict(train_batch_tokens=1024, rope_train_seq_len=64, bigram_dim=16, ve_dim=16)
+    shape |= dict(depth_recurrence=(1, 2), polyglu_enabled=True, pre_enrich_dim=64)
+    return tiny(**shape | dict(device=job.device) | changes)
 
 
 class Eager(train_gpt.Runtime):
-  """Nothing compiled."""
+    """Nothing compiled."""
 
-  def compile(self, function, **how):
-    return function
+    def compile(self, function, **how):
+        return function
 
 
 class Plain(Eager):
-  """In fp32, too: what remains to differ is the device."""
+    """In fp32, too: what remains to differ is the device."""
 
-  def autocast(self):
-    return contextlib.nullcontext()
+    def autocast(self):
+        return contextlib.nullcontext()
 
 
 class Traced(train_gpt.Runtime):
-  """Compiles on the CPU too: the same tracing and guards, no code made."""
+    """Compiles on the CPU too: the same tracing and guards, no code made."""
 
-  def compile(self, function, **how):
-    how |= {} if self.cuda else {"backend": "aot_eager"}
-    return torch.compile(function, dynamic=False, **how)
+    def compile(self, function, **how):
+        how |= {} if self.cuda else {"backend": "aot_eager"}
+        return torch.compile(function, dynamic=False, **how)
 
 
 def new_trainer(cfg, runtime, shard):
-  """A Trainer with fresh weights, the same on every device."""
-  torch.manual_seed(cfg.seed)
-  model = train_gpt.GPT(cfg).initialise().to(runtime.device)
-  loader = train_gpt.TokenLoader([shard], cfg.vocab_size)
-  return train_gpt.Trainer(model, loader, runtime, cfg)
+    """A Trainer with fresh weights, the same on every device."""
+    torch.manual_seed(cfg.seed)
+    model = train_gpt.GPT(cfg).initialise().to(runtime.device)
+    loader = train_gpt.TokenLoader([shard], cfg.vocab_size)
+    return train_gpt.Trainer(model, loader, runtime, cfg)
 
 
 # -----------------------------------------------------------------------------
@@ -191,19 +191,19 @@ def new_trainer(cfg, runtime, shard):
 
 
 def synthetic_stream(size, vocab_size=VOCAB_SIZE, seed=0):
-  """Documents of about 800 Zipf-distributed tokens, a third of them copied from anywhere
-  earlier in stretches of about 32. uint16 (size,), BOS first."""
-  rng = np.random.default_rng(seed)
-  share = np.cumsum(1 / (np.arange(vocab_size - 2) + 3.0))
-  quantiles = (np.arange(1 << 16) + 0.5) / (1 << 16)
-  table = (2 + np.searchsorted(share / share[-1], quantiles)).astype(np.uint16)
-  tokens = table[rng.integers(0, 1 << 16, size, np.uint16)]
-  count = size // 96 + 1
-  copied, starts = rng.geometric(1 / 32, count), rng.geometric(1 / 96, count).cumsum() + 32
-  keep = starts + copied < size
-  places = (rng.random(count) * (starts - 31)).astype(np.int64)
-  for at, source, length in zip(starts[keep], places[keep], copied[keep], strict=True):
-    tokens[at : at + length] = tokens[source : source + length].copy()
-  bos = rng.geometric(1 / 800, size // 800 + 1).cumsum()
-  tokens[bos[bos < size]] = tokens[0] = train_gpt.BOS
-  return tokens
+    """Documents of about 800 Zipf-distributed tokens, a third of them copied from anywhere
+    earlier in stretches of about 32. uint16 (size,), BOS first."""
+    rng = np.random.default_rng(seed)
+    share = np.cumsum(1 / (np.arange(vocab_size - 2) + 3.0))
+    quantiles = (np.arange(1 << 16) + 0.5) / (1 << 16)
+    table = (2 + np.searchsorted(share / share[-1], quantiles)).astype(np.uint16)
+    tokens = table[rng.integers(0, 1 << 16, size, np.uint16)]
+    count = size // 96 + 1
+    copied, starts = rng.geometric(1 / 32, count), rng.geometric(1 / 96, count).cumsum() + 32
+    keep = starts + copied < size
+    places = (rng.random(count) * (starts - 31)).astype(np.int64)
+    for at, source, length in zip(starts[keep], places[keep], copied[keep], strict=True):
+        tokens[at : at + length] = tokens[source : source + length].copy()
+    bos = rng.geometric(1 / 800, size // 800 + 1).cumsum()
+    tokens[bos[bos < size]] = tokens[0] = train_gpt.BOS
+    return tokens

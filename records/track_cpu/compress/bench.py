@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
-  os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
 
 import numpy as np
 
@@ -37,136 +37,140 @@ import train_gpt  # noqa: E402
 ORDERS, MEMORY = (6, 12, 16), 1 << 30
 BETWEEN = "\n\n"  # two documents of a text
 COLUMNS = {  # of the table, and what results.json calls them
-  "**pgz**": "pgz",
-  "zstd -19": "zstd -19",
-  "xz -9": "xz -9",
-  "PPMd": "ppmd",
-  "xz, primed": "xz primed",
-  "PPMd, primed, order 6": "ppmd primed 6",
-  "PPMd, primed": "ppmd primed",
-  "PPMd, primed with as much as the artifact weighs": "ppmd budget",
+    "**pgz**": "pgz",
+    "zstd -19": "zstd -19",
+    "xz -9": "xz -9",
+    "PPMd": "ppmd",
+    "xz, primed": "xz primed",
+    "PPMd, primed, order 6": "ppmd primed 6",
+    "PPMd, primed": "ppmd primed",
+    "PPMd, primed with as much as the artifact weighs": "ppmd budget",
 }
 
 
 def ppmd(data, order):
-  """Bytes that PPMd (variant H) makes of data."""
-  pyppmd = train_gpt.backend("pyppmd")
-  return len(pyppmd.compress(data, max_order=order, mem_size=MEMORY, variant="H"))
+    """Bytes that PPMd (variant H) makes of data."""
+    pyppmd = train_gpt.backend("pyppmd")
+    return len(pyppmd.compress(data, max_order=order, mem_size=MEMORY, variant="H"))
 
 
 def xz(data):
-  return len(lzma.compress(data, preset=9))
+    return len(lzma.compress(data, preset=9))
 
 
 class Primers:
-  """The training text, and of it as much as PPMd makes `budget` bytes of, for each order."""
+    """The training text, and of it as much as PPMd makes `budget` bytes of, for each order."""
 
-  def __init__(self, text, budget):
-    self.text, self.xz, self.budget = text, xz(text), budget
-    self.sizes = {order: ppmd(text, order) for order in ORDERS}
-    self.parts = {order: self.part(order) for order in ORDERS}
-    self.part_sizes = {order: ppmd(part, order) for order, part in self.parts.items()}
+    def __init__(self, text, budget):
+        self.text, self.xz, self.budget = text, xz(text), budget
+        self.sizes = {order: ppmd(text, order) for order in ORDERS}
+        self.parts = {order: self.part(order) for order in ORDERS}
+        self.part_sizes = {order: ppmd(part, order) for order, part in self.parts.items()}
 
-  def part(self, order):
-    """The longest beginning within the budget, to 50 KB."""
-    low, high = 0, len(self.text)
-    while high - low > 50_000:
-      middle = (low + high) // 2
-      fits = ppmd(self.text[:middle], order) <= self.budget
-      low, high = (middle, high) if fits else (low, middle)
-    return self.text[:low]
+    def part(self, order):
+        """The longest beginning within the budget, to 50 KB."""
+        low, high = 0, len(self.text)
+        while high - low > 50_000:
+            middle = (low + high) // 2
+            fits = ppmd(self.text[:middle], order) <= self.budget
+            low, high = (middle, high) if fits else (low, middle)
+        return self.text[:low]
 
-  def sizes_of(self, data):
-    """Primed sizes of a file: by xz, by PPMd of order 6, of the best order, within the budget."""
-    whole = {o: ppmd(self.text + data, o) - size for o, size in self.sizes.items()}
-    parts = {o: ppmd(self.parts[o] + data, o) - size for o, size in self.part_sizes.items()}
-    orders = dict(whole=min(whole, key=whole.get), budget=min(parts, key=parts.get))
-    found = {"xz primed": xz(self.text + data) - self.xz, "ppmd primed 6": whole[6]}
-    found |= {"ppmd primed": min(whole.values()), "ppmd budget": min(parts.values())}
-    return found | {"best orders": orders}
+    def sizes_of(self, data):
+        """Primed sizes of a file: by xz, by PPMd of order 6, of the best order, within the
+        budget."""
+        whole = {o: ppmd(self.text + data, o) - size for o, size in self.sizes.items()}
+        parts = {o: ppmd(self.parts[o] + data, o) - size for o, size in self.part_sizes.items()}
+        orders = dict(whole=min(whole, key=whole.get), budget=min(parts, key=parts.get))
+        found = {"xz primed": xz(self.text + data) - self.xz, "ppmd primed 6": whole[6]}
+        found |= {"ppmd primed": min(whole.values()), "ppmd budget": min(parts.values())}
+        return found | {"best orders": orders}
 
 
 def files():
-  """Name -> bytes. The prose is the validation side of the embedded text, in no training."""
-  _, val = sample_documents()
-  return {
-    "prose, 85 documents": BETWEEN.join(val).encode(),
-    "prose, one document": val[0].encode(),
-    "README.md": (ROOT / "README.md").read_bytes(),
-    "train_gpt.py, the first 30 KB": (ROOT / "train_gpt.py").read_bytes()[:30_000],
-    "random bytes": np.random.default_rng(0).bytes(5_000),
-  }
+    """Name -> bytes. The prose is the validation side of the embedded text, in no training."""
+    _, val = sample_documents()
+    return {
+        "prose, 85 documents": BETWEEN.join(val).encode(),
+        "prose, one document": val[0].encode(),
+        "README.md": (ROOT / "README.md").read_bytes(),
+        "train_gpt.py, the first 30 KB": (ROOT / "train_gpt.py").read_bytes()[:30_000],
+        "random bytes": np.random.default_rng(0).bytes(5_000),
+    }
 
 
 def measure(compressor, primers, data):
-  """One row: sizes by all, speed of coding and restoring (tokens a second)."""
-  packed = compressor.compress(data)
-  began = time.perf_counter()
-  if compressor.restore(packed.data) != data:
-    raise compress.CompressError("a file does not come back")
-  back, blocks = time.perf_counter() - began, packed.header["blocks"]
-  row = dict(bytes=len(data), tokens=packed.tokens, pgz=len(packed.data))
-  row["header"] = len(packed.data) - sum(size for _, size in blocks)
-  row["lanes"] = max(shape[2] if shape else 0 for shape, _ in blocks)
-  row |= dict(tokens_per_s=packed.tokens / packed.seconds, restored_per_s=packed.tokens / back)
-  row |= compress.others(data) | {"ppmd": min(ppmd(data, order) for order in ORDERS)}
-  return row | primers.sizes_of(data)
+    """One row: sizes by all, speed of coding and restoring (tokens a second)."""
+    packed = compressor.compress(data)
+    began = time.perf_counter()
+    if compressor.restore(packed.data) != data:
+        raise compress.CompressError("a file does not come back")
+    back, blocks = time.perf_counter() - began, packed.header["blocks"]
+    row = dict(bytes=len(data), tokens=packed.tokens, pgz=len(packed.data))
+    row["header"] = len(packed.data) - sum(size for _, size in blocks)
+    row["lanes"] = max(shape[2] if shape else 0 for shape, _ in blocks)
+    row |= dict(tokens_per_s=packed.tokens / packed.seconds, restored_per_s=packed.tokens / back)
+    row |= compress.others(data) | {"ppmd": min(ppmd(data, order) for order in ORDERS)}
+    return row | primers.sizes_of(data)
 
 
 def by_lanes(compressor, data):
-  """The prose by numbers of lanes: bytes, speed."""
-  rows = []
-  for lanes in (16, 32, 64):
-    packed = compressor.compress(data, lanes)
-    speed = packed.tokens / packed.seconds
-    rows.append(dict(lanes=lanes, pgz=len(packed.data), tokens_per_s=speed))
-  return rows
+    """The prose by numbers of lanes: bytes, speed."""
+    rows = []
+    for lanes in (16, 32, 64):
+        packed = compressor.compress(data, lanes)
+        speed = packed.tokens / packed.seconds
+        rows.append(dict(lanes=lanes, pgz=len(packed.data), tokens_per_s=speed))
+    return rows
 
 
 def table(names, rows):
-  lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
-  return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
 def sizes_table(rows, show):
-  """Files by compressors; show(size, row) -> a cell."""
-  cells = ([name, *(show(row[key], row) for key in COLUMNS.values())] for name, row in rows.items())
-  return table(["file", *COLUMNS], cells)
+    """Files by compressors; show(size, row) -> a cell."""
+    cells = (
+        [name, *(show(row[key], row) for key in COLUMNS.values())] for name, row in rows.items()
+    )
+    return table(["file", *COLUMNS], cells)
 
 
 def speeds_table(rows):
-  names = ["file", "bytes", "tokens", "lanes", "header", "coded, tokens/s", "restored, tokens/s"]
-  keys = ["bytes", "tokens", "lanes", "header", "tokens_per_s", "restored_per_s"]
-  return table(names, ([n, *(f"{row[key]:,.0f}" for key in keys)] for n, row in rows.items()))
+    names = ["file", "bytes", "tokens", "lanes", "header", "coded, tokens/s", "restored, tokens/s"]
+    keys = ["bytes", "tokens", "lanes", "header", "tokens_per_s", "restored_per_s"]
+    return table(names, ([n, *(f"{row[key]:,.0f}" for key in keys)] for n, row in rows.items()))
 
 
 def verdict(row):
-  """On each other compressor a line: who wins on this file, by how much."""
-  for name, key in COLUMNS.items():
-    if key != "pgz":
-      side = "smaller" if row["pgz"] < row[key] else "larger"
-      yield f"- {abs(row[key] - row['pgz']) / row[key]:.1%} {side} than {name} ({row[key]:,} bytes)"
+    """On each other compressor a line: who wins on this file, by how much."""
+    for name, key in COLUMNS.items():
+        if key != "pgz":
+            side = "smaller" if row["pgz"] < row[key] else "larger"
+            share = abs(row[key] - row["pgz"]) / row[key]
+            yield f"- {share:.1%} {side} than {name} ({row[key]:,} bytes)"
 
 
 def report(results):
-  """The text of README.md."""
-  rows, known = results["files"], results["known"]
-  prose = rows["prose, 85 documents"]
-  saved = (prose["xz -9"] - prose["pgz"]) / prose["bytes"]  # for each byte of such prose
-  lanes = ([f"{x:,.0f}" for x in row.values()] for row in results["by_lanes"])
-  return TEXT.format(
-    **results | known,
-    even=known["artifact_and_tokenizer"] / saved / 1e6,
-    best=prose["best orders"],
-    pgz=prose["pgz"],
-    header=prose["header"],
-    bits=8 * prose["pgz"] / prose["bytes"],
-    verdict="\n".join(verdict(prose)),
-    sizes=sizes_table(rows, lambda size, _: f"{size:,}"),
-    rates=sizes_table(rows, lambda size, row: f"{8 * size / row['bytes']:.3f}"),
-    speeds=speeds_table(rows),
-    lanes_table=table(["lanes", "pgz", "tokens/s"], lanes),
-  )
+    """The text of README.md."""
+    rows, known = results["files"], results["known"]
+    prose = rows["prose, 85 documents"]
+    saved = (prose["xz -9"] - prose["pgz"]) / prose["bytes"]  # for each byte of such prose
+    lanes = ([f"{x:,.0f}" for x in row.values()] for row in results["by_lanes"])
+    return TEXT.format(
+        **results | known,
+        even=known["artifact_and_tokenizer"] / saved / 1e6,
+        best=prose["best orders"],
+        pgz=prose["pgz"],
+        header=prose["header"],
+        bits=8 * prose["pgz"] / prose["bytes"],
+        verdict="\n".join(verdict(prose)),
+        sizes=sizes_table(rows, lambda size, _: f"{size:,}"),
+        rates=sizes_table(rows, lambda size, row: f"{8 * size / row['bytes']:.3f}"),
+        speeds=speeds_table(rows),
+        lanes_table=table(["lanes", "pgz", "tokens/s"], lanes),
+    )
 
 
 TEXT = """# Files through the artifact
@@ -220,52 +224,52 @@ pieces see more of what came before. The prose by lanes:
 
 
 def main(arguments=None):
-  """Exit status: 0, or 2 after one line on what is wrong."""
-  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--artifact", type=Path, required=True)
-  parser.add_argument("--out", type=Path, default=HERE)
-  options = parser.parse_args(arguments)
-  try:
-    train_gpt.backend("pyppmd")
-    compressor, load = compress.Compressor(options.artifact), os.getloadavg()[0]
-    train, _ = sample_documents()
-    primers = Primers("".join(text + BETWEEN for text in train).encode(), compressor.known)
-    rows = {}
-    for name, data in files().items():
-      rows[name] = measure(compressor, primers, data)
-      print(name, rows[name], flush=True)
-    lanes = by_lanes(compressor, files()["prose, 85 documents"])
-  except (train_gpt.UserError, OSError, ValueError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  names = ("torch", "numpy", "constriction", "zstandard", "pyppmd")
-  versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
-  made = compressor.made()
-  results = dict(
-    command="python records/track_cpu/compress/bench.py --artifact " + str(options.artifact),
-    date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    cores=made["threads"],
-    load=load,
-    load_after=os.getloadavg()[0],
-    versions=", ".join([f"Python {platform.python_version()}", *versions]),
-    orders=list(ORDERS),
-    artifact=made["artifact"],
-    code=made["code"],
-    known=dict(
-      artifact_and_tokenizer=compressor.known,
-      training_text=len(primers.text),
-      training_xz=primers.xz,
-      training_ppmd=min(primers.sizes.values()),
-      primed_within_budget={order: len(part) for order, part in primers.parts.items()},
-    ),
-    files=rows,
-    by_lanes=lanes,
-  )
-  whole = json.dumps(results, indent=1) + "\n"
-  (options.out / "results.json").write_text(whole, encoding="utf-8")
-  (options.out / "README.md").write_text(report(results), encoding="utf-8")
-  return 0
+    """Exit status: 0, or 2 after one line on what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--artifact", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args(arguments)
+    try:
+        train_gpt.backend("pyppmd")
+        compressor, load = compress.Compressor(options.artifact), os.getloadavg()[0]
+        train, _ = sample_documents()
+        primers = Primers("".join(text + BETWEEN for text in train).encode(), compressor.known)
+        rows = {}
+        for name, data in files().items():
+            rows[name] = measure(compressor, primers, data)
+            print(name, rows[name], flush=True)
+        lanes = by_lanes(compressor, files()["prose, 85 documents"])
+    except (train_gpt.UserError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    names = ("torch", "numpy", "constriction", "zstandard", "pyppmd")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    made = compressor.made()
+    results = dict(
+        command="python records/track_cpu/compress/bench.py --artifact " + str(options.artifact),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        cores=made["threads"],
+        load=load,
+        load_after=os.getloadavg()[0],
+        versions=", ".join([f"Python {platform.python_version()}", *versions]),
+        orders=list(ORDERS),
+        artifact=made["artifact"],
+        code=made["code"],
+        known=dict(
+            artifact_and_tokenizer=compressor.known,
+            training_text=len(primers.text),
+            training_xz=primers.xz,
+            training_ppmd=min(primers.sizes.values()),
+            primed_within_budget={order: len(part) for order, part in primers.parts.items()},
+        ),
+        files=rows,
+        by_lanes=lanes,
+    )
+    whole = json.dumps(results, indent=1) + "\n"
+    (options.out / "results.json").write_text(whole, encoding="utf-8")
+    (options.out / "README.md").write_text(report(results), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+    sys.exit(main())
