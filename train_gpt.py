@@ -1425,10 +1425,10 @@ def ngram_counts(
     if steps is not None:
         times, following = steps[0], next_in_lane(steps[1])
     text = tokens.astype(np.int32), times, following
-    if has_backend("numba") and (torch.device(device).type == "cpu" or not RECORDS):
+    if has_backend("numba") and torch.device(device).type == "cpu":
         orders = numba_orders(text, vocab_size)
     else:  # by torch's sort, cumsum and scatter
-        orders = beside("counts.torch_orders", text, vocab_size, device)
+        orders = torch_orders(text, vocab_size, device)
     for order in range(1, max_order + 1):
         yield order, *next(orders).T
 
@@ -1443,6 +1443,46 @@ def next_in_lane(lanes):
 @functools.cache
 def jit(function):
     return backend("numba").njit(function, nogil=True)
+
+
+def torch_orders(text: tuple, vocab_size: int, device: Any) -> Iterator[np.ndarray]:
+    """Statistics int32 (N, 4) of each order, from 1 on, by stable sorts, cumsum and scatter. text:
+    tokens, times, place of the lane's next token, int32 (N,) each; the last two empty: one text."""
+    tokens, times, following = (torch.from_numpy(a).to(device) for a in text)
+    index, lanes = torch.arange(len(tokens), device=device), len(times) > 0
+    if not lanes:
+        times, following = index, index + 1
+        following = following.masked_fill(following == len(tokens), -1)
+
+    def by(keys, t):  # -> t in groups of equal keys, does one begin, where, and where its step
+        keys, place = keys.sort(stable=True)
+        t, new = t[place], torch.ones_like(t, dtype=torch.bool)
+        new[1:] = keys[1:] != keys[:-1]
+        step = new.clone()
+        step[1:] |= times[t[1:]] != times[t[:-1]]
+        first, step = (
+            torch.where(flag, index[: len(t)], 0).cummax(0).values for flag in (new, step)
+        )
+        return t, new, first, step
+
+    context = torch.zeros_like(index)  # its number; -1: never seen before
+    while True:
+        stats = torch.zeros((len(tokens), 4), dtype=torch.int32, device=device)
+        live, rank = index[context >= 0], torch.zeros_like(index)
+        ngrams, new, first, step = by(context[live] * vocab_size + tokens[live], live)
+        stats[ngrams, 1], rank[ngrams] = (step - first).int(), index[: len(live)] - first
+        t, _, first, step = by(context[live], live)
+        stats[t, 0], fresh, again = (step - first).int(), 1 * (rank[t] == 0), 1 * (rank[t] == 1)
+        for column, change in ((2, fresh), (3, fresh - again)):
+            before = change.cumsum(0) - change
+            stats[t, column] = (before[step] - before[first]).int()
+        yield stats.cpu().numpy()
+        twice = ~new
+        twice[:-1] |= twice[1:].clone()
+        keep, context = twice & (following[ngrams] >= 0), torch.full_like(index, -1)
+        context[following[ngrams[keep]].long()] = new.cumsum(0)[keep]
+        if lanes:
+            following[tokens == BOS] = -1
 
 
 def sort_pieces(keys, cuts):
@@ -1606,6 +1646,52 @@ class Blend:
         torch.set_num_threads(threads)
 
 
+class Cascade:
+    """The counts of the longest context seen NGRAM_MIN_COUNT times, of NGRAM_MIN_ORDER to
+    NGRAM_MAX_ORDER, with a weight from its order and the model's entropy (PR #864)."""
+
+    def __init__(self, orders: tuple[int, ...], cfg: Any):
+        self.orders, self.cfg, self.chunk, self.largest = orders, cfg, 1 << 16, 1e-8
+
+    def rows(self, stats: np.ndarray, entropy: np.ndarray, change: np.ndarray | None = None):
+        """Matched order, 0: none, and the weight of its counts, (rows,) each. stats: (K, rows, 4)
+        context, target, types, singletons; entropy: (rows,), nats; change: by pre-enrichment."""
+        cfg, orders = self.cfg, np.array(self.orders)[:, None]
+        known = stats[..., 0] >= cfg.ngram_min_count
+        known &= (cfg.ngram_min_order <= orders) & (orders <= cfg.ngram_max_order)
+        order = (orders * known).max(0)
+        return order, backoff_alpha(order, entropy, cfg, self.boost(change))
+
+    def boost(self, change: np.ndarray | None) -> Any:
+        """0.5 to 1.5 (rows,): PR #810's confidence, over the largest change so far instead of a
+        chunk's, which later tokens enter."""
+        if change is None:
+            return 1.0
+        largest = np.maximum.accumulate(np.append(self.largest, change))
+        self.largest = largest[-1]
+        return 0.5 + change / largest[1:]
+
+    def weights(self, order: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+        """Of the model and of each order's counts: float64 (rows, K + 1)"""
+        return np.vstack([1 - alpha, alpha * (np.array(self.orders)[:, None] == order)]).T
+
+    def learn(self, *rows: Any) -> None:
+        """Nothing: the weights are fixed by configuration."""
+
+
+def backoff_alpha(order: np.ndarray, entropy: np.ndarray, cfg: Any, boost: Any = 1.0) -> np.ndarray:
+    """Weight (N,) of the counts, from matched order (0: none) and the model's entropy in nats.
+    Multipliers and boost act on it: on the probability they would create mass."""
+    low, high, scale = cfg.ngram_alpha_min, cfg.ngram_alpha_max, cfg.ngram_entropy_scale
+    place = np.maximum(order - 2, 0)
+    centre = np.take(cfg.ngram_entropy_center, place, mode="clip") - cfg.ngram_center_slope * place
+    alpha = low + (high - low) / (1 + np.exp(-scale * (entropy - centre)))
+    if cfg.ngram_alpha:  # PR #1026, entropy in the place of the target's own loss
+        alpha = cfg.ngram_alpha * (entropy / cfg.ngram_nll_threshold).clip(0.1, 2.0)
+    alpha = alpha * boost * np.take(cfg.ngram_multipliers, place, mode="clip")
+    return np.where(order > 0, alpha.clip(0, 0.95), 0.0)
+
+
 def expert_p(stats, log_prob):
     """Of the targets by model and orders: float64 (rows, K + 1)"""
     n, c = stats[..., 0], stats[..., 1]
@@ -1632,14 +1718,14 @@ def make_mixer(name, cfg, device):
     orders = range(cfg.ngram_min_order, cfg.ngram_max_order + 1)
     orders = tuple(sorted({1, *orders, *LONG_ORDERS}))
     if name == "cascade":
-        return beside("cascade.Cascade", orders, cfg)
+        return Cascade(orders, cfg)
     return Blend(orders if name == "blend" else (), device)
 
 
 def mix_ngrams(scores, order, report):
     """By the published backoff and by NGRAM_MIXER -> log p (N,)"""
     cfg, rt, final = report.cfg, report.rt, scores.log_prob.copy()
-    names = ["cascade"] * RECORDS + [cfg.mixer]
+    names = ["cascade", cfg.mixer]
     mixers = {name: make_mixer(name, cfg, rt.device) for name in names}
     orders = mixers[cfg.mixer].orders
     store, steps = CountStore(orders, len(order.tokens) - len(final)), order.steps
