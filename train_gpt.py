@@ -25,7 +25,9 @@ import os
 if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
 
+import bisect
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.metadata
@@ -600,6 +602,13 @@ def orthogonal(weight):
         nn.init.orthogonal_(matrix)
 
 
+def overtone(std: float, weight: Tensor) -> None:
+    """OVERTONE_INIT: normal, then singular values proportional to 1 / sqrt(k) (PR #810)."""
+    u, values, v = torch.linalg.svd(weight.normal_(std=std), full_matrices=False)
+    falling = torch.arange(1, len(values) + 1) ** -0.5
+    weight.copy_(u * (values[0] * falling) @ v)
+
+
 def parameter_specs(cfg):
     """Name -> Spec of every parameter."""
     L, D, H, V, B = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.vocab_size, cfg.bigram_dim
@@ -613,9 +622,7 @@ def parameter_specs(cfg):
     start, *group = (normal(0.01), "muon", "muon") if linear else (0.0, "embed", "scalar")
     ve, enrich, gate = cfg.value_layers, cfg.pre_enrich_dim, cfg.gated_attention
     table, first = cfg.table_coding, lambda w: w.copy_(torch.tensor([[1.0], [0.0]]))
-    token = (
-        functools.partial(beside, "published.overtone", std) if cfg.overtone_init else normal(std)
-    )
+    token = functools.partial(overtone, std) if cfg.overtone_init else normal(std)
     specs = {
         "tok_emb": Spec((V, D), token, "embed", cfg.embed_coding),
         # L queries; L outputs, from zero
@@ -1183,7 +1190,33 @@ def pack_artifact(weights, cfg, log=None):
     if not cfg.target_mb:
         return seal(PREFIX, header, compress(payload.tobytes(), cfg.compressor))
     most = int(cfg.target_mb * 2**20) - CODE.stat().st_size - len(seal(PREFIX, header, b""))
-    return seal(PREFIX, header, beside("prune.prune", payload, most, cfg, log))
+    return seal(PREFIX, header, prune(payload, most, cfg, log))
+
+
+def prune(payload: np.ndarray, most: int, cfg: Any, log: Any) -> bytes:
+    """Selective pruning (PR #993): zero the fewest 256ths of the +-1 weights, smallest steps first,
+    with which the payload fits into `most` bytes, or all -> it, compressed"""
+    began, places, steps = time.perf_counter(), [], []
+    for name, spec in parameter_specs(cfg).items():
+        if spec.coding == "int6":
+            kind, start = payload.dtype.fields[name]
+            ones = np.flatnonzero(abs(payload[name]["integers"]) == 1)
+            places.append(start + kind.fields["integers"][1] + ones)
+            steps.append(payload[name]["scale"].ravel()[ones // spec.shape[-1]])
+    order = np.concatenate(places)[np.concatenate(steps).argsort(kind="stable")]
+
+    @functools.cache
+    def pruned(part):
+        trial = payload.reshape(1).view("u1").copy()
+        trial[order[: len(order) * part // 256]] = 0
+        return compress(trial, cfg.compressor)
+
+    part = 0
+    if len(pruned(0)) > most:
+        part = bisect.bisect_left(range(256), True, key=lambda part: len(pruned(part)) <= most)
+    count, seconds = len(order) * part // 256, time.perf_counter() - began
+    log("prune", candidates=len(order), pruned=count, bytes=len(pruned(part)), seconds=seconds)
+    return pruned(part)
 
 
 def sha(data):
@@ -1301,6 +1334,112 @@ class WindowScorer:
             scored = self.forward(*self.windows(stream, ends[window], stride))
             result[:, real] = scored[:, : len(real)].cpu().numpy()
         return self.rt.sum(result)
+
+
+class TestTimeTraining:
+    """Learns from scored chunks only: SGD on all weights (PR #549), or Adam on low-rank additions
+    to the query and value matrices (PR #808). Every rank takes the same steps."""
+
+    def __init__(self, model: Any, rt: Any, cfg: Any):
+        self.chunk = cfg.ttt_chunk_tokens
+        self.model, self.rt, self.cfg = copy.deepcopy(model), rt, cfg
+        if cfg.ttt_use_lora:
+            self.weights = [*self.factors("qo_bank"), *self.factors("kv_bank")]
+            self.optimizer = torch.optim.Adam(self.weights, cfg.ttt_lora_lr)
+        else:
+            self.weights = [*self.model.requires_grad_().parameters()]
+            self.optimizer = torch.optim.SGD(self.weights, cfg.ttt_lr, cfg.ttt_momentum)
+        self.loss = rt.compile(self.model)
+
+    def factors(self, bank: str) -> tuple[Tensor, Tensor]:
+        """W becomes W + A B, A random and B zero, for the queries or values of a bank -> A, B"""
+        L, rank = self.cfg.num_layers, self.cfg.ttt_lora_rank
+        _, rows, columns = getattr(self.model, bank).shape
+        a = torch.randn(L, rows, rank, generator=torch.Generator().manual_seed(0)) / 100
+        a, b = (t.to(self.rt.device).requires_grad_() for t in (a, torch.zeros(L, rank, columns)))
+        plain, others = self.model.bank, (0, L) if bank == "qo_bank" else (L, 0)
+
+        def adapted(name: str) -> Tensor:
+            added = F.pad(a @ b, (0, 0, 0, 0, *others)) if name == bank else 0
+            return plain(name) + added
+
+        self.model.bank = adapted
+        return a, b
+
+    def score(self, stream: np.ndarray) -> Any:
+        """stream: N + 1 tokens -> Scores of the last N, each chunk by what the ones before it
+        taught"""
+        scorer = self.WindowScorer(self.model, self.rt, self.cfg)
+        stride, total, parts = self.cfg.eval_stride, len(stream) - 1, []
+        for a in range(0, total, self.chunk):
+            b = min(a + self.chunk, total)
+            parts.append(scorer.score_windows(stream, np.arange(a, b, stride) + stride, stride))
+            if b < total:
+                self.learn(stream[a : b + 1], a / self.chunk / ((total - 1) // self.chunk))
+        return self.Scores(*np.concatenate(parts, 1).reshape(2, -1)[:, :total])
+
+    def learn(self, chunk: np.ndarray, progress: float) -> None:
+        """chunk: scored targets and the token before them; progress 0..1 lowers the rate"""
+        cfg, rt, length = self.cfg, self.rt, self.cfg.window
+        tokens = torch.from_numpy(chunk.astype(np.int64)).to(rt.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimizer.defaults["lr"] * (1 + math.cos(math.pi * progress)) / 2
+        for batch in (
+            tokens.unfold(0, length + 1, length).split(cfg.ttt_batch_seqs) * cfg.ttt_epochs
+        ):
+            for weight in self.weights:
+                weight.grad = torch.zeros_like(weight)
+            if len(mine := batch[rt.rank :: rt.world_size]):  # (rows, window + 1)
+                with rt.autocast():
+                    loss = self.loss(mine[:, :-1], mine[:, 1:])
+                (loss * len(mine) * rt.world_size / len(batch)).backward()
+            self.average_gradients(self.weights, rt)
+            nn.utils.clip_grad_norm_(self.weights, cfg.ttt_grad_clip)
+            self.optimizer.step()
+
+
+PIECE = 1 << 14  # tokens embedded at once
+
+
+def evaluate_published(model: Any, weights: dict, scores: Any, report: Any) -> Any:
+    """Test-time training where it is on; scores of the unquantised weights where NGRAM_SCHEME was
+    measured on these (PR #864) -> Scores that feed the mixture"""
+    cfg, rt, stream = report.cfg, report.rt, report.text.stream
+    if cfg.ttt_enabled:
+        student = TestTimeTraining(model, rt, cfg)
+        scores = student.score(stream)
+        report.score("ttt", scores.log_prob)
+    scores = with_change(scores, model, stream)
+    if weights and cfg.ngram_scheme and cfg.pseudo_weights == "ema":
+        model = copy.deepcopy(model)
+        model.load_state_dict(weights)
+        raw = WindowScorer(model, rt, cfg).score(stream, cfg.eval_stride)
+        raw = with_change(raw, model, stream)
+        save_scores(report, "scores_ema.npz", raw, raw.log_prob)
+    return scores
+
+
+def with_change(scores: Any, model: Any, stream: np.ndarray) -> Any:
+    """Scores with their column pe_delta, where the model has pre-enrichment"""
+    if not model.cfg.pre_enrich_dim:
+        return scores
+    return scores._replace(pe_delta=enrichment_change(model, stream, PIECE))
+
+
+@torch.no_grad()
+def enrichment_change(model: Any, stream: np.ndarray, piece: int) -> np.ndarray:
+    """Norm of the change by pre-enrichment (PR #810's confidence) at each input of a stream of N +
+    1 tokens, float64 (N,): of the token and the two before (smear over bigrams), so in pieces
+    that overlap by two."""
+    parts, device = [], model.tok_emb.device
+    for a in range(0, len(stream) - 1, piece):
+        first = max(a - 2, 0)
+        ids = stream[first : min(a + piece, len(stream) - 1)].astype(np.int64)
+        shared = Pass(model, ids := torch.from_numpy(ids)[None].to(device))
+        model.embed(ids, shared)
+        change = (shared.enriched - shared.plain).double().norm(dim=-1)
+        parts.append(change[0, a - first :].cpu().numpy())
+    return np.concatenate(parts)
 
 
 class Shape(NamedTuple):
@@ -1736,8 +1875,7 @@ def mix_ngrams(scores, order, report):
         final[order.targets] = mixed
         if name == "cascade":
             report.score("ngram_backoff", final, orders=cfg.orders)
-    if RECORDS:
-        beside("folder.log_gains", rt, store.matched, mixed - scores.log_prob)
+    log_gains(rt, store.matched, mixed - scores.log_prob)
     return final
 
 
@@ -1819,6 +1957,22 @@ class Mixture:
             stats, (entropy, log_prob) = np.concatenate(stats, 1), map(np.concatenate, rest)
             self.mixer.learn(*self.mixer.rows(stats, entropy), expert_p(stats, log_prob))
             self.chunk = []
+
+
+def window_mass(model: Any, rt: Any, cfg: Any, stream: np.ndarray) -> float:
+    """Largest error of the mixture's mass among the first targets that windows score; documents are
+    added up by the codec. stream: N + 1 tokens"""
+    scorer, mixture = (
+        WindowScorer(model, rt, cfg),
+        Mixture(rt, cfg, 1, isolated=False),
+    )
+    ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
+    outputs = scorer.predict(*scorer.windows(stream, ends, cfg.eval_stride)[:2])
+    columns = [column.flatten(0, 1)[:WITNESSES].split(1) for column in outputs]
+    for row, token in zip(zip(*columns, strict=True), stream[1:, None], strict=False):
+        mixture.distributions(row, np.array([0]))
+        mixture.learn(token)
+    return mixture.mass_error
 
 
 def coder_integers(p):
@@ -2098,10 +2252,10 @@ class Report:
         if cfg.scorer == "documents":
             mass_error, codec = prove(self, final[order.targets])
         else:
-            mass_error, codec = beside("published.window_mass", model, rt, cfg, text.stream), {}
+            mass_error, codec = window_mass(model, rt, cfg, text.stream), {}
         self.score("ngram", final, mixer=cfg.mixer, orders=cfg.orders, mass_error=mass_error)
+        save_columns(self, scores, final)
         if RECORDS:
-            beside("folder.save_columns", self, scores, final)
             beside("published.pseudo_score", self)
         if codec:
             rt.log("final_codec", **codec)
@@ -2113,6 +2267,45 @@ class Report:
             rt.log("OVER THE CAP", f"{code + weights} > {CAP_BYTES} bytes, not a valid submission")
         if RECORDS:
             beside("folder.close_run", rt)
+
+
+BLOCK = 1024  # targets of a row of blocks.npz
+
+
+def save_columns(report: Any, scores: Any, final: np.ndarray) -> None:
+    """blocks.npz, sums over BLOCK targets of log p by model and mixture and of bytes; scores.npz
+    where it was asked for. final: log p (N,), nats"""
+    columns = dict(logp_model=scores.log_prob, logp_final=final, bytes=report.text.bytes)
+    edges = range(0, len(final), BLOCK)
+    sums = {name: np.add.reduceat(column, edges) for name, column in columns.items()}
+    save_arrays(report.rt, "blocks.npz", sums)
+    if report.cfg.save_scores or report.cfg.ngram_scheme:
+        save_scores(report, "scores.npz", scores, final)
+
+
+def save_scores(report: Any, name: str, scores: Any, final: np.ndarray) -> None:
+    """Of each target its place, token, bytes, the model's log p and entropy, and the final log
+    p."""
+    text, columns = report.text, dict(logp_model=scores.log_prob, entropy=scores.entropy)
+    columns |= dict(position=text.positions, token=text.targets, bytes=text.bytes)
+    columns |= {} if scores.pe_delta is None else dict(pe_delta=scores.pe_delta)
+    save_arrays(report.rt, name, dict(logp_final=final) | columns)
+
+
+def save_arrays(rt: Any, name: str, arrays: dict[str, np.ndarray]) -> None:
+    if rt.rank == 0:
+        write = functools.partial(np.savez, **arrays)
+        write_atomically(rt.folder / name, write)
+
+
+def log_gains(rt: Any, matched: np.ndarray, saved: np.ndarray) -> None:
+    """What the counts are worth, by the longest context seen before (0: none). matched, saved: of
+    each target, (N,), nats"""
+    for longest in np.unique(matched).tolist():
+        here = matched == longest
+        bits = float(saved[here].sum() / np.log(2))
+        counts = dict(positions=int(here.sum()), share=float(here.mean()))
+        rt.log("ngram_gain", longest, **counts, bits_saved=bits)
 
 
 def train_model(report):
@@ -2160,7 +2353,7 @@ def evaluate(model, weights, report):
         speed = {name: int((len(stream) - 1) / spent) for name, spent in seconds.items()}
         report.score("documents", scores.log_prob, **speed)
     if RECORDS:
-        scores = beside("published.evaluate", model, weights, scores, report)
+        scores = evaluate_published(model, weights, scores, report)
     return scores, order
 
 

@@ -1,7 +1,6 @@
 """Book-keeping of a run folder: what a run clears before it begins and makes at its end."""
 
 import contextlib
-import functools
 import io
 import os
 import shutil
@@ -12,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import numpy as np
 
 BLOCK = 1024  # targets
 LOGS = ("log.txt", "metrics.jsonl")
@@ -106,42 +103,6 @@ def cut_logs(folder: Path, saved: list[Path], script: ModuleType) -> None:
         path = folder / name
         if path.exists() and 0 <= size < path.stat().st_size:
             os.truncate(path, size)
-
-
-def save_columns(report: Any, scores: Any, final: np.ndarray, script: ModuleType) -> None:
-    """blocks.npz, sums over BLOCK targets of log p by model and mixture and of bytes; scores.npz
-    where it was asked for. final: log p (N,), nats"""
-    columns = dict(logp_model=scores.log_prob, logp_final=final, bytes=report.text.bytes)
-    edges = range(0, len(final), BLOCK)
-    sums = {name: np.add.reduceat(column, edges) for name, column in columns.items()}
-    save(report.rt, "blocks.npz", sums, script)
-    if report.cfg.save_scores or report.cfg.ngram_scheme:
-        save_scores(report, "scores.npz", scores, final, script)
-
-
-def save_scores(report: Any, name: str, scores: Any, final: np.ndarray, script: ModuleType) -> None:
-    """Of each target its place, token, bytes, the model's log p and entropy, and the final log
-    p."""
-    text, columns = report.text, dict(logp_model=scores.log_prob, entropy=scores.entropy)
-    columns |= dict(position=text.positions, token=text.targets, bytes=text.bytes)
-    columns |= {} if scores.pe_delta is None else dict(pe_delta=scores.pe_delta)
-    save(report.rt, name, dict(logp_final=final) | columns, script)
-
-
-def save(rt: Any, name: str, arrays: dict[str, np.ndarray], script: ModuleType) -> None:
-    if rt.rank == 0:
-        write = functools.partial(np.savez, **arrays)
-        script.write_atomically(rt.folder / name, write)
-
-
-def log_gains(rt: Any, matched: np.ndarray, saved: np.ndarray, script: ModuleType) -> None:
-    """What the counts are worth, by the longest context seen before (0: none). matched, saved: of
-    each target, (N,), nats"""
-    for longest in np.unique(matched).tolist():
-        here = matched == longest
-        bits = float(saved[here].sum() / np.log(2))
-        counts = dict(positions=int(here.sum()), share=float(here.mean()))
-        rt.log("ngram_gain", longest, **counts, bits_saved=bits)
 
 
 def close_run(rt: Any, script: ModuleType) -> None:

@@ -251,7 +251,7 @@ def mass(case: Case) -> str:
         shape = case.shape._replace(targets=min(STRETCH, case.shape.targets))
         worst = train_gpt.encode(case.model, rt, cfg, stream, shape)[-1]
     else:
-        worst = train_gpt.beside("published.window_mass", case.model, rt, cfg, stream)
+        worst = train_gpt.window_mass(case.model, rt, cfg, stream)
     require(worst <= MASS_LIMIT, f"the probabilities of all tokens add up to 1 +- {worst:.3g}")
     if not (case.folder / "scores.npz").exists():
         return f"{worst:.1g} off 1 from the start on (no scores.npz for later positions)"

@@ -117,8 +117,8 @@ def perturbed(cfg, seed=0, spread=0.3):
 
 
 def enrichment_change(model, stream, piece=1 << 14):
-    """Of records/published.py"""
-    return train_gpt.beside("published.enrichment_change", model, stream, piece)
+    """(N,) of N + 1 tokens, in pieces of so many"""
+    return train_gpt.enrichment_change(model, stream, piece)
 
 
 class SilentRuntime:
@@ -184,7 +184,7 @@ def fixed_steps(cfg, runtime, shard, steps):
 
 def student_of(model, runtime, cfg):
     """Test-time training of a copy of the model."""
-    return train_gpt.beside("ttt.TestTimeTraining", model, runtime, cfg)
+    return train_gpt.TestTimeTraining(model, runtime, cfg)
 
 
 def adapted(model, runtime, cfg, stream):

@@ -564,7 +564,7 @@ def mass_of_a_run(rt, mixer="blend"):
     cfg = tiny(scorer="sliding", ngram_mixer=mixer, eval_batch_seqs=64)
     stream = np.tile(random_stream(99, cfg.vocab_size), 4)
     model = perturbed(cfg).eval().requires_grad_(False)
-    return train_gpt.beside("published.window_mass", model, rt, cfg, stream)
+    return train_gpt.window_mass(model, rt, cfg, stream)
 
 
 @pytest.mark.parametrize("mixer", ["blend", "cascade", "none"])
