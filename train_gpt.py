@@ -32,10 +32,13 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import lzma
 import math
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -389,7 +392,7 @@ class Runtime:
         ).tobytes()
 
     def tick(self, stage, done, total):
-        """Of a long loop; on a terminal records/progress.py draws it."""
+        """Of a long loop; on a terminal a bar is drawn."""
 
     @contextlib.contextmanager
     def signals(self):
@@ -459,6 +462,163 @@ def flush(path):
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
     os.close(file)
+
+
+LOGS = ("log.txt", "metrics.jsonl")
+OUTPUTS = """submission.json log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model
+ config.env blocks.npz scores.npz scores_ema.npz stream.bin report.png""".split()  # its mark first
+
+
+def open_run(rt: Any) -> None:
+    """runs/<RUN_ID>/ with its logs open on rank 0: as the last checkpoint saw it, where the run
+    goes on, else cleared. What a finished run or a checkpoint holds is not lost unasked
+    (ConfigError)."""
+    saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
+    trains_on = rt.cfg.resume == "auto" and not rt.cfg.eval_only
+    goes_on = saved and trains_on and not rt.cfg.overwrite
+    if (rt.finished or saved) and not goes_on and not rt.cfg.overwrite:
+        state = "finished" if rt.finished else f"unfinished, with {saved[-1].stem}"
+        fix = "OVERWRITE=1" + " or RESUME=auto" * (not rt.finished and not rt.cfg.eval_only)
+        message = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
+        raise ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
+    if rt.cfg.checkpoint_every != "0":
+        backend("safetensors")  # rather missed now than when it is needed
+    if __name__ == "__main__":  # while training, Trainer.run has its own
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
+    attach(rt)
+    if rt.rank == 0:
+        try:
+            rt.folder.mkdir(parents=True, exist_ok=True)
+            if goes_on:
+                cut_logs(rt.folder, saved)
+            else:
+                if rt.cfg.overwrite:  # what the new run lacks is missed before the old one is gone
+                    beside("variables.prepare_sample", rt.cfg.data_path)
+                    for split in ("val",) if rt.cfg.eval_only else ("val", "train"):
+                        find_shards(rt.cfg.data_path, split)
+                    token_bytes(rt.cfg.tokenizer_path, rt.cfg.vocab_size)
+                clear(rt.folder)
+            rt.files += [Log(rt.folder / name) for name in LOGS]
+        except OSError as error:
+            fix = "a run must be able to write and clear that; move it away or give another RUN_ID"
+            raise ConfigError(f"{error.filename}: {error.strerror}; fix: {fix}") from error
+
+
+class Log:
+    """A text file that lines are added to. Where that fails, a full disk, the run goes on without:
+    each line is on standard output as well."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, open(path, "a", encoding="utf-8")
+
+    def write(self, text: str) -> None:
+        self.attempt(self.file.write, text)
+
+    def flush(self) -> None:
+        self.attempt(self.file.flush)
+
+    def tell(self) -> int:
+        """Bytes on the disk, for a checkpoint"""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def attempt(self, action: Callable, *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            print(
+                f"note: {self.path}: {error}; the log ends here; fix: make room there",
+                file=sys.stderr,
+            )
+            with contextlib.suppress(OSError):
+                self.file.close()  # tries once more
+            self.file = io.StringIO()
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run wrote; checkpoints first, or a run that died meanwhile could go on
+    from them."""
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    for name in OUTPUTS:
+        (folder / name).unlink(missing_ok=True)
+
+
+def cut_logs(folder: Path, saved: list[Path]) -> None:
+    """Without the lines after the newest whole checkpoint, which the run will write again. Where
+    none is whole, another function refuses the run."""
+    sizes = []
+    for checkpoint in reversed(saved):
+        with contextlib.suppress(Exception):  # as resume passes it over
+            sizes = [*map(int, read_checkpoint(checkpoint)[0]["logs"])]
+            break
+    for name, size in zip(LOGS, sizes, strict=False):
+        path = folder / name
+        if path.exists() and 0 <= size < path.stat().st_size:
+            os.truncate(path, size)
+
+
+def attach(rt: Any) -> None:
+    """Let rt.tick(stage, done, total) draw a bar, on rank 0 of a run that a terminal shows. Lines
+    that are logged or go to standard error meanwhile appear above it."""
+    if rt.rank or not sys.stderr.isatty() or not has_backend("tqdm"):
+        return
+    import atexit
+
+    from tqdm import tqdm
+    from tqdm.contrib import DummyTqdmFile
+
+    tqdm.monitor_interval = 0  # no thread beside the run
+    bars = Bars(rt, tqdm, sys.stderr)
+    rt.tick, rt.files[0], sys.stderr = (
+        bars.tick,
+        DummyTqdmFile(rt.files[0]),
+        DummyTqdmFile(sys.stderr),
+    )
+    atexit.register(bars.close)
+
+
+class Bars:
+    """One bar after the other; each disappears when its stage is done or the next one begins."""
+
+    def __init__(self, rt: Any, tqdm: Any, file: Any):
+        self.rt, self.tqdm, self.file, self.stage, self.bar = rt, tqdm, file, "", None
+
+    def tick(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` steps, windows or tokens of a stage are behind us."""
+        if stage == "train":
+            total = self.expected_steps(done, total)
+        if self.bar is None or stage != self.stage or done < self.bar.n:
+            self.close()
+            look = dict(unit="step" if stage == "train" else "it", unit_scale=total >= 10**6)
+            look |= dict(
+                file=self.file, leave=False, dynamic_ncols=True, mininterval=0.2, miniters=1
+            )
+            self.stage, self.bar = stage, self.tqdm(None, stage, total, initial=done, **look)
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+        if done >= total:
+            self.close()
+
+    def expected_steps(self, done: int, total: int) -> int:
+        """As many as the cap leaves time for, at the mean speed so far."""
+        cap, spent = self.rt.cfg.max_wallclock_seconds, self.rt.seconds["train"]
+        if not cap or not spent:
+            return total
+        return min(total, done if spent >= cap else max(done + 1, math.ceil(done * cap / spent)))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def peak_memory(rt: Any) -> int:
+    """MB (10^6 bytes) that this rank held at most: allocated on its CUDA device, else resident."""
+    if rt.cuda:
+        return torch.cuda.max_memory_allocated(rt.device) // 10**6
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return most * (1 if sys.platform == "darwin" else 1024) // 10**6
 
 
 # -----------------------------------------------------------------------------
@@ -1080,6 +1240,139 @@ class Averages:
         share = self.cfg.swa_weight if self.cfg.ema_enabled else 1.0
         mixed = torch._foreach_lerp(self.ema, self.swa, share) if self.snapshots else self.ema
         return dict(zip(self.names, mixed, strict=True))
+
+
+# -----------------------------------------------------------------------------
+# 8. Checkpoint and resume
+# A run that died goes on from its last good checkpoint, bit for bit.
+
+
+def save_checkpoint(trainer: Any) -> None:
+    """Called on every rank; the others wait until the files are on rank 0's disk. If a signal was
+    the reason, the process ends with status 128 + its number."""
+    trainer.optimizers.muon.gather()
+    if trainer.rt.rank == 0:
+        tensors = {name: tensor.clone() for name, tensor in changing_tensors(trainer).items()}
+        write_checkpoint(trainer.folder, checkpoint_state(trainer), tensors)
+    trainer.rt.barrier()
+    if trainer.signal:
+        number = int(trainer.signal)
+        trainer.rt.log(
+            "note",
+            f"signal {number} at step {trainer.step}: checkpoint written, RESUME=auto goes on",
+        )
+        sys.exit(128 + number)
+
+
+def resume_training(trainer: Any) -> None:
+    """Put the newest whole checkpoint into the trainer; leave it as it is where there is none.
+    UserError where all are damaged, or for other settings, ranks or data."""
+    find_checkpoint(trainer)
+    furthest, least = trainer.rt.largest(trainer.step, -trainer.step).tolist()
+    if furthest != -least:
+        fix = "run in one folder that all hosts share, or copy it"
+        message = f"of step {furthest:.0f} on one host, {-least:.0f} on another; fix: {fix}"
+        raise UserError(f"{trainer.folder}: {message}")
+
+
+def find_checkpoint(trainer: Any) -> None:
+    """The newest whole checkpoint into this rank's trainer."""
+    paths = sorted(trainer.folder.glob("step_*.json"), reverse=True)
+    for path in paths:
+        try:
+            return restore_checkpoint(trainer, *read_checkpoint(path))
+        except UserError:
+            raise
+        except Exception as error:  # json and safetensors have their own
+            trainer.rt.log("note", f"{path} is passed over, damaged: {error}")
+    if paths:
+        fix = "put one back, or OVERWRITE=1"
+        raise UserError(f"{trainer.folder}: no whole checkpoint; fix: {fix}")
+
+
+def changing_tensors(trainer: Any) -> dict[str, torch.Tensor]:
+    """Name -> each tensor that a step changes. Muon's momenta are those of all ranks."""
+    averages, optimizers = trainer.averages, trainer.optimizers
+    groups = dict(weight=averages.weights, ema=averages.ema, swa=averages.swa)
+    groups |= dict(grid=trainer.model.buffers(), rng=[torch.get_rng_state()])
+    groups["muon"] = [bank.momenta for bank in optimizers.muon.banks]
+    groups["adam"] = [x for state in optimizers.adam.state.values() for x in state.values()]
+    return {f"{name}.{i}": x for name, group in groups.items() for i, x in enumerate(group)}
+
+
+def checkpoint_state(trainer: Any) -> dict[str, Any]:
+    """The rest: counters, the loader's place, and how long the logs were."""
+    state = dict(step=trainer.step, qat_since=trainer.qat_since, seconds=trainer.elapsed)
+    state |= dict(snapshots=trainer.averages.snapshots, loader=trainer.loader.state())
+    return state | dict(
+        settings=bound_settings(trainer), logs=[f.tell() for f in trainer.rt.files[1:]]
+    )
+
+
+def bound_settings(trainer: Any) -> dict[str, Any]:
+    """What must be the same where a run goes on."""
+    first, after = map(NAMES.index, ("train_batch_tokens", "eval_seq_len"))
+    names = ["seed", *NAMES[first:after]]
+    sizes = [path.stat().st_size for path in trainer.loader.shards]
+    heads = [np.fromfile(path, np.uint8, 4096) for path in trainer.loader.shards]
+    found = {name.upper(): show(getattr(trainer.cfg, name)) for name in names}
+    shards = f"{len(sizes)} of {sum(sizes)} bytes, {sha(np.concatenate(heads))[:12]}"
+    return found | dict(RANKS=trainer.rt.world_size, SHARDS=shards)
+
+
+def restore_checkpoint(trainer: Any, state: dict, tensors: dict) -> None:
+    """State and tensors into the trainer; some exception where they do not fit."""
+    for name, now in bound_settings(trainer).items():
+        if (was := state["settings"][name]) != now:
+            fix = "set it back, or OVERWRITE=1 to begin again"
+            raise UserError(f"{trainer.folder}: made with {name}={was}, not {now}; fix: {fix}")
+    counters = [state[name] for name in ("step", "seconds", "snapshots")]
+    loader, (shard, offset) = trainer.loader, state["loader"]
+    loader.restore((shard, offset))
+    since = 0 if state["qat_since"] is None else state["qat_since"]
+    whole = [counters[0], counters[2], since, shard, offset]
+    if {*map(type, whole)} != {int} or counters[0] > trainer.cfg.iterations:
+        raise ValueError(f"at {counters}, late QAT since {since}")
+    if min(*counters, *whole) < 0 or offset > len(loader.tokens):
+        raise ValueError(f"at {counters}, {offset} of shard {shard}")
+    own = changing_tensors(trainer)
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name].view(tensor.shape))
+    torch.set_rng_state(own["rng.0"])
+    trainer.step, trainer.rt.seconds["train"], trainer.averages.snapshots = counters
+    trainer.qat_since = state["qat_since"]
+    trainer.rt.log("resumed", step=trainer.step)
+
+
+def write_checkpoint(folder: Path, state: dict, tensors: dict) -> None:
+    """The two files, and nothing else but those of the checkpoint before."""
+    path = folder / f"step_{state['step']:08}.json"
+    data = checkpoint_format().save(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path.with_suffix(".safetensors"), data)
+    entry = dict(state=state, sha256=sha(json.dumps(state).encode() + data))
+    write_atomically(path, json.dumps(entry).encode())
+    earlier = [other for other in folder.glob("step_*.json") if other <= path]  # later: damaged
+    kept = {other.stem for other in sorted(earlier)[-2:]}
+    for path in sorted(folder.glob("*step_*")):
+        if path.stem not in kept:
+            path.unlink()
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict]:
+    """-> state, tensors; some exception where the files are not whole"""
+    data, entry = path.with_suffix(".safetensors").read_bytes(), json.loads(path.read_bytes())
+    if sha(json.dumps(entry["state"]).encode() + data) != entry["sha256"]:
+        raise ValueError("its sha256 does not fit")
+    return entry["state"], checkpoint_format().load(data)
+
+
+def checkpoint_format() -> Any:
+    """safetensors.torch; UserError where the package is missing"""
+    backend("safetensors")
+    import safetensors.torch
+
+    return safetensors.torch
 
 
 # -----------------------------------------------------------------------------
@@ -2116,6 +2409,61 @@ def micro_batches(cfg, rt):
     return count
 
 
+# Dense bf16 FLOP/s by the name that CUDA gives a device; the first that is found in it.
+PEAKS = {
+    "B200": 2250e12,
+    "H[12]00 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    r"H[128]00\b": 989e12,
+    r"A[18]00\b": 312e12,
+    "L40S": 362e12,
+    r"L4\b": 121e12,
+    r"A10G?\b": 125e12,
+    r"RTX 4090$": 165e12,
+    r"RTX 3090$": 71e12,
+}
+
+
+# Matrices that every token is multiplied with; those of a layer applied twice, twice.
+ONCE = ("tok_emb", "bigram_proj", "enrich_up", "enrich_down", "ve_proj")
+
+
+LAYERS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "attn_gate_weight")
+
+
+def facts(trainer: Any) -> dict[str, Any]:
+    """Of a step line: the seconds of training, training tokens/s, on a CUDA device that is known
+    the
+    share of its peak (mfu), and h:mm:ss of training left (eta); validation and the scores after it
+    come on top."""
+    cfg, rt, step = trainer.cfg, trainer.rt, trainer.step
+    spent = rt.seconds["train"]
+    speed, left = cfg.train_batch_tokens * step / spent, (cfg.iterations - step) * spent / step
+    if cfg.max_wallclock_seconds:
+        left = min(left, max(0.0, cfg.max_wallclock_seconds - spent))
+    values = dict(train_time_ms=int(1000 * spent), step_avg_ms=1000 * spent / step)
+    values["tokens_per_s"] = int(speed)
+    peak = peak_flops(torch.cuda.get_device_name(rt.device)) if rt.cuda else None
+    if peak:
+        values["mfu"] = speed * token_flops(cfg) / (peak * rt.world_size)
+    return values | dict(eta=str(timedelta(seconds=round(left))))
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its name; None where it is unknown."""
+    return next((peak for name, peak in PEAKS.items() if re.search(name, device)), None)
+
+
+def token_flops(cfg: Any) -> int:
+    """FLOPs of a training token, forward and backward: 6 a weight, 12 * layers * width * length for
+    attention, as PaLM counts (arXiv 2204.02311, appendix B): the causal half is not taken off."""
+    sizes = {name: math.prod(spec.shape) for name, spec in parameter_specs(cfg).items()}
+    applied = cfg.num_layers + len({*cfg.depth_recurrence})
+    layers = sum(sizes.get(name, 0) for name in LAYERS) // cfg.num_layers
+    weights = sum(sizes.get(name, 0) for name in ONCE) + applied * layers
+    return 6 * weights + 12 * applied * cfg.model_dim * cfg.train_seq_len
+
+
 class Trainer:
     """A training run's state and steps."""
 
@@ -2206,7 +2554,7 @@ class Trainer:
                     self.agree(loss)
                 before, mark = mark, self.mark()
                 if self.signal or mark > before:
-                    beside("checkpoint.save", self)
+                    save_checkpoint(self)
         if self.capped:
             rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
         rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
@@ -2220,7 +2568,7 @@ class Trainer:
         return count // every + self.done if every else 0
 
     def log_step(self, **values):
-        values |= beside("progress.facts", self) if RECORDS else {}
+        values |= facts(self)
         self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
 
 
@@ -2265,8 +2613,7 @@ class Report:
         rt.log("final_budget", **{f"{k}_seconds": v for k, v in rt.seconds.items()}, cap="600/600")
         if code + weights > CAP_BYTES:
             rt.log("OVER THE CAP", f"{code + weights} > {CAP_BYTES} bytes, not a valid submission")
-        if RECORDS:
-            beside("folder.close_run", rt)
+        close_run(rt)
 
 
 BLOCK = 1024  # targets of a row of blocks.npz
@@ -2308,6 +2655,14 @@ def log_gains(rt: Any, matched: np.ndarray, saved: np.ndarray) -> None:
         rt.log("ngram_gain", longest, **counts, bits_saved=bits)
 
 
+def close_run(rt: Any) -> None:
+    """Peak memory; submission.json, the mark of a finished run, and report.png"""
+    rt.log("peak_memory_mb", peak_memory(rt))
+    for name in ("records/submission.py", "records/plot.py"):
+        if subprocess.run([sys.executable, ROOT / name, rt.folder]).returncode:
+            rt.log("note", f"{name} failed; run it again on {rt.folder}")
+
+
 def train_model(report):
     """Train from fresh weights -> averaged weights by name"""
     rt, cfg, text = report.rt, report.cfg, report.text
@@ -2324,7 +2679,7 @@ def train_model(report):
 
     trainer = Trainer(model, loader, rt, cfg)
     if cfg.resume == "auto":
-        beside("checkpoint.resume", trainer)
+        resume_training(trainer)
     weights = trainer.run(validate)
     if cfg.val_loss_every:  # what quantisation starts from
         model.load_state_dict(weights)
@@ -2373,7 +2728,7 @@ def run(cfg):
         cfg = replace(cfg, **model).check()
     else:
         micro_batches(cfg, rt)
-    beside("folder.open_run", rt) if RECORDS else rt.folder.mkdir(parents=True, exist_ok=True)
+    open_run(rt)
     if rt.rank == 0 and RECORDS:
         beside("variables.announce", rt, cfg)
     rt.barrier()

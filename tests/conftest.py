@@ -30,12 +30,7 @@ def rt():
 @pytest.fixture
 def no_picture(monkeypatch):
     """Runs in this process end without submission.json and report.png, which take seconds."""
-    beside = train_gpt.beside
-    monkeypatch.setattr(
-        train_gpt,
-        "beside",
-        lambda name, *a: None if name == "folder.close_run" else beside(name, *a),
-    )
+    monkeypatch.setattr(train_gpt, "close_run", lambda rt: None)
 
 
 @pytest.fixture(scope="session")

@@ -318,7 +318,7 @@ def checkpoint(path: Path, change: Callable[[Any], Any] = lambda trainer: None) 
 
 def read_checkpoint(path: Path) -> str:
     """The newest that is whole; a training goes on from it for a step."""
-    trainer = checkpoint(path, lambda trainer: train_gpt.beside("checkpoint.resume", trainer))
+    trainer = checkpoint(path, train_gpt.resume_training)
     if not 0 <= trainer.step <= trainer.cfg.iterations:
         raise AssertionError(f"step {trainer.step}")
     weights = [weight.detach().numpy().copy() for weight in trainer.model.parameters()]
@@ -389,11 +389,6 @@ KINDS = {
 # Originals
 
 
-def without_end(name: str, *arguments: Any, beside: Callable = train_gpt.beside) -> Any:
-    """train_gpt.beside but for the processes that a run ends with"""
-    return None if name == "folder.close_run" else beside(name, *arguments)
-
-
 def build(folder: Path) -> None:
     """Small whole files of every kind."""
     train, val = prepare_sample.sample_documents()
@@ -401,9 +396,9 @@ def build(folder: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         prepare_text.write_dataset(train[:40], val, folder / "set", "x", VOCAB)
         env = SHRUNK | dict(DATA_PATH=str(folder / "set"), ITERATIONS="2")
-        close, train_gpt.beside = train_gpt.beside, without_end
+        close, train_gpt.close_run = train_gpt.close_run, lambda rt: None
         run_here(folder, "run", **env)
-        train_gpt.beside = close
+        train_gpt.close_run = close
         (folder / "runs/run").rename(folder / "run")
         submission.main([str(folder / "run")])
     build_text(folder / "text", val)
@@ -412,7 +407,7 @@ def build(folder: Path) -> None:
         trainer = checkpoint(Path(mutate.CHECKPOINT))
         for _ in range(2):
             trainer.update(1.0)
-            train_gpt.beside("checkpoint.save", trainer)
+            train_gpt.save_checkpoint(trainer)
     checkout = folder / "checkout/records"
     (checkout / "fuzzed").mkdir(parents=True)
     for path in [*(ROOT / "records").glob("*.py"), ROOT / "records/aliases.env"]:

@@ -203,7 +203,7 @@ def where(launch):
 
 def whole(path):
     try:
-        train_gpt.beside("checkpoint.read", path)
+        train_gpt.read_checkpoint(path)
     except Exception:
         return False
     return True

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from test_smoke import runs
 
 from records.as_written import backoff_match
-from records.cascade import Cascade, backoff_alpha
 from train_gpt import (
     Blend,
+    Cascade,
     CountStore,
     Mixture,
     Order,
     Scores,
+    backoff_alpha,
     make_mixer,
     mix,
     mix_ngrams,

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import pty
-import runpy
 import struct
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from helpers import ROOT, clean_environment, perturbed, random_ids, tiny, train_
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-progress = types.SimpleNamespace(**runpy.run_path(str(ROOT / "records/progress.py")))
 COLUMNS = 70
 # Two stages with log lines between their ticks, the second one left before its end; an error.
 WORKER = """
@@ -28,7 +26,7 @@ if "missing" in sys.argv:
 rt = train_gpt.Runtime(tiny())
 rt.tick = lambda *_: None
 before = {*sys.modules}, rt.tick, sys.stderr, [*rt.files]
-train_gpt.beside("progress.attach", rt)
+train_gpt.attach(rt)
 assert "bar" in sys.argv or before == ({*sys.modules}, rt.tick, sys.stderr, rt.files)
 for done in range(1, 31):
   rt.tick("train", done, 30)
@@ -152,7 +150,7 @@ class Bar:
 @pytest.fixture
 def bars(rt, monkeypatch):
     monkeypatch.setattr(Bar, "made", [])
-    return progress.Bars(rt, Bar, None)
+    return train_gpt.Bars(rt, Bar, None)
 
 
 def test_stages_follow_one_another(bars):
@@ -204,7 +202,7 @@ def trainer(rt, step, spent, **changes):
 )
 def test_eta_is_of_steps_or_cap(step, spent, cap, eta, rt):
     made = trainer(rt, step, spent, iterations=100, max_wallclock_seconds=cap)
-    values = progress.facts(made, train_gpt)
+    values = train_gpt.facts(made)
     times = dict(train_time_ms=int(1000 * spent), step_avg_ms=1000 * spent / step)
     assert values == times | dict(tokens_per_s=int(64 * step / spent), eta=eta)
 
@@ -223,17 +221,17 @@ def test_flops_are_those_that_torch_counts(changes):
     model, ids = perturbed(cfg).train(), random_ids(cfg)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, ids).backward()
-    assert counter.get_total_flops() == progress.token_flops(cfg, train_gpt) * ids.numel()
+    assert counter.get_total_flops() == train_gpt.token_flops(cfg) * ids.numel()
 
 
 def test_mfu_is_the_share_of_all_ranks_peaks(rt, monkeypatch):
     rt.cuda, rt.world_size = True, 8
     made = trainer(rt, 50, 10.0, iterations=100, train_batch_tokens=2**20)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    flops = 5 * 2**20 * progress.token_flops(made.cfg, train_gpt)
-    assert progress.facts(made, train_gpt)["mfu"] == pytest.approx(flops / (8 * 989e12), rel=1e-12)
+    flops = 5 * 2**20 * train_gpt.token_flops(made.cfg)
+    assert train_gpt.facts(made)["mfu"] == pytest.approx(flops / (8 * 989e12), rel=1e-12)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Other Device")
-    assert progress.facts(made, train_gpt).keys().isdisjoint({"mfu"})
+    assert train_gpt.facts(made).keys().isdisjoint({"mfu"})
 
 
 @pytest.mark.parametrize(
@@ -257,11 +255,11 @@ def test_mfu_is_the_share_of_all_ranks_peaks(rt, monkeypatch):
     ],
 )
 def test_peaks_by_name(name, tera):
-    assert progress.peak_flops(name) == (tera and tera * 1e12)
+    assert train_gpt.peak_flops(name) == (tera and tera * 1e12)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux")
 def test_peak_memory_is_what_the_kernel_says(rt):
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     resident = int(line.split()[1]) * 1024 / 10**6
-    assert 0.95 * resident <= progress.peak_memory(rt, train_gpt) < 1.5 * resident
+    assert 0.95 * resident <= train_gpt.peak_memory(rt) < 1.5 * resident

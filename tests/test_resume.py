@@ -115,14 +115,13 @@ def clock(monkeypatch):
 @pytest.fixture
 def saved(monkeypatch):
     """Steps of the checkpoints that were written."""
-    steps, beside = [], train_gpt.beside
+    steps, save = [], train_gpt.save_checkpoint
 
-    def record(name, *arguments):
-        if name == "checkpoint.save":
-            steps.append(arguments[0].step)
-        return beside(name, *arguments)
+    def record(trainer):
+        steps.append(trainer.step)
+        return save(trainer)
 
-    monkeypatch.setattr(train_gpt, "beside", record)
+    monkeypatch.setattr(train_gpt, "save_checkpoint", record)
     return steps
 
 
@@ -376,12 +375,7 @@ def ended(fast, tmp_path_factory):
 
 
 def without_picture(patch):
-    beside = train_gpt.beside
-    patch.setattr(
-        train_gpt,
-        "beside",
-        lambda name, *a: None if name == "folder.close_run" else beside(name, *a),
-    )
+    patch.setattr(train_gpt, "close_run", lambda rt: None)
 
 
 def dies(patch, step=None):

@@ -24,7 +24,7 @@ from helpers import (
 )
 from test_artifact import opened
 
-from records.folder import OUTPUTS
+from train_gpt import OUTPUTS
 
 STREAM = np.tile(random_stream(400, 64), 10)
 SETTINGS = {  # field -> another value; each must change the packed weights
@@ -323,9 +323,9 @@ def test_half_cleared_folder_is_not_taken_for_finished(dataset, tmp_path, monkey
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "unlink", die_after_one)
-        train_gpt.beside("folder.open_run", rt)
+        train_gpt.open_run(rt)
     assert not (folder / "submission.json").exists()
-    train_gpt.beside("folder.open_run", rt)
+    train_gpt.open_run(rt)
     assert {path.name for path in folder.iterdir()} == {"log.txt", "metrics.jsonl"}
     assert not any(path.read_bytes() for path in folder.iterdir())
 
@@ -348,7 +348,7 @@ def test_unfinished_folder_is_cleared(dataset, tmp_path):
 def test_a_log_line_is_text_and_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     runtime = train_gpt.Runtime(tiny(run_id="r"))
-    train_gpt.beside("folder.open_run", runtime)
+    train_gpt.open_run(runtime)
     runtime.start()
     runtime.log("step", "3/9", train_loss=1.23456, train_time_ms=1500, step_avg_ms=500.126)
     runtime.log("final_thing_exact", val_loss=1 / 3, stride=64)

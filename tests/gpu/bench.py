@@ -41,7 +41,7 @@ from common import (
 from documents import documents
 from helpers import write_shard
 
-from records.progress import peak_flops
+from train_gpt import peak_flops
 
 BUDGET_SECONDS = 600  # of training, and again of evaluation
 LANES = 4  # parts that prepare at the same time, at most

@@ -13,7 +13,7 @@ from common import Eager, Plain, Skip, Traced, all_switches, new_trainer, synthe
 from helpers import no_validation, perturbed, random_ids, train_gpt
 from torch._dynamo.utils import counters
 
-from records.checkpoint import changing
+from train_gpt import changing_tensors
 
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 3e-2  # of ||logits - true|| / ||true||
 STEP_TOLERANCE, COMPILED_TOLERANCE = 2e-3, 1e-2  # of a loss; Muon works in bf16 on CUDA
@@ -124,10 +124,10 @@ def resume(job):
     cfg = all_switches(job, checkpoint_every="2", late_qat_threshold=0.9)  # from step 3 on
     (_, *whole), (_, *twin) = (followed(job, cfg, name) for name in ("whole", "twin"))
     stopped, first, _ = followed(job, cfg, "stopped", STOP)
-    kept = {name: tensor.clone() for name, tensor in changing(stopped).items()}
+    kept = {name: tensor.clone() for name, tensor in changing_tensors(stopped).items()}
     taken = trainer_in(job, cfg, "stopped")
-    train_gpt.beside("checkpoint.resume", taken)
-    same = all(torch.equal(kept[name], tensor) for name, tensor in changing(taken).items())
+    train_gpt.resume_training(taken)
+    same = all(torch.equal(kept[name], tensor) for name, tensor in changing_tensors(taken).items())
     same &= facts(taken) == facts(stopped) and taken.step == STOP
     job.check("state", same, f"{len(kept)} tensors and the loader's place after step {taken.step}")
     _, last, weights = followed(job, cfg, "stopped")
@@ -152,7 +152,7 @@ def followed(job, cfg, name, stop=0):
     """Train to the end, or until a signal in step `stop` -> Trainer, losses, averaged weights;
     goes on from a checkpoint that it finds."""
     trainer, losses, weights = trainer_in(job, cfg, name), [], None
-    train_gpt.beside("checkpoint.resume", trainer)
+    train_gpt.resume_training(trainer)
     update = trainer.update
 
     def watched(factor):
@@ -190,12 +190,12 @@ def poisoned(job, cfg):
         torch.nn.init.normal_(weight, std=0.05)
     moved, loss = [], None
     for sick in (False, True):
-        before = {name: tensor.clone() for name, tensor in changing(trainer).items()}
+        before = {name: tensor.clone() for name, tensor in changing_tensors(trainer).items()}
         loss = trainer.gradients()
         if sick:
             model.kv_bank.grad.view(-1)[3] = math.inf
         loss = optimizers.step(0, 1.0, loss)
-        after = changing(trainer).items()
+        after = changing_tensors(trainer).items()
         moved.append({name for name, tensor in after if not torch.equal(tensor, before[name])})
     healthy = sum(name.startswith(("weight", "adam")) for name in moved[0])
     poison = sorted(name for name in moved[1] if not name.startswith("muon"))

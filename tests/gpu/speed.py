@@ -36,7 +36,7 @@ from common import (
 from helpers import ROOT, SHRUNK, clean_environment, perturbed, train_gpt
 from torch.utils.flop_counter import FlopCounterMode
 
-from records.progress import peak_flops, token_flops
+from train_gpt import peak_flops, token_flops
 
 MIXED = (*range(1, 10), *train_gpt.LONG_ORDERS)
 BUCKETS, CHUNK = 1 << 22, 1 << 16  # of #864
@@ -57,10 +57,10 @@ def flops_per_token(job, record, cfg):
     attention = 4 * layers * length * cfg.model_dim
     if round(sum(flops.values()) - linear) != attention:
         job.row(f"{record} FLOP", f"attention is {attention} FLOP, counted {flops}", "FAIL")
-    logged = token_flops(cfg, train_gpt)
+    logged = token_flops(cfg)
     if round(3 * (linear + attention)) != logged:  # PaLM's count, for mfu in log.txt
         job.row(
-            f"{record} FLOP", f"records/progress.py counts {logged:,}, not these {flops}", "FAIL"
+            f"{record} FLOP", f"train_gpt.token_flops counts {logged:,}, not these {flops}", "FAIL"
         )
     text = f"{linear / 2e6:.2f} M matmul parameters, {layers} layers"
     return 3 * linear + 3 * attention / 2, text
