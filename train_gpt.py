@@ -32,18 +32,21 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
+import itertools
 import json
 import lzma
 import math
+import platform
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -82,7 +85,6 @@ def backend(name):
 # Environment > RECORD's config.env > defaults; each value typed and checked.
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
-RECORDS = (ROOT / "records/variables.py").exists()  # the file works alone, too
 LAUNCH = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)  # torchrun's variables
 
 Count = Annotated[int, 1, 2**62]  # bounds; a plain number is at least 0
@@ -95,17 +97,8 @@ class ConfigError(UserError):
     """A wrong variable."""
 
 
-def beside(name, *arguments):
-    """Call a function of records/, file.function; it is handed this module last."""
-    file, _, function = name.partition(".")
-    path = ROOT / f"records/{file}.py"
-    if not path.exists():
-        raise ConfigError(f"{path}: missing, and needed for this; fix: put it back")
-    return runpy.run_path(str(path))[function](*arguments, sys.modules[__name__])
-
-
 @dataclass(frozen=True)
-class Config(beside("published.variables") if RECORDS else object):
+class Config:
     """Everything a run depends on; field `x_y` is environment variable `X_Y`, --help says more."""
 
     # Run
@@ -222,6 +215,41 @@ class Config(beside("published.variables") if RECORDS else object):
     ngram_min_order: int = 2  # shortest n-gram
     ngram_max_order: Annotated[int, 2, 32] = 9  # longest n-gram
 
+    # Test-time training, score first
+    ttt_enabled: bool = False  # on each scored chunk
+    ttt_use_lora: bool = False  # Adam on low rank; 0: SGD on all
+    ttt_lora_rank: Count = 8  # of queries, values
+    ttt_lora_lr: float = 0.01  # falls as a cosine
+    ttt_lr: float = 0.002  # SGD, the same
+    ttt_momentum: Fraction = 0.9  # SGD
+    ttt_epochs: Count = 3  # over each chunk
+    ttt_chunk_tokens: Count = 32_768  # scored, then learned
+    ttt_batch_seqs: Count = 32  # sequences in a step
+    ttt_grad_clip: Positive = 1.0  # largest gradient norm
+
+    # Published n-gram mixture, on exact counts
+    ngram_min_count: int = 2  # least count of a context
+    ngram_alpha_min: Fraction = 0.05  # least weight of counts
+    ngram_alpha_max: Fraction = 0.60  # largest weight of counts
+    ngram_entropy_center: tuple[float, ...] = (3.0,)  # of the sigmoid, orders 2, 3, ..., nats
+    ngram_center_slope: float = 0.25  # its fall per order
+    ngram_entropy_scale: float = 2.0  # its steepness
+    ngram_multipliers: tuple[float, ...] = (
+        0.3,
+        0.3,
+        0.97,
+        2.0,
+    )  # of the weight, orders 2, 3, ...
+    ngram_alpha: Fraction = 0.0  # linear, at NGRAM_NLL_THRESHOLD; 0: sigmoid
+    ngram_nll_threshold: Positive = 2.5  # entropy, nats
+
+    # Published n-gram scorers as written
+    ngram_scheme: Literal["", "pr864", "pr810", "pr1026", "pr993", "pr808"] = ""  # also print
+    ngram_buckets: Count = 4_194_304  # counters in a table
+    ngram_chunk_tokens: Count = 65_536  # targets between updates
+    ngram_caches: Count = 1  # as of so many ranks
+    pseudo_weights: Literal["artifact", "ema"] = "artifact"  # they run on
+
     origin: dict = field(default_factory=dict, compare=False)
     notes: tuple = field(default=(), compare=False)
 
@@ -229,9 +257,7 @@ class Config(beside("published.variables") if RECORDS else object):
     def from_env(environ):
         """ConfigError names variable, value and fix. Only beside records/ are there RECORDs (`tiny`
         where CUDA or data lack), other names, default data."""
-        texts, notes = {name: (environ[name], "env") for name in VARIABLES if name in environ}, ()
-        if RECORDS or environ.get("RECORD"):
-            texts, notes = beside("variables.resolve", environ)
+        texts, notes = resolve(environ)
         values = {name.lower(): parse(name, text) for name, (text, _) in texts.items()}
         origin = {name: source for name, (_, source) in texts.items()}
         cfg = Config(**values, origin=origin, notes=tuple(notes))
@@ -241,7 +267,7 @@ class Config(beside("published.variables") if RECORDS else object):
 
     def check(self):
         layers, longest = self.num_layers, self.ngram_max_order
-        head, more = self.model_dim // self.num_heads, getattr(self, "problems", tuple)()
+        head, more = self.model_dim // self.num_heads, self.problems()
         for name, broken, wanted in (
             ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
             ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
@@ -257,7 +283,6 @@ class Config(beside("published.variables") if RECORDS else object):
                 not self.checkpoint_every.removesuffix("m").isdecimal(),
                 "10 or 10m",
             ),
-            ("SCORER", not RECORDS and self.scorer == "sliding", "documents without records/"),
             ("MODEL_DIM", count_parameters(self) >= 2**31, "smaller"),
             ("RUN_ID", not Path(self.run_id).name == self.run_id != "..", "a plain folder name"),
             *more,
@@ -265,6 +290,20 @@ class Config(beside("published.variables") if RECORDS else object):
             if broken:
                 raise ConfigError(f"{name}={show(getattr(self, name.lower()))}: must be {wanted}")
         return self
+
+    def problems(self):
+        """(variable, is it wrong, what it must be), for Config.check"""
+        rest = self.ttt_chunk_tokens % self.window
+        proof, cascade = self.scorer == "documents", self.mixer == "cascade"
+        return (
+            ("TTT_CHUNK_TOKENS", self.ttt_enabled and rest, "times EVAL_SEQ_LEN"),
+            ("SCORER", self.ttt_enabled and proof, "sliding with TTT_ENABLED=1"),
+            (
+                "NGRAM_MIXER",
+                cascade and proof and self.codec_tokens,
+                "blend, or CODEC_TOKENS=0",
+            ),
+        )
 
     @property
     def window(self):
@@ -313,6 +352,269 @@ def parse(name, text):
 def show(value):
     parts = value if isinstance(value, tuple) else (value,)
     return ",".join(str(int(x) if isinstance(x, bool) else x) for x in parts)
+
+
+ALIASES = ROOT / "records/aliases.env"
+MEANINGS = ROOT / "records/help.env"
+DATA = ROOT / "data"
+SAMPLE_DATA = DATA / "datasets/sample_en"
+FINEWEB_DATA = DATA / "datasets/fineweb10B_sp1024"
+FINEWEB_TOKENIZER = DATA / "tokenizers/fineweb_1024_bpe.model"
+FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
+BACKENDS = ("sentencepiece", "zstandard", "numba", "constriction", "matplotlib")  # optional
+NO_SETTINGS = (  # of a configuration
+    *("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID"),
+    *("DRY_RUN", "OVERWRITE", "RESUME", "CHECKPOINT_EVERY"),
+)
+WIDTHS, GAP = (26, 13, 13), "  "  # of --help's columns but the last, in a page of 100
+HELP_HEAD = """Environment variables: name, type, default, meaning. 0|1: off or on. Numbers are
+at least 0 where nothing else is said. Lists are 1,2,3; DRY_RUN=1 shows what a run would use."""
+HELP_EXAMPLES = """
+Examples
+  RUN_ID=short ITERATIONS=200 WARMDOWN_ITERS=120 python train_gpt.py
+  RECORD=pr864 SEED=7 torchrun --standalone --nproc_per_node=8 train_gpt.py
+  DATA_PATH=data/datasets/mine RUN_ID=mine python train_gpt.py
+  EVAL_ONLY=runs/mine/artifact.bin RUN_ID=again python train_gpt.py"""
+
+
+def resolve(environ: Mapping[str, str]):
+    """-> ({name: (text, origin)}, notes) of train_gpt.py's variables that are given, by the
+    environment or by RECORD's config.env; ConfigError for what cannot be meant."""
+    given, notes = canonical_names(environ)
+    for name in VARIABLES.keys() & given.keys():
+        if re.search("[\ud800-\udfff]", given[name]):  # how Python reads other bytes
+            raise ConfigError(f"{name}={given[name]!r}: must be UTF-8, as the log is")
+    refuse_misspelt(given)
+    record, why = choose_record(given)
+    texts = {name: (text, f"RECORD={record}") for name, text in read_record(record).items()}
+    texts |= {name: (text, "env") for name, text in given.items() if name in VARIABLES}
+    texts["RECORD"] = record, texts.get("RECORD", ("", "default"))[1]
+    texts |= {name: (str(path), "default") for name, path in default_paths(given, record).items()}
+    return texts, notes + why
+
+
+def read_pairs(path: Path, error: type[Exception] = UserError) -> dict[str, str]:
+    """The NAME=value lines of a file, without comments."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as wrong:
+        raise error(f"{path}: not UTF-8 ({wrong}); fix: get it again") from None
+    lines = [line for line in lines if line.strip() and not line.startswith("#")]
+    if wrong := [line for line in lines if "=" not in line]:
+        raise error(f"{path}: {wrong[0]!r} is not NAME=value")
+    return {name: value.strip() for name, _, value in (line.partition("=") for line in lines)}
+
+
+def canonical_names(environ):
+    """Replace what the five scripts call the same thing by our names (aliases.env), unless they
+    contradict; accept what this script always or never does only at that value."""
+    aliases, notes, error = read_pairs(ALIASES), [], ConfigError
+    given = {name: text for name, text in environ.items() if name not in aliases}
+    for alias in sorted(aliases.keys() & environ.keys()):
+        text, meaning = environ[alias], aliases[alias]
+        if found := re.fullmatch(r"(\w*)\[(.*)\]", meaning):  # OURS[theirs:ours,...]
+            name, values = found[1], dict(v.split(":") for v in found[2].split(","))
+            if text not in values:
+                known = " or ".join(values)
+                raise error(f"{alias}={text!r}: only {known} can be had; fix: leave it out")
+            text = values[text]
+        elif found := re.fullmatch(r"(\w+)\+(\w+)=(.+)", meaning):  # OURS+theirs=default of theirs
+            name = found[1]
+            other = environ.get(found[2], found[3])
+            try:
+                text = str(round(float(text) + float(other), 9))
+            except ValueError:
+                raise error(f"{alias}={text!r} + {found[2]}={other!r}: must be numbers") from None
+        else:
+            name = meaning
+        if not name:
+            notes.append(f"{alias}={environ[alias]} is what this script does anyway")
+            continue
+        ours = given.setdefault(name, text)
+        if ours != text and parse(name, ours) != parse(name, text):
+            raise error(f"{alias}={environ[alias]!r} contradicts {name}={given[name]!r}")
+        notes.append(f"{alias} is read as {name}={text}")
+    return given, notes
+
+
+def refuse_misspelt(names):
+    """Stop on names near ours or of one of our families; ignore the rest."""
+    for name in sorted(names.keys() - VARIABLES.keys()):
+        family = next((prefix for prefix in FAMILIES if name.startswith(prefix)), "")
+        known = [ours for ours in VARIABLES if ours.startswith(family)]
+        distance, near = min((edit_distance(name, ours), ours) for ours in known)
+        if family or 2 * distance <= min(4, len(name)):  # CI is no misspelt CLIP
+            message = f"{name}={names[name]!r} is not a variable; did you mean {near}?"
+            raise ConfigError(message)
+
+
+def edit_distance(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def choose_record(given):
+    """-> (record, "" for the defaults; why, where nobody asked)."""
+    if given.get("RECORD"):
+        return given["RECORD"], []
+    cuda = given.get("DEVICE") != "cpu" and torch.cuda.is_available()
+    if cuda and (given.get("DATA_PATH") or has_fineweb()):
+        return "", ["no RECORD: own configuration, since CUDA and data are here"]
+    missing = f"no FineWeb data in {FINEWEB_DATA}" if cuda else "no CUDA device"
+    if cuda and int(given.get("WORLD_SIZE", 1)) > 1 and given.get("DRY_RUN", "0") == "0":
+        fix = "python data/download_fineweb.py, or set DATA_PATH"
+        raise ConfigError(f"{missing}; fix: {fix}")
+    return "tiny", [f"no RECORD: tiny, since there is {missing}"]
+
+
+def has_fineweb() -> bool:
+    """A download that was cut off leaves a partial file or no validation shard."""
+    found = {pattern: any(FINEWEB_DATA.glob(pattern)) for pattern in ("*_val_*.bin", ".*.partial")}
+    return found["*_val_*.bin"] and not found[".*.partial"]
+
+
+def default_paths(given, record):
+    """The data folder, its tokenizer or else upstream's, where none is given."""
+    real = has_fineweb() and record != "tiny"
+    data = Path(given.get("DATA_PATH") or (FINEWEB_DATA if real else SAMPLE_DATA))
+    tokenizer = data / "tokenizer.model"
+    if data != SAMPLE_DATA and not tokenizer.exists():  # the sample's is made at its first use
+        tokenizer = FINEWEB_TOKENIZER
+    paths = dict(DATA_PATH=data, TOKENIZER_PATH=tokenizer)
+    return {name: path for name, path in paths.items() if not given.get(name)}
+
+
+def read_record(name):
+    """The NAME=value lines of records/**/<name>*/config.env; {} for no record."""
+    if not name:
+        return {}
+    known = known_records()
+    found = [name] if name in known else [folder for folder in known if folder.startswith(name)]
+    if len(found) != 1:
+        message = f"RECORD={name!r}: {len(found)} fit; fix: one of {sorted(known)}"
+        raise ConfigError(message)
+    pairs = read_pairs(known[found[0]], ConfigError)
+    for setting, text in pairs.items():
+        if setting not in VARIABLES or setting in NO_SETTINGS:
+            raise ConfigError(f"{known[found[0]]}: {setting}={text} is not a setting")
+    return pairs
+
+
+def known_records():
+    """Name -> path of its config.env; a seed of a submission is none"""
+    paths = (ROOT / "records").glob("**/config.env")
+    return {path.parent.name: path for path in paths if not path.parent.name.startswith("seed_")}
+
+
+def prepare_sample(folder: str | Path) -> None:
+    """Tokenise the embedded text, if that is the folder, on its first use."""
+    if Path(folder) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
+        command = [sys.executable, ROOT / "data/prepare_sample.py", "--out", SAMPLE_DATA]
+        if subprocess.run(command).returncode:
+            raise UserError("data/prepare_sample.py failed, see above")
+
+
+def keep_sources(rt, cfg) -> None:
+    """config.env, every setting, and tokenizer.model, into the run folder."""
+    names = [name for name in VARIABLES if name not in NO_SETTINGS]
+    lines = [f"{name}={show(getattr(cfg, name.lower()))}\n" for name in names]
+    (rt.folder / "config.env").write_text("".join(lines), encoding="utf-8")
+    shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
+
+
+def announce(rt, cfg) -> None:
+    """Log where, with what, and every value with its origin; tokenise the embedded text."""
+    for note in cfg.notes:
+        rt.log("note", note)
+    origin = cfg.origin
+    values = {name: getattr(cfg, name.lower()) for name in VARIABLES}
+    rt.log("config", **{n: f"{show(v)}({origin.get(n, 'default')})" for n, v in values.items()})
+    found = {name: int(has_backend(name)) for name in BACKENDS}
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    kind = torch.cuda.get_device_name() if rt.cuda else f"cpu {platform.machine()}"
+    threads = torch.get_num_threads()
+    rt.log("hardware", f"{rt.world_size} x {kind}", threads=threads, **versions, **found)
+    if not cfg.dry_run:
+        prepare_sample(cfg.data_path)
+
+
+def print_help() -> None:
+    """A row for each variable, then the RECORDs and examples, in at most 100 columns."""
+    lines = [HELP_HEAD]
+    for group, names in help_groups().items():
+        lines += [
+            "",
+            group,
+            *(line for name in names for line in help_row(name, names[name])),
+        ]
+    lines += ["", "Values of RECORD, their beginning is enough"]
+    for name, path in sorted(known_records().items()):
+        comment = " ".join(re.findall(r"^# (.+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+        first = re.match(r".+?\.(?= |$)", comment)[0].removeprefix(f"{name}: ")
+        lines += textwrap.wrap(f"  {name:<8}{first}", 100, subsequent_indent=" " * 10)
+    try:
+        print(*lines, HELP_EXAMPLES, sep="\n", flush=True)
+    except BrokenPipeError:  # the reader, head or less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def help_groups():
+    """Group -> {name: meaning}, as in the source of Config and published.py."""
+    groups, fuller = {}, read_pairs(MEANINGS)
+    for line in inspect.getsource(Config).splitlines():
+        if found := re.fullmatch(r" +# (.+)", line):
+            names = groups.setdefault(found[1], {})
+        elif found := re.match(r" +(\w+): .* = .+?(?:  # (.+))?$", line):
+            if (name := found[1].upper()) in VARIABLES:
+                names[name] = fuller.get(name, found[2])
+    return groups
+
+
+def help_row(name, meaning):
+    """The lines of a variable; what is too long for its column goes on below, in the same
+    column."""
+    field = VARIABLES[name]
+    default = show(field.default).replace(",", ", ") or "-"
+    choices = get_args(field.type) if isinstance(field.default, str) else ()
+    meaning = "|".join(filter(None, choices)) + ": " * bool(choices) + meaning
+    widths = *WIDTHS, 100 - sum(WIDTHS) - len(GAP) * len(WIDTHS)
+    columns = zip((name, kind_of(field), default, meaning), widths, strict=True)
+    cells = [textwrap.wrap(text, width) for text, width in columns]
+    cells[2] = [cell.replace(", ", ",") for cell in cells[2]]  # as it would be given
+    for row in itertools.zip_longest(*cells, fillvalue=""):
+        yield GAP.join(map(str.ljust, row, widths)).rstrip()
+
+
+def kind_of(field):
+    """Type of a variable in a word or two, with its bounds if they are not the usual ones."""
+    kind, default = field.type, field.default
+    if isinstance(default, str):
+        return "choice" if get_args(kind) else "text"
+    if isinstance(default, bool | tuple):
+        return "0|1" if kind is bool else f"{get_args(kind)[0].__name__}s"
+    word, (least, most) = type(default).__name__, getattr(kind, "__metadata__", (0, 2**62))
+    if most < 2**62:
+        return f"{least} to {most}"
+    if least < -1:
+        return f"any {word}"
+    return f"{word} > 0" if 0 < least < 1 else f"{word} >= {least}" if least else word
+
+
+def dry_run(rt, cfg) -> None:
+    """What would run, without data or tokenizer: configuration, parameters, optimizers, bytes."""
+    cfg = replace(cfg, vocab_size=cfg.vocab_size or 1024)
+    announce(rt, cfg)
+    micro_batches(cfg, rt)
+    rt.log("model_params", count_parameters(cfg))
+    for group, (names, rate, decay) in optimizer_groups(cfg).items():
+        rt.log("optimizer_group", group, rate=rate, decay=decay, parameters=",".join(names))
+    payload = payload_type(parameter_specs(cfg)).itemsize
+    sizes = dict(code=CODE.stat().st_size, uncompressed_weights=payload)
+    rt.log("byte_budget", **sizes, cap=CAP_BYTES)
 
 
 # -----------------------------------------------------------------------------
@@ -493,7 +795,7 @@ def open_run(rt: Any) -> None:
                 cut_logs(rt.folder, saved)
             else:
                 if rt.cfg.overwrite:  # what the new run lacks is missed before the old one is gone
-                    beside("variables.prepare_sample", rt.cfg.data_path)
+                    prepare_sample(rt.cfg.data_path)
                     for split in ("val",) if rt.cfg.eval_only else ("val", "train"):
                         find_shards(rt.cfg.data_path, split)
                     token_bytes(rt.cfg.tokenizer_path, rt.cfg.vocab_size)
@@ -1662,14 +1964,14 @@ class TestTimeTraining:
     def score(self, stream: np.ndarray) -> Any:
         """stream: N + 1 tokens -> Scores of the last N, each chunk by what the ones before it
         taught"""
-        scorer = self.WindowScorer(self.model, self.rt, self.cfg)
+        scorer = WindowScorer(self.model, self.rt, self.cfg)
         stride, total, parts = self.cfg.eval_stride, len(stream) - 1, []
         for a in range(0, total, self.chunk):
             b = min(a + self.chunk, total)
             parts.append(scorer.score_windows(stream, np.arange(a, b, stride) + stride, stride))
             if b < total:
                 self.learn(stream[a : b + 1], a / self.chunk / ((total - 1) // self.chunk))
-        return self.Scores(*np.concatenate(parts, 1).reshape(2, -1)[:, :total])
+        return Scores(*np.concatenate(parts, 1).reshape(2, -1)[:, :total])
 
     def learn(self, chunk: np.ndarray, progress: float) -> None:
         """chunk: scored targets and the token before them; progress 0..1 lowers the rate"""
@@ -1686,7 +1988,7 @@ class TestTimeTraining:
                 with rt.autocast():
                     loss = self.loss(mine[:, :-1], mine[:, 1:])
                 (loss * len(mine) * rt.world_size / len(batch)).backward()
-            self.average_gradients(self.weights, rt)
+            average_gradients(self.weights, rt)
             nn.utils.clip_grad_norm_(self.weights, cfg.ttt_grad_clip)
             self.optimizer.step()
 
@@ -2177,7 +2479,7 @@ def mix_ngrams(scores, order, report):
 # The score as a file: a range coder spends the mixture's bits, a decoder gets the text back.
 
 STREAM_PREFIX, PRECISION = b"PGSTREAM\x01", 24  # bits of a probability
-SCORING = NAMES[NAMES.index("eval_seq_len") : NAMES.index("origin")]  # in a stream's header
+SCORING = NAMES[NAMES.index("eval_seq_len") : NAMES.index("ttt_enabled")]  # in a stream's header
 WITNESSES = 2048  # targets at least whose whole distribution is added up
 
 
@@ -2603,8 +2905,7 @@ class Report:
             mass_error, codec = window_mass(model, rt, cfg, text.stream), {}
         self.score("ngram", final, mixer=cfg.mixer, orders=cfg.orders, mass_error=mass_error)
         save_columns(self, scores, final)
-        if RECORDS:
-            beside("published.pseudo_score", self)
+        pseudo_score(self)
         if codec:
             rt.log("final_codec", **codec)
         code, weights = ((rt.folder / n).stat().st_size for n in ("train_gpt.py", "artifact.bin"))
@@ -2653,6 +2954,23 @@ def log_gains(rt: Any, matched: np.ndarray, saved: np.ndarray) -> None:
         bits = float(saved[here].sum() / np.log(2))
         counts = dict(positions=int(here.sum()), share=float(here.mean()))
         rt.log("ngram_gain", longest, **counts, bits_saved=bits)
+
+
+def pseudo_score(report: Any) -> None:
+    """NGRAM_SCHEME's line: a published scorer as written, no code length, as its mass shows. It is
+    no part of the run: records/as_written.py is a program of its own."""
+    cfg, rt = report.cfg, report.rt
+    if not cfg.ngram_scheme:
+        return
+    weights = "ema" if (rt.folder / "scores_ema.npz").exists() else "artifact"
+    program = ROOT / "records/as_written.py"
+    command = [sys.executable, program, rt.folder, "--scheme", cfg.ngram_scheme, "--json"]
+    done = subprocess.run([*command, "--weights", weights], capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().removeprefix("error: ") or f"{program} failed"
+        rt.log("note", f"no pseudo score: {reason.splitlines()[-1]}")
+    else:
+        rt.log("final_ngram_pseudo", **json.loads(done.stdout))
 
 
 def close_run(rt: Any) -> None:
@@ -2707,8 +3025,7 @@ def evaluate(model, weights, report):
         )
         speed = {name: int((len(stream) - 1) / spent) for name, spent in seconds.items()}
         report.score("documents", scores.log_prob, **speed)
-    if RECORDS:
-        scores = evaluate_published(model, weights, scores, report)
+    scores = evaluate_published(model, weights, scores, report)
     return scores, order
 
 
@@ -2718,7 +3035,7 @@ def run(cfg):
     if cfg.decode:
         return decode_folder(cfg)
     if cfg.dry_run:
-        return beside("variables.dry_run", rt, cfg)
+        return dry_run(rt, cfg)
     rt.start()
     if cfg.resume == "auto" and rt.largest(rt.finished) and not cfg.overwrite:
         return rt.log("note", f"{rt.folder} is finished")
@@ -2729,16 +3046,15 @@ def run(cfg):
     else:
         micro_batches(cfg, rt)
     open_run(rt)
-    if rt.rank == 0 and RECORDS:
-        beside("variables.announce", rt, cfg)
+    if rt.rank == 0:
+        announce(rt, cfg)
     rt.barrier()
     find_shards(cfg.data_path, "val")
     cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
     report, path = Report(rt, cfg), rt.folder / "artifact.bin"
     if rt.rank == 0:
         write_atomically(rt.folder / "train_gpt.py", CODE.read_bytes())
-        if RECORDS:
-            beside("variables.keep_sources", rt, cfg)
+        keep_sources(rt, cfg)
     weights = {} if cfg.eval_only else train_model(report)
     with rt.clock("eval"):  # quantisation is in its budget
         if rt.rank == 0:
@@ -2757,7 +3073,7 @@ def main():
     try:
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(__doc__)
-            return beside("variables.print_help")
+            return print_help()
         run(Config.from_env(os.environ))
     except (UserError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)

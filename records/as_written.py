@@ -403,15 +403,6 @@ def score_folder(
     return fields | {"weights": weights}
 
 
-def print_pseudo(report: Any, weights: str, script: Any) -> None:
-    """Log NGRAM_SCHEME's line of the run that train_gpt.py is about to end."""
-    rt = report.rt
-    try:
-        rt.log("final_ngram_pseudo", **score_folder(rt.folder, report.cfg.ngram_scheme, weights))
-    except (UserError, OSError) as error:
-        rt.log("note", f"no pseudo score: {error}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="run folder")

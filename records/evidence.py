@@ -27,7 +27,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 import submission  # noqa: E402
-import variables  # noqa: E402
 
 import train_gpt  # noqa: E402
 from train_gpt import BOS  # noqa: E402
@@ -90,7 +89,7 @@ class Case:
     @cached_property
     def cfg(self) -> Any:
         """The run's settings; where its text and tokenizer lie here."""
-        pairs, given = variables.read_pairs(self.folder / "config.env"), {}
+        pairs, given = train_gpt.read_pairs(self.folder / "config.env"), {}
         if unknown := pairs.keys() - train_gpt.VARIABLES.keys():
             raise Failed(f"config.env: {sorted(unknown)[0]} is no variable of this train_gpt.py")
         for name in ("DATA_PATH", "TOKENIZER_PATH"):
@@ -98,7 +97,7 @@ class Case:
             logged = logged.removesuffix("(env)") if logged.endswith("(env)") else ""
             if path := os.environ.get(name) or (Path(logged).exists() and logged):
                 given[name] = path
-        paths = given | variables.default_paths(given, self.run.settings().get("RECORD", ""))
+        paths = given | train_gpt.default_paths(given, self.run.settings().get("RECORD", ""))
         values = {name.lower(): train_gpt.parse(name, text) for name, text in pairs.items()}
         values |= {name.lower(): str(path) for name, path in paths.items()}
         return train_gpt.Config(**values | dict(device="auto")).check()
@@ -114,7 +113,7 @@ class Case:
     @cached_property
     def text(self) -> Any:
         try:
-            variables.prepare_sample(self.cfg.data_path, train_gpt)
+            train_gpt.prepare_sample(self.cfg.data_path)
             return train_gpt.ValidationText(self.cfg)
         except (train_gpt.UserError, OSError) as error:
             raise NotChecked(f"no validation text: {error}; or set DATA_PATH") from None

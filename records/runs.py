@@ -32,9 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
-from records import variables  # noqa: E402
-from records.variables import ALIASES, read_pairs  # noqa: E402
-from train_gpt import VARIABLES, Config, UserError, show  # noqa: E402
+from train_gpt import ALIASES, VARIABLES, Config, UserError, read_pairs, show  # noqa: E402
 
 CODE = {path: path.read_bytes() for path in (SCRIPT, ROOT / "records/as_written.py")}
 NOT_SETTINGS = ("RUN_ID", "DATA_PATH", "TOKENIZER_PATH")
@@ -282,7 +280,7 @@ def overrides(pairs: Sequence[str]) -> dict[str, str]:
 
 def prepare_sample(folder: Path) -> None:
     """Tokenise the embedded text, if it is meant, before several runs would at the same time."""
-    variables.prepare_sample(folder, train_gpt)
+    train_gpt.prepare_sample(folder)
 
 
 def facts(command: Sequence[str], rows: Sequence[Row], jobs: int, began: float) -> Row:

@@ -26,8 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from records import runs  # noqa: E402
 from records.runs import ROOT, Row, Task, UserError, cell, over_seeds  # noqa: E402
-from records.variables import SAMPLE_DATA  # noqa: E402
-from train_gpt import Config  # noqa: E402
+from train_gpt import SAMPLE_DATA, Config  # noqa: E402
 
 CONFIGS = ("own", "pr864", "pr810", "pr1026", "pr993", "pr808")
 PYTHON = ROOT / f"data/datasets/python_{platform.python_version()}"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers import names, train_gpt
+from helpers import train_gpt
 from prepare_sample import sample_documents
 from prepare_text import write_dataset
 
@@ -54,7 +54,7 @@ def peak_gb():
 
 def sample_tokens(vocab_size):
     """Of the embedded text's training side, uint16; tokenised where it is not yet."""
-    folder = names.SAMPLE_DATA
+    folder = train_gpt.SAMPLE_DATA
     if vocab_size != 1024:
         folder = folder.with_name(f"{folder.name}_{vocab_size}")
     if not (folder / "tokenizer.model").exists():

@@ -6,10 +6,8 @@ import io
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import train_gpt  # noqa: E402
 
-names = types.SimpleNamespace(**runpy.run_path(str(ROOT / "records" / "variables.py")))
-PAIRS = names.read_pairs(names.ALIASES)
+PAIRS = train_gpt.read_pairs(train_gpt.ALIASES)
 ALIASES = {alias: ours for alias, ours in PAIRS.items() if ours in train_gpt.VARIABLES}
 
 # Every architecture switch on, small enough for loops.
@@ -211,7 +208,7 @@ def clean_environment():
     return {
         name: text
         for name, text in os.environ.items()
-        if name not in ours | torchrun and not name.startswith(names.FAMILIES)
+        if name not in ours | torchrun and not name.startswith(train_gpt.FAMILIES)
     }
 
 

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from helpers import no_validation, random_stream, tiny, train_gpt, write_shard
 
-from records import checkpoint
-
 STEPS = 12
 LENGTHS = (150, 70, 230)  # of the shards: a step of 64 tokens crosses from one into the next
 ROOM = dict(iterations=STEPS, warmdown_iters=12, late_qat_threshold=0.6)  # snapshots: 11, 12
@@ -76,7 +74,9 @@ def new_trainer(cfg, folder, **watch):
     trainer = Watched(model, loader, runtime, cfg)
     for name, value in watch.items():
         setattr(trainer, name, value)
-    checkpoint.resume(trainer, train_gpt)
+    train_gpt.resume_training(
+        trainer,
+    )
     return trainer
 
 
@@ -98,7 +98,7 @@ def died(cfg, folder, how=Killed, **watch):
 
 def state(trainer):
     """name -> bytes or plain value of everything that the next step depends on. Written out here,
-    not taken from checkpoint.py, which may forget something."""
+    not taken from section 8, which may forget something."""
     model, averages, adam = trainer.model, trainer.averages, trainer.optimizers.adam
     found = {f"weight {n}": w for n, w in model.named_parameters()}
     found |= {f"grid {n}": b for n, b in model.named_buffers()}
@@ -125,7 +125,9 @@ def finite(folder):
     return all(
         torch.isfinite(tensor.float()).all()
         for path in folder.glob("checkpoint/step_*.json")
-        for tensor in checkpoint.read(path, train_gpt)[1].values()
+        for tensor in train_gpt.read_checkpoint(
+            path,
+        )[1].values()
     )
 
 

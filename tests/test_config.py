@@ -15,7 +15,6 @@ from helpers import (
     TINY,
     error_line,
     launch,
-    names,
     run_script,
     tiny,
     train_gpt,
@@ -134,7 +133,7 @@ def add_record(tmp_path, monkeypatch):
     """-> function that writes a config.env into a records/ of its own."""
     records = tmp_path / "records"
     records.mkdir()
-    for path in [*(ROOT / "records").glob("*.py"), names.ALIASES]:
+    for path in [*(ROOT / "records").glob("*.py"), train_gpt.ALIASES]:
         shutil.copy(path, records)
     monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
 
@@ -167,12 +166,12 @@ def test_run_id_does_not_leave_the_runs(name):
 
 
 def test_half_a_download_is_no_data(tmp_path, monkeypatch):
-    monkeypatch.setitem(names.has_fineweb.__globals__, "FINEWEB_DATA", tmp_path)
-    assert not names.has_fineweb()
+    monkeypatch.setitem(vars(train_gpt), "FINEWEB_DATA", tmp_path)
+    assert not train_gpt.has_fineweb()
     (tmp_path / "fineweb_val_000000.bin").touch()
-    assert names.has_fineweb()
+    assert train_gpt.has_fineweb()
     (tmp_path / ".fineweb_train_000000.bin.0123456789ab.partial").touch()
-    assert not names.has_fineweb()
+    assert not train_gpt.has_fineweb()
 
 
 def test_a_seed_of_a_submission_is_no_record(add_record):
@@ -377,7 +376,7 @@ def distance(a, b):
 
 @given(a=letters, b=letters)
 def test_edit_distance(a, b):
-    assert names.edit_distance(a, b) == distance(a, b)
+    assert train_gpt.edit_distance(a, b) == distance(a, b)
 
 
 @given(name=letters)
@@ -385,7 +384,7 @@ def test_other_names_are_judged_by_distance_and_family(name):
     if name in train_gpt.VARIABLES or name in ALIASES:
         return
     near = min(distance(name, ours) for ours in train_gpt.VARIABLES)
-    if name.startswith(names.FAMILIES) or (near <= 2 and len(name) > 5):
+    if name.startswith(train_gpt.FAMILIES) or (near <= 2 and len(name) > 5):
         assert name in refused(**{name: "1"})
     elif near > 2:
         resolve(**{name: "1"})

@@ -21,7 +21,7 @@ import download_fineweb
 import numpy as np
 import pytest
 import sentencepiece
-from helpers import ROOT, model_of, names, train_gpt, write_shard
+from helpers import ROOT, model_of, train_gpt, write_shard
 
 REPO, COMMIT = "someone/export", "c0ffee" * 6 + "c0de"
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it all again " * 30
@@ -286,9 +286,9 @@ def test_program_fills_the_folder_train_gpt_looks_in(hub, tmp_path, monkeypatch)
     assert "fineweb_train_000001.bin: 81,024 bytes, verified" in done[0] and done[1] == ""
     assert f"train shards:2 tokens:{2 * SHARD_TOKENS}" in done[0]
     for name in ("SAMPLE_DATA", "FINEWEB_DATA", "FINEWEB_TOKENIZER"):
-        inside = getattr(names, name).relative_to(ROOT / "data")
-        monkeypatch.setitem(names.default_paths.__globals__, name, out / inside)
-    paths = names.default_paths({}, "own")
+        inside = getattr(train_gpt, name).relative_to(ROOT / "data")
+        monkeypatch.setitem(vars(train_gpt), name, out / inside)
+    paths = train_gpt.default_paths({}, "own")
     assert len(train_gpt.find_shards(paths["DATA_PATH"], "train")) == 2
     (val,) = train_gpt.find_shards(paths["DATA_PATH"], "val")
     tokens = train_gpt.read_shard(val, 300)
@@ -298,7 +298,9 @@ def test_program_fills_the_folder_train_gpt_looks_in(hub, tmp_path, monkeypatch)
         len(tables.base_bytes)
         == sentencepiece.SentencePieceProcessor(model_proto=MODEL).vocab_size()
     )
-    assert names.FINEWEB_TOKENIZER.name in {path.name for path in (out / "tokenizers").iterdir()}
+    assert train_gpt.FINEWEB_TOKENIZER.name in {
+        path.name for path in (out / "tokenizers").iterdir()
+    }
 
 
 def process(hub, out, *arguments, **env):

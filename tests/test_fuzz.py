@@ -8,7 +8,7 @@ import re
 import numpy as np
 import prepare_text
 import pytest
-from helpers import ROOT, launch, names, train_gpt
+from helpers import ROOT, launch, train_gpt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -165,7 +165,7 @@ def test_settings_are_pairs_or_refused_by_name(data, tmp_path):
     path = tmp_path / "config.env"
     path.write_bytes(data)
     try:
-        pairs = names.read_pairs(path, train_gpt.ConfigError)
+        pairs = train_gpt.read_pairs(path, train_gpt.ConfigError)
     except train_gpt.ConfigError as error:
         assert str(path) in str(error)
         return

@@ -6,11 +6,11 @@ import sys
 from typing import get_args
 
 import pytest
-from helpers import ROOT, SCRIPT, names, run_script, train_gpt
+from helpers import ROOT, SCRIPT, run_script, train_gpt
 
 VARIABLES = train_gpt.VARIABLES
-MEANINGS = names.read_pairs(names.MEANINGS)
-STARTS = [sum(names.WIDTHS[:n]) + n * len(names.GAP) for n in range(4)]
+MEANINGS = train_gpt.read_pairs(train_gpt.MEANINGS)
+STARTS = [sum(train_gpt.WIDTHS[:n]) + n * len(train_gpt.GAP) for n in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_defaults_and_choices_are_the_scripts(page):
     for name, (_, _, default, meaning) in rows(page).items():
         field = VARIABLES[name]
         if field.default not in ("", ()):
-            assert ", " not in default or len(default) > names.WIDTHS[2]
+            assert ", " not in default or len(default) > train_gpt.WIDTHS[2]
             assert train_gpt.parse(name, default.replace(" ", "")) == field.default
         if isinstance(field.default, str) and get_args(field.type):
             choices = [choice for choice in get_args(field.type) if choice]
@@ -148,7 +148,7 @@ def test_examples_are_valid(page, dataset):
 
 def test_a_reader_may_stop_early(tmp_path):
     """As `| head` does: no complaint, status 0."""
-    code = "import train_gpt; train_gpt.beside('variables.print_help')"
+    code = "import train_gpt; train_gpt.print_help()"
     command = [sys.executable, "-c", code]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
