@@ -915,7 +915,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Exit status: 1 where anything differs"""
     options = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):  # what was started ends, too
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     names = with_needed(options.names)
     with tempfile.TemporaryDirectory(prefix="golden_") as temporary:
         folder = Path(temporary)
