@@ -4,21 +4,45 @@ The task: least bits per byte (bpb) on FineWeb validation; code + weights <= 16,
 minutes of training and 10 of evaluation on 8xH100. Each val_bpb is a code length, of the artifact
 re-read from disk; section 12 spends it and decodes the text.
 
-  python train_gpt.py  # laptop: `tiny` on embedded text
-  RECORD=pr864 python train_gpt.py  # one GPU, a published system
-  torchrun --standalone --nproc_per_node=8 train_gpt.py  # 8 GPUs, the record configuration
+  python train_gpt.py                                     # laptop: `tiny` on the embedded text
+  RECORD=pr864 python train_gpt.py                        # one GPU, a published system
+  torchrun --standalone --nproc_per_node=8 train_gpt.py   # 8 GPUs, the record configuration
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-    train_gpt.py  # on two hosts
+    train_gpt.py                                          # on two hosts
 
-Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The life of a token:
-1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules, 7 weight
-averaging, 9 quantisation and artifact, 10 neural scoring, 11 n-gram scoring, 12 codec,
-13 training loop, 14 report and main. What no proof needs is in records/: 8 is checkpoint.py.
+Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The sections follow the
+life of a token:
+
+  1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules,
+  7 weight averaging and QAT grids, 8 checkpoint and resume, 9 quantisation and artifact,
+  10 neural scoring, 11 n-gram scoring, 12 codec, 13 training loop, 14 report and main
+
+Everything that a run does is in here. A repository around it adds RECORDs by name
+(records/**/config.env), the picture (records/plot.py) and the hashed scorers of the published pull
+requests (records/as_written.py), the last two as processes of their own.
+
+Words with one meaning each:
+
+  stream        the validation tokens in their order, a BOS first
+  target        a token that is predicted: every token of a stream but its first
+  document      the tokens from one BOS up to the next
+  row           one training or scoring sequence of a batch
+  window        inputs that a target sees at most; windows overlap, `stride` targets apart
+  lane          one document of several that are read side by side, a token each a step
+  bank          one tensor that holds the same matrix of every layer
+  grid          the integers that a quantised row may take, times the row's scale
+  RECORD        a named set of settings, records/**/<name>*/config.env
+  order         of an n-gram: its length in tokens, the predicted one included
+  coding order  in which lanes, step by step, take the targets of a stream
+  backoff       the published mixture of model and counts, with fixed weights
+  blend         the learned mixture of model and counts: what val_bpb is
+  mass          the sum of a distribution over the vocabulary: 1, or it is no distribution
+  plan          what a decoder must know before its first token: documents, lanes, targets
 """
 
 # -----------------------------------------------------------------------------
-# 1. Imports and optional back-ends
-# torch and numpy suffice to import this file; a stage asks for more when it runs.
+# 1. Imports and optional packages
+# torch, numpy, sentencepiece and zstandard suffice; what another package adds is said at the start.
 
 import os
 
@@ -32,7 +56,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -46,12 +69,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -68,12 +92,12 @@ class UserError(ValueError):
     """What the user can mend: main prints one line and exits with status 2."""
 
 
-def has_backend(name):
+def has_package(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def backend(name):
-    """Import an optional package."""
+def package(name: str) -> ModuleType:
+    """Import an optional package; UserError names it and the fix."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -82,291 +106,663 @@ def backend(name):
 
 # -----------------------------------------------------------------------------
 # 2. Configuration
-# Environment > RECORD's config.env > defaults; each value typed and checked.
+# Environment > RECORD's config.env > defaults; each setting is one line of one table.
 
 CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
-LAUNCH = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)  # torchrun's variables
-
-Count = Annotated[int, 1, 2**62]  # bounds; a plain number is at least 0
-Positive = Annotated[float, 1e-30, 1e30]
-Fraction = Annotated[float, 0, 1]
-Beta = Annotated[float, 0, 0.999999]
+CAP_SECONDS = "600/600"  # of training and of evaluation
 
 
 class ConfigError(UserError):
-    """A wrong variable."""
+    """A wrong variable: its name, its value and the fix."""
+
+
+class Alias(NamedTuple):
+    """A sibling script's name of a setting whose value needs translating."""
+
+    name: str
+    values: Mapping[str, str] | None = None  # theirs -> ours, and no others
+    plus: tuple[str, str] | None = None  # a second variable to add, and its default
+
+
+class Setting(NamedTuple):
+    """What the table says of a variable, beside its type and default."""
+
+    group: str
+    meaning: str
+    least: float  # bounds of numbers
+    most: float
+    aliases: tuple[str | Alias, ...]
+    stored_in: tuple[str, ...]  # "artifact", "checkpoint", "stream": files that bind it
+
+
+def group(title: str, stored_in: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """-> function that makes a dataclass field of a setting of this group.
+
+    A setting that is stored in an artifact describes its model; in a checkpoint, a run that goes
+    on must have the same; in a stream's header, the decoder reads it from there.
+    """
+
+    def setting(
+        default: Any,
+        meaning: str,
+        *,
+        least: float = 0,
+        most: float = 2**62,
+        aliases: tuple[str | Alias, ...] = (),
+        stored_in: tuple[str, ...] = stored_in,
+    ) -> Any:
+        entry = Setting(title, meaning, least, most, aliases, stored_in)
+        return field(default=default, metadata={"setting": entry})
+
+    return setting
+
+
+POSITIVE = dict(least=1e-30, most=1e30)  # bounds of what must not be 0
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on; field `x_y` is environment variable `X_Y`, --help says more."""
+    """Everything a run depends on; field `x_y` is environment variable `X_Y`."""
 
-    # Run
-    record: str = ""  # folder in records/
-    run_id: str = ""  # else <config>_seed<SEED>
-    seed: int = 1337  # of the initial weights
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = "auto"
-    dry_run: bool = False
-    eval_only: str = ""
-    decode: str = ""
-    overwrite: bool = False  # a finished run folder
-    resume: Literal["0", "auto"] = "0"  # auto: go on with a run
-    checkpoint_every: str = "0"  # 10 steps, 10m minutes; 0: on a signal
+    # fmt: off
+    # A table: one line a setting, its sentence on the next where both are too long.
 
-    # Data
-    data_path: str = ""
-    tokenizer_path: str = ""
-    train_batch_tokens: Count = 786_432  # in a step, all ranks
-    grad_accum_steps: int = 0  # 0: 8 // ranks, 1 on CPU
+    run = group("Run")
+    record: str = run("",
+        "folder of records/ whose config.env sets what the environment does not, or its "
+        "beginning; without it tiny, or own where CUDA and FineWeb data are")
+    run_id: str = run("", "results go to runs/<RUN_ID>/; without it <RECORD>_seed<SEED>")
+    seed: int = run(1337, "seed of the initial weights", stored_in=("checkpoint",))
+    device: Literal["auto", "cuda", "cpu"] = run("auto",
+        "where to run; auto: on CUDA where there is a device")
+    attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = run("auto",
+        "attention kernel, torch's choice or FlashAttention-3 or -4 on Hopper and newer")
+    dry_run: bool = run(False,
+        "print the resolved settings, parameters, optimizer groups and bytes, and end; needs no "
+        "data")
+    eval_only: str = run("", "artifact.bin to score without training")
+    decode: str = run("", "run folder whose stream.bin is decoded to decoded.npy")
+    overwrite: bool = run(False,
+        "run again in a folder with a finished run or with checkpoints, which are removed")
+    resume: Literal["0", "auto"] = run("0",
+        "go on from the last checkpoint of this RUN_ID, or start where there is none")
+    checkpoint_every: str = run("0",
+        "steps (10) or minutes (10m) between checkpoints; 0: only on a signal")
 
-    # Model
-    vocab_size: Annotated[int, 0, 65_536] = 0  # 0: the tokenizer's
-    train_seq_len: Annotated[int, 1, 2**20] = 2048  # tokens in a sequence
-    num_layers: Annotated[int, 2, 999] = 11  # as a U-Net
-    model_dim: Count = 512  # residual width
-    num_heads: Count = 8  # query heads
-    num_kv_heads: Count = 4  # key/value heads
-    mlp_mult: Positive = 3.0
-    leaky_slope: float = 0.5  # leaky_relu(x)^2; 0: relu^2
-    polyglu_enabled: bool = False  # learn each neuron's slope
-    depth_recurrence: tuple[int, ...] = ()  # layers applied twice
-    tied_embed_init_std: float = 0.005
-    overtone_init: bool = False  # its spectrum is 1/sqrt(k)
-    ortho_init: bool = True  # orthogonal; 0: uniform
-    logit_softcap: Positive = 30.0  # c tanh(z / c)
-    qk_gain_init: float = 1.5  # of each query head
-    rope_base: Positive = 10_000.0  # rotary base
-    rope_dims: int = 16  # rotated in a head; 0: all
-    rope_train_seq_len: Count = 1024  # longer: a larger base
-    ln_scale: bool = True  # times 1/sqrt(layer + 1)
-    xsa_last_n: int = 11  # last layers without self
-    value_residual: bool = False
-    gated_attention: bool = False  # gate each head
-    smear_gate: bool = True  # blend in the token before
-    smear_init: Annotated[float, -1e30, 1e30] = 0.0  # logit of its share
-    bos_reset: bool = True
-    bigram_vocab_size: int = 2048  # rows; 0: none
-    bigram_dim: Count = 128
-    bigram_kind: Literal["xor", "linear"] = "xor"
-    pre_enrich_dim: int = 0  # GELU before the blocks; 0: none
-    ve_enabled: bool = True
-    ve_dim: Count = 128
-    ve_layers: tuple[int, ...] = (-2, -1)  # its layers; -1: the last
+    data = group("Data")
+    data_path: str = data("",
+        "folder of token shards, *_train_*.bin and *_val_*.bin; without it FineWeb where it was "
+        "downloaded, else the embedded text")
+    tokenizer_path: str = data("",
+        "SentencePiece model; without it tokenizer.model beside the shards")
+    train_batch_tokens: int = data(786_432,
+        "tokens in an optimizer step, all ranks together", least=1, stored_in=("checkpoint",))
+    grad_accum_steps: int = data(0,
+        "passes that share an optimizer step; 0: 8 // ranks on CUDA, 1 on a CPU",
+        stored_in=("checkpoint",))
 
-    # Artifact
-    embed_coding: Literal["int6", "int8", "fp16"] = "int8"
-    table_coding: Literal["int6", "int8", "fp16"] = "int8"
-    control_coding: Literal["fp16", "fp32"] = "fp16"
-    compressor: Literal["zstd", "lzma"] = "zstd"
-    quant_per: Literal["row", "matrix"] = "row"
-    clip_quantiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
-    quant_floor: bool = True  # scale >= 1 / largest
-    target_mb: float = 0.0  # MiB, by pruning; 0: any
+    model = group("Model", stored_in=("artifact", "checkpoint"))
+    vocab_size: int = model(0,
+        "tokens that the model knows; 0: as many as the tokenizer", most=65_536)
+    train_seq_len: int = model(2048, "tokens in a training sequence", least=1, most=2**20)
+    num_layers: int = model(11,
+        "blocks; the first half's outputs are added to the second half's inputs, last to first",
+        least=2, most=999)
+    model_dim: int = model(512, "width of the residual stream", least=1)
+    num_heads: int = model(8, "query heads", least=1)
+    num_kv_heads: int = model(4,
+        "key and value heads of a layer, each shared by NUM_HEADS / NUM_KV_HEADS queries", least=1)
+    mlp_mult: float = model(3.0, "hidden units of an MLP, as a multiple of MODEL_DIM", **POSITIVE)
+    leaky_slope: float = model(0.5,
+        "activation is leaky_relu(x)^2 with this slope below 0; 0: relu^2",
+        aliases=(Alias("LEAKY_RELU", values={"0": "0", "1": "0.5"}),))
+    polyglu_enabled: bool = model(False, "learn the slope of each neuron below 0 (#1026)")
+    depth_recurrence: tuple[int, ...] = model((), "layers, from 0, that are applied twice")
+    tied_embed_init_std: float = model(0.005,
+        "standard deviation of the token embedding at the start; it is the output layer too")
+    overtone_init: bool = model(False,
+        "start the token embedding with singular values that fall as 1 / sqrt(k)")
+    ortho_init: bool = model(True, "matrices start orthogonal; 0: uniform")
+    logit_softcap: float = model(30.0, "logits z become c tanh(z / c) with this c", **POSITIVE)
+    qk_gain_init: float = model(1.5, "gain of each query head at the start")
+    rope_base: float = model(10_000.0, "base of the rotary frequencies", **POSITIVE)
+    rope_dims: int = model(16, "dimensions rotated in a head; 0: all")
+    rope_train_seq_len: int = model(1024,
+        "a longer TRAIN_SEQ_LEN stretches the rotary base by the NTK rule", least=1)
+    ln_scale: bool = model(True, "divide what block i is given, normed, by sqrt(i + 1)")
+    xsa_last_n: int = model(11,
+        "so many last layers drop from attention what lies along the position's own value")
+    value_residual: bool = model(False,
+        "mix the first layer's values into those of every other layer",
+        aliases=("USE_VALUE_RESIDUAL",))
+    gated_attention: bool = model(False,
+        "gate each head by its layer's input", aliases=("USE_GATED_ATTENTION", "GATED_ATTN"))
+    smear_gate: bool = model(True,
+        "blend the token before into each token's embedding", aliases=("USE_SMEARGATE",))
+    smear_init: float = model(0.0,
+        "start of that blend, the logit of the other token's share", least=-1e30, most=1e30)
+    bos_reset: bool = model(True,
+        "smear and bigrams do not look back across the start of a document")
+    bigram_vocab_size: int = model(2048, "rows of the hashed embedding of token pairs; 0: none")
+    bigram_dim: int = model(128, "width of that embedding, before its projection", least=1)
+    bigram_kind: Literal["xor", "linear"] = model("xor",
+        "how a pair is hashed to a row, #549's way or #810's")
+    pre_enrich_dim: int = model(0,
+        "hidden units of a GELU MLP between embedding and blocks; 0: none")
+    ve_enabled: bool = model(True,
+        "add a second token embedding to the attention values of VE_LAYERS")
+    ve_dim: int = model(128, "width of that embedding, before its projection", least=1)
+    ve_layers: tuple[int, ...] = model((-2, -1), "its layers, from 0; -1 is the last")
 
-    # Training
-    iterations: Count = 20_000  # steps at most
-    max_wallclock_seconds: float = 600.0  # of training; 0: no cap
-    warmup_steps: int = 20
-    warmdown_iters: int = 3500
-    matrix_lr: float = 0.025  # Muon: the banks
-    scalar_lr: float = 0.025  # AdamW: gains
-    tied_embed_lr: float = 0.035  # AdamW: embeddings
-    muon_momentum: Fraction = 0.99
-    muon_momentum_warmup_start: Fraction = 0.92  # at step 0
-    muon_momentum_warmup_steps: int = 1500
-    muon_backend_steps: Count = 5  # Newton-Schulz steps
-    muon_wd: float = 0.04
-    adam_wd: float = 0.04
-    beta1: Beta = 0.9
-    beta2: Beta = 0.95
-    adam_eps: Positive = 1e-8  # AdamW
-    grad_clip_norm: float = 0.3  # 0: any
-    clip: Literal["global", "local"] = "global"
-    val_loss_every: int = 4000  # steps; 0: never
-    train_log_every: Count = 500
+    coding = group("Artifact", stored_in=("artifact", "checkpoint"))
+    embed_coding: Literal["int6", "int8", "fp16"] = coding("int8",
+        "how the artifact stores the token embedding")
+    table_coding: Literal["int6", "int8", "fp16"] = coding("int8",
+        "how it stores the bigram and value embeddings")
+    control_coding: Literal["fp16", "fp32"] = coding("fp16",
+        "how it stores gains, gates and other small parameters")
+    compressor: Literal["zstd", "lzma"] = coding("zstd", "what packs the integers of the artifact")
+    quantiser = group("Artifact", stored_in=("checkpoint",))
+    quant_per: Literal["row", "matrix"] = quantiser("row",
+        "what chooses its clip among CLIP_QUANTILES together, a row, or all rows of a matrix")
+    clip_quantiles: tuple[float, ...] = quantiser((0.999, 0.9995, 0.9999, 0.99999, 1.0),
+        "a row's grid ends at one of these quantiles of its |w|, that of least squared error")
+    quant_floor: bool = quantiser(True,
+        "scales are at least 1 / 31 (int6) or 1 / 127 (int8), as published")
+    target_mb: float = quantiser(0.0,
+        "MiB of artifact and code, reached by zeroing the smallest integers; 0: no pruning")
 
-    # Averaging and QAT
-    ema_enabled: bool = True
-    ema_decay: Fraction = 0.997
-    ema_warmup: bool = True  # <= (1 + s) / (10 + s)
-    swa_enabled: bool = True
-    swa_every: Count = 50
-    swa_source: Literal["raw", "ema"] = "raw"
-    swa_weight: Fraction = 0.5
-    qat_enabled: bool = False  # on row grids, from step 0
-    late_qat: bool = True
-    late_qat_threshold: float = 0.15
-    qat_every: Count = 50
+    training = group("Training", stored_in=("checkpoint",))
+    iterations: int = training(20_000, "steps of training at most", least=1)
+    max_wallclock_seconds: float = training(600.0,
+        "seconds of training after which it ends; 0: no cap, schedules follow ITERATIONS")
+    warmup_steps: int = training(20,
+        "passes that compile the model before the clock starts; they change no weight")
+    warmdown_iters: int = training(3500,
+        "last steps, over which the learning rates fall linearly to 0; under a cap, as many "
+        "seconds as they take")
+    matrix_lr: float = training(0.025, "learning rate of Muon: the matrices")
+    scalar_lr: float = training(0.025, "learning rate of AdamW: gains, gates, projections")
+    tied_embed_lr: float = training(0.035, "learning rate of AdamW: embeddings")
+    muon_momentum: float = training(0.99, "Muon's momentum after its warm-up", most=1)
+    muon_momentum_warmup_start: float = training(0.92, "Muon's momentum at step 0", most=1)
+    muon_momentum_warmup_steps: int = training(1500, "steps between the two momenta")
+    muon_backend_steps: int = training(5, "Newton-Schulz steps of Muon", least=1)
+    muon_wd: float = training(0.04, "weight decay of the matrices")
+    adam_wd: float = training(0.04, "weight decay of what AdamW trains")
+    beta1: float = training(0.9, "AdamW's, mean of gradients", most=0.999999)
+    beta2: float = training(0.95, "AdamW's, mean of squared gradients", most=0.999999)
+    adam_eps: float = training(1e-8, "AdamW's epsilon", **POSITIVE)
+    grad_clip_norm: float = training(0.3, "largest norm of the gradients; 0: they are not clipped")
+    clip: Literal["global", "local"] = training("global",
+        "clip the average over ranks, or each rank's own gradients (as published)")
+    val_loss_every: int = training(4000, "steps between validations; 0: none before the end")
+    train_log_every: int = training(500,
+        "steps between log lines; the first ten have one each", least=1)
 
-    # Scoring
-    eval_seq_len: int = 0  # window; 0: TRAIN_SEQ_LEN
-    eval_stride: Count = 64
-    eval_batch_seqs: Count = 32
-    scorer: Literal["sliding", "documents"] = "documents"  # feeds the mixture
-    eval_lanes: Count = 1024  # documents side by side
-    save_scores: bool = False  # write scores.npz
-    codec_tokens: Annotated[int, -1, 2**62] = 1_000_000  # to prove; -1: all
-    codec_device: Literal["same", "cpu"] = "same"  # where to prove
+    averaging = group("Averaging and QAT", stored_in=("checkpoint",))
+    ema_enabled: bool = averaging(True,
+        "export the exponential mean of the weights", aliases=("USE_EMA",))
+    ema_decay: float = averaging(0.997, "what the mean keeps of itself at a step", most=1)
+    ema_warmup: bool = averaging(True,
+        "EMA_DECAY at most (1 + step) / (10 + step), to forget the random start")
+    swa_enabled: bool = averaging(True,
+        "average snapshots of the weights too, while the rate factor is below 0.2")
+    swa_every: int = averaging(50, "steps between snapshots", least=1)
+    swa_source: Literal["raw", "ema"] = averaging("raw",
+        "what a snapshot is of, the weights or their EMA")
+    swa_weight: float = averaging(0.5,
+        "share of the snapshots' mean in the export, the rest is the EMA", most=1)
+    qat_enabled: bool = averaging(False,
+        "train through int6 rounding from step 0, each row's grid as wide as its largest weight")
+    late_qat: bool = averaging(True,
+        "train through the export's own grid at the end", aliases=("USE_LATE_QAT",))
+    late_qat_threshold: float = averaging(0.15, "rate factor (1 to 0) below which late QAT begins")
+    qat_every: int = averaging(50, "steps between choices of that grid", least=1)
 
-    # N-gram
-    ngram_enabled: bool = True
-    ngram_mixer: Literal["blend", "cascade", "none"] = "blend"  # what val_bpb is
-    ngram_min_order: int = 2  # shortest n-gram
-    ngram_max_order: Annotated[int, 2, 32] = 9  # longest n-gram
+    scoring = group("Scoring", stored_in=("stream",))
+    eval_seq_len: int = scoring(0, "tokens that a scored token sees at most; 0: TRAIN_SEQ_LEN")
+    eval_stride: int = scoring(64, "new targets of each sliding window", least=1)
+    eval_batch_seqs: int = scoring(32, "windows in a pass, on each rank", least=1)
+    scorer: Literal["sliding", "documents"] = scoring("documents",
+        "what feeds the n-gram mixture, sliding windows, or documents token by token, whose "
+        "score a stream of bytes can prove")
+    eval_lanes: int = scoring(1024, "documents read side by side, all ranks together", least=1)
+    save_scores: bool = scoring(False, "write scores.npz, a row for each target")
+    codec_tokens: int = scoring(1_000_000,
+        "targets that are coded and decoded again; 0: none, -1: all", least=-1)
+    codec_device: Literal["same", "cpu"] = scoring("same",
+        "where to code, decode and take the mass; cpu: for any CPU")
 
-    # Test-time training, score first
-    ttt_enabled: bool = False  # on each scored chunk
-    ttt_use_lora: bool = False  # Adam on low rank; 0: SGD on all
-    ttt_lora_rank: Count = 8  # of queries, values
-    ttt_lora_lr: float = 0.01  # falls as a cosine
-    ttt_lr: float = 0.002  # SGD, the same
-    ttt_momentum: Fraction = 0.9  # SGD
-    ttt_epochs: Count = 3  # over each chunk
-    ttt_chunk_tokens: Count = 32_768  # scored, then learned
-    ttt_batch_seqs: Count = 32  # sequences in a step
-    ttt_grad_clip: Positive = 1.0  # largest gradient norm
+    ngram = group("N-gram", stored_in=("stream",))
+    ngram_enabled: bool = ngram(True,
+        "mix the model with counts of the text scored so far",
+        aliases=("NGRAM_EVAL", "NGRAM_CACHE"))
+    ngram_mixer: Literal["blend", "cascade", "none"] = ngram("blend",
+        "what val_bpb is, a learned mixture, the published backoff, or the model alone")
+    ngram_min_order: int = ngram(2, "shortest n-gram", aliases=("NGRAM_EVAL_MIN_ORDER",))
+    ngram_max_order: int = ngram(9,
+        "longest n-gram", least=2, most=32, aliases=("NGRAM_ORDER", "NGRAM_EVAL_ORDER"))
 
-    # Published n-gram mixture, on exact counts
-    ngram_min_count: int = 2  # least count of a context
-    ngram_alpha_min: Fraction = 0.05  # least weight of counts
-    ngram_alpha_max: Fraction = 0.60  # largest weight of counts
-    ngram_entropy_center: tuple[float, ...] = (3.0,)  # of the sigmoid, orders 2, 3, ..., nats
-    ngram_center_slope: float = 0.25  # its fall per order
-    ngram_entropy_scale: float = 2.0  # its steepness
-    ngram_multipliers: tuple[float, ...] = (
-        0.3,
-        0.3,
-        0.97,
-        2.0,
-    )  # of the weight, orders 2, 3, ...
-    ngram_alpha: Fraction = 0.0  # linear, at NGRAM_NLL_THRESHOLD; 0: sigmoid
-    ngram_nll_threshold: Positive = 2.5  # entropy, nats
+    test_time = group("Test-time training, score first")
+    ttt_enabled: bool = test_time(False,
+        "train the model on each chunk once it is scored; SCORER=sliding", aliases=("USE_TTT",))
+    ttt_use_lora: bool = test_time(False,
+        "by Adam on low-rank additions to queries and values; 0: SGD on all weights")
+    ttt_lora_rank: int = test_time(8, "rank of these additions", least=1)
+    ttt_lora_lr: float = test_time(0.01, "Adam's learning rate, falling to 0 as a cosine")
+    ttt_lr: float = test_time(0.002, "SGD's learning rate, falling to 0 as a cosine")
+    ttt_momentum: float = test_time(0.9, "SGD's momentum", most=1)
+    ttt_epochs: int = test_time(3, "passes over each chunk", least=1)
+    ttt_chunk_tokens: int = test_time(32768,
+        "targets of a chunk, a multiple of EVAL_SEQ_LEN", least=1)
+    ttt_batch_seqs: int = test_time(32, "sequences of EVAL_SEQ_LEN in a step", least=1)
+    ttt_grad_clip: float = test_time(1.0, "largest norm of the gradients", **POSITIVE)
 
-    # Published n-gram scorers as written
-    ngram_scheme: Literal["", "pr864", "pr810", "pr1026", "pr993", "pr808"] = ""  # also print
-    ngram_buckets: Count = 4_194_304  # counters in a table
-    ngram_chunk_tokens: Count = 65_536  # targets between updates
-    ngram_caches: Count = 1  # as of so many ranks
-    pseudo_weights: Literal["artifact", "ema"] = "artifact"  # they run on
+    backoff = group("Published n-gram mixture, on exact counts")
+    ngram_min_count: int = backoff(2,
+        "least count of a context for its order to be used", aliases=("NGRAM_EVAL_MIN_COUNT",))
+    ngram_alpha_min: float = backoff(0.05,
+        "least weight of the counts", most=1, aliases=("NGRAM_EVAL_ALPHA_MIN", "NGRAM_ENT_BASE"))
+    ngram_alpha_max: float = backoff(0.6,
+        "largest weight of the counts, before NGRAM_MULTIPLIERS",
+        most=1,
+        aliases=("NGRAM_EVAL_ALPHA_MAX", Alias("NGRAM_ENT_RANGE", plus=("NGRAM_ENT_BASE", "0.05"))))
+    ngram_entropy_center: tuple[float, ...] = backoff((3.0,),
+        "the model's entropy, nats, at which the weight is halfway; for orders 2, 3, ..., the "
+        "last for all longer ones", aliases=("NGRAM_EVAL_ENTROPY_CENTER", "NGRAM_ENT_THRESH"))
+    ngram_center_slope: float = backoff(0.25, "how far that entropy falls with each order")
+    ngram_entropy_scale: float = backoff(2.0,
+        "steepness of the weight there, per nat",
+        aliases=("NGRAM_EVAL_ENTROPY_SCALE", "NGRAM_ENT_SCALE"))
+    ngram_multipliers: tuple[float, ...] = backoff((0.3, 0.3, 0.97, 2.0),
+        "of that weight, for orders 2, 3, ..., the last for all longer ones")
+    ngram_alpha: float = backoff(0.0,
+        "weight of the counts at NGRAM_NLL_THRESHOLD, linear in the entropy (#1026); 0: by the "
+        "sigmoid", most=1)
+    ngram_nll_threshold: float = backoff(2.5,
+        "entropy, nats, at which the weight is NGRAM_ALPHA", **POSITIVE)
 
-    origin: dict = field(default_factory=dict, compare=False)
-    notes: tuple = field(default=(), compare=False)
+    as_written = group("Published n-gram scorers as written")
+    ngram_scheme: Literal["", "pr864", "pr810", "pr1026", "pr993", "pr808"] = as_written("",
+        "print this pull request's hashed scorer too, as final_ngram_pseudo; it is no score")
+    ngram_buckets: int = as_written(4_194_304,
+        "counters of each of its hashed tables", least=1, aliases=("NGRAM_EVAL_BUCKETS",))
+    ngram_chunk_tokens: int = as_written(65536,
+        "targets between two updates of its tables", least=1)
+    ngram_caches: int = as_written(1,
+        "separate caches, one for each rank of the published run", least=1)
+    pseudo_weights: Literal["artifact", "ema"] = as_written("artifact",
+        "the weights that it is run on")
+
+    # fmt: on
+    del run, data, model, coding, quantiser, training, averaging, scoring, ngram
+    del test_time, backoff, as_written
+
+    origin: dict = field(default_factory=dict, compare=False)  # variable -> where it was set
+    notes: tuple = field(default=(), compare=False)  # what resolving has to say
 
     @staticmethod
-    def from_env(environ):
-        """ConfigError names variable, value and fix. Only beside records/ are there RECORDs (`tiny`
-        where CUDA or data lack), other names, default data."""
+    def from_env(environ: Mapping[str, str]) -> "Config":
+        """Resolve the variables of a process; ConfigError names variable, value and fix."""
         texts, notes = resolve(environ)
         values = {name.lower(): parse(name, text) for name, (text, _) in texts.items()}
         origin = {name: source for name, (_, source) in texts.items()}
         cfg = Config(**values, origin=origin, notes=tuple(notes))
-        run_id = f"{'eval_' if cfg.eval_only else ''}{cfg.record or 'own'}_seed{cfg.seed}"
+        prefix = "eval_" if cfg.eval_only else ""
+        run_id = cfg.run_id or f"{prefix}{cfg.record or 'own'}_seed{cfg.seed}"
         tokenizer = cfg.tokenizer_path or str(Path(cfg.data_path, "tokenizer.model"))
-        return replace(cfg, tokenizer_path=tokenizer, run_id=cfg.run_id or run_id).check()
+        return replace(cfg, tokenizer_path=tokenizer, run_id=run_id).check()
 
-    def check(self):
-        layers, longest = self.num_layers, self.ngram_max_order
-        head, more = self.model_dim // self.num_heads, self.problems()
+    def check(self) -> "Config":
+        """Refuse values that contradict each other (ConfigError); -> itself."""
+        layers = self.num_layers
+        head = self.model_dim // self.num_heads
+        orders = range(2, self.ngram_max_order + 1)
+        every = self.checkpoint_every.removesuffix("m")
+        proof = self.scorer == "documents"
+        unproved = proof and self.codec_tokens and self.mixer == "cascade"
+        chunk = self.ttt_enabled and self.ttt_chunk_tokens % self.window
         for name, broken, wanted in (
             ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
             ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
             ("ROPE_DIMS", self.rope_dims > head or self.rope_dims % 2, "even, <= a head"),
             ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
             ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), f"< {layers}"),
-            ("DEPTH_RECURRENCE", not {*self.depth_recurrence} <= {*range(layers)}, f"< {layers}"),
+            ("DEPTH_RECURRENCE", {*self.depth_recurrence} - {*range(layers)}, f"< {layers}"),
             ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
             ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
-            ("NGRAM_MIN_ORDER", not 2 <= self.ngram_min_order <= longest, f"2 to {longest}"),
-            (
-                "CHECKPOINT_EVERY",
-                not self.checkpoint_every.removesuffix("m").isdecimal(),
-                "10 or 10m",
-            ),
+            ("NGRAM_MIN_ORDER", self.ngram_min_order not in orders, f"2 to {orders[-1]}"),
+            ("CHECKPOINT_EVERY", not every.isdecimal(), "10 or 10m"),
             ("MODEL_DIM", count_parameters(self) >= 2**31, "smaller"),
             ("RUN_ID", not Path(self.run_id).name == self.run_id != "..", "a plain folder name"),
-            *more,
+            ("TTT_CHUNK_TOKENS", chunk, "times EVAL_SEQ_LEN"),
+            ("SCORER", self.ttt_enabled and proof, "sliding with TTT_ENABLED=1"),
+            ("NGRAM_MIXER", unproved, "blend, or CODEC_TOKENS=0"),
         ):
             if broken:
                 raise ConfigError(f"{name}={show(getattr(self, name.lower()))}: must be {wanted}")
         return self
 
-    def problems(self):
-        """(variable, is it wrong, what it must be), for Config.check"""
-        rest = self.ttt_chunk_tokens % self.window
-        proof, cascade = self.scorer == "documents", self.mixer == "cascade"
-        return (
-            ("TTT_CHUNK_TOKENS", self.ttt_enabled and rest, "times EVAL_SEQ_LEN"),
-            ("SCORER", self.ttt_enabled and proof, "sliding with TTT_ENABLED=1"),
-            (
-                "NGRAM_MIXER",
-                cascade and proof and self.codec_tokens,
-                "blend, or CODEC_TOKENS=0",
-            ),
-        )
-
     @property
-    def window(self):
+    def window(self) -> int:
+        """Inputs that a scored target sees at most."""
         return self.eval_seq_len or self.train_seq_len
 
     @property
-    def mixer(self):
+    def mixer(self) -> str:
         return self.ngram_mixer if self.ngram_enabled else "none"
 
     @property
-    def orders(self):
+    def orders(self) -> str:
         return f"{self.ngram_min_order}-{self.ngram_max_order}"
 
     @property
-    def value_layers(self):
+    def value_layers(self) -> list[int]:
+        """Layers with a value embedding, each from 0."""
         return [i % self.num_layers for i in self.ve_layers] if self.ve_enabled else []
 
 
-VARIABLES = {f.name.upper(): f for f in fields(Config) if f.compare}
-NAMES = [f.name for f in fields(Config)]
-MODEL_FIELDS = NAMES[NAMES.index("vocab_size") : NAMES.index("quant_per")]  # in the artifact
+VARIABLES = {f.name.upper(): f for f in fields(Config) if "setting" in f.metadata}
+SETTINGS = {name: f.metadata["setting"] for name, f in VARIABLES.items()}
 
 
-def parse(name, text):
-    """Text of a variable -> value of its type, within its bounds."""
-    kind, default = VARIABLES[name].type, VARIABLES[name].default
-    least, most = getattr(kind, "__metadata__", (0, 2**62))
-    wanted = f"{type(default).__name__}, {least} to {most:g}, such as {show(default)}"
-    with contextlib.suppress(KeyError, ValueError):
+def stored_names(file: str) -> list[str]:
+    """Field names of the settings that a kind of file holds: "artifact", "checkpoint", "stream"."""
+    return [name.lower() for name, setting in SETTINGS.items() if file in setting.stored_in]
+
+
+MODEL_FIELDS = stored_names("artifact")
+NO_SETTINGS = (  # of a configuration: where things lie and what to do with them
+    *("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID"),
+    *("DRY_RUN", "OVERWRITE", "RESUME", "CHECKPOINT_EVERY"),
+)
+
+
+def choices_of(name: str) -> list[str]:
+    """The values that a variable is limited to, as texts; [] for any."""
+    variable = VARIABLES[name]
+    if variable.type is bool:
+        return ["0", "1"]
+    return list(get_args(variable.type)) if isinstance(variable.default, str) else []
+
+
+def parse(name: str, text: str) -> Any:
+    """Text of a variable -> value of its type, within its bounds; ConfigError."""
+    default = VARIABLES[name].default
+    setting = SETTINGS[name]
+    choices = choices_of(name)
+    if choices or isinstance(default, str):
+        if choices and text not in choices:
+            raise ConfigError(f"{name}={text!r}: must be {' or '.join(map(repr, choices))}")
+        return text == "1" if isinstance(default, bool) else text
+    try:
         if isinstance(default, tuple):
-            return tuple(map(get_args(kind)[0], text.split(",") if text or default else ()))
-        if isinstance(default, bool | str):
-            known = (
-                {"0": False, "1": True}
-                if kind is bool
-                else {x: x for x in get_args(kind) or [text]}
-            )
-            wanted = " or ".join(map(repr, known))
-            return known[text]
+            element = get_args(VARIABLES[name].type)[0]
+            return tuple(map(element, text.split(",") if text or default else ()))
         value = type(default)(text)
-        if least <= value <= most:
+        if setting.least <= value <= setting.most:
             return value
+    except ValueError:
+        pass
+    bounds = f"{setting.least} to {setting.most:g}"
+    wanted = f"{type(default).__name__}, {bounds}, such as {show(default)}"
     raise ConfigError(f"{name}={text!r}: must be {wanted}")
 
 
-def show(value):
+def show(value: Any) -> str:
+    """Value of a variable -> text that parse reads."""
     parts = value if isinstance(value, tuple) else (value,)
     return ",".join(str(int(x) if isinstance(x, bool) else x) for x in parts)
 
 
-ALIASES = ROOT / "records/aliases.env"
-MEANINGS = ROOT / "records/help.env"
-DATA = ROOT / "data"
-SAMPLE_DATA = DATA / "datasets/sample_en"
-FINEWEB_DATA = DATA / "datasets/fineweb10B_sp1024"
-FINEWEB_TOKENIZER = DATA / "tokenizers/fineweb_1024_bpe.model"
+# Names: siblings' names, misspelt ones.
+
+ANYWAY = {  # names whose one value is what this script always does
+    "USE_BIGRAMHASH": "1",
+    "TIE_EMBEDDINGS": "1",
+    "NGRAM_ENTROPY": "1",
+    "NGRAM_EVAL_ADAPTIVE_ALPHA": "1",
+    "NGRAM_EVAL_ADAPTIVE_MODE": "sigmoid_raw_entropy",
+    "NGRAM_TWO_PASS": "0",
+    "TTT_FREEZE_BLOCKS": "0",
+    "LAWA_ENABLED": "0",
+    "MTP_NUM_HEADS": "0",
+    "DTG_ENABLED": "0",
+    "GATED_MLP": "0",
+    "TRIGRAM": "0",
+}
+ALIASES = {  # name in a sibling script -> (our name, how its value is read)
+    alias.name: (name, alias)
+    for name, setting in SETTINGS.items()
+    for alias in (Alias(a) if isinstance(a, str) else a for a in setting.aliases)
+}
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
-BACKENDS = ("sentencepiece", "zstandard", "numba", "constriction", "matplotlib")  # optional
-NO_SETTINGS = (  # of a configuration
-    *("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID"),
-    *("DRY_RUN", "OVERWRITE", "RESUME", "CHECKPOINT_EVERY"),
-)
-WIDTHS, GAP = (26, 13, 13), "  "  # of --help's columns but the last, in a page of 100
+
+
+def resolve(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """-> ({name: (text, origin)}, notes) of the variables that are given, by the environment or by
+    a RECORD's config.env; ConfigError for what cannot be meant."""
+    given, notes = canonical_names(environ)
+    for name in VARIABLES.keys() & given.keys():
+        if re.search("[\ud800-\udfff]", given[name]):  # how Python reads other bytes
+            raise ConfigError(f"{name}={given[name]!r}: must be UTF-8, as the log is")
+    refuse_misspelt(given)
+    record, path, why = choose_record(given)
+    settings = read_record(path) if path else {}
+    texts = {name: (text, f"RECORD={record}") for name, text in settings.items()}
+    texts |= {name: (text, "env") for name, text in given.items() if name in VARIABLES}
+    texts["RECORD"] = (record, "env" if "RECORD" in given else "default")
+    for name, folder in default_paths(given, record).items():
+        texts[name] = (str(folder), "default")
+    return texts, notes + why
+
+
+def canonical_names(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Our names in the place of what the five scripts call the same thing, unless the two
+    contradict each other (ConfigError); -> variables, a note for each alias."""
+    known = ALIASES.keys() | ANYWAY.keys()
+    given = {name: text for name, text in environ.items() if name not in known}
+    notes = []
+    for name in sorted(known & environ.keys()):
+        if name in ANYWAY:
+            if environ[name] != ANYWAY[name]:
+                raise only_value(name, environ[name], [ANYWAY[name]])
+            notes.append(f"{name}={environ[name]} is what this script does anyway")
+            continue
+        ours, alias = ALIASES[name]
+        text = alias_value(alias, environ)
+        before = given.setdefault(ours, text)
+        if before != text and parse(ours, before) != parse(ours, text):
+            raise ConfigError(f"{name}={environ[name]!r} contradicts {ours}={before!r}")
+        notes.append(f"{name} is read as {ours}={text}")
+    return given, notes
+
+
+def alias_value(alias: Alias, environ: Mapping[str, str]) -> str:
+    """What an alias that is set means as our variable's text; ConfigError."""
+    text = environ[alias.name]
+    if alias.values:
+        if text not in alias.values:
+            raise only_value(alias.name, text, list(alias.values))
+        return alias.values[text]
+    if alias.plus:
+        other = environ.get(*alias.plus)
+        try:
+            return str(round(float(text) + float(other), 9))
+        except ValueError:
+            both = f"{alias.name}={text!r} + {alias.plus[0]}={other!r}"
+            raise ConfigError(f"{both}: must be numbers") from None
+    return text
+
+
+def only_value(name: str, text: str, known: list[str]) -> ConfigError:
+    return ConfigError(f"{name}={text!r}: only {' or '.join(known)} can be had; fix: leave it out")
+
+
+def refuse_misspelt(names: Mapping[str, str]) -> None:
+    """ConfigError for names near ours or of one of our families; the rest is somebody else's."""
+    for name in sorted(names.keys() - VARIABLES.keys()):
+        family = next((prefix for prefix in FAMILIES if name.startswith(prefix)), "")
+        known = [ours for ours in VARIABLES if ours.startswith(family)]
+        distance, near = min((edit_distance(name, ours), ours) for ours in known)
+        if family or 2 * distance <= min(4, len(name)):  # CI is no misspelt CLIP
+            raise ConfigError(f"{name}={names[name]!r} is not a variable; did you mean {near}?")
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Least number of insertions, deletions and replacements (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal = row[0]
+        row[0] = i
+        for j, y in enumerate(b, 1):
+            replaced = diagonal + (x != y)
+            diagonal = row[j]
+            row[j] = min(row[j] + 1, row[j - 1] + 1, replaced)
+    return row[-1]
+
+
+# RECORDs and default data.
+
+SAMPLE_DATA = ROOT / "data/datasets/sample_en"
+FINEWEB_DATA = ROOT / "data/datasets/fineweb10B_sp1024"
+FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
+
+
+def read_pairs(path: Path) -> dict[str, str]:
+    """The NAME=value lines of a file, without comments; ConfigError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as wrong:
+        raise ConfigError(f"{path}: not UTF-8 ({wrong}); fix: get it again") from None
+    pairs = {}
+    for line in lines:
+        name, equals, value = line.partition("=")
+        if not line.strip() or line.startswith("#"):
+            continue
+        if not equals:
+            raise ConfigError(f"{path}: {line!r} is not NAME=value")
+        pairs[name] = value.strip()
+    return pairs
+
+
+def known_records() -> dict[str, Path]:
+    """Name -> path of its config.env; a seed of a submission is none."""
+    paths = (ROOT / "records").glob("**/config.env")
+    return {path.parent.name: path for path in paths if not path.parent.name.startswith("seed_")}
+
+
+def find_record(name: str) -> tuple[str, Path]:
+    """The RECORD of this name, or the one whose name begins so; ConfigError."""
+    known = known_records()
+    if not known:
+        fix = "give its settings as variables, or run the script in its repository"
+        raise ConfigError(f"RECORD={name!r}: no records/ beside {CODE.name}; fix: {fix}")
+    found = [name] if name in known else [folder for folder in known if folder.startswith(name)]
+    if len(found) != 1:
+        raise ConfigError(f"RECORD={name!r}: {len(found)} fit; fix: one of {sorted(known)}")
+    return found[0], known[found[0]]
+
+
+def read_record(path: Path) -> dict[str, str]:
+    """The settings of a config.env; ConfigError for what is none."""
+    pairs = read_pairs(path)
+    for name, text in pairs.items():
+        if name not in VARIABLES or name in NO_SETTINGS:
+            raise ConfigError(f"{path}: {name}={text} is not a setting")
+    return pairs
+
+
+def choose_record(given: Mapping[str, str]) -> tuple[str, Path | None, list[str]]:
+    """-> (name, "" for the defaults; its config.env; why, where nobody asked for it).
+
+    RECORD, else the config.env that lies beside the script (a submission runs itself), else tiny
+    where CUDA or data are missing and the repository is there.
+    """
+    if given.get("RECORD"):
+        return given["RECORD"], find_record(given["RECORD"])[1], []
+    beside = ROOT / "config.env"
+    if beside.is_file():
+        return ROOT.name, beside, ["no RECORD: config.env beside the script"]
+    cuda = given.get("DEVICE") != "cpu" and torch.cuda.is_available()
+    if cuda and (given.get("DATA_PATH") or has_fineweb()):
+        return "", None, ["no RECORD: own configuration, since CUDA and data are here"]
+    missing = f"no FineWeb data in {FINEWEB_DATA}" if cuda else "no CUDA device"
+    ranks = int(given.get("WORLD_SIZE", 1))
+    if cuda and ranks > 1 and given.get("DRY_RUN", "0") == "0":
+        fix = "python data/download_fineweb.py, or set DATA_PATH"
+        raise ConfigError(f"{missing}; fix: {fix}")
+    if "tiny" not in known_records():
+        return "", None, ["no RECORD: the defaults, since no records/tiny is beside the script"]
+    return "tiny", find_record("tiny")[1], [f"no RECORD: tiny, since there is {missing}"]
+
+
+def has_fineweb() -> bool:
+    """A download that was cut off leaves a partial file or no validation shard."""
+    found = {pattern: any(FINEWEB_DATA.glob(pattern)) for pattern in ("*_val_*.bin", ".*.partial")}
+    return found["*_val_*.bin"] and not found[".*.partial"]
+
+
+def default_paths(given: Mapping[str, str], record: str) -> dict[str, Path]:
+    """The data folder, its tokenizer or else upstream's, where none is given."""
+    fineweb = has_fineweb() and record != "tiny"
+    folder = Path(given.get("DATA_PATH") or (FINEWEB_DATA if fineweb else SAMPLE_DATA))
+    tokenizer = folder / "tokenizer.model"
+    if folder != SAMPLE_DATA and not tokenizer.exists():  # the sample's is made at its first use
+        tokenizer = FINEWEB_TOKENIZER
+    paths = dict(DATA_PATH=folder, TOKENIZER_PATH=tokenizer)
+    return {name: path for name, path in paths.items() if not given.get(name)}
+
+
+def prepare_sample(folder: str | Path) -> None:
+    """Tokenise the embedded text, if that is the folder, on its first use; UserError."""
+    if Path(folder) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
+        program = ROOT / "data/prepare_sample.py"
+        if not program.exists():
+            raise UserError(f"no data: {program} is not here; fix: set DATA_PATH to your shards")
+        command = [sys.executable, program, "--out", SAMPLE_DATA]
+        if subprocess.run(command).returncode:
+            raise UserError("data/prepare_sample.py failed, see above")
+
+
+OPTIONAL_PACKAGES = {  # what a run lacks without them
+    "constriction": "no proof and no stream.bin, CODEC_TOKENS=0",
+    "safetensors": "no checkpoints, CHECKPOINT_EVERY=0; a signal ends the run without one",
+    "numba": "n-gram counts by torch, slower",
+    "matplotlib": "no picture",
+    "tqdm": "no progress bar",
+}
+OPTIONAL_PROGRAMS = {  # of the repository
+    "records/plot.py": "no picture",
+    "records/as_written.py": "no pseudo score",
+}
+
+
+def without_missing_parts(cfg: Config) -> Config:
+    """The configuration that can run here: what a missing package or file takes away is off, each
+    said in a note before step 0. UserError for what nothing can replace."""
+    package("sentencepiece")
+    if cfg.compressor == "zstd":
+        package("zstandard")
+    lost = [name for name in OPTIONAL_PACKAGES if not has_package(name)]
+    notes = [f"package {name} is missing: {OPTIONAL_PACKAGES[name]}" for name in lost]
+    for program, effect in OPTIONAL_PROGRAMS.items():
+        wanted = cfg.ngram_scheme or program != "records/as_written.py"
+        if wanted and not (ROOT / program).exists():
+            notes.append(f"{program} is not beside the script: {effect}")
+    changes = {}
+    if "constriction" in lost:
+        changes["codec_tokens"] = 0
+    if "safetensors" in lost:
+        changes["checkpoint_every"] = "0"
+    return replace(cfg, **changes, notes=cfg.notes + tuple(notes))
+
+
+# --help, DRY_RUN.
+
+HELP_WIDTHS = (26, 13, 13)  # of the table's columns but the last, in a page of 100
+HELP_GAP = "  "
 HELP_HEAD = """Environment variables: name, type, default, meaning. 0|1: off or on. Numbers are
 at least 0 where nothing else is said. Lists are 1,2,3; DRY_RUN=1 shows what a run would use."""
 HELP_EXAMPLES = """
@@ -377,180 +773,13 @@ Examples
   EVAL_ONLY=runs/mine/artifact.bin RUN_ID=again python train_gpt.py"""
 
 
-def resolve(environ: Mapping[str, str]):
-    """-> ({name: (text, origin)}, notes) of train_gpt.py's variables that are given, by the
-    environment or by RECORD's config.env; ConfigError for what cannot be meant."""
-    given, notes = canonical_names(environ)
-    for name in VARIABLES.keys() & given.keys():
-        if re.search("[\ud800-\udfff]", given[name]):  # how Python reads other bytes
-            raise ConfigError(f"{name}={given[name]!r}: must be UTF-8, as the log is")
-    refuse_misspelt(given)
-    record, why = choose_record(given)
-    texts = {name: (text, f"RECORD={record}") for name, text in read_record(record).items()}
-    texts |= {name: (text, "env") for name, text in given.items() if name in VARIABLES}
-    texts["RECORD"] = record, texts.get("RECORD", ("", "default"))[1]
-    texts |= {name: (str(path), "default") for name, path in default_paths(given, record).items()}
-    return texts, notes + why
-
-
-def read_pairs(path: Path, error: type[Exception] = UserError) -> dict[str, str]:
-    """The NAME=value lines of a file, without comments."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as wrong:
-        raise error(f"{path}: not UTF-8 ({wrong}); fix: get it again") from None
-    lines = [line for line in lines if line.strip() and not line.startswith("#")]
-    if wrong := [line for line in lines if "=" not in line]:
-        raise error(f"{path}: {wrong[0]!r} is not NAME=value")
-    return {name: value.strip() for name, _, value in (line.partition("=") for line in lines)}
-
-
-def canonical_names(environ):
-    """Replace what the five scripts call the same thing by our names (aliases.env), unless they
-    contradict; accept what this script always or never does only at that value."""
-    aliases, notes, error = read_pairs(ALIASES), [], ConfigError
-    given = {name: text for name, text in environ.items() if name not in aliases}
-    for alias in sorted(aliases.keys() & environ.keys()):
-        text, meaning = environ[alias], aliases[alias]
-        if found := re.fullmatch(r"(\w*)\[(.*)\]", meaning):  # OURS[theirs:ours,...]
-            name, values = found[1], dict(v.split(":") for v in found[2].split(","))
-            if text not in values:
-                known = " or ".join(values)
-                raise error(f"{alias}={text!r}: only {known} can be had; fix: leave it out")
-            text = values[text]
-        elif found := re.fullmatch(r"(\w+)\+(\w+)=(.+)", meaning):  # OURS+theirs=default of theirs
-            name = found[1]
-            other = environ.get(found[2], found[3])
-            try:
-                text = str(round(float(text) + float(other), 9))
-            except ValueError:
-                raise error(f"{alias}={text!r} + {found[2]}={other!r}: must be numbers") from None
-        else:
-            name = meaning
-        if not name:
-            notes.append(f"{alias}={environ[alias]} is what this script does anyway")
-            continue
-        ours = given.setdefault(name, text)
-        if ours != text and parse(name, ours) != parse(name, text):
-            raise error(f"{alias}={environ[alias]!r} contradicts {name}={given[name]!r}")
-        notes.append(f"{alias} is read as {name}={text}")
-    return given, notes
-
-
-def refuse_misspelt(names):
-    """Stop on names near ours or of one of our families; ignore the rest."""
-    for name in sorted(names.keys() - VARIABLES.keys()):
-        family = next((prefix for prefix in FAMILIES if name.startswith(prefix)), "")
-        known = [ours for ours in VARIABLES if ours.startswith(family)]
-        distance, near = min((edit_distance(name, ours), ours) for ours in known)
-        if family or 2 * distance <= min(4, len(name)):  # CI is no misspelt CLIP
-            message = f"{name}={names[name]!r} is not a variable; did you mean {near}?"
-            raise ConfigError(message)
-
-
-def edit_distance(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
-
-
-def choose_record(given):
-    """-> (record, "" for the defaults; why, where nobody asked)."""
-    if given.get("RECORD"):
-        return given["RECORD"], []
-    cuda = given.get("DEVICE") != "cpu" and torch.cuda.is_available()
-    if cuda and (given.get("DATA_PATH") or has_fineweb()):
-        return "", ["no RECORD: own configuration, since CUDA and data are here"]
-    missing = f"no FineWeb data in {FINEWEB_DATA}" if cuda else "no CUDA device"
-    if cuda and int(given.get("WORLD_SIZE", 1)) > 1 and given.get("DRY_RUN", "0") == "0":
-        fix = "python data/download_fineweb.py, or set DATA_PATH"
-        raise ConfigError(f"{missing}; fix: {fix}")
-    return "tiny", [f"no RECORD: tiny, since there is {missing}"]
-
-
-def has_fineweb() -> bool:
-    """A download that was cut off leaves a partial file or no validation shard."""
-    found = {pattern: any(FINEWEB_DATA.glob(pattern)) for pattern in ("*_val_*.bin", ".*.partial")}
-    return found["*_val_*.bin"] and not found[".*.partial"]
-
-
-def default_paths(given, record):
-    """The data folder, its tokenizer or else upstream's, where none is given."""
-    real = has_fineweb() and record != "tiny"
-    data = Path(given.get("DATA_PATH") or (FINEWEB_DATA if real else SAMPLE_DATA))
-    tokenizer = data / "tokenizer.model"
-    if data != SAMPLE_DATA and not tokenizer.exists():  # the sample's is made at its first use
-        tokenizer = FINEWEB_TOKENIZER
-    paths = dict(DATA_PATH=data, TOKENIZER_PATH=tokenizer)
-    return {name: path for name, path in paths.items() if not given.get(name)}
-
-
-def read_record(name):
-    """The NAME=value lines of records/**/<name>*/config.env; {} for no record."""
-    if not name:
-        return {}
-    known = known_records()
-    found = [name] if name in known else [folder for folder in known if folder.startswith(name)]
-    if len(found) != 1:
-        message = f"RECORD={name!r}: {len(found)} fit; fix: one of {sorted(known)}"
-        raise ConfigError(message)
-    pairs = read_pairs(known[found[0]], ConfigError)
-    for setting, text in pairs.items():
-        if setting not in VARIABLES or setting in NO_SETTINGS:
-            raise ConfigError(f"{known[found[0]]}: {setting}={text} is not a setting")
-    return pairs
-
-
-def known_records():
-    """Name -> path of its config.env; a seed of a submission is none"""
-    paths = (ROOT / "records").glob("**/config.env")
-    return {path.parent.name: path for path in paths if not path.parent.name.startswith("seed_")}
-
-
-def prepare_sample(folder: str | Path) -> None:
-    """Tokenise the embedded text, if that is the folder, on its first use."""
-    if Path(folder) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
-        command = [sys.executable, ROOT / "data/prepare_sample.py", "--out", SAMPLE_DATA]
-        if subprocess.run(command).returncode:
-            raise UserError("data/prepare_sample.py failed, see above")
-
-
-def keep_sources(rt, cfg) -> None:
-    """config.env, every setting, and tokenizer.model, into the run folder."""
-    names = [name for name in VARIABLES if name not in NO_SETTINGS]
-    lines = [f"{name}={show(getattr(cfg, name.lower()))}\n" for name in names]
-    (rt.folder / "config.env").write_text("".join(lines), encoding="utf-8")
-    shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
-
-
-def announce(rt, cfg) -> None:
-    """Log where, with what, and every value with its origin; tokenise the embedded text."""
-    for note in cfg.notes:
-        rt.log("note", note)
-    origin = cfg.origin
-    values = {name: getattr(cfg, name.lower()) for name in VARIABLES}
-    rt.log("config", **{n: f"{show(v)}({origin.get(n, 'default')})" for n, v in values.items()})
-    found = {name: int(has_backend(name)) for name in BACKENDS}
-    versions = dict(python=platform.python_version(), torch=torch.__version__)
-    kind = torch.cuda.get_device_name() if rt.cuda else f"cpu {platform.machine()}"
-    threads = torch.get_num_threads()
-    rt.log("hardware", f"{rt.world_size} x {kind}", threads=threads, **versions, **found)
-    if not cfg.dry_run:
-        prepare_sample(cfg.data_path)
-
-
 def print_help() -> None:
     """A row for each variable, then the RECORDs and examples, in at most 100 columns."""
     lines = [HELP_HEAD]
-    for group, names in help_groups().items():
-        lines += [
-            "",
-            group,
-            *(line for name in names for line in help_row(name, names[name])),
-        ]
+    for title, rows in itertools.groupby(SETTINGS, lambda name: SETTINGS[name].group):
+        lines += ["", title]
+        for name in rows:
+            lines += help_row(name)
     lines += ["", "Values of RECORD, their beginning is enough"]
     for name, path in sorted(known_records().items()):
         comment = " ".join(re.findall(r"^# (.+)", path.read_text(encoding="utf-8"), re.MULTILINE))
@@ -562,56 +791,72 @@ def print_help() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def help_groups():
-    """Group -> {name: meaning}, as in the source of Config and published.py."""
-    groups, fuller = {}, read_pairs(MEANINGS)
-    for line in inspect.getsource(Config).splitlines():
-        if found := re.fullmatch(r" +# (.+)", line):
-            names = groups.setdefault(found[1], {})
-        elif found := re.match(r" +(\w+): .* = .+?(?:  # (.+))?$", line):
-            if (name := found[1].upper()) in VARIABLES:
-                names[name] = fuller.get(name, found[2])
-    return groups
-
-
-def help_row(name, meaning):
-    """The lines of a variable; what is too long for its column goes on below, in the same
-    column."""
-    field = VARIABLES[name]
-    default = show(field.default).replace(",", ", ") or "-"
-    choices = get_args(field.type) if isinstance(field.default, str) else ()
-    meaning = "|".join(filter(None, choices)) + ": " * bool(choices) + meaning
-    widths = *WIDTHS, 100 - sum(WIDTHS) - len(GAP) * len(WIDTHS)
-    columns = zip((name, kind_of(field), default, meaning), widths, strict=True)
+def help_row(name: str) -> Iterator[str]:
+    """The lines of a variable; what is too long for its column goes on below, in the same one."""
+    default = show(VARIABLES[name].default).replace(",", ", ") or "-"
+    meaning = SETTINGS[name].meaning
+    choices = [choice for choice in choices_of(name) if choice]
+    if choices and VARIABLES[name].type is not bool:
+        meaning = f"{'|'.join(choices)}: {meaning}"
+    widths = (*HELP_WIDTHS, 100 - sum(HELP_WIDTHS) - len(HELP_GAP) * len(HELP_WIDTHS))
+    columns = zip((name, kind_of(name), default, meaning), widths, strict=True)
     cells = [textwrap.wrap(text, width) for text, width in columns]
     cells[2] = [cell.replace(", ", ",") for cell in cells[2]]  # as it would be given
     for row in itertools.zip_longest(*cells, fillvalue=""):
-        yield GAP.join(map(str.ljust, row, widths)).rstrip()
+        yield HELP_GAP.join(map(str.ljust, row, widths)).rstrip()
 
 
-def kind_of(field):
+def kind_of(name: str) -> str:
     """Type of a variable in a word or two, with its bounds if they are not the usual ones."""
-    kind, default = field.type, field.default
-    if isinstance(default, str):
-        return "choice" if get_args(kind) else "text"
-    if isinstance(default, bool | tuple):
-        return "0|1" if kind is bool else f"{get_args(kind)[0].__name__}s"
-    word, (least, most) = type(default).__name__, getattr(kind, "__metadata__", (0, 2**62))
-    if most < 2**62:
-        return f"{least} to {most}"
+    variable = VARIABLES[name]
+    least = SETTINGS[name].least
+    most = SETTINGS[name].most
+    if isinstance(variable.default, str):
+        return "choice" if choices_of(name) else "text"
+    if isinstance(variable.default, bool):
+        return "0|1"
+    if isinstance(variable.default, tuple):
+        return f"{get_args(variable.type)[0].__name__}s"
+    word = type(variable.default).__name__
     if least < -1:
         return f"any {word}"
-    return f"{word} > 0" if 0 < least < 1 else f"{word} >= {least}" if least else word
+    if 0 < least < 1:
+        return f"{word} > 0"
+    if most < 2**62:
+        return f"{least} to {most}"
+    return f"{word} >= {least}" if least else word
 
 
-def dry_run(rt, cfg) -> None:
+LOGGED_PACKAGES = ("sentencepiece", "zstandard", "numba", "constriction", "matplotlib")
+
+
+def announce(rt: "Runtime", cfg: Config) -> None:
+    """Log where, with what, and every value with its origin."""
+    for note in cfg.notes:
+        rt.log("note", note)
+    values = {}
+    for name in VARIABLES:
+        origin = cfg.origin.get(name, "default")
+        values[name] = f"{show(getattr(cfg, name.lower()))}({origin})"
+    rt.log("config", **values)
+    found = {name: int(has_package(name)) for name in LOGGED_PACKAGES}
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    kind = torch.cuda.get_device_name() if rt.cuda else f"cpu {platform.machine()}"
+    threads = torch.get_num_threads()
+    rt.log("hardware", f"{rt.world_size} x {kind}", threads=threads, **versions, **found)
+
+
+def print_dry_run(rt: "Runtime", cfg: Config) -> None:
     """What would run, without data or tokenizer: configuration, parameters, optimizers, bytes."""
     cfg = replace(cfg, vocab_size=cfg.vocab_size or 1024)
     announce(rt, cfg)
     micro_batches(cfg, rt)
     rt.log("model_params", count_parameters(cfg))
-    for group, (names, rate, decay) in optimizer_groups(cfg).items():
-        rt.log("optimizer_group", group, rate=rate, decay=decay, parameters=",".join(names))
+    for name, members in optimizer_groups(cfg).items():
+        parameters = ",".join(members.names)
+        rt.log(
+            "optimizer_group", name, rate=members.rate, decay=members.decay, parameters=parameters
+        )
     payload = payload_type(parameter_specs(cfg)).itemsize
     sizes = dict(code=CODE.stat().st_size, uncompressed_weights=payload)
     rt.log("byte_budget", **sizes, cap=CAP_BYTES)
@@ -619,10 +864,17 @@ def dry_run(rt, cfg) -> None:
 
 # -----------------------------------------------------------------------------
 # 3. Runtime
-# Ranks, device, clock, log and seeds: one object, handed down.
+# Ranks, device, clocks, signals, run folder and log: one object, handed down.
+
+LAUNCH = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)  # torchrun's variables
+LOGS = ("log.txt", "metrics.jsonl")
+OUTPUTS = (  # of a run, the mark of a finished one first
+    *("submission.json", *LOGS, "artifact.bin", "train_gpt.py", "tokenizer.model", "config.env"),
+    *("blocks.npz", "scores.npz", "scores_ema.npz", "stream.bin", "report.png"),
+)
 
 
-def line_text(key, value, values):
+def log_line(key: str, value: Any, values: Mapping[str, Any]) -> str:
     """`key:value name:x`; floats in full in final lines only."""
     words = [key if value is None else f"{key}:{value}"]
     for name, x in values.items():
@@ -636,19 +888,25 @@ def line_text(key, value, values):
 class Runtime:
     """A process among its ranks: device, run folder, log, clocks."""
 
-    def __init__(self, cfg):
-        self.cfg, self.folder = cfg, Path("runs") / cfg.run_id
-        ranks = (int(os.environ.get(name, alone)) for name, alone in LAUNCH.items())
-        self.rank, local, self.world_size, self.local_ranks = ranks
+    def __init__(self, cfg: Config):
+        """ConfigError where DEVICE is not here. Starts nothing, see `start`."""
+        self.cfg = cfg
+        self.folder = Path("runs") / cfg.run_id
+        launched = {name: int(os.environ.get(name, alone)) for name, alone in LAUNCH.items()}
+        self.rank = launched["RANK"]
+        self.world_size = launched["WORLD_SIZE"]
+        self.local_ranks = launched["LOCAL_WORLD_SIZE"]
         self.cuda = cfg.device != "cpu" and torch.cuda.is_available()
         if cfg.device == "cuda" and not self.cuda:
             raise ConfigError("DEVICE=cuda: torch sees no CUDA device; fix: DEVICE=cpu")
-        self.device = torch.device(f"cuda:{local}" if self.cuda else "cpu")
+        self.device = torch.device(f"cuda:{launched['LOCAL_RANK']}" if self.cuda else "cpu")
         self.finished = (self.folder / "submission.json").exists()
-        self.seconds, self.files = {"train": 0.0, "eval": 0.0}, [sys.stdout]
+        self.seconds = {"train": 0.0, "eval": 0.0}
+        self.logs: list[LogFile] = []
+        self.bar = ProgressBar(self)
 
-    def start(self):
-        """Threads, seed, kernels, process group, log."""
+    def start(self) -> None:
+        """Threads, seed, kernels, process group."""
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # Linux
         torch.set_num_threads(max(1, len(affinity(0)) // self.local_ranks))
         torch.manual_seed(self.cfg.seed)
@@ -662,71 +920,77 @@ class Runtime:
             dist.init_process_group(backends, timeout=timedelta(minutes=15))
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
-    def log(self, key, value=None, **values):
-        """On rank 0, to standard output, log.txt and metrics.jsonl."""
+    def log(self, key: str, value: Any = None, **values: Any) -> None:
+        """A line on rank 0: to standard output, log.txt and, as an object, metrics.jsonl."""
         if self.rank == 0:
-            text, entry = (
-                line_text(key, value, values),
-                json.dumps(dict(key=key, value=value) | values),
-            )
-            for file, line in zip(self.files, (text, text, entry), strict=False):
-                print(line, file=file, flush=True)
+            line = log_line(key, value, values)
+            entry = json.dumps(dict(key=key, value=value) | values)
+            self.bar.print(line)
+            for file, text in zip(self.logs, (line, entry), strict=False):
+                file.add(text)
 
-    def sum(self, array, how=dist.ReduceOp.SUM):
-        """Over ranks, in place, through gloo, without waiting for the device"""
+    def open_logs(self) -> None:
+        """From here on lines go to the run folder, too."""
+        self.logs = [LogFile(self.folder / name) for name in LOGS]
+
+    def tick(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` steps, windows or tokens of a stage are behind us."""
+        self.bar.tick(stage, done, total)
+
+    def sum(self, array: np.ndarray, how: Any = dist.ReduceOp.SUM) -> np.ndarray:
+        """Over ranks, in place, through gloo, without waiting for the device."""
         if self.world_size > 1:
             dist.all_reduce(torch.from_numpy(array), how)
         return array
 
-    def largest(self, *values):
+    def largest(self, *values: float) -> np.ndarray:
+        """Of each value the largest of all ranks, float64 (len(values),)."""
         return self.sum(np.array(values, float), dist.ReduceOp.MAX)
 
-    def barrier(self):
-        """However long rank 0 takes"""
+    def barrier(self) -> None:
+        """Wait for all ranks, however long rank 0 takes."""
         if self.world_size > 1:
             dist.barrier(self.patient)
 
-    def share(self, path):
-        """Rank 0's file, to every rank: hosts share no disk"""
-        data = np.fromfile(path, np.uint8) if self.rank == 0 else np.zeros(0, np.uint8)
-        return self.sum(
-            np.pad(data, (0, int(self.largest(len(data)).item()) - len(data)))
-        ).tobytes()
-
-    def tick(self, stage, done, total):
-        """Of a long loop; on a terminal a bar is drawn."""
+    def share(self, path: Path) -> bytes:
+        """Rank 0's file, on every rank: hosts share no disk."""
+        mine = np.fromfile(path, np.uint8) if self.rank == 0 else np.zeros(0, np.uint8)
+        size = int(self.largest(len(mine)).item())
+        return self.sum(np.pad(mine, (0, size - len(mine)))).tobytes()
 
     @contextlib.contextmanager
-    def signals(self):
-        """-> SIGINT, SIGTERM that came; a second one ends the process at once."""
-        came, before = [], {}
+    def signals(self) -> Iterator[list[int]]:
+        """-> SIGINT and SIGTERM that came; a second one ends the process at once."""
+        came: list[int] = []
+        previous = {}
 
-        def handle(number, _):
+        def handle(number: int, _: Any) -> None:
             came.append(number)
-            for each in before:
+            for each in previous:
                 signal.signal(each, signal.SIG_DFL)
 
         for each in (signal.SIGINT, signal.SIGTERM):
-            before[each] = signal.signal(each, handle)
+            previous[each] = signal.signal(each, handle)
         try:
             yield came
         finally:
-            for handler in before.items():
-                signal.signal(*handler)
+            for each, handler in previous.items():
+                signal.signal(each, handler)
 
     @contextlib.contextmanager
-    def clock(self, stage):
-        """Add the block's seconds to a budget."""
+    def clock(self, stage: str) -> Iterator[None]:
+        """Add the block's seconds to a budget, "train" or "eval"."""
         began = time.perf_counter()
         yield
         self.seconds[stage] += time.perf_counter() - began
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """bf16 on CUDA; fp32 on the CPU, where bf16 is slower."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
 
-    def graph(self, function, *inputs):
-        """On CUDA one launch, captured here; outputs are overwritten"""
+    def graph(self, function: Callable, *inputs: Tensor) -> Callable:
+        """On CUDA one launch, captured here with these inputs; outputs are overwritten by the next
+        call. Elsewhere the function itself."""
         if not self.cuda:
             return function
         torch.cuda.synchronize()
@@ -735,174 +999,70 @@ class Runtime:
         with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
             outputs = function(*inputs)
 
-        def replay(*values):
+        def replay(*values: Tensor) -> Any:
             torch._foreach_copy_(inputs, values)
             graph.replay()
             return outputs
 
         return replay
 
-    def compile(self, function, **how):
+    def compile(self, function: Callable, **how: Any) -> Callable:
         return torch.compile(function, dynamic=False, **how) if self.cuda else function
 
+    def peak_memory(self) -> int:
+        """MB (10^6 bytes) that this rank held at most: allocated on its GPU, else resident."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated(self.device) // 10**6
+        import resource  # no module of Windows
 
-def write_atomically(path, write):
-    """The bytes, or what write(path) writes, appear whole or not at all, whatever dies."""
-    partial = path.with_name(f".partial_{path.name}")
-    try:
-        write(partial) if callable(write) else partial.write_bytes(write)
-        flush(partial)
-        os.replace(partial, path)
-        flush(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: {error}; fix: make room there") from error
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+        return most * (1 if sys.platform == "darwin" else 1024) // 10**6
 
 
-def flush(path):
-    """To the disk."""
-    file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
+class ProgressBar:
+    """Where a long stage stands, by tqdm on a terminal; one bar after the other, each gone when its
+    stage is done or the next one begins. Elsewhere, on other ranks and without tqdm: nothing."""
 
-
-LOGS = ("log.txt", "metrics.jsonl")
-OUTPUTS = """submission.json log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model
- config.env blocks.npz scores.npz scores_ema.npz stream.bin report.png""".split()  # its mark first
-
-
-def open_run(rt: Any) -> None:
-    """runs/<RUN_ID>/ with its logs open on rank 0: as the last checkpoint saw it, where the run
-    goes on, else cleared. What a finished run or a checkpoint holds is not lost unasked
-    (ConfigError)."""
-    saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
-    trains_on = rt.cfg.resume == "auto" and not rt.cfg.eval_only
-    goes_on = saved and trains_on and not rt.cfg.overwrite
-    if (rt.finished or saved) and not goes_on and not rt.cfg.overwrite:
-        state = "finished" if rt.finished else f"unfinished, with {saved[-1].stem}"
-        fix = "OVERWRITE=1" + " or RESUME=auto" * (not rt.finished and not rt.cfg.eval_only)
-        message = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
-        raise ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {message}")
-    if rt.cfg.checkpoint_every != "0":
-        backend("safetensors")  # rather missed now than when it is needed
-    if __name__ == "__main__":  # while training, Trainer.run has its own
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
-    attach(rt)
-    if rt.rank == 0:
-        try:
-            rt.folder.mkdir(parents=True, exist_ok=True)
-            if goes_on:
-                cut_logs(rt.folder, saved)
-            else:
-                if rt.cfg.overwrite:  # what the new run lacks is missed before the old one is gone
-                    prepare_sample(rt.cfg.data_path)
-                    for split in ("val",) if rt.cfg.eval_only else ("val", "train"):
-                        find_shards(rt.cfg.data_path, split)
-                    token_bytes(rt.cfg.tokenizer_path, rt.cfg.vocab_size)
-                clear(rt.folder)
-            rt.files += [Log(rt.folder / name) for name in LOGS]
-        except OSError as error:
-            fix = "a run must be able to write and clear that; move it away or give another RUN_ID"
-            raise ConfigError(f"{error.filename}: {error.strerror}; fix: {fix}") from error
-
-
-class Log:
-    """A text file that lines are added to. Where that fails, a full disk, the run goes on without:
-    each line is on standard output as well."""
-
-    def __init__(self, path: Path):
-        self.path, self.file = path, open(path, "a", encoding="utf-8")
-
-    def write(self, text: str) -> None:
-        self.attempt(self.file.write, text)
-
-    def flush(self) -> None:
-        self.attempt(self.file.flush)
-
-    def tell(self) -> int:
-        """Bytes on the disk, for a checkpoint"""
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def attempt(self, action: Callable, *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except OSError as error:
-            print(
-                f"note: {self.path}: {error}; the log ends here; fix: make room there",
-                file=sys.stderr,
-            )
-            with contextlib.suppress(OSError):
-                self.file.close()  # tries once more
-            self.file = io.StringIO()
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier run wrote; checkpoints first, or a run that died meanwhile could go on
-    from them."""
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    for name in OUTPUTS:
-        (folder / name).unlink(missing_ok=True)
-
-
-def cut_logs(folder: Path, saved: list[Path]) -> None:
-    """Without the lines after the newest whole checkpoint, which the run will write again. Where
-    none is whole, another function refuses the run."""
-    sizes = []
-    for checkpoint in reversed(saved):
-        with contextlib.suppress(Exception):  # as resume passes it over
-            sizes = [*map(int, read_checkpoint(checkpoint)[0]["logs"])]
-            break
-    for name, size in zip(LOGS, sizes, strict=False):
-        path = folder / name
-        if path.exists() and 0 <= size < path.stat().st_size:
-            os.truncate(path, size)
-
-
-def attach(rt: Any) -> None:
-    """Let rt.tick(stage, done, total) draw a bar, on rank 0 of a run that a terminal shows. Lines
-    that are logged or go to standard error meanwhile appear above it."""
-    if rt.rank or not sys.stderr.isatty() or not has_backend("tqdm"):
-        return
-    import atexit
-
-    from tqdm import tqdm
-    from tqdm.contrib import DummyTqdmFile
-
-    tqdm.monitor_interval = 0  # no thread beside the run
-    bars = Bars(rt, tqdm, sys.stderr)
-    rt.tick, rt.files[0], sys.stderr = (
-        bars.tick,
-        DummyTqdmFile(rt.files[0]),
-        DummyTqdmFile(sys.stderr),
-    )
-    atexit.register(bars.close)
-
-
-class Bars:
-    """One bar after the other; each disappears when its stage is done or the next one begins."""
-
-    def __init__(self, rt: Any, tqdm: Any, file: Any):
-        self.rt, self.tqdm, self.file, self.stage, self.bar = rt, tqdm, file, "", None
+    def __init__(self, rt: Runtime):
+        self.rt = rt
+        self.stage = ""
+        self.bar: Any = None
+        self.shown = rt.rank == 0 and sys.stderr.isatty() and has_package("tqdm")
+        self.tqdm: Any = None
 
     def tick(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` steps, windows or tokens of a stage are behind us."""
+        if not self.shown:
+            return
         if stage == "train":
             total = self.expected_steps(done, total)
         if self.bar is None or stage != self.stage or done < self.bar.n:
-            self.close()
-            look = dict(unit="step" if stage == "train" else "it", unit_scale=total >= 10**6)
-            look |= dict(
-                file=self.file, leave=False, dynamic_ncols=True, mininterval=0.2, miniters=1
-            )
-            self.stage, self.bar = stage, self.tqdm(None, stage, total, initial=done, **look)
+            self.begin(stage, done, total)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
         if done >= total:
             self.close()
 
+    def begin(self, stage: str, done: int, total: int) -> None:
+        """Replace the bar by another stage's."""
+        self.close()
+        self.tqdm = self.tqdm or load_tqdm()
+        look = dict(leave=False, dynamic_ncols=True, mininterval=0.2, miniters=1)
+        look |= dict(unit="step" if stage == "train" else "it", unit_scale=total >= 10**6)
+        self.stage = stage
+        self.bar = self.tqdm(None, stage, total, initial=done, **look)
+
+    def print(self, line: str) -> None:
+        """A line of standard output, above the bar."""
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
     def expected_steps(self, done: int, total: int) -> int:
         """As many as the cap leaves time for, at the mean speed so far."""
-        cap, spent = self.rt.cfg.max_wallclock_seconds, self.rt.seconds["train"]
+        cap = self.rt.cfg.max_wallclock_seconds
+        spent = self.rt.seconds["train"]
         if not cap or not spent:
             return total
         return min(total, done if spent >= cap else max(done + 1, math.ceil(done * cap / spent)))
@@ -913,26 +1073,147 @@ class Bars:
             self.bar = None
 
 
-def peak_memory(rt: Any) -> int:
-    """MB (10^6 bytes) that this rank held at most: allocated on its CUDA device, else resident."""
-    if rt.cuda:
-        return torch.cuda.max_memory_allocated(rt.device) // 10**6
-    import resource
+def load_tqdm() -> Any:
+    """tqdm's class, without the thread that it would start beside the run."""
+    tqdm = package("tqdm").tqdm
+    tqdm.monitor_interval = 0
+    return tqdm
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-    return most * (1 if sys.platform == "darwin" else 1024) // 10**6
+
+# Files.
+
+
+def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> None:
+    """The bytes, or what content(path) writes, appear whole or not at all, whatever dies: they are
+    written beside it, flushed to the disk and renamed. UserError where that fails."""
+    partial = path.with_name(f".partial_{path.name}")
+    try:
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content)
+        flush_to_disk(partial)
+        os.replace(partial, path)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: {error}; fix: make room there") from error
+
+
+def flush_to_disk(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
+
+
+def sha256(content: bytes | np.ndarray) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+class LogFile:
+    """A text file that lines are added to. Where that fails, a full disk, the run goes on without:
+    each line is on standard output as well."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file: Any = open(path, "a", encoding="utf-8")
+
+    def add(self, line: str) -> None:
+        try:
+            print(line, file=self.file, flush=True)
+        except OSError as error:
+            reason = f"{self.path}: {error}; the log ends here; fix: make room there"
+            print(f"note: {reason}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                self.file.close()  # tries once more
+            self.file = io.StringIO()
+
+    def size(self) -> int:
+        """Bytes on the disk, for a checkpoint."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+
+def open_run(rt: Runtime) -> None:
+    """runs/<RUN_ID>/ with its logs open on rank 0: as the last checkpoint saw it, where the run
+    goes on, else cleared. What a finished run or a checkpoint holds is not lost unasked
+    (ConfigError)."""
+    cfg = rt.cfg
+    saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
+    trains_on = cfg.resume == "auto" and not cfg.eval_only
+    goes_on = bool(saved) and trains_on and not cfg.overwrite
+    if (rt.finished or saved) and not goes_on and not cfg.overwrite:
+        state = "finished" if rt.finished else f"unfinished, with {saved[-1].stem}"
+        resumable = not rt.finished and not cfg.eval_only
+        fix = "OVERWRITE=1" + (" or RESUME=auto" if resumable else "")
+        reason = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
+        raise ConfigError(f"RUN_ID={cfg.run_id!r}: {reason}")
+    if rt.rank == 0:
+        try:
+            rt.folder.mkdir(parents=True, exist_ok=True)
+            if goes_on:
+                cut_logs(rt.folder, saved)
+            else:
+                if cfg.overwrite:
+                    check_inputs(cfg)
+                clear_run(rt.folder)
+            rt.open_logs()
+        except OSError as error:
+            fix = "a run must be able to write and clear that; move it away or give another RUN_ID"
+            raise ConfigError(f"{error.filename}: {error.strerror}; fix: {fix}") from error
+
+
+def check_inputs(cfg: Config) -> None:
+    """What a new run lacks is missed before the old one is gone (UserError)."""
+    prepare_sample(cfg.data_path)
+    for split in ("val",) if cfg.eval_only else ("val", "train"):
+        find_shards(cfg.data_path, split)
+    token_bytes(cfg.tokenizer_path, cfg.vocab_size)
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what an earlier run wrote; checkpoints first, or a run that died meanwhile could go
+    on from them."""
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    for name in OUTPUTS:
+        (folder / name).unlink(missing_ok=True)
+
+
+def cut_logs(folder: Path, saved: list[Path]) -> None:
+    """Without the lines after the newest whole checkpoint, which the run will write again. Where
+    none is whole, find_checkpoint refuses the run."""
+    for path in reversed(saved):
+        try:
+            state = read_checkpoint(path)[0]
+        except DamagedCheckpoint:
+            continue  # as find_checkpoint passes it over
+        for name, size in zip(LOGS, state.logs, strict=False):
+            log = folder / name
+            if log.exists() and 0 <= size < log.stat().st_size:
+                os.truncate(log, size)
+        break
+
+
+def keep_sources(rt: Runtime, cfg: Config) -> None:
+    """What the run was made with, into its folder: the script, every setting, the tokenizer."""
+    write_atomically(rt.folder / "train_gpt.py", CODE.read_bytes())
+    names = [name for name in VARIABLES if name not in NO_SETTINGS]
+    lines = [f"{name}={show(getattr(cfg, name.lower()))}\n" for name in names]
+    (rt.folder / "config.env").write_text("".join(lines), encoding="utf-8")
+    shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
 
 
 # -----------------------------------------------------------------------------
 # 4. Data
 # Shards become training batches and a validation stream with the bytes of each token.
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-BOS = 1
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024  # 256 int32: magic, version, number of tokens, then zeros
+BOS = 1  # begins a document
 
 
-def read_shard(path, vocab_size):
-    """A header of 256 int32 (magic, version, count), then uint16 tokens, mapped"""
+def read_shard(path: Path, vocab_size: int) -> np.ndarray:
+    """The uint16 tokens of a shard, mapped; UserError for a header or a token that cannot be."""
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", 3) if size >= SHARD_HEADER_BYTES else (0, 0, 0)
     magic, version, count = map(int, header)
@@ -942,13 +1223,13 @@ def read_shard(path, vocab_size):
         raise UserError(f"{path}: {found} instead of {wanted}; fix: write or download it again")
     tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
     if tokens.max() >= vocab_size:
-        raise UserError(
-            f"{path}: token {tokens.max()} >= vocabulary {vocab_size}; fix: its tokenizer"
-        )
+        highest = f"token {tokens.max()} >= vocabulary {vocab_size}"
+        raise UserError(f"{path}: {highest}; fix: its tokenizer")
     return tokens
 
 
-def find_shards(folder, split):
+def find_shards(folder: str | Path, split: str) -> list[Path]:
+    """The shards of a split, "train" or "val", in order; UserError for none."""
     shards = sorted(Path(folder).glob(f"*_{split}_*.bin"))
     if not shards:
         raise UserError(f"DATA_PATH={folder!r}: no *_{split}_*.bin; fix: see data/prepare_text.py")
@@ -959,30 +1240,37 @@ class TokenLoader:
     """Training tokens, around and around. Every rank reads a step's TRAIN_BATCH_TOKENS + 1 and
     takes its rows; the last token is the next step's first."""
 
-    def __init__(self, shards, vocab_size):
-        self.shards, self.vocab_size, self.shard = shards, vocab_size, None
+    def __init__(self, shards: list[Path], vocab_size: int):
+        self.shards = shards
+        self.vocab_size = vocab_size
+        self.shard: int | None = None
         self.restore((0, 0))
 
-    def state(self):
+    def state(self) -> tuple[int, int]:
+        """Shard and offset of the next token."""
         return self.shard, self.offset
 
-    def restore(self, state):
+    def restore(self, state: tuple[int, int]) -> None:
         shard, self.offset = state
         if shard != self.shard:
-            self.shard, self.tokens = shard, read_shard(self.shards[shard], self.vocab_size)
+            self.shard = shard
+            self.tokens = read_shard(self.shards[shard], self.vocab_size)
 
-    def rows(self, cfg, rt):
-        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN)."""
-        tokens, size = self.tokens[:0], cfg.train_batch_tokens
-        while len(tokens) <= size:
+    def rows(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
+        size = cfg.train_batch_tokens
+        batch = self.tokens[:0]
+        while len(batch) <= size:
             if self.offset == len(self.tokens):
                 self.restore(((self.shard + 1) % len(self.shards), 0))
-            part = self.tokens[self.offset :][: size + 1 - len(tokens)]
-            tokens, self.offset = np.append(tokens, part), self.offset + len(part)
+            part = self.tokens[self.offset :][: size + 1 - len(batch)]
+            batch = np.append(batch, part)
+            self.offset += len(part)
         self.offset -= 1
-        tokens = torch.from_numpy(tokens.astype(np.int64))
-        rows = (t.view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
-        return [t.chunk(rt.world_size)[rt.rank] for t in rows]
+        batch = torch.from_numpy(batch.astype(np.int64))
+        inputs = batch[:-1].view(-1, cfg.train_seq_len)
+        targets = batch[1:].view(-1, cfg.train_seq_len)
+        return inputs.chunk(rt.world_size)[rt.rank], targets.chunk(rt.world_size)[rt.rank]
 
 
 class TokenBytes(NamedTuple):
@@ -992,39 +1280,45 @@ class TokenBytes(NamedTuple):
     leading_space: np.ndarray  # bool
     swallows_space: np.ndarray  # bool: after this token a leading space is no byte
 
-    def count(self, targets, previous):
-        """UTF-8 bytes of each target, int64."""
+    def count(self, targets: np.ndarray, previous: np.ndarray) -> np.ndarray:
+        """UTF-8 bytes of each target, int64 (N,); previous: the token before each."""
         space = self.leading_space[targets] & ~self.swallows_space[previous]
         return self.base_bytes[targets] + space
 
 
 def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
-    """Byte accounting of a SentencePiece model of this size (0: any). Every U+2581 is one byte, a
-    space; control and unknown ids are none, and after them a leading space is free where the
-    tokenizer strips or invents one (upstream's rule on its own models)."""
+    """Byte accounting of a SentencePiece model of this size (0: any); UserError.
+
+    Every U+2581 is one byte, a space; control and unknown ids are none, and after them a leading
+    space is free where the tokenizer strips or invents one (upstream's rule on its own models).
+    """
+    sentencepiece = package("sentencepiece")
     try:
-        model = backend("sentencepiece").SentencePieceProcessor(model_file=str(tokenizer_path))
-        ids = [*range(model.vocab_size())]
-        model.id_to_piece(ids)  # all of them text
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
+        ids = [*range(tokenizer.vocab_size())]
+        tokenizer.id_to_piece(ids)  # all of them text
     except (RuntimeError, OSError, UnicodeError) as error:
         raise UserError(f"TOKENIZER_PATH={tokenizer_path!r}: must be SentencePiece's") from error
     if vocab_size not in (0, len(ids)):
         raise UserError(f"VOCAB_SIZE={vocab_size}: must be that of {tokenizer_path}, {len(ids)}")
-    silent = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
-    pieces = ["" if silent[i] else model.id_to_piece(i) for i in ids]
+    kinds = [tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)]
+    silent = np.any(kinds, axis=0)
+    pieces = ["" if silent[i] else tokenizer.id_to_piece(i) for i in ids]
     leading = np.array([piece.startswith("▁") for piece in pieces])
     sizes = [len(piece.replace("▁", " ").encode()) for piece in pieces]
-    base = np.where(model.is_byte(ids), 1, sizes - leading)
-    invents, keeps = ("".join(model.encode(t, out_type=str))[:1] == "▁" for t in ("a", " a"))
-    return TokenBytes(base, leading, silent & (invents or not keeps))
+    base = np.where(tokenizer.is_byte(ids), 1, sizes - leading)
+    invents_space = "".join(tokenizer.encode("a", out_type=str))[:1] == "▁"
+    keeps_space = "".join(tokenizer.encode(" a", out_type=str))[:1] == "▁"
+    return TokenBytes(base, leading, silent & (invents_space or not keeps_space))
 
 
 class ValidationText:
     """The validation stream from a BOS on, its targets and their bytes."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: Config):
+        """UserError for shards without text or of another tokenizer."""
         shards = [read_shard(path, cfg.vocab_size) for path in find_shards(cfg.data_path, "val")]
-        implied = int(shards[0][0] != BOS)  # 1: the first token is a target too
+        implied = int(shards[0][0] != BOS)  # 1: the first token is a target, too
         self.stream = np.concatenate([np.full(implied, BOS, np.uint16), *shards])
         self.targets = self.stream[1:]  # (N,)
         tables = token_bytes(cfg.tokenizer_path, cfg.vocab_size)
@@ -1038,6 +1332,9 @@ class ValidationText:
 # 5. Model
 # Tokens in, logits out. The matrices of all layers lie in four banks (PR #399), for batched
 # Newton-Schulz; gains and gates in stacks, one row a layer.
+#
+# Shapes: B rows or lanes, T positions, D width, H query heads, G key/value heads, d width of a
+# head, V vocabulary, L layers.
 
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
@@ -1051,80 +1348,109 @@ class Spec(NamedTuple):
     coding: str  # "int6", "int8", "fp16" or "fp32"
 
 
-def normal(std):
+def normal(std: float) -> Callable[[Tensor], Tensor]:
     return lambda weight: weight.normal_(std=std)
 
 
-def uniform(weight):
+def uniform(weight: Tensor) -> Tensor:
     return weight.uniform_(-1, 1).mul_(weight.shape[-1] ** -0.5)
 
 
-def orthogonal(weight):
+def orthogonal(weight: Tensor) -> None:
+    """Each matrix of a bank by itself."""
     for matrix in weight.view(-1, *weight.shape[-2:]):
         nn.init.orthogonal_(matrix)
 
 
-def overtone(std: float, weight: Tensor) -> None:
+def overtone(std: float) -> Callable[[Tensor], Tensor]:
     """OVERTONE_INIT: normal, then singular values proportional to 1 / sqrt(k) (PR #810)."""
-    u, values, v = torch.linalg.svd(weight.normal_(std=std), full_matrices=False)
-    falling = torch.arange(1, len(values) + 1) ** -0.5
-    weight.copy_(u * (values[0] * falling) @ v)
+
+    def start(weight: Tensor) -> Tensor:
+        u, values, v = torch.linalg.svd(weight.normal_(std=std), full_matrices=False)
+        falling = torch.arange(1, len(values) + 1) ** -0.5
+        return weight.copy_(u * (values[0] * falling) @ v)
+
+    return start
 
 
-def parameter_specs(cfg):
-    """Name -> Spec of every parameter."""
-    L, D, H, V, B = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.vocab_size, cfg.bigram_dim
-    KV, F_ = D // H * cfg.num_kv_heads, int(cfg.mlp_mult * D)
-    std, matrix = cfg.tied_embed_init_std, orthogonal if cfg.ortho_init else uniform
+def parameter_specs(cfg: Config) -> dict[str, Spec]:
+    """Name -> Spec of every parameter, in the order of the artifact."""
+    layers = cfg.num_layers
+    dim = cfg.model_dim
+    heads = cfg.num_heads
+    kv_dim = dim // heads * cfg.num_kv_heads
+    hidden = int(cfg.mlp_mult * dim)
+    vocab = cfg.vocab_size
+    std = cfg.tied_embed_init_std
+    matrix = orthogonal if cfg.ortho_init else uniform
+    table = cfg.table_coding
 
-    def gain(init, *shape):
+    def gain(init: float | Callable[[Tensor], Any], *shape: int) -> Spec:
         return Spec(shape, init, "scalar", cfg.control_coding)
 
-    bigram, linear = cfg.bigram_vocab_size, cfg.bigram_kind == "linear"
-    start, *group = (normal(0.01), "muon", "muon") if linear else (0.0, "embed", "scalar")
-    ve, enrich, gate = cfg.value_layers, cfg.pre_enrich_dim, cfg.gated_attention
-    table, first = cfg.table_coding, lambda w: w.copy_(torch.tensor([[1.0], [0.0]]))
-    token = functools.partial(overtone, std) if cfg.overtone_init else normal(std)
+    def queries_only(weight: Tensor) -> None:
+        """The first half of the bank; the output projections start at zero."""
+        matrix(weight.zero_()[:layers])
+
+    def all_of_x(weight: Tensor) -> None:
+        """A block starts from its input, with nothing of the embedding mixed in."""
+        weight.copy_(torch.tensor([[1.0], [0.0]]))
+
+    pairs = cfg.bigram_vocab_size
+    linear = cfg.bigram_kind == "linear"  # PR #810: one of the matrices, from a random start
+    pair_start = normal(0.01) if linear else 0.0
+    pair_group = "muon" if linear else "embed"
+    projection_group = "muon" if linear else "scalar"
+    enrich = cfg.pre_enrich_dim
+    values = cfg.value_layers
+    gated = cfg.gated_attention
     specs = {
-        "tok_emb": Spec((V, D), token, "embed", cfg.embed_coding),
-        # L queries; L outputs, from zero
-        "qo_bank": Spec((2 * L, D, D), lambda w: matrix(w.zero_()[:L]), "muon", "int6"),
-        "kv_bank": Spec((2 * L, KV, D), matrix, "muon", "int6"),  # L keys, L values
-        "mlp_up_bank": Spec((L, F_, D), matrix, "muon", "int6"),
-        "mlp_down_bank": Spec((L, D, F_), 0.0, "muon", "int6"),
-        "q_gain": gain(cfg.qk_gain_init, L, H),
-        "attn_scale": gain(1.0, L, D),
-        "mlp_scale": gain(1.0, L, D),
-        "resid_mix": gain(first, L, 2, D),
-        "skip_weights": gain(1.0, L // 2, D),
-        "smear": cfg.smear_gate and gain(cfg.smear_init, D),
-        "bigram_embed": bigram and Spec((bigram, B), start, group[0], table),
-        "bigram_proj": bigram and Spec((D, B), matrix, group[1], "fp16"),
-        "bigram_scale": bigram and not linear and gain(0.05),
-        "enrich_up": enrich and Spec((enrich, D), uniform, "muon", "int6"),
-        "enrich_down": enrich and Spec((D, enrich), uniform, "muon", "int6"),
-        "ve_embed": ve and Spec((V, cfg.ve_dim), normal(0.01), "embed", table),
-        "ve_proj": ve and Spec((KV, cfg.ve_dim), matrix, "scalar", "fp16"),
-        "ve_scale": ve and gain(0.1),
-        "ve_layer_scales": ve and gain(1.0, len(ve)),
-        "vr_lambda": cfg.value_residual and gain(0.5, L, 2),
-        "attn_gate_weight": gate and gain(0.0, L, H, D),
-        "attn_gate_bias": gate and gain(4.0, L, H),
-        "routing_alpha": cfg.polyglu_enabled and Spec((L, F_), 0.0, "routing", "fp16"),
+        "tok_emb": Spec(
+            (vocab, dim),
+            overtone(std) if cfg.overtone_init else normal(std),
+            "embed",
+            cfg.embed_coding,
+        ),
+        "qo_bank": Spec(
+            (2 * layers, dim, dim), queries_only, "muon", "int6"
+        ),  # L queries, L outputs
+        "kv_bank": Spec((2 * layers, kv_dim, dim), matrix, "muon", "int6"),  # L keys, L values
+        "mlp_up_bank": Spec((layers, hidden, dim), matrix, "muon", "int6"),
+        "mlp_down_bank": Spec((layers, dim, hidden), 0.0, "muon", "int6"),
+        "q_gain": gain(cfg.qk_gain_init, layers, heads),
+        "attn_scale": gain(1.0, layers, dim),
+        "mlp_scale": gain(1.0, layers, dim),
+        "resid_mix": gain(all_of_x, layers, 2, dim),
+        "skip_weights": gain(1.0, layers // 2, dim),
+        "smear": cfg.smear_gate and gain(cfg.smear_init, dim),
+        "bigram_embed": pairs and Spec((pairs, cfg.bigram_dim), pair_start, pair_group, table),
+        "bigram_proj": pairs and Spec((dim, cfg.bigram_dim), matrix, projection_group, "fp16"),
+        "bigram_scale": pairs and not linear and gain(0.05),
+        "enrich_up": enrich and Spec((enrich, dim), uniform, "muon", "int6"),
+        "enrich_down": enrich and Spec((dim, enrich), uniform, "muon", "int6"),
+        "ve_embed": values and Spec((vocab, cfg.ve_dim), normal(0.01), "embed", table),
+        "ve_proj": values and Spec((kv_dim, cfg.ve_dim), matrix, "scalar", "fp16"),
+        "ve_scale": values and gain(0.1),
+        "ve_layer_scales": values and gain(1.0, len(values)),
+        "vr_lambda": cfg.value_residual and gain(0.5, layers, 2),
+        "attn_gate_weight": gated and gain(0.0, layers, heads, dim),
+        "attn_gate_bias": gated and gain(4.0, layers, heads),
+        "routing_alpha": cfg.polyglu_enabled and Spec((layers, hidden), 0.0, "routing", "fp16"),
     }
     return {name: spec for name, spec in specs.items() if spec}
 
 
-def count_parameters(cfg):
+def count_parameters(cfg: Config) -> int:
     return sum(math.prod(spec.shape) for spec in parameter_specs(cfg).values())
 
 
-def rms_norm(x):
+def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
-def rotary(cfg, positions):
-    """(n,) -> cos, sin: (2, n, rope_dims / 2); longer training stretches the base (NTK rule)"""
+def rotary_table(cfg: Config, positions: Tensor) -> Tensor:
+    """positions (n,) -> cos and sin, float32 (2, n, ROPE_DIMS / 2). Training longer than
+    ROPE_TRAIN_SEQ_LEN stretches the base (NTK rule)."""
     dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
     stretch = max(1.0, cfg.train_seq_len / cfg.rope_train_seq_len)
     base = cfg.rope_base * stretch ** (dims / max(1, dims - 2))
@@ -1133,207 +1459,272 @@ def rotary(cfg, positions):
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The first 2 * cos.shape[-1] dimensions of each head, half-split. (B, H, T, d)"""
     half = cos.shape[-1]
     a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
 
 
-def exclude_self(y, v):
-    """Without the part along the position's own value. y (B, H, T, d), v (B, H_kv, T, d)"""
-    own = F.normalize(v, dim=-1).unsqueeze(2)  # (B, H_kv, 1, T, d)
-    grouped = y.unflatten(1, (v.shape[1], -1))
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: attention's output y (B, H, T, d) without the part along the position's own value
+    v (B, G, T, d), which the residual stream has anyway."""
+    own = F.normalize(v, dim=-1).unsqueeze(2)  # (B, G, 1, T, d)
+    grouped = y.unflatten(1, (v.shape[1], -1))  # (B, G, H / G, T, d)
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
 
 
-def fake_quantize(weight, scale):
-    """On the int6 grid, with a straight-through gradient; unchanged where scale is 0: a switch that
-    no compiled graph freezes (the published ones did)."""
+def fake_quantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """The weight on its int6 grid, with a straight-through gradient; unchanged where scale is 0.
+
+    Late QAT hangs on this 0. The published scripts switched it by a Python flag, which
+    torch.compile had frozen into the graph as False, so it never ran. Here the switch is data: a
+    buffer of scales, zero until late QAT fills it, which the same graph reads each step.
+    """
     on_grid = round_to_grid(weight, scale.clamp_min(1e-12), LARGEST["int6"]) * scale
     return weight + torch.where(scale > 0, on_grid - weight, 0.0).detach()
 
 
-class Pass:
-    """What the blocks of a forward pass share, and how they see the past: rows of tokens."""
+class Context:
+    """What the blocks of a forward pass share, and how a position sees the past. This one is of
+    rows: B sequences of T tokens, each from its own position 0 on."""
 
-    def __init__(self, model, ids):
+    def __init__(self, model: "GPT", ids: Tensor, adapters: Mapping[str, Tensor] | None = None):
+        """ids (B, T); adapters: bank name -> what is added to that bank."""
         positions = torch.arange(ids.shape[1], device=ids.device)
-        self.first, self.rope = positions == 0, rotary(model.cfg, positions)
-        self.qo, self.kv, self.up, self.down = (model.bank(name).unbind() for name in BANKS)
-        self.first_values = None
+        self.first = positions == 0
+        self.rope = rotary_table(model.cfg, positions)
+        banks = {name: model.bank(name) for name in BANKS}
+        for name, added in (adapters or {}).items():
+            banks[name] = banks[name] + added
+        self.qo = banks["qo_bank"].unbind()
+        self.kv = banks["kv_bank"].unbind()
+        self.up = banks["mlp_up_bank"].unbind()
+        self.down = banks["mlp_down_bank"].unbind()
+        self.first_values: Tensor | None = None
 
-    def before(self, _, x):
+    def start(self, x0: Tensor, value_embedding: Tensor | None) -> None:
+        """Keep what every block mixes in: the embedding (B, T, D), value embedding (B, T, G d)."""
+        self.x0 = x0
+        self.value_embedding = value_embedding
+
+    def keep_first_values(self, v: Tensor) -> Tensor:
+        """-> the values of the first layer that asks, itself included. (B, G, T, d)"""
+        if self.first_values is None:
+            self.first_values = v
+        return self.first_values
+
+    def previous(self, _: str, x: Tensor) -> Tensor:
         """x_{t-1} at t, zeros first. (B, T, ...)"""
         return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
-    def attend(self, q, k, v, mask=None):
-        """(B, H, T, d), (B, H_kv, T, d) twice -> (B, H, T, d)"""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d); causal, or by mask."""
         how = dict(is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
         return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
 
-class Lanes(Pass):
-    """A token a lane a step, each lane in a document of its own, with the last `window` keys and
-    values of each attention (a layer applied twice has two)."""
+class LaneCache(Context):
+    """The past of documents that are read side by side, one token a lane a step.
 
-    def __init__(self, model, count, window):
-        cfg, device = model.cfg, model.tok_emb.device
+    Each lane holds the last `window` keys and values of every attention (a layer applied twice has
+    two) and, by name, what smear and bigram hash saw a token ago. Position p of a document lies in
+    slot p % window; slots that this document has not filled yet are masked, so a new document
+    needs nothing cleared. With a window of 4, at position 5:
+
+        slot       0  1  2  3
+        position   4  5  2  3     all seen: the last four
+        at p = 1   0  1  .  .     slots 2 and 3 hold another document and are masked
+    """
+
+    def __init__(self, model: "GPT", count: int, window: int):
+        cfg = model.cfg
+        device = model.tok_emb.device
         super().__init__(model, torch.zeros(count, 1, device=device))
-        self.cfg, self.lane, self.past = cfg, torch.arange(count, device=device), {}
+        self.cfg = cfg
+        self.lane = torch.arange(count, device=device)
+        self.past: dict[str, Tensor] = {}
         calls = cfg.num_layers + len({*cfg.depth_recurrence})
-        shape = calls, 2, count, cfg.num_kv_heads, window, cfg.model_dim // cfg.num_heads
+        head = cfg.model_dim // cfg.num_heads
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.caches = torch.zeros(shape, dtype=dtype, device=device)
+        shape = calls, 2, count, cfg.num_kv_heads, window, head
+        try:
+            self.caches = torch.zeros(shape, dtype=dtype, device=device)
+        except (RuntimeError, MemoryError) as error:
+            need = (
+                f"{count} lanes of {window} tokens need {math.prod(shape) * dtype.itemsize:,} bytes"
+            )
+            raise UserError(f"{need} ({error}); fix: a smaller EVAL_LANES or window") from error
         self.slots = torch.arange(window, device=device)
 
-    def begin(self, positions):
-        """positions (B,): in the lanes' documents; 0 forgets the one before."""
-        self.first, self.call, self.first_values = positions.unsqueeze(1) == 0, 0, None
-        self.rope = rotary(self.cfg, positions)[:, :, None, None]
-        self.slot, self.seen = positions % len(self.slots), self.slots <= positions.unsqueeze(1)
+    def begin(self, positions: Tensor) -> None:
+        """A step. positions (B,): in the lanes' documents; 0 forgets the one before."""
+        self.first = positions.unsqueeze(1) == 0
+        self.call = 0
+        self.first_values = None
+        self.rope = rotary_table(self.cfg, positions)[:, :, None, None]
+        self.slot = positions % len(self.slots)
+        self.seen = self.slots <= positions.unsqueeze(1)
 
-    def before(self, name, x):
-        old = self.past.setdefault(name, torch.zeros_like(x))
-        before = old.masked_fill(self.first.view(-1, *[1] * (x.dim() - 1)), 0)
-        old.copy_(x)
-        return before
+    def previous(self, name: str, x: Tensor) -> Tensor:
+        kept = self.past.setdefault(name, torch.zeros_like(x))
+        previous = kept.masked_fill(self.first.view(-1, *[1] * (x.dim() - 1)), 0)
+        kept.copy_(x)
+        return previous
 
-    def attend(self, q, k, v):
-        past = self.caches[self.call]  # keys and values
-        past[:, self.lane, :, self.slot] = torch.cat([k, v], 2).transpose(1, 2).type_as(past)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        past = self.caches[self.call]  # keys and values: (2, B, G, window, d)
+        now = torch.cat([k, v], 2).transpose(1, 2)  # (B, 2, G, d)
+        past[:, self.lane, :, self.slot] = now.type_as(past)
         self.call += 1
-        return super().attend(q, *past, self.seen[:, None, None])
+        keys, values = past
+        return super().attend(q, keys, values, self.seen[:, None, None])
 
 
 class GPT(nn.Module):
-    """The stack of PR #549 with its siblings' switches."""
+    """The stack of PR #549 with its siblings' switches: a U-Net of blocks, whose first half's
+    outputs are added to the second half's inputs, last to first."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
         for name, spec in parameter_specs(cfg).items():
             self.register_parameter(name, nn.Parameter(torch.full(spec.shape, math.nan)))
             if spec.group == "muon" and "bigram" not in name:
-                grid = torch.zeros(*spec.shape[:-1], 1)  # 0: quantisation is off
+                grid = torch.zeros(*spec.shape[:-1], 1)  # 0: late QAT is off, see fake_quantize
                 self.register_buffer(f"{name}_grid", grid, persistent=False)
 
     @torch.no_grad()
-    def initialise(self):
+    def initialise(self) -> "GPT":
         for name, spec in parameter_specs(self.cfg).items():
             weight = getattr(self, name)
-            spec.init(weight) if callable(spec.init) else weight.fill_(spec.init)
+            if callable(spec.init):
+                spec.init(weight)
+            else:
+                weight.fill_(spec.init)
             assert weight.isfinite().all(), f"nobody initialised {name}"
         return self
 
-    def bank(self, name):
-        """A Muon parameter; while training, on its grid if it has one."""
+    def bank(self, name: str) -> Tensor:
+        """A parameter that Muon trains; while training, on its grid if it has one."""
         weight = getattr(self, name)
         if not self.training:
             return weight
         if self.cfg.qat_enabled:  # PR #810
-            return fake_quantize(
-                weight, weight.detach().abs().amax(-1, keepdim=True) / LARGEST["int6"]
-            )
+            largest = weight.detach().abs().amax(-1, keepdim=True)
+            return fake_quantize(weight, largest / LARGEST["int6"])
         return fake_quantize(weight, getattr(self, f"{name}_grid"))
 
-    def forward(self, ids, targets):
+    def forward(
+        self, ids: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Mean cross-entropy in nats of targets given ids, both int64 (B, T)."""
-        logits = self.logits(self.hidden(ids))
+        logits = self.logits(self.hidden(ids, Context(self, ids, adapters)))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def hidden(self, ids, shared=None):
-        """(B, T) -> normed output of the last block (B, T, D)"""
-        shared, skips, half = shared or Pass(self, ids), [], self.cfg.num_layers // 2
-        x = self.embed(ids, shared)
-        for i in range(self.cfg.num_layers):
+    def hidden(self, ids: Tensor, context: Context | None = None) -> Tensor:
+        """ids (B, T) -> normed output of the last block (B, T, D)."""
+        cfg = self.cfg
+        half = cfg.num_layers // 2
+        context = context or Context(self, ids)
+        skips = []
+        x = self.embed(ids, context)
+        if cfg.pre_enrich_dim:
+            x = rms_norm(self.enrich(x))
+        context.start(x, self.value_embedding(ids))
+        for i in range(cfg.num_layers):
             if i >= half and skips:
                 x = x + self.skip_weights[i - half] * skips.pop()
-            for _ in range(1 + (i in self.cfg.depth_recurrence)):
-                x = self.block(i, x, shared)
+            for _ in range(1 + (i in cfg.depth_recurrence)):
+                x = self.block(i, x, context)
             if i < half:
                 skips.append(x)
         return rms_norm(x)
 
-    def logits(self, hidden):
-        """(..., D) -> softcapped (..., V), at any selection of positions"""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> softcapped (..., V), at any selection of positions."""
         cap = self.cfg.logit_softcap
         return cap * torch.tanh(F.linear(hidden / cap, self.tok_emb))
 
-    def embed(self, ids, shared):
-        """Token + bigram embedding, norm, smear; with pre-enrichment the norm comes last.
+    def embed(self, ids: Tensor, context: Context) -> Tensor:
+        """Token + bigram embedding, norm (after pre-enrichment, where there is one), smear.
         (B, T) -> (B, T, D)"""
-        cfg, x = self.cfg, F.embedding(ids, self.tok_emb)
+        cfg = self.cfg
+        x = F.embedding(ids, self.tok_emb)
         starts = (ids == BOS) & cfg.bos_reset  # a document does not see the one before
         if cfg.bigram_vocab_size:
-            pairs = F.embedding(self.bigram_index(ids, starts, shared), self.bigram_embed)
+            pairs = F.embedding(self.bigram_index(ids, starts, context), self.bigram_embed)
             scale = 1.0 if cfg.bigram_kind == "linear" else self.bigram_scale
             x = x + scale * F.linear(pairs, self.bigram_proj)
         x = x if cfg.pre_enrich_dim else rms_norm(x)
         if cfg.smear_gate:
-            before = shared.before("x", x).masked_fill(starts.unsqueeze(-1), 0.0)
-            x = torch.lerp(x, before, torch.sigmoid(self.smear).type_as(x))
-        if cfg.pre_enrich_dim:
-            up, down = self.bank("enrich_up"), self.bank("enrich_down")
-            shared.plain, x = x, F.linear(F.gelu(F.linear(x, up)), down)
-            shared.enriched, x = x, rms_norm(x)
-        shared.x0 = x
-        if cfg.value_layers:
-            values = F.linear(F.embedding(ids, self.ve_embed), self.ve_proj)
-            shared.value_embedding = self.ve_scale * values  # (B, T, KV)
+            previous = context.previous("x", x).masked_fill(starts.unsqueeze(-1), 0.0)
+            x = torch.lerp(x, previous, torch.sigmoid(self.smear).type_as(x))
         return x
 
-    def bigram_index(self, ids, starts, shared):
-        """Hash of (previous, current) id; at a start the last row ("xor", wraps as int32 upstream)
-        or previous id 0 ("linear", PR #810)."""
-        rows, before = self.cfg.bigram_vocab_size, shared.before("ids", ids).masked_fill(starts, 0)
-        if self.cfg.bigram_kind == "linear":
-            return (92821 * before + ids) % rows
-        index = ((36313 * ids.int()) ^ (27191 * before.int())) % (rows - 1)
-        return index.masked_fill(starts | shared.first, rows - 1)
+    def enrich(self, x: Tensor) -> Tensor:
+        """Pre-enrichment: a GELU MLP in the place of the embedding (PR #810). (B, T, D)"""
+        return F.linear(F.gelu(F.linear(x, self.bank("enrich_up"))), self.bank("enrich_down"))
 
-    def block(self, i, x, shared):
-        """(B, T, D) -> (B, T, D)"""
+    def value_embedding(self, ids: Tensor) -> Tensor | None:
+        """A second embedding, for the attention values of VE_LAYERS. (B, T, G d)"""
+        if not self.cfg.value_layers:
+            return None
+        return self.ve_scale * F.linear(F.embedding(ids, self.ve_embed), self.ve_proj)
+
+    def bigram_index(self, ids: Tensor, starts: Tensor, context: Context) -> Tensor:
+        """Hash of (previous, current) id, (B, T). At the start of a row, and at a BOS where
+        BOS_RESET is on, it is the last row ("xor", wraps as int32 upstream) or that of previous
+        id 0 ("linear", PR #810)."""
+        rows = self.cfg.bigram_vocab_size
+        previous = context.previous("ids", ids).masked_fill(starts, 0)
+        if self.cfg.bigram_kind == "linear":
+            return (92821 * previous + ids) % rows
+        index = ((36313 * ids.int()) ^ (27191 * previous.int())) % (rows - 1)
+        return index.masked_fill(starts | context.first, rows - 1)
+
+    def block(self, i: int, x: Tensor, context: Context) -> Tensor:
+        """Layer i: attention, then MLP, each on a normed input. (B, T, D) -> (B, T, D)"""
         scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
-        x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * shared.x0
-        x = x + self.attn_scale[i] * self.attention(i, rms_norm(x) * scale, shared)
-        up = F.linear(rms_norm(x) * scale, shared.up[i])
+        x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * context.x0
+        x = x + self.attn_scale[i] * self.attention(i, rms_norm(x) * scale, context)
+        up = F.linear(rms_norm(x) * scale, context.up[i])
         if self.cfg.polyglu_enabled:  # PR #1026
             slope = torch.sigmoid(self.routing_alpha[i]).type_as(up)
             up = torch.where(up > 0, up, slope * up)
         else:
             up = F.leaky_relu(up, self.cfg.leaky_slope)
-        return x + self.mlp_scale[i] * F.linear(up.square(), shared.down[i])
+        return x + self.mlp_scale[i] * F.linear(up.square(), context.down[i])
 
-    def attention(self, i, h, shared):
-        """Normed queries and keys, partly rotated"""
+    def attention(self, i: int, h: Tensor, context: Context) -> Tensor:
+        """Grouped queries and keys, normed and partly rotated. (B, T, D) -> (B, T, D)"""
         cfg = self.cfg
-        v = self.values(i, h, shared)
-        q, k = (self.heads(F.linear(h, bank[i])) for bank in (shared.qo, shared.kv))
-        q, k = (rotate(rms_norm(t), *shared.rope) for t in (q, k))
+        v = self.values(i, h, context)
+        q = rotate(rms_norm(self.heads(F.linear(h, context.qo[i]))), *context.rope)
+        k = rotate(rms_norm(self.heads(F.linear(h, context.kv[i]))), *context.rope)
         q = q * self.q_gain[i].view(-1, 1, 1)
-        y = shared.attend(q, k, v)
+        y = context.attend(q, k, v)
         if i >= cfg.num_layers - cfg.xsa_last_n:
             y = exclude_self(y, v)  # (B, H, T, d)
         if cfg.gated_attention:
             gate = F.linear(h, self.attn_gate_weight[i], self.attn_gate_bias[i])  # (B, T, H)
             y = y * torch.sigmoid(gate).transpose(1, 2).unsqueeze(-1)
-        return F.linear(y.transpose(1, 2).flatten(2), shared.qo[cfg.num_layers + i])
+        return F.linear(y.transpose(1, 2).flatten(2), context.qo[cfg.num_layers + i])
 
-    def heads(self, x):
-        """(B, T, H * d) -> (B, H, T, d)"""
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, H d) -> (B, H, T, d)"""
         return x.unflatten(-1, (-1, self.cfg.model_dim // self.cfg.num_heads)).transpose(1, 2)
 
-    def values(self, i, h, shared):
-        """Projection + value embedding, mixed with the first layer's values. (B, H_kv, T, d)"""
-        v = F.linear(h, shared.kv[self.cfg.num_layers + i])
+    def values(self, i: int, h: Tensor, context: Context) -> Tensor:
+        """Projection + value embedding, mixed with the first layer's values. (B, G, T, d)"""
+        v = F.linear(h, context.kv[self.cfg.num_layers + i])
         if i in self.cfg.value_layers:
-            v = v + self.ve_layer_scales[self.cfg.value_layers.index(i)] * shared.value_embedding
+            place = self.cfg.value_layers.index(i)
+            v = v + self.ve_layer_scales[place] * context.value_embedding
         v = self.heads(v)
-        if shared.first_values is None:
-            shared.first_values = v
-        elif self.cfg.value_residual and i:
-            v = self.vr_lambda[i, 0] * shared.first_values + self.vr_lambda[i, 1] * v
+        first = context.keep_first_values(v)
+        if self.cfg.value_residual and i:
+            v = self.vr_lambda[i, 0] * first + self.vr_lambda[i, 1] * v
         return v
 
 
@@ -1346,23 +1737,25 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def lr_factor(step, elapsed_seconds, cfg):
+def lr_factor(step: int, elapsed_seconds: float, cfg: Config) -> float:
     """1, then linear to 0 over the last WARMDOWN_ITERS steps or, under a cap, over the seconds
     that so many take on average."""
-    length, left = max(1, min(cfg.warmdown_iters, cfg.iterations)), cfg.iterations - step
     if cfg.max_wallclock_seconds:
         length = cfg.warmdown_iters * elapsed_seconds / max(1, step)
-        left = cfg.max_wallclock_seconds - elapsed_seconds
-    left = max(0, left)
+        left = max(0, cfg.max_wallclock_seconds - elapsed_seconds)
+    else:
+        length = max(1, min(cfg.warmdown_iters, cfg.iterations))
+        left = max(0, cfg.iterations - step)
     return 1.0 if left >= length else left / length
 
 
-def muon_momentum(step, cfg):
+def muon_momentum(step: int, cfg: Config) -> float:
+    """Linear from its start to MUON_MOMENTUM over the warm-up's steps."""
     done = min(1.0, step / max(1, cfg.muon_momentum_warmup_steps))
     return (1 - done) * cfg.muon_momentum_warmup_start + done * cfg.muon_momentum
 
 
-def newton_schulz(matrices, steps):
+def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     """Singular values to about 1, zero stays zero. (n, r, c), any dtype.
     Jordan 2024, https://kellerjordan.github.io/posts/muon"""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -1375,57 +1768,60 @@ def newton_schulz(matrices, steps):
     return x.mT if tall else x
 
 
-class Bank:
-    """Buffers of a bank; each rank owns `share` of its matrices."""
+class MuonBank:
+    """One bank's buffers on this rank, which owns the rows of `share` of its matrices: their
+    averaged gradient and their momentum. With 22 matrices on 8 ranks a share is 3, the bank is
+    padded to 24, and the last rank's third is padding: zero in, zero out."""
 
-    def __init__(self, weight, rt):
+    def __init__(self, weight: nn.Parameter, rt: Runtime):
         count, rows, columns = weight.view(-1, *weight.shape[-2:]).shape
-        share, kind = -(-count // rt.world_size), torch.bfloat16 if rt.cuda else torch.float32
-        self.weight, self.scale, self.pending = weight, max(1.0, rows / columns) ** 0.5, None
-        # gradients out, updates back in; the padding's are zero
+        share = -(-count // rt.world_size)
+        kind = torch.bfloat16 if rt.cuda else torch.float32
+        self.weight = weight
+        self.scale = max(1.0, rows / columns) ** 0.5
+        self.pending: Any = None
+        # all ranks' matrices: gradients out, updates back in
         self.padded = weight.new_zeros(share * rt.world_size, rows, columns, dtype=kind)
-        self.own = self.padded[:count].view_as(weight)
+        self.whole = self.padded[:count].view_as(weight)
         self.gradient = torch.zeros_like(self.padded[:share])
-        self.momenta = torch.zeros_like(self.padded)  # of all ranks, once gathered
-        self.momentum = self.momenta.chunk(rt.world_size)[rt.rank]
+        self.momentum = torch.zeros_like(self.padded[:share])
 
-    def start(self, collective, output, source):
-        """Between `padded` and this rank's share, which on one rank is all of it."""
+    def start(self, collective: Callable, output: Tensor, source: Tensor) -> None:
+        """Between all ranks' matrices and this rank's share, which on one rank is all of them."""
         if output.shape == source.shape:
             output.copy_(source)
         else:
             self.pending = collective(output, source.contiguous(), async_op=True)
 
-    def wait(self):
+    def wait(self) -> None:
         if self.pending:
             self.pending.wait()
 
 
 class ParallelMuon:
-    """Muon sharded over ranks (PR #399); a bank's update travels while the next one is computed."""
+    """Muon sharded over ranks (PR #399): each rank receives the averaged gradients of its share by
+    a reduce-scatter, orthogonalises them, and gives the update to all by an all-gather. A bank's
+    update travels while the next one is computed."""
 
-    def __init__(self, weights, rt, cfg):
+    def __init__(self, weights: list[nn.Parameter], rt: Runtime, cfg: Config):
         weights = sorted(weights, key=Tensor.numel, reverse=True)  # the longest transfer first
-        self.banks, self.rt, self.cfg = [Bank(w, rt) for w in weights], rt, cfg
+        self.banks = [MuonBank(weight, rt) for weight in weights]
+        self.rt = rt
+        self.cfg = cfg
 
-    def reduce(self):
-        """-> averaged gradients of this rank's shares"""
+    def reduce(self) -> list[Tensor]:
+        """-> averaged gradients of this rank's shares."""
         for bank in self.banks:
-            torch.div(bank.weight.grad, self.rt.world_size, out=bank.own)
+            torch.div(bank.weight.grad, self.rt.world_size, out=bank.whole)
             bank.start(reduce_scatter, bank.gradient, bank.padded)
         for bank in self.banks:
             bank.wait()
         return [bank.gradient for bank in self.banks]
 
-    def gather(self):
-        """Everybody's momenta, for a checkpoint"""
-        for bank in self.banks:
-            bank.start(all_gather, bank.momenta, bank.momentum.clone())
-            bank.wait()
-
     @torch.no_grad()
-    def step(self, rate, momentum, sick):
-        decay = 1 - rate * self.cfg.muon_wd * ~sick
+    def step(self, rate: float, momentum: float, nonfinite: Tensor) -> None:
+        """Nesterov momentum, orthogonalised; nonfinite, a bool, lets every weight as it is."""
+        decay = 1 - rate * self.cfg.muon_wd * ~nonfinite
         for bank in self.banks:
             bank.momentum.mul_(momentum).add_(bank.gradient)
             nesterov = bank.gradient.add(bank.momentum, alpha=momentum)
@@ -1434,74 +1830,110 @@ class ParallelMuon:
         for bank in self.banks:
             bank.wait()
             bank.weight.mul_(decay)
-            bank.weight.add_(bank.own.masked_fill_(sick, 0), alpha=-rate * bank.scale)
+            bank.weight.add_(bank.whole.masked_fill_(nonfinite, 0), alpha=-rate * bank.scale)
+
+    def gather_momenta(self) -> list[Tensor]:
+        """Of each bank the momenta of all ranks, for a checkpoint. Called on every rank."""
+        for bank in self.banks:
+            bank.start(all_gather, bank.padded, bank.momentum)
+            bank.wait()
+        return [bank.padded.clone() for bank in self.banks]
+
+    def restore_momenta(self, momenta: list[Tensor]) -> None:
+        """This rank's shares of what gather_momenta gave."""
+        for bank, whole in zip(self.banks, momenta, strict=True):
+            share = whole.view(bank.padded.shape).chunk(self.rt.world_size)[self.rt.rank]
+            bank.momentum.copy_(share)
 
 
-def optimizer_groups(cfg):
-    """group -> (parameter names, rate, weight decay)"""
+class OptimizerGroup(NamedTuple):
+    """Parameters that are trained alike."""
+
+    names: list[str]
+    rate: float
+    decay: float
+
+
+def optimizer_groups(cfg: Config) -> dict[str, OptimizerGroup]:
+    """Of a Spec's group -> its parameters, rate and weight decay."""
     groups = {
-        "muon": ([], cfg.matrix_lr, cfg.muon_wd),
-        "embed": ([], cfg.tied_embed_lr, cfg.adam_wd),
-        "scalar": ([], cfg.scalar_lr, cfg.adam_wd),
-        "routing": ([], cfg.scalar_lr, 0.0),
+        "muon": OptimizerGroup([], cfg.matrix_lr, cfg.muon_wd),
+        "embed": OptimizerGroup([], cfg.tied_embed_lr, cfg.adam_wd),
+        "scalar": OptimizerGroup([], cfg.scalar_lr, cfg.adam_wd),
+        "routing": OptimizerGroup([], cfg.scalar_lr, 0.0),
     }
     for name, spec in parameter_specs(cfg).items():
-        groups[spec.group][0].append(name)
-    return {group: rest for group, rest in groups.items() if rest[0]}
+        groups[spec.group].names.append(name)
+    return {name: members for name, members in groups.items() if members.names}
 
 
-def average_gradients(weights, rt):
+def average_gradients(weights: Sequence[Tensor], rt: Runtime) -> None:
     """Over ranks, by one all-reduce."""
     if rt.world_size > 1:
-        gradients = [w.grad for w in weights]
+        gradients = [weight.grad for weight in weights]
         flat = nn.utils.parameters_to_vector(gradients)
         dist.all_reduce(flat)
         nn.utils.vector_to_parameters(flat / rt.world_size, gradients)
 
 
 class Optimizers:
-    """From each rank's gradients to new weights."""
+    """From each rank's gradients to new weights.
 
-    def __init__(self, model, rt, cfg):
-        self.model, self.rt, self.cfg, groups = model, rt, cfg, optimizer_groups(cfg)
-        banks = [*map(model.get_parameter, groups.pop("muon")[0])]
-        self.muon = ParallelMuon(banks, rt, cfg)
-        adam = [
-            dict(params=[*map(model.get_parameter, names)], base_lr=rate, weight_decay=decay)
-            for names, rate, decay in groups.values()
+    A loss or gradient that is not finite must change no weight on any rank, and without a wait for
+    the device, so the veto is data, too: `nonfinite` is 1 on every rank if it is on one. AdamW
+    skips its step by it (found_inf), Muon multiplies decay and update away; the host learns of it
+    from the loss, a step later (Trainer.agree), and ends the run.
+    """
+
+    def __init__(self, model: GPT, rt: Runtime, cfg: Config):
+        self.model = model
+        self.rt = rt
+        self.cfg = cfg
+        groups = optimizer_groups(cfg)
+        matrices = [model.get_parameter(name) for name in groups.pop("muon").names]
+        self.muon = ParallelMuon(matrices, rt, cfg)
+        adam_groups = [
+            dict(
+                params=[model.get_parameter(name) for name in members.names],
+                base_lr=members.rate,
+                weight_decay=members.decay,
+            )
+            for members in groups.values()
         ]
-        self.adam = torch.optim.AdamW(adam, 0.0, (cfg.beta1, cfg.beta2), cfg.adam_eps, fused=True)
-        self.small = [weight for group in adam for weight in group["params"]]
-        self.weights = self.small + banks
+        betas = cfg.beta1, cfg.beta2
+        self.adam = torch.optim.AdamW(adam_groups, 0.0, betas, cfg.adam_eps, fused=True)
+        self.small = [weight for adam_group in adam_groups for weight in adam_group["params"]]
+        self.weights = self.small + matrices
         for weight in self.small:  # as its first step would, for a checkpoint to fill
             empty = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
             self.adam.state[weight] = dict(step=weight.new_zeros(())) | empty
 
     @torch.no_grad()
-    def step(self, step, factor, loss):
-        """Average over ranks, clip, update, clear -> loss, not finite where a gradient is not; if
+    def step(self, step: int, factor: float, loss: Tensor) -> Tensor:
+        """Average over ranks, clip, update, clear. -> loss, not finite where a gradient is not; if
         that is so on any rank, no weight changes."""
-        gradients = [w.grad for w in self.weights]
+        gradients = [weight.grad for weight in self.weights]
         loss = loss + 0 * torch.stack(torch._foreach_norm(gradients)).sum()
-        sick = (~loss.isfinite()).float()
+        nonfinite = (~loss.isfinite()).float()
         if self.rt.world_size > 1:
-            dist.all_reduce(sick, dist.ReduceOp.MAX)
+            dist.all_reduce(nonfinite, dist.ReduceOp.MAX)
         if self.cfg.clip == "local":  # as published
             self.clip(gradients, [])
         average_gradients(self.small, self.rt)
         shards = self.muon.reduce()
         if self.cfg.clip == "global":
-            self.clip([w.grad for w in self.small], shards)
-        for group in self.adam.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        self.adam.found_inf = sick  # skips, without a wait
+            self.clip([weight.grad for weight in self.small], shards)
+        for adam_group in self.adam.param_groups:
+            adam_group["lr"] = adam_group["base_lr"] * factor
+        self.adam.found_inf = nonfinite  # skips, without a wait
         self.adam.step()
-        self.muon.step(self.cfg.matrix_lr * factor, muon_momentum(step, self.cfg), sick > 0)
+        rate = self.cfg.matrix_lr * factor
+        self.muon.step(rate, muon_momentum(step, self.cfg), nonfinite > 0)
         self.model.zero_grad()
         return loss
 
-    def clip(self, gradients, shards):
-        """To a norm of at most GRAD_CLIP_NORM, shards of all ranks included"""
+    def clip(self, gradients: list[Tensor], shards: list[Tensor]) -> None:
+        """To a norm of at most GRAD_CLIP_NORM, shards of all ranks included."""
         if not self.cfg.grad_clip_norm:
             return
         square = sum((shard.float() ** 2).sum() for shard in shards)
@@ -1513,168 +1945,239 @@ class Optimizers:
 
 
 # -----------------------------------------------------------------------------
-# 7. Weight averaging
-# Exported are an exponential mean of the weights, the mean of late snapshots, or both.
+# 7. Weight averaging and QAT grids
+# Exported are an exponential mean of the weights, the mean of late snapshots, or both; near the
+# end training sees the grid that the export will choose.
+
+SWA_BELOW = 0.2  # rate factor under which snapshots are taken
 
 
 class Averages:
     """fp32 averages of every parameter, on its device."""
 
-    def __init__(self, model, cfg):
-        self.cfg, state = cfg, model.state_dict()
-        self.names, self.weights = [*state], [*state.values()]
+    def __init__(self, model: GPT, cfg: Config):
+        state = model.state_dict()
+        self.cfg = cfg
+        self.names = [*state]
+        self.weights = [*state.values()]
         self.ema = [w.clone() for w in self.weights] if cfg.ema_enabled else self.weights
-        self.swa, self.snapshots = [torch.zeros_like(w) for w in self.weights], 0
+        self.swa = [torch.zeros_like(w) for w in self.weights]
+        self.snapshots = 0
 
-    def update(self, step, factor):
-        """After optimizer step `step` (from 0)."""
+    def update(self, step: int, factor: float) -> None:
+        """After optimizer step `step` (from 0), made at a rate factor."""
         cfg = self.cfg
         if cfg.ema_enabled:
             warm = (1 + step) / (10 + step) if cfg.ema_warmup else 1.0  # forget the random start
             torch._foreach_lerp_(self.ema, self.weights, 1 - min(cfg.ema_decay, warm))
-        if cfg.swa_enabled and factor < 0.2 and (step + 1) % cfg.swa_every == 0:  # a late rate
+        if cfg.swa_enabled and factor < SWA_BELOW and (step + 1) % cfg.swa_every == 0:
             source = self.ema if cfg.swa_source == "ema" else self.weights
             self.snapshots += 1
             torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
 
-    def final(self):
+    def resume(self, snapshots: int) -> None:
+        """The tensors are filled by restore_checkpoint."""
+        self.snapshots = snapshots
+
+    def final(self) -> dict[str, Tensor]:
         """Name -> (1 - SWA_WEIGHT) EMA + SWA_WEIGHT SWA, or the one there is."""
         share = self.cfg.swa_weight if self.cfg.ema_enabled else 1.0
         mixed = torch._foreach_lerp(self.ema, self.swa, share) if self.snapshots else self.ema
         return dict(zip(self.names, mixed, strict=True))
 
 
+@torch.no_grad()
+def update_qat_grids(model: GPT, cfg: Config) -> None:
+    """Late QAT: fill the buffers that fake_quantize reads with the scales that the export would
+    choose now. No graph is compiled anew: to it they are data."""
+    for name, grid in model.named_buffers():
+        grid.copy_(search_grid(getattr(model, name.removesuffix("_grid")), "int6", cfg))
+
+
 # -----------------------------------------------------------------------------
 # 8. Checkpoint and resume
-# A run that died goes on from its last good checkpoint, bit for bit.
+# A run that died goes on from its last good checkpoint, on the same ranks and threads bit for bit.
+#
+# checkpoint/step_<n>.safetensors holds every tensor that a step changes, step_<n>.json the rest and
+# a sha256 over both. Rank 0 writes the tensors first, each file whole or not at all, so a .json
+# makes a checkpoint; the last two stay.
+
+KEPT_CHECKPOINTS = 2
 
 
-def save_checkpoint(trainer: Any) -> None:
-    """Called on every rank; the others wait until the files are on rank 0's disk. If a signal was
-    the reason, the process ends with status 128 + its number."""
-    trainer.optimizers.muon.gather()
+class DamagedCheckpoint(UserError):
+    """Files that are not whole, or that hold what no run writes."""
+
+
+class CheckpointState(NamedTuple):
+    """What is no tensor, in the .json."""
+
+    step: int  # of training that are done
+    qat_since: int | None  # step at which late QAT began
+    seconds: float  # of training
+    snapshots: int  # of SWA
+    loader: tuple[int, int]  # shard and offset of the next token
+    settings: dict[str, Any]  # that must be the same where the run goes on
+    logs: list[int]  # bytes of LOGS at that time
+
+
+def save_checkpoint(trainer: "Trainer") -> None:
+    """Called on every rank; the others wait until the files are on rank 0's disk."""
+    momenta = trainer.optimizers.muon.gather_momenta()
     if trainer.rt.rank == 0:
-        tensors = {name: tensor.clone() for name, tensor in changing_tensors(trainer).items()}
+        tensors = {name: x.clone() for name, x in changing_tensors(trainer, momenta).items()}
         write_checkpoint(trainer.folder, checkpoint_state(trainer), tensors)
     trainer.rt.barrier()
-    if trainer.signal:
-        number = int(trainer.signal)
-        trainer.rt.log(
-            "note",
-            f"signal {number} at step {trainer.step}: checkpoint written, RESUME=auto goes on",
-        )
-        sys.exit(128 + number)
 
 
-def resume_training(trainer: Any) -> None:
+def resume_training(trainer: "Trainer") -> None:
     """Put the newest whole checkpoint into the trainer; leave it as it is where there is none.
     UserError where all are damaged, or for other settings, ranks or data."""
     find_checkpoint(trainer)
     furthest, least = trainer.rt.largest(trainer.step, -trainer.step).tolist()
     if furthest != -least:
+        found = f"of step {furthest:.0f} on one host, {-least:.0f} on another"
         fix = "run in one folder that all hosts share, or copy it"
-        message = f"of step {furthest:.0f} on one host, {-least:.0f} on another; fix: {fix}"
-        raise UserError(f"{trainer.folder}: {message}")
+        raise UserError(f"{trainer.folder}: {found}; fix: {fix}")
 
 
-def find_checkpoint(trainer: Any) -> None:
-    """The newest whole checkpoint into this rank's trainer."""
+def find_checkpoint(trainer: "Trainer") -> None:
+    """The newest whole checkpoint into this rank's trainer; UserError where all are damaged."""
     paths = sorted(trainer.folder.glob("step_*.json"), reverse=True)
     for path in paths:
         try:
             return restore_checkpoint(trainer, *read_checkpoint(path))
-        except UserError:
-            raise
-        except Exception as error:  # json and safetensors have their own
+        except DamagedCheckpoint as error:
             trainer.rt.log("note", f"{path} is passed over, damaged: {error}")
     if paths:
         fix = "put one back, or OVERWRITE=1"
         raise UserError(f"{trainer.folder}: no whole checkpoint; fix: {fix}")
 
 
-def changing_tensors(trainer: Any) -> dict[str, torch.Tensor]:
-    """Name -> each tensor that a step changes. Muon's momenta are those of all ranks."""
-    averages, optimizers = trainer.averages, trainer.optimizers
-    groups = dict(weight=averages.weights, ema=averages.ema, swa=averages.swa)
-    groups |= dict(grid=trainer.model.buffers(), rng=[torch.get_rng_state()])
-    groups["muon"] = [bank.momenta for bank in optimizers.muon.banks]
-    groups["adam"] = [x for state in optimizers.adam.state.values() for x in state.values()]
-    return {f"{name}.{i}": x for name, group in groups.items() for i, x in enumerate(group)}
+def changing_tensors(trainer: "Trainer", momenta: list[Tensor]) -> dict[str, Tensor]:
+    """Name -> each tensor that a step changes, and Muon's momenta of all ranks."""
+    averages = trainer.averages
+    adam = trainer.optimizers.adam.state.values()
+    groups = dict(
+        weight=averages.weights,
+        ema=averages.ema,
+        swa=averages.swa,
+        grid=trainer.model.buffers(),
+        rng=[torch.get_rng_state()],
+        muon=momenta,
+        adam=[tensor for state in adam for tensor in state.values()],
+    )
+    return {f"{name}.{i}": x for name, tensors in groups.items() for i, x in enumerate(tensors)}
 
 
-def checkpoint_state(trainer: Any) -> dict[str, Any]:
-    """The rest: counters, the loader's place, and how long the logs were."""
-    state = dict(step=trainer.step, qat_since=trainer.qat_since, seconds=trainer.elapsed)
-    state |= dict(snapshots=trainer.averages.snapshots, loader=trainer.loader.state())
-    return state | dict(
-        settings=bound_settings(trainer), logs=[f.tell() for f in trainer.rt.files[1:]]
+def checkpoint_state(trainer: "Trainer") -> CheckpointState:
+    return CheckpointState(
+        step=trainer.step,
+        qat_since=trainer.qat_since,
+        seconds=trainer.elapsed,
+        snapshots=trainer.averages.snapshots,
+        loader=trainer.loader.state(),
+        settings=bound_settings(trainer),
+        logs=[log.size() for log in trainer.rt.logs],
     )
 
 
-def bound_settings(trainer: Any) -> dict[str, Any]:
+def bound_settings(trainer: "Trainer") -> dict[str, Any]:
     """What must be the same where a run goes on."""
-    first, after = map(NAMES.index, ("train_batch_tokens", "eval_seq_len"))
-    names = ["seed", *NAMES[first:after]]
-    sizes = [path.stat().st_size for path in trainer.loader.shards]
-    heads = [np.fromfile(path, np.uint8, 4096) for path in trainer.loader.shards]
-    found = {name.upper(): show(getattr(trainer.cfg, name)) for name in names}
-    shards = f"{len(sizes)} of {sum(sizes)} bytes, {sha(np.concatenate(heads))[:12]}"
-    return found | dict(RANKS=trainer.rt.world_size, SHARDS=shards)
+    shards = trainer.loader.shards
+    sizes = [path.stat().st_size for path in shards]
+    heads = np.concatenate([np.fromfile(path, np.uint8, 4096) for path in shards])
+    names = stored_names("checkpoint")
+    settings = {name.upper(): show(getattr(trainer.cfg, name)) for name in names}
+    digest = sha256(heads)[:12]
+    settings["RANKS"] = trainer.rt.world_size
+    settings["SHARDS"] = f"{len(sizes)} of {sum(sizes)} bytes, {digest}"
+    return settings
 
 
-def restore_checkpoint(trainer: Any, state: dict, tensors: dict) -> None:
-    """State and tensors into the trainer; some exception where they do not fit."""
+def restore_checkpoint(
+    trainer: "Trainer", state: CheckpointState, tensors: dict[str, Tensor]
+) -> None:
+    """State and tensors into the trainer. DamagedCheckpoint for what cannot be of this run,
+    UserError for a run with other settings; then nothing has changed."""
     for name, now in bound_settings(trainer).items():
-        if (was := state["settings"][name]) != now:
+        was = state.settings.get(name)
+        if was is None:
+            raise DamagedCheckpoint(f"{name} is missing")
+        if was != now:
             fix = "set it back, or OVERWRITE=1 to begin again"
             raise UserError(f"{trainer.folder}: made with {name}={was}, not {now}; fix: {fix}")
-    counters = [state[name] for name in ("step", "seconds", "snapshots")]
-    loader, (shard, offset) = trainer.loader, state["loader"]
-    loader.restore((shard, offset))
-    since = 0 if state["qat_since"] is None else state["qat_since"]
-    whole = [counters[0], counters[2], since, shard, offset]
-    if {*map(type, whole)} != {int} or counters[0] > trainer.cfg.iterations:
-        raise ValueError(f"at {counters}, late QAT since {since}")
-    if min(*counters, *whole) < 0 or offset > len(loader.tokens):
-        raise ValueError(f"at {counters}, {offset} of shard {shard}")
-    own = changing_tensors(trainer)
+    if state.step > trainer.cfg.iterations:
+        raise DamagedCheckpoint(f"at step {state.step}")
+    shard, offset = state.loader
+    shards = trainer.loader.shards
+    if shard >= len(shards) or offset > len(read_shard(shards[shard], trainer.cfg.vocab_size)):
+        raise DamagedCheckpoint(f"at token {offset} of shard {shard}")
+    muon = trainer.optimizers.muon
+    own = changing_tensors(trainer, [bank.padded for bank in muon.banks])
+    for name, tensor in own.items():
+        if name not in tensors or tensors[name].numel() != tensor.numel():
+            raise DamagedCheckpoint(f"tensor {name} is missing or of another size")
+    try:
+        torch.set_rng_state(tensors["rng.0"])
+    except (RuntimeError, TypeError) as error:
+        raise DamagedCheckpoint(f"no state of a random generator: {error}") from error
     for name, tensor in own.items():
         tensor.copy_(tensors[name].view(tensor.shape))
-    torch.set_rng_state(own["rng.0"])
-    trainer.step, trainer.rt.seconds["train"], trainer.averages.snapshots = counters
-    trainer.qat_since = state["qat_since"]
+    muon.restore_momenta([tensors[f"muon.{i}"] for i in range(len(muon.banks))])
+    trainer.restore(state)
     trainer.rt.log("resumed", step=trainer.step)
 
 
-def write_checkpoint(folder: Path, state: dict, tensors: dict) -> None:
+def write_checkpoint(folder: Path, state: CheckpointState, tensors: dict[str, Tensor]) -> None:
     """The two files, and nothing else but those of the checkpoint before."""
-    path = folder / f"step_{state['step']:08}.json"
+    path = folder / f"step_{state.step:08}.json"
     data = checkpoint_format().save(tensors)
+    values = state._asdict()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path.with_suffix(".safetensors"), data)
-    entry = dict(state=state, sha256=sha(json.dumps(state).encode() + data))
+    entry = dict(state=values, sha256=sha256(json.dumps(values).encode() + data))
     write_atomically(path, json.dumps(entry).encode())
     earlier = [other for other in folder.glob("step_*.json") if other <= path]  # later: damaged
-    kept = {other.stem for other in sorted(earlier)[-2:]}
+    kept = {other.stem for other in sorted(earlier)[-KEPT_CHECKPOINTS:]}
     for path in sorted(folder.glob("*step_*")):
         if path.stem not in kept:
             path.unlink()
 
 
-def read_checkpoint(path: Path) -> tuple[dict, dict]:
-    """-> state, tensors; some exception where the files are not whole"""
-    data, entry = path.with_suffix(".safetensors").read_bytes(), json.loads(path.read_bytes())
-    if sha(json.dumps(entry["state"]).encode() + data) != entry["sha256"]:
-        raise ValueError("its sha256 does not fit")
-    return entry["state"], checkpoint_format().load(data)
+def read_checkpoint(path: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
+    """path: of the .json. DamagedCheckpoint where the two files are not whole."""
+    files = checkpoint_format()
+    try:
+        data = path.with_suffix(".safetensors").read_bytes()
+        entry = json.loads(path.read_bytes())
+        if sha256(json.dumps(entry["state"]).encode() + data) != entry["sha256"]:
+            raise ValueError("its sha256 does not fit")
+        return parse_state(entry["state"]), files.load(data)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedCheckpoint(str(error)) from error
+    except package("safetensors").SafetensorError as error:
+        raise DamagedCheckpoint(str(error)) from error
 
 
-def checkpoint_format() -> Any:
-    """safetensors.torch; UserError where the package is missing"""
-    backend("safetensors")
-    import safetensors.torch
+def parse_state(values: Any) -> CheckpointState:
+    """Of a .json; ValueError, KeyError or TypeError for what no run writes."""
+    state = CheckpointState(**values)
+    since = 0 if state.qat_since is None else state.qat_since
+    numbers = [state.step, state.snapshots, since, *state.loader, *state.logs]
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"its counters are {numbers}")
+    if not isinstance(state.seconds, int | float) or not state.seconds >= 0:
+        raise ValueError(f"its seconds are {state.seconds!r}")
+    if len(state.loader) != 2 or not isinstance(state.settings, dict):
+        raise ValueError("its loader or settings are none")
+    return state
 
-    return safetensors.torch
+
+def checkpoint_format() -> ModuleType:
+    """safetensors.torch; UserError where the package is missing."""
+    package("safetensors")
+    return package("safetensors.torch")
 
 
 # -----------------------------------------------------------------------------
@@ -1683,174 +2186,214 @@ def checkpoint_format() -> Any:
 
 LARGEST = {"int6": 31, "int8": 127}  # integers -largest .. largest
 FLOATS = {"fp16": "<f2", "fp32": "<f4"}
-MAGIC, ARTIFACT_VERSION, SHA_BYTES = b"PGOLFGPT", 1, 32
-PREFIX = MAGIC + ARTIFACT_VERSION.to_bytes(4, "little")
+INT8_QUANTILE = 0.9999984  # of int8 rows, as published
+LEAST_FP16 = 2.0**-24
+ARTIFACT_PREFIX = b"PGOLFGPT" + (1).to_bytes(4, "little")  # magic, version
+SHA_BYTES = 32
 
 
 class ArtifactError(UserError):
     """Missing, damaged or foreign; nothing was loaded."""
 
 
-def round_to_grid(weight, scale, largest):
+def round_to_grid(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
     return (weight / scale).round().clamp(-largest, largest)
 
 
-def search_grid(weight, coding, cfg):
-    """GPTQ-lite: a row's grid ends at a quantile of its |w|, that of least squared error in the
-    row or matrix. fp32 (..., r, c) -> steps (..., r, 1), rounded as stored"""
-    largest, ordered = LARGEST[coding], weight.abs().sort(dim=-1).values
-    smallest = 1 / largest if cfg.quant_floor else 2.0**-24  # the least fp16 above 0
-    scales, errors = [], []
-    for quantile in cfg.clip_quantiles if coding == "int6" else [0.9999984]:
+def search_grid(weight: Tensor, coding: str, cfg: Config) -> Tensor:
+    """GPTQ-lite (PR #414): a row's grid ends at a quantile of its |w|, that of least squared error
+    in the row or in the matrix. fp32 (..., r, c) -> steps (..., r, 1), rounded as stored."""
+    largest = LARGEST[coding]
+    ordered = weight.abs().sort(dim=-1).values
+    smallest = 1 / largest if cfg.quant_floor else LEAST_FP16
+    scales = []
+    errors = []
+    for quantile in cfg.clip_quantiles if coding == "int6" else [INT8_QUANTILE]:
         place = quantile * (weight.shape[-1] - 1)
-        below, above = (ordered[..., i : i + 1] for i in (math.floor(place), math.ceil(place)))
+        below = ordered[..., math.floor(place) : math.floor(place) + 1]
+        above = ordered[..., math.ceil(place) : math.ceil(place) + 1]
         scale = torch.lerp(below, above, place % 1) / largest
-        scales.append(scale.clamp_min(smallest).half().float())
-        residual = round_to_grid(weight, scales[-1], largest) * scales[-1] - weight
+        scale = scale.clamp_min(smallest).half().float()
+        residual = round_to_grid(weight, scale, largest) * scale - weight
+        scales.append(scale)
         errors.append(residual.square().sum(-1, keepdim=True))
-    errors = torch.stack(errors)
+    errors = torch.stack(errors)  # (quantiles, ..., r, 1)
     if cfg.quant_per == "matrix":
         errors = errors.sum(-2, keepdim=True).expand_as(errors)
     return torch.stack(scales).gather(0, errors.argmin(0, keepdim=True))[0]
 
 
-@torch.no_grad()
-def update_qat_grids(model, cfg):
-    """The grid that the export would choose now."""
-    for name, grid in model.named_buffers():
-        grid.copy_(search_grid(getattr(model, name.removesuffix("_grid")), "int6", cfg))
-
-
-def payload_type(specs):
-    """numpy type: of each tensor scales of the rows and integers, or fp16 or fp32"""
+def payload_type(specs: Mapping[str, Spec]) -> np.dtype:
+    """numpy type of the payload: of each tensor its rows' scales and integers, or fp16 or fp32;
+    ArtifactError for 2 GiB or more."""
     kinds = {}
-    for name, (shape, _, _, coding) in specs.items():
-        integers = [("scale", "<f2", (*shape[:-1], 1)), ("integers", "i1", shape)]
-        kinds[name] = np.dtype((FLOATS[coding], shape) if coding in FLOATS else integers)
+    for name, spec in specs.items():
+        if spec.coding in FLOATS:
+            kinds[name] = np.dtype((FLOATS[spec.coding], spec.shape))
+        else:
+            scales = ("scale", "<f2", (*spec.shape[:-1], 1))
+            kinds[name] = np.dtype([scales, ("integers", "i1", spec.shape)])
     if sum(kind.itemsize for kind in kinds.values()) >= 2**31:  # numpy would count on from -2^31
         raise ArtifactError("weights of 2 GiB or more")
     return np.dtype([*kinds.items()])
 
 
-def pack_tensor(weight, coding, cfg):
+def pack_tensor(weight: Tensor, coding: str, cfg: Config) -> Any:
+    """-> what a field of payload_type takes: floats, or (scales, integers)."""
     if coding in FLOATS:
         return weight.cpu().numpy()
     scale = search_grid(weight, coding, cfg)
-    return scale.cpu().numpy(), round_to_grid(weight, scale, LARGEST[coding]).cpu().numpy()
+    integers = round_to_grid(weight, scale, LARGEST[coding])
+    return scale.cpu().numpy(), integers.cpu().numpy()
 
 
-def unpack_tensor(packed):
+def unpack_tensor(packed: np.ndarray) -> Tensor:
+    """A field of the payload -> float32."""
     if packed.dtype.names:
         packed = packed["integers"] * packed["scale"].astype(np.float32)
     return torch.from_numpy(packed.astype(np.float32))
 
 
-def compress(payload, how):
-    return lzma.compress(payload) if how == "lzma" else backend("zstandard").compress(payload, 22)
+def compress(payload: bytes | np.ndarray, how: str) -> bytes:
+    """how: "zstd" or "lzma"."""
+    return lzma.compress(payload) if how == "lzma" else package("zstandard").compress(payload, 22)
 
 
-def decompress(data, how, size):
-    """One whole stream of exactly `size` bytes, or an exception before it grows further"""
-    if how == "zstd":
-        zstd = backend("zstandard")
-        if zstd.frame_content_size(data) == size:
-            return zstd.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    else:
-        stream = lzma.LZMADecompressor()
-        payload = stream.decompress(data, size + 1)
-        if len(payload) == size and stream.eof and not stream.unused_data:
-            return payload
-    raise ArtifactError("the payload is not as long as the header says")
+def decompress(content: bytes, how: str, size: int) -> bytes:
+    """One whole stream of exactly `size` bytes; ArtifactError before it grows further."""
+    payload = decompress_lzma(content, size) if how == "lzma" else decompress_zstd(content, size)
+    if len(payload) != size:
+        raise ArtifactError("the payload is not as long as the header says")
+    return payload
 
 
-def artifact_header(cfg):
+def decompress_lzma(content: bytes, size: int) -> bytes:
+    stream = lzma.LZMADecompressor()
+    try:
+        payload = stream.decompress(content, size + 1)
+    except (lzma.LZMAError, EOFError) as error:
+        raise ArtifactError(f"the payload is no lzma stream: {error}") from error
+    return payload if stream.eof and not stream.unused_data else b""
+
+
+def decompress_zstd(content: bytes, size: int) -> bytes:
+    zstd = package("zstandard")
+    try:
+        if zstd.frame_content_size(content) != size:
+            return b""
+        return zstd.ZstdDecompressor().decompress(content, allow_extra_data=False)
+    except (zstd.ZstdError, MemoryError) as error:
+        raise ArtifactError(f"the payload is no zstd frame: {error}") from error
+
+
+def artifact_header(cfg: Config) -> dict[str, Any]:
     """Model configuration and tensors; nothing of the run."""
     specs = parameter_specs(cfg)
     kind = payload_type(specs)
-    tensors = [
-        dict(name=n, shape=[*s.shape], coding=s.coding, offset=kind.fields[n][1])
-        for n, s in specs.items()
-    ]
-    model = {name: show(getattr(cfg, name)) for name in MODEL_FIELDS}
-    return dict(model=model, tensors=tensors, size=kind.itemsize)
+    tensors = []
+    for name, spec in specs.items():
+        offset = kind.fields[name][1]
+        tensors.append(dict(name=name, shape=[*spec.shape], coding=spec.coding, offset=offset))
+    stored = {name: show(getattr(cfg, name)) for name in MODEL_FIELDS}
+    return dict(model=stored, tensors=tensors, size=kind.itemsize)
 
 
-def pack_artifact(weights, cfg, log=None):
-    """The same weights give the same bytes."""
+def pack_artifact(weights: Mapping[str, Tensor], cfg: Config, log: Callable | None = None) -> bytes:
+    """The bytes of artifact.bin: the same weights give the same bytes. log: Runtime.log, for
+    pruning's line."""
     specs = parameter_specs(cfg)
     payload = np.zeros((), payload_type(specs))
     for name, spec in specs.items():
         payload[name] = pack_tensor(weights[name].detach(), spec.coding, cfg)
     header = artifact_header(cfg)
     if not cfg.target_mb:
-        return seal(PREFIX, header, compress(payload.tobytes(), cfg.compressor))
-    most = int(cfg.target_mb * 2**20) - CODE.stat().st_size - len(seal(PREFIX, header, b""))
-    return seal(PREFIX, header, prune(payload, most, cfg, log))
+        return seal(ARTIFACT_PREFIX, header, compress(payload.tobytes(), cfg.compressor))
+    room = int(cfg.target_mb * 2**20) - CODE.stat().st_size
+    room -= len(seal(ARTIFACT_PREFIX, header, b""))
+    return seal(ARTIFACT_PREFIX, header, prune(payload, room, cfg, log))
 
 
-def prune(payload: np.ndarray, most: int, cfg: Any, log: Any) -> bytes:
+def prune(payload: np.ndarray, room: int, cfg: Config, log: Callable) -> bytes:
     """Selective pruning (PR #993): zero the fewest 256ths of the +-1 weights, smallest steps first,
-    with which the payload fits into `most` bytes, or all -> it, compressed"""
-    began, places, steps = time.perf_counter(), [], []
+    with which the payload fits into `room` bytes, or all. -> the payload, compressed."""
+    began = time.perf_counter()
+    places = []
+    scales = []
     for name, spec in parameter_specs(cfg).items():
         if spec.coding == "int6":
             kind, start = payload.dtype.fields[name]
             ones = np.flatnonzero(abs(payload[name]["integers"]) == 1)
             places.append(start + kind.fields["integers"][1] + ones)
-            steps.append(payload[name]["scale"].ravel()[ones // spec.shape[-1]])
-    order = np.concatenate(places)[np.concatenate(steps).argsort(kind="stable")]
+            scales.append(payload[name]["scale"].ravel()[ones // spec.shape[-1]])
+    candidates = np.concatenate(places)[np.concatenate(scales).argsort(kind="stable")]
 
     @functools.cache
-    def pruned(part):
+    def pruned(part: int) -> bytes:
         trial = payload.reshape(1).view("u1").copy()
-        trial[order[: len(order) * part // 256]] = 0
+        trial[candidates[: len(candidates) * part // 256]] = 0
         return compress(trial, cfg.compressor)
 
     part = 0
-    if len(pruned(0)) > most:
-        part = bisect.bisect_left(range(256), True, key=lambda part: len(pruned(part)) <= most)
-    count, seconds = len(order) * part // 256, time.perf_counter() - began
-    log("prune", candidates=len(order), pruned=count, bytes=len(pruned(part)), seconds=seconds)
+    if len(pruned(0)) > room:
+        part = bisect.bisect_left(range(256), True, key=lambda part: len(pruned(part)) <= room)
+    log(
+        "prune",
+        candidates=len(candidates),
+        pruned=len(candidates) * part // 256,
+        bytes=len(pruned(part)),
+        seconds=time.perf_counter() - began,
+    )
     return pruned(part)
 
 
-def sha(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-def seal(prefix, header, payload):
-    """prefix, length of the JSON header, header, payload, sha256 of all that"""
-    header = json.dumps(header, separators=(",", ":")).encode()
-    body = prefix + len(header).to_bytes(4, "little") + header + payload
+def seal(prefix: bytes, header: dict[str, Any], payload: bytes) -> bytes:
+    """prefix, length of the JSON header, header, payload, sha256 of all that."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    body = prefix + len(text).to_bytes(4, "little") + text + payload
     return body + hashlib.sha256(body).digest()
 
 
-def unseal(prefix, data):
-    """-> header, payload; ValueError for one byte more, less or different"""
-    body, start = data[:-SHA_BYTES], len(prefix) + 4
-    if hashlib.sha256(body).digest() != data[-SHA_BYTES:]:
+def unseal(prefix: bytes, content: bytes) -> tuple[Any, bytes]:
+    """-> header, payload; ValueError for one byte more, less or different."""
+    body = content[:-SHA_BYTES]
+    if hashlib.sha256(body).digest() != content[-SHA_BYTES:]:
         raise ValueError("damaged, its sha256 does not fit")
     if not body.startswith(prefix):
         raise ValueError(f"not of this program, it does not begin with {prefix}")
+    start = len(prefix) + 4
     end = start + int.from_bytes(body[len(prefix) : start], "little")
     return json.loads(body[start:end]), body[end:]
 
 
-def load_artifact(path: str | Path, device: Any = "cpu", data: bytes = b"") -> GPT:
-    """-> model in eval mode, fp32, for sequences of any length; ArtifactError for anything
-    wrong."""
+def stored_values(header: Any, field_names: Iterable[str]) -> dict[str, Any]:
+    """Settings out of a header's texts, by field name; ConfigError, KeyError or TypeError for what
+    no program here writes."""
+    texts = {name: header[name] for name in field_names}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is no text")
+    return {name: parse(name.upper(), text) for name, text in texts.items()}
+
+
+def read_artifact(path: str | Path, content: bytes) -> tuple[Config, np.ndarray]:
+    """-> model configuration, payload of payload_type; ArtifactError."""
     try:
-        header, payload = unseal(PREFIX, data or Path(path).read_bytes())
-        values = {name: parse(name.upper(), header["model"][name]) for name in MODEL_FIELDS}
-        cfg = Config(**values, eval_stride=1).check()
+        header, packed = unseal(ARTIFACT_PREFIX, content or Path(path).read_bytes())
+        cfg = Config(**stored_values(header["model"], MODEL_FIELDS), eval_stride=1).check()
         if not cfg.vocab_size or header != artifact_header(cfg):  # what would be written
             raise ArtifactError("its header does not describe its model")
-        payload = decompress(payload, cfg.compressor, header["size"])
-        payload = np.frombuffer(payload, payload_type(parameter_specs(cfg))).reshape(())
-    except Exception as error:  # json and each decompressor have their own
+        payload = decompress(packed, cfg.compressor, header["size"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ArtifactError(
             f"{path}: unreadable ({error}); fix: train or download it anew"
         ) from error
+    return cfg, np.frombuffer(payload, payload_type(parameter_specs(cfg))).reshape(())
+
+
+def load_artifact(path: str | Path, device: Any = "cpu", content: bytes = b"") -> GPT:
+    """The model of an artifact (content: the file's bytes, where they are at hand) in eval mode,
+    fp32, for sequences of any length; ArtifactError for anything wrong."""
+    cfg, payload = read_artifact(path, content)
     model = GPT(cfg)
     model.load_state_dict({name: unpack_tensor(payload[name]) for name in payload.dtype.names})
     return model.to(device).eval().requires_grad_(False)
@@ -1868,176 +2411,89 @@ class Scores(NamedTuple):
     entropy: np.ndarray
     pe_delta: np.ndarray | None = None  # norm of the change by pre-enrichment (PR #810)
 
-    def take(self, places):
-        return Scores(*(c if c is None else c[places] for c in self))
+    def take(self, places: Any) -> "Scores":
+        """Those of some targets, by index or slice."""
+        return Scores(*(column if column is None else column[places] for column in self))
 
 
-def predict(model, hidden):
-    """(..., D) -> log-probabilities, float64 (..., V), also under autocast, and their entropy"""
+def predict(model: GPT, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden (..., D) -> log-probabilities, float64 (..., V), also under autocast; their entropy
+    (...,), nats."""
     log_probs = model.logits(hidden).double().log_softmax(-1)
     return log_probs, -(log_probs.exp() * log_probs).sum(-1)
 
 
-def bits_per_byte(log_prob, token_bytes):
-    return float(-log_prob.sum() / math.log(2) / token_bytes.sum())
+def bits_per_byte(log_prob: np.ndarray, target_bytes: np.ndarray) -> float:
+    """Code length of the targets, log_prob in nats, over their UTF-8 bytes."""
+    return float(-log_prob.sum() / math.log(2) / target_bytes.sum())
 
 
 class WindowScorer:
     """Windows of cfg.window inputs, each scoring the `stride` targets at its end; the first ones
     begin at position 0. All passes have one shape and go to ranks by index: neither the future nor
-    the number of ranks changes a value."""
+    the number of ranks changes a value. With a window of 8 and a stride of 4:
 
-    def __init__(self, model, rt, cfg):
-        self.model, self.rt, self.cfg = model, rt, cfg
-        self.batch, self.length = cfg.eval_batch_seqs, cfg.window
+        inputs 0..7  score the targets of 0..3, then of 4..7
+        inputs 4..11 score the targets of 8..11, inputs 8..15 those of 12..15, ...
+    """
+
+    def __init__(self, model: GPT, rt: Runtime, cfg: Config, adapters: Callable | None = None):
+        """adapters: -> bank name -> what is added to that bank, see Context."""
+        self.model = model
+        self.rt = rt
+        self.batch = cfg.eval_batch_seqs
+        self.length = cfg.window
+        self.adapters = adapters or dict
         self.forward = rt.compile(self.score_rows)
 
-    def predict(self, ids, rows):
-        """Of inputs (B, T) at rows (B, S)"""
+    def predict(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """inputs (B, T), positions to score (B, S) -> predict's (B, S, V) and (B, S)."""
         with self.rt.autocast():
-            return predict(self.model, self.model.hidden(ids).take_along_dim(rows.unsqueeze(-1), 1))
+            context = Context(self.model, ids, self.adapters())
+            hidden = self.model.hidden(ids, context)
+            return predict(self.model, hidden.take_along_dim(rows.unsqueeze(-1), 1))
 
-    def score_rows(self, ids, rows, targets):
-        """-> log p of targets (B, S), entropy; float64 (2, B, S)"""
+    def score_rows(self, ids: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """-> log p of targets (B, S), and entropy; float64 (2, B, S)."""
         log_probs, entropy = self.predict(ids, rows)
         return torch.stack([log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy])
 
-    def windows(self, stream, ends, stride):
-        """Inputs (B, T), scored rows and targets (B, S) of the windows that end before target
+    def windows(self, stream: np.ndarray, ends: np.ndarray, stride: int) -> list[Tensor]:
+        """Inputs (B, T), scored positions and targets (B, S) of the windows that end before target
         `ends`; beyond the stream's end lies a constant."""
         starts = np.maximum(ends - self.length, 0)[:, None]
         inputs = starts + np.arange(self.length)
         scored = ends[:, None] - stride + np.arange(stride)
-        ids, targets = (stream.take(i, mode="clip").astype(np.int64) for i in (inputs, scored + 1))
+        ids = stream.take(inputs, mode="clip").astype(np.int64)
         ids[inputs >= len(stream) - 1] = 0
-        return [torch.as_tensor(a, device=self.rt.device) for a in (ids, scored - starts, targets)]
+        targets = stream.take(scored + 1, mode="clip").astype(np.int64)
+        columns = (ids, scored - starts, targets)
+        return [torch.as_tensor(column, device=self.rt.device) for column in columns]
 
-    def score(self, stream, stride):
-        """stream: N + 1 tokens -> Scores of the last N"""
+    def score(self, stream: np.ndarray, stride: int) -> Scores:
+        """stream: N + 1 tokens -> Scores of the last N."""
         total = len(stream) - 1
         columns = self.score_windows(stream, np.arange(0, total, stride) + stride, stride)
         return Scores(*columns.reshape(2, -1)[:, :total])
 
     @torch.no_grad()
-    def score_windows(self, stream, ends, stride):
-        """float64 (2, windows, S), the same on every rank"""
+    def score_windows(self, stream: np.ndarray, ends: np.ndarray, stride: int) -> np.ndarray:
+        """float64 (2, windows, S): log p and entropy, the same on every rank."""
         result = np.zeros((2, len(ends), stride))
-        for b in range(self.rt.rank * self.batch, len(ends), self.rt.world_size * self.batch):
-            real = range(b, min(b + self.batch, len(ends)))
+        step = self.rt.world_size * self.batch
+        for begin in range(self.rt.rank * self.batch, len(ends), step):
+            real = range(begin, min(begin + self.batch, len(ends)))
             self.rt.tick("score", real.stop, len(ends))
-            window = np.resize(real, self.batch)  # the last batch keeps its shape
-            scored = self.forward(*self.windows(stream, ends[window], stride))
+            batch = np.resize(real, self.batch)  # the last one keeps its shape
+            scored = self.forward(*self.windows(stream, ends[batch], stride))
             result[:, real] = scored[:, : len(real)].cpu().numpy()
         return self.rt.sum(result)
 
 
-class TestTimeTraining:
-    """Learns from scored chunks only: SGD on all weights (PR #549), or Adam on low-rank additions
-    to the query and value matrices (PR #808). Every rank takes the same steps."""
-
-    def __init__(self, model: Any, rt: Any, cfg: Any):
-        self.chunk = cfg.ttt_chunk_tokens
-        self.model, self.rt, self.cfg = copy.deepcopy(model), rt, cfg
-        if cfg.ttt_use_lora:
-            self.weights = [*self.factors("qo_bank"), *self.factors("kv_bank")]
-            self.optimizer = torch.optim.Adam(self.weights, cfg.ttt_lora_lr)
-        else:
-            self.weights = [*self.model.requires_grad_().parameters()]
-            self.optimizer = torch.optim.SGD(self.weights, cfg.ttt_lr, cfg.ttt_momentum)
-        self.loss = rt.compile(self.model)
-
-    def factors(self, bank: str) -> tuple[Tensor, Tensor]:
-        """W becomes W + A B, A random and B zero, for the queries or values of a bank -> A, B"""
-        L, rank = self.cfg.num_layers, self.cfg.ttt_lora_rank
-        _, rows, columns = getattr(self.model, bank).shape
-        a = torch.randn(L, rows, rank, generator=torch.Generator().manual_seed(0)) / 100
-        a, b = (t.to(self.rt.device).requires_grad_() for t in (a, torch.zeros(L, rank, columns)))
-        plain, others = self.model.bank, (0, L) if bank == "qo_bank" else (L, 0)
-
-        def adapted(name: str) -> Tensor:
-            added = F.pad(a @ b, (0, 0, 0, 0, *others)) if name == bank else 0
-            return plain(name) + added
-
-        self.model.bank = adapted
-        return a, b
-
-    def score(self, stream: np.ndarray) -> Any:
-        """stream: N + 1 tokens -> Scores of the last N, each chunk by what the ones before it
-        taught"""
-        scorer = WindowScorer(self.model, self.rt, self.cfg)
-        stride, total, parts = self.cfg.eval_stride, len(stream) - 1, []
-        for a in range(0, total, self.chunk):
-            b = min(a + self.chunk, total)
-            parts.append(scorer.score_windows(stream, np.arange(a, b, stride) + stride, stride))
-            if b < total:
-                self.learn(stream[a : b + 1], a / self.chunk / ((total - 1) // self.chunk))
-        return Scores(*np.concatenate(parts, 1).reshape(2, -1)[:, :total])
-
-    def learn(self, chunk: np.ndarray, progress: float) -> None:
-        """chunk: scored targets and the token before them; progress 0..1 lowers the rate"""
-        cfg, rt, length = self.cfg, self.rt, self.cfg.window
-        tokens = torch.from_numpy(chunk.astype(np.int64)).to(rt.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.optimizer.defaults["lr"] * (1 + math.cos(math.pi * progress)) / 2
-        for batch in (
-            tokens.unfold(0, length + 1, length).split(cfg.ttt_batch_seqs) * cfg.ttt_epochs
-        ):
-            for weight in self.weights:
-                weight.grad = torch.zeros_like(weight)
-            if len(mine := batch[rt.rank :: rt.world_size]):  # (rows, window + 1)
-                with rt.autocast():
-                    loss = self.loss(mine[:, :-1], mine[:, 1:])
-                (loss * len(mine) * rt.world_size / len(batch)).backward()
-            average_gradients(self.weights, rt)
-            nn.utils.clip_grad_norm_(self.weights, cfg.ttt_grad_clip)
-            self.optimizer.step()
+# Documents in lanes.
 
 
-PIECE = 1 << 14  # tokens embedded at once
-
-
-def evaluate_published(model: Any, weights: dict, scores: Any, report: Any) -> Any:
-    """Test-time training where it is on; scores of the unquantised weights where NGRAM_SCHEME was
-    measured on these (PR #864) -> Scores that feed the mixture"""
-    cfg, rt, stream = report.cfg, report.rt, report.text.stream
-    if cfg.ttt_enabled:
-        student = TestTimeTraining(model, rt, cfg)
-        scores = student.score(stream)
-        report.score("ttt", scores.log_prob)
-    scores = with_change(scores, model, stream)
-    if weights and cfg.ngram_scheme and cfg.pseudo_weights == "ema":
-        model = copy.deepcopy(model)
-        model.load_state_dict(weights)
-        raw = WindowScorer(model, rt, cfg).score(stream, cfg.eval_stride)
-        raw = with_change(raw, model, stream)
-        save_scores(report, "scores_ema.npz", raw, raw.log_prob)
-    return scores
-
-
-def with_change(scores: Any, model: Any, stream: np.ndarray) -> Any:
-    """Scores with their column pe_delta, where the model has pre-enrichment"""
-    if not model.cfg.pre_enrich_dim:
-        return scores
-    return scores._replace(pe_delta=enrichment_change(model, stream, PIECE))
-
-
-@torch.no_grad()
-def enrichment_change(model: Any, stream: np.ndarray, piece: int) -> np.ndarray:
-    """Norm of the change by pre-enrichment (PR #810's confidence) at each input of a stream of N +
-    1 tokens, float64 (N,): of the token and the two before (smear over bigrams), so in pieces
-    that overlap by two."""
-    parts, device = [], model.tok_emb.device
-    for a in range(0, len(stream) - 1, piece):
-        first = max(a - 2, 0)
-        ids = stream[first : min(a + piece, len(stream) - 1)].astype(np.int64)
-        shared = Pass(model, ids := torch.from_numpy(ids)[None].to(device))
-        model.embed(ids, shared)
-        change = (shared.enriched - shared.plain).double().norm(dim=-1)
-        parts.append(change[0, a - first :].cpu().numpy())
-    return np.concatenate(parts)
-
-
-class Shape(NamedTuple):
+class CodingPlan(NamedTuple):
     """What a decoder must know beforehand."""
 
     documents: int
@@ -2048,226 +2504,456 @@ class Shape(NamedTuple):
     window: int  # keys and values a lane keeps
 
     @staticmethod
-    def of(stream, cfg, groups):
-        size, starts = len(stream) - 1, np.flatnonzero(stream[:-1] == BOS)
+    def of(stream: np.ndarray, cfg: Config, groups: int) -> "CodingPlan":
+        """For the N targets of a stream of N + 1 tokens."""
+        starts = np.flatnonzero(stream[:-1] == BOS)
+        size = len(stream) - 1
         last = 0 if stream[-1] == BOS else size - int(starts[-1])
         lanes = -(-min(cfg.eval_lanes, len(starts)) // groups) * groups
-        return Shape(len(starts), last, lanes, groups, size, cfg.window)
+        return CodingPlan(len(starts), last, lanes, groups, size, cfg.window)
 
 
-class Order(NamedTuple):
+class LaneStep(NamedTuple):
+    """What the lanes at work did in one step, each (lanes at work,)."""
+
+    lanes: np.ndarray
+    documents: np.ndarray  # that they read
+    places: np.ndarray  # of their inputs there, from 0
+
+
+class CodingOrder(NamedTuple):
     """In which targets are coded."""
 
-    tokens: np.ndarray  # starts of lanes, then targets
-    targets: np.ndarray  # (N,) their places in the text
-    steps: Any = None  # times, lanes of tokens; None: one by one
+    tokens: np.ndarray  # the lanes' first BOS, then the targets
+    targets: np.ndarray | slice  # (N,) their places in the text
+    schedule: tuple[np.ndarray, np.ndarray] | None = None  # lane step, lane of each token; None:
+    # one by one
 
 
-def coding_order(stream, steps):
-    """Order of a BOS and N targets from drive's steps"""
+def coding_order(stream: np.ndarray, steps: Sequence[LaneStep]) -> CodingOrder:
+    """Of a BOS and N targets, from what run_lanes did."""
     lanes, documents, places = map(np.concatenate, zip(*steps, strict=True))
-    targets, begun = np.flatnonzero(stream == BOS)[documents] + places, steps[0][0]
-    sizes = [len(step[0]) for step in (steps[0], *steps)]
+    begun = steps[0].lanes
+    targets = np.flatnonzero(stream == BOS)[documents] + places
+    sizes = [len(step.lanes) for step in (steps[0], *steps)]
     times = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     tokens = np.append(np.full_like(begun, BOS), stream[targets + 1])
-    return Order(tokens, targets, (times, np.append(begun, lanes)))
+    return CodingOrder(tokens, targets, (times, np.append(begun, lanes)))
 
 
-def reader(stream):
-    """-> drive's choose along a text"""
+TokenChooser = Callable[[list[Tensor], LaneStep], np.ndarray]
+
+
+def tokens_of_text(stream: np.ndarray) -> TokenChooser:
+    """-> run_lanes' choose_tokens along a text."""
     starts = np.flatnonzero(stream == BOS) + 1
-    return lambda _, lanes, documents, places: stream[starts[documents] + places].astype(np.int32)
+
+    def choose_tokens(_: Any, step: LaneStep) -> np.ndarray:
+        return stream[starts[step.documents] + step.places].astype(np.int32)
+
+    return choose_tokens
 
 
 @torch.no_grad()
-def drive(model, rt, shape, groups, choose):
-    """The loop of scoring, encoding and decoding: a token a lane a step; BOS ends a document, a
-    free
-    lane takes the next. choose(outputs of the groups' lanes, lanes at work, their documents, their
-    places there) -> their tokens. Returns these three of each step."""
-    rows = shape.lanes // shape.groups
-    passes = [lane_pass(model, rt, rows, shape.window) for _ in groups if rows]
-    ids, places = np.full(shape.lanes, BOS), np.zeros(shape.lanes, int)
-    documents, waiting, coded, steps = np.arange(shape.lanes), shape.lanes, 0, []
-    while len(lanes := np.flatnonzero(documents < shape.documents)) and coded < shape.targets:
+def run_lanes(
+    model: GPT | None,
+    rt: Runtime,
+    plan: CodingPlan,
+    groups: Iterable[int],
+    choose_tokens: TokenChooser,
+) -> list[LaneStep]:
+    """The one loop of scoring, encoding, decoding and verifying: a token a lane a step.
+
+    Lanes begin with the first documents. A BOS ends a document (the last one, which no BOS
+    follows, ends by its length), and its lane takes the next that waits. The network runs the
+    groups that are asked for, each in its own cache; choose_tokens(their outputs, joined; who is
+    at work where) says which token follows in each lane: read from a text, or from a range
+    decoder. Since nothing else differs, encoder and decoder call the network with the same numbers
+    in the same shapes. Three documents a b c | d e | f g h in two lanes:
+
+        step     1     2     3     4     5     6
+        lane 0   a     b     c     BOS   f     g ...    its BOS ended the first document
+        lane 1   d     e     BOS   -     -     -        nothing waits any more
+    """
+    rows = plan.lanes // plan.groups
+    passes = [lane_pass(model, rt, rows, plan.window) for _ in groups if rows]
+    ids = np.full(plan.lanes, BOS)
+    places = np.zeros(plan.lanes, int)
+    documents = np.arange(plan.lanes)
+    waiting = plan.lanes  # the next document
+    coded = 0
+    steps = []
+    while len(lanes := np.flatnonzero(documents < plan.documents)) and coded < plan.targets:
         inputs = torch.as_tensor(np.stack([ids, places]), device=rt.device).split(rows, 1)
         outputs = [forward(*inputs[i]) for i, forward in zip(groups, passes, strict=True)]
         joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
-        steps.append((lanes, documents[lanes], places[lanes]))
-        tokens = choose(joined, *steps[-1])
-        ids[lanes], places[lanes], coded = tokens, places[lanes] + 1, coded + len(lanes)
-        end = (documents[lanes] == shape.documents - 1) & (places[lanes] == shape.last)
-        rt.tick("documents", coded, shape.targets)
-        for lane in lanes[end | (tokens == BOS)]:
-            ids[lane], places[lane], documents[lane], waiting = BOS, 0, waiting, waiting + 1
+        step = LaneStep(lanes, documents[lanes], places[lanes])
+        steps.append(step)
+        tokens = choose_tokens(joined, step)
+        ids[lanes] = tokens
+        places[lanes] += 1
+        coded += len(lanes)
+        rt.tick("documents", coded, plan.targets)
+        over = (step.documents == plan.documents - 1) & (places[lanes] == plan.last)
+        for lane in lanes[over | (tokens == BOS)]:
+            ids[lane] = BOS
+            places[lane] = 0
+            documents[lane] = waiting
+            waiting += 1
     return steps
 
 
-def lane_pass(model, rt, rows, window):
-    """-> forward(ids, places), int64 (rows,) each, that predicts the next tokens"""
-    lanes = Lanes(model, rows, window)
+def lane_pass(model: GPT, rt: Runtime, rows: int, window: int) -> Callable:
+    """-> forward(ids, places), int64 (rows,) each, that predicts the next tokens: predict's
+    (rows, V) and (rows,)."""
+    cache = LaneCache(model, rows, window)
 
-    def forward(ids, places):
-        lanes.begin(places)
+    def forward(ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        cache.begin(places)
         with rt.autocast():
-            return predict(model, model.hidden(ids.unsqueeze(1), lanes)[:, 0])
+            return predict(model, model.hidden(ids.unsqueeze(1), cache)[:, 0])
 
     return rt.graph(forward, *torch.zeros(2, rows, dtype=torch.int64, device=rt.device))
 
 
-def score_documents(model, rt, cfg, stream):
-    """stream: a BOS and N targets -> Scores of these in the text's order, Order of coding"""
-    shape, read, parts = Shape.of(stream, cfg, rt.world_size), reader(stream), []
-    rows, columns = shape.lanes // shape.groups, np.zeros((2, shape.targets))
+def score_documents(
+    model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray
+) -> tuple[Scores, CodingOrder]:
+    """stream: a BOS and N targets -> Scores of these in the text's order, the order of coding.
+    Each rank runs one group of lanes and scores its targets."""
+    plan = CodingPlan.of(stream, cfg, rt.world_size)
+    rows = plan.lanes // plan.groups
+    read = tokens_of_text(stream)
+    parts = []
 
-    def choose(outputs, lanes, *where):
-        tokens, mine = read(outputs, lanes, *where), lanes // rows == rt.rank
-        at, goal = (torch.as_tensor(a[mine], device=rt.device) for a in (lanes % rows, tokens))
+    def choose_tokens(outputs: list[Tensor], step: LaneStep) -> np.ndarray:
+        tokens = read(outputs, step)
+        mine = step.lanes // rows == rt.rank
+        at = torch.as_tensor(step.lanes[mine] % rows, device=rt.device)
+        targets = torch.as_tensor(tokens[mine], device=rt.device)
         log_probs, entropy = outputs
-        parts.append(torch.stack([log_probs[at, goal], entropy[at]]))
+        parts.append(torch.stack([log_probs[at, targets], entropy[at]]))
         return tokens
 
-    order = coding_order(stream, drive(model, rt, shape, [rt.rank], choose))
-    mine = order.steps[1][-shape.targets :] // rows == rt.rank
+    order = coding_order(stream, run_lanes(model, rt, plan, [rt.rank], choose_tokens))
+    mine = order.schedule[1][-plan.targets :] // rows == rt.rank
+    columns = np.zeros((2, plan.targets))
     columns[:, order.targets[mine]] = torch.cat(parts, 1).cpu()
     return Scores(*rt.sum(columns)), order
 
 
+# What only published systems add.
+
+
+class LowRankAdapters:
+    """W becomes W + A B for the query and value matrices: A random, B zero (PR #808)."""
+
+    def __init__(self, model: GPT, rank: int):
+        self.layers = model.cfg.num_layers
+        self.factors = {name: self.start(getattr(model, name), rank) for name in BANKS[:2]}
+
+    def start(self, bank: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """A (L, r, rank), B (L, rank, c) of a bank (2 L, r, c)."""
+        _, rows, columns = bank.shape
+        generator = torch.Generator().manual_seed(0)
+        a = torch.randn(self.layers, rows, rank, generator=generator) / 100
+        b = torch.zeros(self.layers, rank, columns)
+        return a.to(bank.device).requires_grad_(), b.to(bank.device).requires_grad_()
+
+    def parameters(self) -> list[Tensor]:
+        return [factor for pair in self.factors.values() for factor in pair]
+
+    def __call__(self) -> dict[str, Tensor]:
+        """Bank name -> A B, zero for the outputs and keys that share the banks."""
+        halves = {"qo_bank": (0, self.layers), "kv_bank": (self.layers, 0)}
+        return {
+            name: F.pad(a @ b, (0, 0, 0, 0, *halves[name])) for name, (a, b) in self.factors.items()
+        }
+
+
+class TestTimeTraining:
+    """Learns from scored chunks only: SGD on all weights (PR #549), or Adam on low-rank adapters
+    (PR #808). Every rank takes the same steps. A decoder would have to train in step with the
+    encoder, so SCORER=documents, whose score is proved, refuses it."""
+
+    def __init__(self, model: GPT, rt: Runtime, cfg: Config):
+        self.model = copy.deepcopy(model)
+        self.rt = rt
+        self.cfg = cfg
+        self.chunk = cfg.ttt_chunk_tokens
+        if cfg.ttt_use_lora:
+            self.adapters = LowRankAdapters(self.model, cfg.ttt_lora_rank)
+            self.weights = self.adapters.parameters()
+            self.optimizer = torch.optim.Adam(self.weights, cfg.ttt_lora_lr)
+        else:
+            self.adapters = dict
+            self.weights = [*self.model.requires_grad_().parameters()]
+            self.optimizer = torch.optim.SGD(self.weights, cfg.ttt_lr, cfg.ttt_momentum)
+        self.loss = rt.compile(self.model)
+
+    def score(self, stream: np.ndarray) -> Scores:
+        """stream: N + 1 tokens -> Scores of the last N, each chunk by what the ones before it
+        taught."""
+        scorer = WindowScorer(self.model, self.rt, self.cfg, self.adapters)
+        stride = self.cfg.eval_stride
+        total = len(stream) - 1
+        last_chunk = (total - 1) // self.chunk
+        parts = []
+        for begin in range(0, total, self.chunk):
+            end = min(begin + self.chunk, total)
+            ends = np.arange(begin, end, stride) + stride
+            parts.append(scorer.score_windows(stream, ends, stride))
+            if end < total:
+                self.learn(stream[begin : end + 1], begin / self.chunk / last_chunk)
+        return Scores(*np.concatenate(parts, 1).reshape(2, -1)[:, :total])
+
+    def learn(self, chunk: np.ndarray, progress: float) -> None:
+        """chunk: scored targets and the token before them; progress 0..1 lowers the rate."""
+        cfg = self.cfg
+        rt = self.rt
+        length = cfg.window
+        tokens = torch.from_numpy(chunk.astype(np.int64)).to(rt.device)
+        rate = self.optimizer.defaults["lr"] * (1 + math.cos(math.pi * progress)) / 2
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+        sequences = tokens.unfold(0, length + 1, length)  # (sequences, window + 1)
+        for batch in sequences.split(cfg.ttt_batch_seqs) * cfg.ttt_epochs:
+            for weight in self.weights:
+                weight.grad = torch.zeros_like(weight)
+            if len(mine := batch[rt.rank :: rt.world_size]):
+                with rt.autocast():
+                    loss = self.loss(mine[:, :-1], mine[:, 1:], self.adapters())
+                (loss * len(mine) * rt.world_size / len(batch)).backward()
+            average_gradients(self.weights, rt)
+            nn.utils.clip_grad_norm_(self.weights, cfg.ttt_grad_clip)
+            self.optimizer.step()
+
+
+ENRICHED_AT_ONCE = 1 << 14  # tokens
+
+
+def with_enrichment_change(scores: Scores, model: GPT, stream: np.ndarray) -> Scores:
+    """Scores with their column pe_delta, where the model has pre-enrichment."""
+    if not model.cfg.pre_enrich_dim:
+        return scores
+    return scores._replace(pe_delta=enrichment_change(model, stream))
+
+
+@torch.no_grad()
+def enrichment_change(model: GPT, stream: np.ndarray, piece: int = ENRICHED_AT_ONCE) -> np.ndarray:
+    """Norm of the change by pre-enrichment (PR #810's confidence) at each input of a stream of
+    N + 1 tokens, float64 (N,): of the token and the two before (smear over bigrams), so in pieces
+    that overlap by two."""
+    parts = []
+    for begin in range(0, len(stream) - 1, piece):
+        first = max(begin - 2, 0)
+        tokens = stream[first : min(begin + piece, len(stream) - 1)].astype(np.int64)
+        ids = torch.from_numpy(tokens)[None].to(model.tok_emb.device)
+        plain = model.embed(ids, Context(model, ids))
+        change = (model.enrich(plain) - plain).double().norm(dim=-1)
+        parts.append(change[0, begin - first :].cpu().numpy())
+    return np.concatenate(parts)
+
+
 # -----------------------------------------------------------------------------
 # 11. n-gram scoring
-# Exact causal counts by sorting, and over them a learned mixture.
+# Exact causal counts by sorting; over them the published backoff and a learned mixture, the blend.
+#
+# Counts by sorting. What is wanted at position t: how often its context (order - 1 tokens) came
+# before, how often context and token t did, and of how many kinds and singletons the context's
+# followers were. Sort the keys (context, token, position): equal n-grams lie side by side in the
+# order of time, so the count of an n-gram at t is its rank among its equals. For order 2 and the
+# text a b a b a c, as context-token at position:
+#
+#     a-b 1   a-b 3   a-c 5   b-a 2   b-a 4
+#       0       1       0       0       1      target_count
+#
+# The next order's contexts are these n-grams: the groups are numbered, and the group's number with
+# the token after it is the next key, so no context is ever hashed or compared token by token. An
+# n-gram that occurs once is dropped: as a context it would never recur. Within a context's keys,
+# a second scan in the order of time adds up what came before (context_count 0, 1, 2 for a-b 1,
+# a-b 3, a-c 5), kinds and singletons. Every count is of the past alone, and an integer: the same on
+# every machine.
 
 KEY_BITS = 63  # of a sort key: context group, token, position
 LONG_ORDERS = (12, 16, 24)  # repeats beyond the model's window
 
 
 def ngram_counts(
-    tokens: np.ndarray, vocab_size: int, max_order: int, device: Any = "cpu", steps: Any = None
-) -> Iterator[tuple[Any, ...]]:
+    tokens: np.ndarray,
+    vocab_size: int,
+    max_order: int,
+    device: Any = "cpu",
+    schedule: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (order, context_count, target_count, types, singletons), orders 1..max_order.
 
     Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
-    before, its distinct continuations, and those seen once. tokens (N,) below vocab_size, else
-    ValueError. steps: times and lanes, int32 (N,) each, of tokens in the order of coding: those of
-    equal time do not see each other; a context stays in its lane, from the last BOS on.
+    before, its distinct continuations, and those seen once. tokens (N,): any integer array below
+    vocab_size, not modified, else ValueError. schedule: lane step and lane, int32 (N,) each, of
+    tokens in the order of coding: those of one step do not see each other; a context stays in its
+    lane, from the last BOS on.
     """
-    tokens, size = np.asarray(tokens), len(tokens)
-    valid = not size or 0 <= tokens.min() <= tokens.max() < vocab_size
+    tokens = np.asarray(tokens)
+    valid = not len(tokens) or 0 <= tokens.min() <= tokens.max() < vocab_size
     if tokens.dtype.kind not in "iu" or not valid:
         raise ValueError(f"tokens must be integers in 0..{vocab_size - 1}, not {tokens.dtype}")
-    times = following = np.zeros(0, np.int32)
-    if steps is not None:
-        times, following = steps[0], next_in_lane(steps[1])
-    text = tokens.astype(np.int32), times, following
-    if has_backend("numba") and torch.device(device).type == "cpu":
+    nothing = np.zeros(0, np.int32)
+    times = nothing if schedule is None else schedule[0]
+    following = nothing if schedule is None else next_in_lane(schedule[1])
+    text = TokenLinks(tokens.astype(np.int32), times, following)
+    if has_package("numba") and torch.device(device).type == "cpu":
         orders = numba_orders(text, vocab_size)
-    else:  # by torch's sort, cumsum and scatter
+    else:
         orders = torch_orders(text, vocab_size, device)
     for order in range(1, max_order + 1):
         yield order, *next(orders).T
 
 
-def next_in_lane(lanes):
-    """Place of the lane's next token, -1 at its end; int32 (N,)"""
-    order, following = np.argsort(lanes, kind="stable"), np.full(len(lanes), -1, np.int32)
+class TokenLinks(NamedTuple):
+    """Tokens with their lane steps and the places of their lanes' next tokens, int32 (N,) each; the
+    last two empty: one text, a token a step."""
+
+    tokens: np.ndarray
+    times: np.ndarray
+    following: np.ndarray  # -1: none
+
+
+def next_in_lane(lanes: np.ndarray) -> np.ndarray:
+    """Place of the lane's next token, -1 at its end; int32 (N,)."""
+    order = np.argsort(lanes, kind="stable")
+    following = np.full(len(lanes), -1, np.int32)
     following[order[:-1]] = np.where(np.diff(lanes[order]), -1, order[1:])
     return following
 
 
-@functools.cache
-def jit(function):
-    return backend("numba").njit(function, nogil=True)
-
-
-def torch_orders(text: tuple, vocab_size: int, device: Any) -> Iterator[np.ndarray]:
-    """Statistics int32 (N, 4) of each order, from 1 on, by stable sorts, cumsum and scatter. text:
-    tokens, times, place of the lane's next token, int32 (N,) each; the last two empty: one text."""
-    tokens, times, following = (torch.from_numpy(a).to(device) for a in text)
-    index, lanes = torch.arange(len(tokens), device=device), len(times) > 0
-    if not lanes:
-        times, following = index, index + 1
-        following = following.masked_fill(following == len(tokens), -1)
-
-    def by(keys, t):  # -> t in groups of equal keys, does one begin, where, and where its step
-        keys, place = keys.sort(stable=True)
-        t, new = t[place], torch.ones_like(t, dtype=torch.bool)
-        new[1:] = keys[1:] != keys[:-1]
-        step = new.clone()
-        step[1:] |= times[t[1:]] != times[t[:-1]]
-        first, step = (
-            torch.where(flag, index[: len(t)], 0).cummax(0).values for flag in (new, step)
-        )
-        return t, new, first, step
-
+def torch_orders(text: TokenLinks, vocab_size: int, device: Any) -> Iterator[np.ndarray]:
+    """Statistics int32 (N, 4) of each order, from 1 on, by torch's stable sort, cumsum and scatter:
+    on CUDA, or on a CPU without numba."""
+    tokens, times, following = (torch.from_numpy(column).to(device) for column in text)
+    index = torch.arange(len(tokens), device=device)
+    in_lanes = len(times) > 0
+    if not in_lanes:
+        times = index
+        following = (index + 1).masked_fill(index + 1 == len(tokens), -1)
     context = torch.zeros_like(index)  # its number; -1: never seen before
     while True:
         stats = torch.zeros((len(tokens), 4), dtype=torch.int32, device=device)
-        live, rank = index[context >= 0], torch.zeros_like(index)
-        ngrams, new, first, step = by(context[live] * vocab_size + tokens[live], live)
-        stats[ngrams, 1], rank[ngrams] = (step - first).int(), index[: len(live)] - first
-        t, _, first, step = by(context[live], live)
-        stats[t, 0], fresh, again = (step - first).int(), 1 * (rank[t] == 0), 1 * (rank[t] == 1)
+        live = index[context >= 0]
+        ngrams = SortedGroups(context[live] * vocab_size + tokens[live], live, times)
+        stats[ngrams.places, 1] = (ngrams.step - ngrams.first).int()
+        rank = torch.zeros_like(index)
+        rank[ngrams.places] = index[: len(live)] - ngrams.first
+        contexts = SortedGroups(context[live], live, times)
+        stats[contexts.places, 0] = (contexts.step - contexts.first).int()
+        fresh = 1 * (rank[contexts.places] == 0)
+        again = 1 * (rank[contexts.places] == 1)
         for column, change in ((2, fresh), (3, fresh - again)):
             before = change.cumsum(0) - change
-            stats[t, column] = (before[step] - before[first]).int()
+            stats[contexts.places, column] = (before[contexts.step] - before[contexts.first]).int()
         yield stats.cpu().numpy()
-        twice = ~new
-        twice[:-1] |= twice[1:].clone()
-        keep, context = twice & (following[ngrams] >= 0), torch.full_like(index, -1)
-        context[following[ngrams[keep]].long()] = new.cumsum(0)[keep]
-        if lanes:
-            following[tokens == BOS] = -1
+        recurs = ~ngrams.new
+        recurs[:-1] |= recurs[1:].clone()
+        kept = recurs & (following[ngrams.places] >= 0)
+        context = torch.full_like(index, -1)
+        context[following[ngrams.places[kept]].long()] = ngrams.new.cumsum(0)[kept]
+        if in_lanes:
+            following[tokens == BOS] = -1  # from order 2 on, a document ends there
 
 
-def sort_pieces(keys, cuts):
+class SortedGroups:
+    """Places (M,) sorted by key; of each whether its group begins there, and the indices at which
+    its group and, in it, its lane step began."""
+
+    def __init__(self, keys: Tensor, places: Tensor, times: Tensor):
+        keys, order = keys.sort(stable=True)
+        self.places = places[order]
+        self.new = torch.ones_like(self.places, dtype=torch.bool)
+        self.new[1:] = keys[1:] != keys[:-1]
+        new_step = self.new.clone()
+        new_step[1:] |= times[self.places[1:]] != times[self.places[:-1]]
+        self.first = self.start(self.new)
+        self.step = self.start(new_step)
+
+    def start(self, begins: Tensor) -> Tensor:
+        index = torch.arange(len(begins), device=begins.device)
+        return torch.where(begins, index, 0).cummax(0).values
+
+
+@functools.cache
+def jit(function: Callable) -> Callable:
+    return package("numba").njit(function, nogil=True)
+
+
+def sort_pieces(keys: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
+    """A copy, sorted between the cuts."""
     keys = keys.copy()
     for piece in np.split(keys, cuts):
         piece.sort()
     return keys
 
 
-def numba_orders(text, vocab_size):
-    """int32 (N, 4) of each order: a sort, a scan, a second scan beside the next sort"""
-    size, cuts = len(text[0]), [0]
+def numba_orders(text: TokenLinks, vocab_size: int) -> Iterator[np.ndarray]:
+    """Statistics int32 (N, 4) of each order, from 1 on: a sort, a scan, a second scan beside the
+    next sort. Modifies text.following."""
+    size = len(text.tokens)
+    cuts: Sequence[int] = [0]
     bits = max(1, (size - 1).bit_length())
     # Where 63 bits do not suffice, group numbers wrap at `capacity`; the keys come in order of
     # group, so the pieces between wraps are sorted one by one.
-    code = bits, vocab_size, max(2, (1 << KEY_BITS - bits) // vocab_size)
-    keys = text[0].astype(np.int64) << bits
+    layout = bits, vocab_size, max(2, (1 << KEY_BITS - bits) // vocab_size)
+    keys = text.tokens.astype(np.int64) << bits
     keys |= np.arange(size)
 
     packed = sort_pieces(keys, cuts)
     with ThreadPoolExecutor(1) as other_core:
         while True:
             stats = np.zeros((size, 4), np.int32)
-            longer, cuts = jit(scan_ngrams)(packed, code, text, stats)
+            longer, cuts = jit(scan_ngrams)(packed, layout, tuple(text), stats)
             packed = other_core.submit(sort_pieces, longer, cuts)
-            jit(scan_contexts)(keys, code, text[1], stats)
+            jit(scan_contexts)(keys, layout, text.times, stats)
             yield stats
-            text[2][text[0][: len(text[2])] == BOS] = -1  # from order 2 on, a document ends there
-            keys, packed = longer, packed.result()
+            text.following[text.tokens[: len(text.following)] == BOS] = -1
+            # from order 2 on, a document ends there
+            keys = longer
+            packed = packed.result()
             del stats, longer
 
 
-def scan_ngrams(packed, code, text, stats):
-    """Target counts (column 1), rank among equals (column 2) and the next order's keys."""
-    (bits, vocab_size, capacity), mask, cuts = code, (1 << code[0]) - 1, [0]
-    (tokens, times, following), out = text, np.empty_like(packed)
-    size, group, base, first, same = 0, -1, 0, 0, 0
-    fresh = alone = True
+def scan_ngrams(packed, layout, text, stats):  # numba: its types are those of numba_orders
+    """Target counts (column 1), rank among equals (column 2) and the next order's keys, with the
+    cuts between which they are to be sorted. packed: sorted keys."""
+    bits, vocab_size, capacity = layout
+    tokens, times, following = text
+    mask = (1 << bits) - 1
+    cuts = [0]
+    out = np.empty_like(packed)
+    size = 0
+    group = -1
+    base = 0  # group * vocab_size, wrapped
+    first = 0  # of the equal n-grams
+    same = 0  # of those of this lane step
+    fresh = True
+    alone = True
     for i in range(packed.size):
-        t, key = packed[i] & mask, packed[i] >> bits
+        t = packed[i] & mask
+        key = packed[i] >> bits
         if i == 0 or key != packed[i - 1] >> bits:
-            first, fresh, same = i, True, i
+            first = i
+            fresh = True
+            same = i
             alone = i + 1 == packed.size or key != packed[i + 1] >> bits
         if times.size == 0 or times[t] != times[packed[i - 1] & mask]:
             same = i
-        stats[t, 1], stats[t, 2] = same - first, i - first
+        stats[t, 1] = same - first
+        stats[t, 2] = i - first
         after = following[t] if following.size else t + 1
-        if alone or after < 0 or after == tokens.size:  # a context that never recurs counts nothing
+        if alone or after < 0 or after == tokens.size:  # as a context it never recurs
             continue
         if fresh:
-            group, base, fresh = group + 1, base + vocab_size, False
+            group += 1
+            base += vocab_size
+            fresh = False
             if group % capacity == 0:
                 base = 0
                 if size:
@@ -2277,19 +2963,34 @@ def scan_ngrams(packed, code, text, stats):
     return out[:size], cuts
 
 
-def scan_contexts(keys, code, times, stats):
+def scan_contexts(keys, layout, times, stats):  # numba
     """The other columns; keys lie grouped by context and in the order of time."""
-    (bits, vocab_size, _), mask, base = code, (1 << code[0]) - 1, -1
-    first = types = singles = before = old_types = old_singles = 0
+    bits, vocab_size, _ = layout
+    mask = (1 << bits) - 1
+    base = -1
+    first = 0
+    types = 0
+    singles = 0
+    before = 0  # context, types and singletons as of the lane step's start
+    old_types = 0
+    old_singles = 0
     for i in range(keys.size):
-        t, key = keys[i] & mask, keys[i] >> bits
+        t = keys[i] & mask
+        key = keys[i] >> bits
         new = base < 0 or not base <= key < base + vocab_size
         if new:
-            base, first, types, singles = key // vocab_size * vocab_size, i, 0, 0
+            base = key // vocab_size * vocab_size
+            first = i
+            types = 0
+            singles = 0
         if new or times.size == 0 or times[t] != times[keys[i - 1] & mask]:
-            before, old_types, old_singles = i - first, types, singles
+            before = i - first
+            old_types = types
+            old_singles = singles
         rank = stats[t, 2]
-        stats[t, 0], stats[t, 2], stats[t, 3] = before, old_types, old_singles
+        stats[t, 0] = before
+        stats[t, 2] = old_types
+        stats[t, 3] = old_singles
         types += rank == 0
         singles += (rank == 0) - (rank == 1)
 
@@ -2297,10 +2998,14 @@ def scan_contexts(keys, code, times, stats):
 class CountStore:
     """Counts at the targets, kept where the context was seen; `skip`: tokens before the first."""
 
-    def __init__(self, orders, skip=1):
-        self.orders, self.skip, self.columns, self.matched = orders, skip, [], 0
+    def __init__(self, orders: Sequence[int], skip: int = 1):
+        self.orders = orders
+        self.skip = skip
+        self.columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.matched: Any = 0  # longest order seen before at each target, int8 (N,)
 
-    def collect(self, counts):
+    def collect(self, counts: Iterator) -> "CountStore":
+        """From ngram_counts; -> itself."""
         for order, *stats in counts:
             n, c, types, singles = (column[self.skip :] for column in stats)
             if order in self.orders:
@@ -2311,86 +3016,34 @@ class CountStore:
             del n, c, types, singles, stats  # before the next order is counted
         return self
 
-    def read(self, a, b):
-        """Targets a..b: int32 (K, b - a, 4): context, target, types, singletons."""
-        dense = np.zeros((len(self.orders), b - a, 4), np.int32)
-        ends = np.array([a, b], np.int32)  # of another type, searchsorted would copy `seen`
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Targets begin..end - 1: int32 (K, targets, 4): context, target, types, singletons."""
+        dense = np.zeros((len(self.orders), end - begin, 4), np.int32)
+        ends = np.array([begin, end], np.int32)  # of another type, searchsorted would copy `seen`
         for row, (seen, many, few) in zip(dense, self.columns, strict=True):
             part = slice(*np.searchsorted(seen, ends))
-            row[seen[part] - a] = np.concatenate([many[part], few[part]], 1)
+            row[seen[part] - begin] = np.concatenate([many[part], few[part]], 1)
         return dense
 
 
-class Blend:
-    """The model and each order's plain c / n, mixed by a gate (one hidden layer) that learns from
-    each scored chunk; then gate against model alone, as a Bayesian pair, for safety."""
+class Backoff:
+    """The published mixture: the counts of the longest context seen NGRAM_MIN_COUNT times, of
+    NGRAM_MIN_ORDER to NGRAM_MAX_ORDER, with a weight, alpha, from its order and the model's entropy
+    (PR #864)."""
 
-    def __init__(self, orders, device):
-        self.device, self.orders, hidden = device, orders, 32
-        inputs, experts = 5 * len(orders) + 3, len(orders) + 1
-        first = torch.randn(inputs, hidden, generator=torch.Generator().manual_seed(0))
-        bias = torch.full((experts,), -1.0)
-        bias[0] = 1.0  # the model starts favoured
-        layers = first / inputs**0.5, torch.zeros(hidden), torch.zeros(hidden, experts), bias
-        self.layers = [layer.to(device).requires_grad_() for layer in layers]
-        self.optimizer = torch.optim.Adam(self.layers, 5e-3, fused=True)
-        self.odds, self.chunk, self.seen = 0.0, 32, 0
+    def __init__(self, orders: Sequence[int], cfg: Config):
+        self.orders = orders
+        self.cfg = cfg
+        self.chunk = 1 << 16  # targets at a time
+        self.largest_change = 1e-8
 
-    def rows(self, stats, entropy, _=None):
-        """Inputs of the gate (rows, 5K + 3), scaled by constants, not by the stream (C1), and the
-        experts' mask (rows, K + 1). stats: (K, rows, 4) int32; entropy: (rows,) float64, nats."""
-        stats, entropy = (torch.as_tensor(a, device=self.device) for a in (stats, entropy))
-        (n, _, types, singles), h = stats.float().unbind(-1), entropy.float()[None]
-        known, total = n > 0, n.clamp(min=1)
-        inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
-        inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp()])
-        return inputs.T, torch.cat([torch.ones_like(h, dtype=torch.bool), known]).T
-
-    def logits(self, inputs, known):
-        hidden = F.gelu(inputs @ self.layers[0] + self.layers[1])
-        return (hidden @ self.layers[2] + self.layers[3]).masked_fill(~known, -torch.inf)
-
-    @torch.no_grad()
-    def weights(self, inputs, known):
-        """Of model and counts: float64 (rows, K + 1)"""
-        share = torch.tensor(self.odds, dtype=torch.float64).sigmoid()
-        weights = share * self.logits(inputs, known).double().softmax(1).cpu()
-        weights[:, 0] += 1 - share
-        return weights.numpy()
-
-    @torch.enable_grad()
-    def learn(self, inputs, known, p):
-        """Train on a scored chunk: four passes early in the stream, one from 2^19 targets on. p: by
-        expert_p"""
-        threads, p = torch.get_num_threads(), torch.as_tensor(p, device=self.device)
-        torch.set_num_threads(1)  # faster for so small a gate
-        with torch.no_grad():
-            gate = (self.logits(inputs, known).double().softmax(1) * p).sum(1)
-        self.odds += (gate.log() - p[:, 0].log()).sum().item()
-        self.seen, self.chunk = self.seen + len(p), min(2 * self.chunk, 4096)
-        ratio = (p / p.amax(1, keepdim=True)).float()
-        passes = min(4, max(1, (1 << 20) // self.seen))
-        batches = [a.split(256 if passes > 1 else 512) for a in (inputs, known, ratio)]
-        for _ in range(passes):
-            for x, mask, q in zip(*batches, strict=True):
-                loss = -(self.logits(x, mask).softmax(1) * q).sum(1).clamp(1e-30).log().mean()
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-        torch.set_num_threads(threads)
-
-
-class Cascade:
-    """The counts of the longest context seen NGRAM_MIN_COUNT times, of NGRAM_MIN_ORDER to
-    NGRAM_MAX_ORDER, with a weight from its order and the model's entropy (PR #864)."""
-
-    def __init__(self, orders: tuple[int, ...], cfg: Any):
-        self.orders, self.cfg, self.chunk, self.largest = orders, cfg, 1 << 16, 1e-8
-
-    def rows(self, stats: np.ndarray, entropy: np.ndarray, change: np.ndarray | None = None):
+    def rows(
+        self, stats: np.ndarray, entropy: np.ndarray, change: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Matched order, 0: none, and the weight of its counts, (rows,) each. stats: (K, rows, 4)
         context, target, types, singletons; entropy: (rows,), nats; change: by pre-enrichment."""
-        cfg, orders = self.cfg, np.array(self.orders)[:, None]
+        cfg = self.cfg
+        orders = np.array(self.orders)[:, None]
         known = stats[..., 0] >= cfg.ngram_min_count
         known &= (cfg.ngram_min_order <= orders) & (orders <= cfg.ngram_max_order)
         order = (orders * known).max(0)
@@ -2401,70 +3054,169 @@ class Cascade:
         chunk's, which later tokens enter."""
         if change is None:
             return 1.0
-        largest = np.maximum.accumulate(np.append(self.largest, change))
-        self.largest = largest[-1]
+        largest = np.maximum.accumulate(np.append(self.largest_change, change))
+        self.largest_change = largest[-1]
         return 0.5 + change / largest[1:]
 
     def weights(self, order: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-        """Of the model and of each order's counts: float64 (rows, K + 1)"""
+        """Of the model and of each order's counts: float64 (rows, K + 1)."""
         return np.vstack([1 - alpha, alpha * (np.array(self.orders)[:, None] == order)]).T
 
     def learn(self, *rows: Any) -> None:
         """Nothing: the weights are fixed by configuration."""
 
 
-def backoff_alpha(order: np.ndarray, entropy: np.ndarray, cfg: Any, boost: Any = 1.0) -> np.ndarray:
+def backoff_alpha(
+    order: np.ndarray, entropy: np.ndarray, cfg: Config, boost: Any = 1.0
+) -> np.ndarray:
     """Weight (N,) of the counts, from matched order (0: none) and the model's entropy in nats.
     Multipliers and boost act on it: on the probability they would create mass."""
-    low, high, scale = cfg.ngram_alpha_min, cfg.ngram_alpha_max, cfg.ngram_entropy_scale
     place = np.maximum(order - 2, 0)
-    centre = np.take(cfg.ngram_entropy_center, place, mode="clip") - cfg.ngram_center_slope * place
-    alpha = low + (high - low) / (1 + np.exp(-scale * (entropy - centre)))
+    centre = np.take(cfg.ngram_entropy_center, place, mode="clip")
+    centre = centre - cfg.ngram_center_slope * place
+    low = cfg.ngram_alpha_min
+    span = cfg.ngram_alpha_max - low
+    alpha = low + span / (1 + np.exp(-cfg.ngram_entropy_scale * (entropy - centre)))
     if cfg.ngram_alpha:  # PR #1026, entropy in the place of the target's own loss
         alpha = cfg.ngram_alpha * (entropy / cfg.ngram_nll_threshold).clip(0.1, 2.0)
     alpha = alpha * boost * np.take(cfg.ngram_multipliers, place, mode="clip")
     return np.where(order > 0, alpha.clip(0, 0.95), 0.0)
 
 
-def expert_p(stats, log_prob):
-    """Of the targets by model and orders: float64 (rows, K + 1)"""
-    n, c = stats[..., 0], stats[..., 1]
+class Blend:
+    """The learned mixture: the model and each order's plain c / n, weighed by a gate (one hidden
+    layer) that learns from each chunk once it is scored; then gate against model alone, as a
+    Bayesian pair whose odds are their likelihoods so far, so that a useless gate costs a bit.
+
+    Its schedule. Chunks grow from 32 targets to 4,096, doubling: early the gate learns often, and
+    later a chunk costs one pass. `passes` over a chunk fall from four to one by 2^19 targets, as
+    there is more and more to learn from; batches are of 256, at the last stage 512. Lanes and the
+    decoder see the same chunks, since a step of the lanes is never divided.
+    """
+
+    HIDDEN = 32
+    RATE = 5e-3
+    FIRST_CHUNK = 32
+    LARGEST_CHUNK = 4096
+
+    def __init__(self, orders: Sequence[int], device: Any):
+        self.device = device
+        self.orders = orders
+        inputs = 5 * len(orders) + 3
+        experts = len(orders) + 1
+        first = torch.randn(inputs, self.HIDDEN, generator=torch.Generator().manual_seed(0))
+        bias = torch.full((experts,), -1.0)
+        bias[0] = 1.0  # the model starts favoured
+        hidden_bias = torch.zeros(self.HIDDEN)
+        layers = first / inputs**0.5, hidden_bias, torch.zeros(self.HIDDEN, experts), bias
+        self.layers = [layer.to(device).requires_grad_() for layer in layers]
+        self.optimizer = torch.optim.Adam(self.layers, self.RATE, fused=True)
+        self.odds = 0.0  # of the gate against the model alone, log
+        self.chunk = self.FIRST_CHUNK
+        self.learned = 0  # targets
+
+    def rows(self, stats: np.ndarray, entropy: np.ndarray, _: Any = None) -> tuple[Tensor, Tensor]:
+        """Inputs of the gate (rows, 5 K + 3), scaled by constants, not by the stream (C1), and the
+        experts' mask (rows, K + 1). stats: (K, rows, 4) int32; entropy: (rows,) float64, nats."""
+        stats = torch.as_tensor(stats, device=self.device)
+        h = torch.as_tensor(entropy, device=self.device).float()[None]
+        n, _, types, singles = stats.float().unbind(-1)
+        known = n > 0
+        total = n.clamp(min=1)
+        inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
+        inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp()])
+        return inputs.T, torch.cat([torch.ones_like(h, dtype=torch.bool), known]).T
+
+    def logits(self, inputs: Tensor, known: Tensor) -> Tensor:
+        hidden = F.gelu(inputs @ self.layers[0] + self.layers[1])
+        return (hidden @ self.layers[2] + self.layers[3]).masked_fill(~known, -torch.inf)
+
+    @torch.no_grad()
+    def weights(self, inputs: Tensor, known: Tensor) -> np.ndarray:
+        """Of the model and of each order's counts: float64 (rows, K + 1)."""
+        share = torch.tensor(self.odds, dtype=torch.float64).sigmoid()
+        weights = share * self.logits(inputs, known).double().softmax(1).cpu()
+        weights[:, 0] += 1 - share
+        return weights.numpy()
+
+    @torch.enable_grad()
+    def learn(self, inputs: Tensor, known: Tensor, p: np.ndarray) -> None:
+        """Train on a scored chunk. p: of the targets, by expert_probabilities."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # faster for so small a gate
+        p = torch.as_tensor(p, device=self.device)
+        with torch.no_grad():
+            gate = (self.logits(inputs, known).double().softmax(1) * p).sum(1)
+        self.odds += (gate.log() - p[:, 0].log()).sum().item()
+        self.learned += len(p)
+        self.chunk = min(2 * self.chunk, self.LARGEST_CHUNK)
+        ratio = (p / p.amax(1, keepdim=True)).float()
+        passes = min(4, max(1, (1 << 20) // self.learned))
+        batches = [a.split(256 if passes > 1 else 512) for a in (inputs, known, ratio)]
+        for _ in range(passes):
+            for x, mask, q in zip(*batches, strict=True):
+                loss = -(self.logits(x, mask).softmax(1) * q).sum(1).clamp(1e-30).log().mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+        torch.set_num_threads(threads)
+
+
+def expert_probabilities(stats: np.ndarray, log_prob: np.ndarray) -> np.ndarray:
+    """Of the targets, by model and orders: float64 (rows, K + 1)."""
+    n = stats[..., 0]
+    c = stats[..., 1]
     return np.vstack([np.exp(log_prob).clip(1e-300), c / np.maximum(n, 1)]).T
 
 
-def mix(mixer, store, scores, times, tick=lambda *_: None):
-    """Score each target, then learn from it -> log-probability (N,). times: steps of the targets,
-    which a chunk does not divide; None: one by one"""
-    out, a = np.empty(len(scores.log_prob)), 0
-    while a < len(out):
-        b = min(a + mixer.chunk, len(out))
-        b = b if times is None else np.searchsorted(times, times[b - 1], "right")
-        stats, (log_prob, *inputs) = store.read(a, b), scores.take(slice(a, b))
-        rows, p = mixer.rows(stats, *inputs), expert_p(stats, log_prob)
-        out[a:b] = np.log((mixer.weights(*rows) * p).sum(1))
-        mixer.learn(*rows, p)
-        tick("ngram", b, len(out))
-        a = b
-    return out
-
-
-def make_mixer(name, cfg, device):
+def make_mixer(name: str, cfg: Config, device: Any) -> Blend | Backoff:
+    """name: "blend", "cascade" (the published backoff) or "none"."""
     orders = range(cfg.ngram_min_order, cfg.ngram_max_order + 1)
     orders = tuple(sorted({1, *orders, *LONG_ORDERS}))
     if name == "cascade":
-        return Cascade(orders, cfg)
+        return Backoff(orders, cfg)
     return Blend(orders if name == "blend" else (), device)
 
 
-def mix_ngrams(scores, order, report):
-    """By the published backoff and by NGRAM_MIXER -> log p (N,)"""
-    cfg, rt, final = report.cfg, report.rt, scores.log_prob.copy()
-    names = ["cascade", cfg.mixer]
-    mixers = {name: make_mixer(name, cfg, rt.device) for name in names}
+def mix(
+    mixer: Blend | Backoff,
+    store: CountStore,
+    scores: Scores,
+    times: np.ndarray | None,
+    tick: Callable = lambda *_: None,
+) -> np.ndarray:
+    """Score each target, then learn from it. -> log-probability (N,), nats. times: lane steps of
+    the targets, which a chunk does not divide; None: one by one."""
+    size = len(scores.log_prob)
+    mixed = np.empty(size)
+    begin = 0
+    while begin < size:
+        end = min(begin + mixer.chunk, size)
+        if times is not None:
+            end = np.searchsorted(times, times[end - 1], "right")
+        stats = store.read(begin, end)
+        log_prob, *inputs = scores.take(slice(begin, end))
+        rows = mixer.rows(stats, *inputs)
+        p = expert_probabilities(stats, log_prob)
+        mixed[begin:end] = np.log((mixer.weights(*rows) * p).sum(1))
+        mixer.learn(*rows, p)
+        tick("ngram", end, size)
+        begin = end
+    return mixed
+
+
+def mix_ngrams(scores: Scores, order: CodingOrder, report: "Report") -> np.ndarray:
+    """By the published backoff, for its line, and by NGRAM_MIXER. -> log p (N,), nats."""
+    cfg = report.cfg
+    rt = report.rt
+    final = scores.log_prob.copy()
+    mixers = {name: make_mixer(name, cfg, rt.device) for name in ("cascade", cfg.mixer)}
     orders = mixers[cfg.mixer].orders
-    store, steps = CountStore(orders, len(order.tokens) - len(final)), order.steps
-    store.collect(ngram_counts(order.tokens, cfg.vocab_size, max(orders), rt.device, steps))
-    scores, times = scores.take(order.targets), steps and steps[0][store.skip :]
+    store = CountStore(orders, len(order.tokens) - len(final))
+    counts = ngram_counts(order.tokens, cfg.vocab_size, max(orders), rt.device, order.schedule)
+    store.collect(counts)
+    scores = scores.take(order.targets)
+    times = order.schedule and order.schedule[0][store.skip :]
     for name, mixer in mixers.items():
         mixed = mix(mixer, store, scores, times, rt.tick)
         final[order.targets] = mixed
@@ -2474,95 +3226,118 @@ def mix_ngrams(scores, order, report):
     return final
 
 
+def log_gains(rt: Runtime, matched: np.ndarray, saved: np.ndarray) -> None:
+    """What the counts are worth, by the longest context seen before (0: none). matched, saved: of
+    each target, (N,), nats."""
+    for longest in np.unique(matched).tolist():
+        here = matched == longest
+        bits = float(saved[here].sum() / np.log(2))
+        counts = dict(positions=int(here.sum()), share=float(here.mean()))
+        rt.log("ngram_gain", longest, **counts, bits_saved=bits)
+
+
 # -----------------------------------------------------------------------------
 # 12. Codec
 # The score as a file: a range coder spends the mixture's bits, a decoder gets the text back.
 
-STREAM_PREFIX, PRECISION = b"PGSTREAM\x01", 24  # bits of a probability
-SCORING = NAMES[NAMES.index("eval_seq_len") : NAMES.index("ttt_enabled")]  # in a stream's header
+STREAM_PREFIX = b"PGSTREAM\x01"  # magic, version
+PRECISION = 24  # bits of a probability
+SCORING = stored_names("stream")  # in a stream's header
 WITNESSES = 2048  # targets at least whose whole distribution is added up
+KEPT_BYTES = 64  # of a lane's last tokens, two bytes each: more than any context
 
 
 class StreamError(UserError):
     """Damaged, or of another code, artifact or machine."""
 
 
-class Dictionary:
-    """What follows each context, {token: count}: ngram_counts of a text that is not there yet.
-    isolated: a context begins at a BOS."""
+class ContextDictionary:
+    """What follows each context, {token: count}: ngram_counts of a text that is not there yet."""
 
-    def __init__(self, orders, lanes, isolated):
-        self.sizes, self.isolated = [2 * order - 2 for order in orders], isolated
-        self.table, self.texts = {}, [b""] * lanes  # two bytes a token
+    def __init__(self, orders: Sequence[int], lanes: int, isolated: bool):
+        """isolated: a context begins at a BOS."""
+        self.sizes = [2 * order - 2 for order in orders]  # of their contexts, in bytes
+        self.isolated = isolated
+        self.followers: dict[bytes, dict[int, int]] = {}
+        self.recent = [b""] * lanes
 
-    def contexts(self, lane):
-        """By order, those within the text."""
-        text = self.texts[lane]
-        return [text[len(text) - size :] for size in self.sizes if size <= len(text)]
+    def contexts(self, lane: int) -> list[bytes]:
+        """By order, those within the lane's text."""
+        recent = self.recent[lane]
+        return [recent[len(recent) - size :] for size in self.sizes if size <= len(recent)]
 
-    def read(self, lanes):
-        """CountStore.read's rows, without target counts; (lane, k, tokens, counts) of known
-        contexts"""
-        stats, found = np.zeros((len(self.sizes), len(lanes), 4), np.int32), []
+    def read(self, lanes: Sequence[int]) -> tuple[np.ndarray, list[tuple]]:
+        """CountStore.read's rows, without target counts; (row, k, tokens, counts) of the contexts
+        that are known."""
+        stats = np.zeros((len(self.sizes), len(lanes), 4), np.int32)
+        found = []
         for i, lane in enumerate(lanes):
             for k, context in enumerate(self.contexts(lane)):
-                if after := self.table.get(context):
+                if after := self.followers.get(context):
                     counts = np.fromiter(after.values(), np.int32, len(after))
                     stats[k, i] = counts.sum(), 0, len(counts), (counts == 1).sum()
                     found.append((i, k, np.fromiter(after, np.int64, len(after)), counts))
         return stats, found
 
-    def insert(self, lanes, tokens):
+    def insert(self, lanes: Iterable[int], tokens: np.ndarray) -> None:
+        """The next token of each lane."""
         for lane, token in zip(lanes, tokens.tolist(), strict=True):
             for context in self.contexts(lane):
-                after = self.table.setdefault(context, {})
+                after = self.followers.setdefault(context, {})
                 after[token] = after.get(token, 0) + 1
-            text = b"" if token == BOS and self.isolated else self.texts[lane]
-            self.texts[lane] = (text + token.to_bytes(2, "little"))[-64:]
+            recent = b"" if token == BOS and self.isolated else self.recent[lane]
+            self.recent[lane] = (recent + token.to_bytes(2, "little"))[-KEPT_BYTES:]
 
 
 class Mixture:
     """The distribution whose code length is the score, for every token, step by step."""
 
-    def __init__(self, rt, cfg, begun, isolated=True):
-        self.mixer, self.chunk, self.mass_error = make_mixer(cfg.mixer, cfg, rt.device), [], 0.0
-        self.counts = Dictionary(self.mixer.orders, begun, isolated)
+    def __init__(self, rt: Runtime, cfg: Config, begun: int, isolated: bool = True):
+        """begun: lanes that start with a BOS."""
+        self.mixer = make_mixer(cfg.mixer, cfg, rt.device)
+        self.chunk: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.mass_error = 0.0
+        self.counts = ContextDictionary(self.mixer.orders, begun, isolated)
         self.counts.insert(range(begun), np.full(begun, BOS))
 
-    def distributions(self, outputs, lanes):
-        """log-probabilities (rows, V), entropy -> p of the lanes, float64 (lanes, V)"""
-        self.log_probs, entropy = (column.cpu().numpy()[lanes] for column in outputs)
-        self.lanes, (stats, self.found) = lanes, self.counts.read(lanes)
-        weights = self.mixer.weights(*self.mixer.rows(stats, entropy))
-        p, self.now = weights[:, :1] * np.exp(self.log_probs), (stats, entropy)
+    def distributions(self, outputs: Sequence[Tensor], lanes: np.ndarray) -> np.ndarray:
+        """predict's outputs of all lanes, (rows, V) and (rows,) -> p of these lanes, float64
+        (lanes, V)."""
+        self.lanes = lanes
+        self.log_probs = outputs[0].cpu().numpy()[lanes]
+        self.entropy = outputs[1].cpu().numpy()[lanes]
+        self.stats, self.found = self.counts.read(lanes)
+        weights = self.mixer.weights(*self.mixer.rows(self.stats, self.entropy))
+        p = weights[:, :1] * np.exp(self.log_probs)
         for i, k, tokens, counts in self.found:
-            p[i, tokens] += weights[i, k + 1] / stats[k, i, 0] * counts
+            p[i, tokens] += weights[i, k + 1] / self.stats[k, i, 0] * counts
         self.mass_error = max(self.mass_error, float(np.abs(p.sum(1) - 1).max()))
         return p
 
-    def learn(self, tokens):
+    def learn(self, tokens: np.ndarray) -> None:
         """Count the tokens of the step; when the mixer's chunk is full, train on it."""
-        stats, entropy = self.now
         for i, k, after, counts in self.found:
-            stats[k, i, 1] = counts[after == tokens[i]].sum()
+            self.stats[k, i, 1] = counts[after == tokens[i]].sum()
         self.counts.insert(self.lanes, tokens)
-        self.chunk.append((stats, entropy, self.log_probs[np.arange(len(tokens)), tokens]))
+        log_prob = self.log_probs[np.arange(len(tokens)), tokens]
+        self.chunk.append((self.stats, self.entropy, log_prob))
         if sum(len(entropy) for _, entropy, _ in self.chunk) >= self.mixer.chunk:
-            stats, *rest = zip(*self.chunk, strict=True)
-            stats, (entropy, log_prob) = np.concatenate(stats, 1), map(np.concatenate, rest)
-            self.mixer.learn(*self.mixer.rows(stats, entropy), expert_p(stats, log_prob))
+            columns = [*zip(*self.chunk, strict=True)]
+            stats = np.concatenate(columns[0], 1)
+            rows = self.mixer.rows(stats, np.concatenate(columns[1]))
+            p = expert_probabilities(stats, np.concatenate(columns[2]))
+            self.mixer.learn(*rows, p)
             self.chunk = []
 
 
-def window_mass(model: Any, rt: Any, cfg: Any, stream: np.ndarray) -> float:
+def window_mass(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> float:
     """Largest error of the mixture's mass among the first targets that windows score; documents are
-    added up by the codec. stream: N + 1 tokens"""
-    scorer, mixture = (
-        WindowScorer(model, rt, cfg),
-        Mixture(rt, cfg, 1, isolated=False),
-    )
+    added up by the codec. stream: N + 1 tokens."""
+    scorer = WindowScorer(model, rt, cfg)
+    mixture = Mixture(rt, cfg, 1, isolated=False)
     ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
-    outputs = scorer.predict(*scorer.windows(stream, ends, cfg.eval_stride)[:2])
+    ids, scored, _ = scorer.windows(stream, ends, cfg.eval_stride)
+    outputs = scorer.predict(ids, scored)
     columns = [column.flatten(0, 1)[:WITNESSES].split(1) for column in outputs]
     for row, token in zip(zip(*columns, strict=True), stream[1:, None], strict=False):
         mixture.distributions(row, np.array([0]))
@@ -2570,8 +3345,9 @@ def window_mass(model: Any, rt: Any, cfg: Any, stream: np.ndarray) -> float:
     return mixture.mass_error
 
 
-def coder_integers(p):
-    """p, float64 (rows, V) -> integers, their sum 2^24 - V; the coder adds 1 to each"""
+def coder_integers(p: np.ndarray) -> np.ndarray:
+    """p, float64 (rows, V) -> integers, their sum 2^24 - V; the coder adds 1 to each. ValueError
+    for what is no distribution."""
     free = (1 << PRECISION) - p.shape[1]
     integers = np.floor(p * free)
     rest = free - integers.sum(1)
@@ -2581,118 +3357,218 @@ def coder_integers(p):
     return integers
 
 
-def code(model, rt, cfg, shape, pick, *, bits=math.inf):
-    """Encoder and decoder; pick(integers (lanes, V), lanes, documents, places) -> tokens (lanes,),
-    in
-    so many bits. Returns the text, a BOS before each document; how many targets; largest error of a
-    mass"""
-    mixture, text = Mixture(rt, cfg, min(shape.lanes, shape.documents)), {}
+class Coded(NamedTuple):
+    """What came out of an encoder or decoder."""
 
-    def choose(outputs, lanes, documents, places):
-        nonlocal bits
-        integers = coder_integers(mixture.distributions(outputs, lanes))
-        mixture.learn(tokens := pick(integers, lanes, documents, places))
-        bits += np.log2((integers[range(len(tokens)), tokens] + 1) / (1 << PRECISION)).sum()
-        if bits < 0:
-            raise ValueError("words of another text")
-        for document, token in zip(documents, tokens.tolist(), strict=True):
-            text.setdefault(document, [BOS]).append(token)
+    text: np.ndarray  # uint16, a BOS before each document
+    targets: int  # coded
+    mass_error: float  # largest of any distribution
+
+
+# (integers of the lanes at work (lanes, V), who they are) -> their tokens (lanes,)
+TokenPicker = Callable[[np.ndarray, LaneStep], np.ndarray]
+
+
+def run_codec(
+    model: GPT,
+    rt: Runtime,
+    cfg: Config,
+    plan: CodingPlan,
+    pick_tokens: TokenPicker,
+    *,
+    most_bits: float = math.inf,
+) -> Coded:
+    """Encoder and decoder: they differ in where the tokens come from. StreamError where these take
+    more bits than there are."""
+    mixture = Mixture(rt, cfg, min(plan.lanes, plan.documents))
+    texts: dict[int, list[int]] = {}
+    spent = 0.0
+
+    def choose_tokens(outputs: list[Tensor], step: LaneStep) -> np.ndarray:
+        nonlocal spent
+        integers = coder_integers(mixture.distributions(outputs, step.lanes))
+        tokens = pick_tokens(integers, step)
+        mixture.learn(tokens)
+        chosen = integers[range(len(tokens)), tokens] + 1
+        spent -= np.log2(chosen / (1 << PRECISION)).sum()
+        if spent > most_bits:
+            raise StreamError("words of another text")
+        for document, token in zip(step.documents, tokens.tolist(), strict=True):
+            texts.setdefault(document, [BOS]).append(token)
         return tokens
 
-    steps, last = drive(model, rt, shape, range(shape.groups), choose), shape.documents - 1
-    parts = [t[:-1] if d < last and t[-1] == BOS else t for d, t in text.items()]
-    text = np.array([token for part in parts for token in part] or [BOS], np.uint16)
-    return text, sum(len(step[0]) for step in steps), mixture.mass_error
+    steps = run_lanes(model, rt, plan, range(plan.groups), choose_tokens)
+    tokens = []
+    for document, text in texts.items():
+        ended = document < plan.documents - 1 and text[-1] == BOS  # by the next one's BOS
+        tokens += text[:-1] if ended else text
+    coded = sum(len(step.lanes) for step in steps)
+    return Coded(np.array(tokens or [BOS], np.uint16), coded, mixture.mass_error)
 
 
-def encode(model, rt, cfg, stream, shape):
-    """-> words of the range coder, and what `code` returns"""
-    coders, read = backend("constriction").stream, reader(stream)
-    coder, family = coders.queue.RangeEncoder(), coders.model.Categorical(perfect=False)
+def range_coder() -> tuple[Any, Any]:
+    """constriction's queue and the family of distributions that both sides use."""
+    coders = package("constriction").stream
+    return coders.queue, coders.model.Categorical(perfect=False)
 
-    def pick(integers, *where):
-        coder.encode(tokens := read(integers, *where), family, integers)
+
+def encode(
+    model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray, plan: CodingPlan
+) -> tuple[bytes, Coded]:
+    """-> words of the range coder, little-endian uint32, and what was coded."""
+    queue, family = range_coder()
+    coder = queue.RangeEncoder()
+    read = tokens_of_text(stream)
+
+    def pick_tokens(integers: np.ndarray, step: LaneStep) -> np.ndarray:
+        tokens = read(None, step)
+        coder.encode(tokens, family, integers)
         return tokens
 
-    coded = code(model, rt, cfg, shape, pick)
-    return coder.get_compressed().astype("<u4").tobytes(), *coded
+    coded = run_codec(model, rt, cfg, plan, pick_tokens)
+    return coder.get_compressed().astype("<u4").tobytes(), coded
 
 
-def decode(model, rt, cfg, words, shape):
-    coders, words = backend("constriction").stream, np.frombuffer(words, "<u4").astype(np.uint32)
-    coder, family = coders.queue.RangeDecoder(words), coders.model.Categorical(perfect=False)
-    bits = 32 * len(words) + 64
-    return code(
-        model, rt, cfg, shape, lambda integers, *_: coder.decode(family, integers), bits=bits
+def decode(model: GPT, rt: Runtime, cfg: Config, words: bytes, plan: CodingPlan) -> Coded:
+    """The text of encode's words; StreamError for words of another one."""
+    queue, family = range_coder()
+    try:
+        numbers = np.frombuffer(words, "<u4").astype(np.uint32)
+    except ValueError as error:
+        raise StreamError(f"no words of a range coder: {error}") from error
+    coder = queue.RangeDecoder(numbers)
+
+    def pick_tokens(integers: np.ndarray, _: LaneStep) -> np.ndarray:
+        try:
+            return coder.decode(family, integers)
+        except Exception as error:  # constriction's own, for words that fit no distribution
+            raise StreamError(f"words of another text: {error}") from error
+
+    return run_codec(model, rt, cfg, plan, pick_tokens, most_bits=32 * len(numbers) + 64)
+
+
+def fingerprint(rt: Runtime, artifact: Path, code: Path = CODE) -> dict[str, Any]:
+    """Whatever a bit of a probability can depend on: versions, device, threads, code, artifact."""
+    kind = torch.cuda.get_device_name() if rt.cuda else torch.backends.cpu.get_cpu_capability()
+    versions = ("torch", "numpy", "constriction")
+    found: dict[str, Any] = {name: importlib.metadata.version(name) for name in versions}
+    found["device"] = f"{rt.device.type} {kind}"
+    found["threads"] = torch.get_num_threads()
+    found["code"] = sha256(code.read_bytes())
+    found["artifact"] = sha256(artifact.read_bytes())
+    return found
+
+
+class StreamHeader(NamedTuple):
+    """What a decoder needs beside the artifact and this file."""
+
+    plan: CodingPlan
+    made: dict[str, Any]  # fingerprint of the encoder
+    text: str  # sha256 of the decoded tokens
+    scoring: dict[str, Any]  # settings by field name
+
+    def pack(self) -> dict[str, Any]:
+        scoring = {name: show(value) for name, value in self.scoring.items()}
+        return dict(shape=self.plan, made=self.made, text=self.text, scoring=scoring)
+
+    @staticmethod
+    def parse(header: Any) -> "StreamHeader":
+        """ValueError, KeyError or TypeError for what no encoder writes."""
+        plan = CodingPlan(*header["shape"])
+        made = header["made"]
+        if any(type(number) is not int or number < 0 for number in plan) or plan.lanes < 1:
+            raise ValueError(f"a plan of {plan}")
+        if made["device"].split()[:1] not in (["cpu"], ["cuda"]):
+            raise ValueError(f"a device of {made['device']!r}")
+        if type(made["threads"]) is not int or not 1 <= made["threads"] <= 999:
+            raise ValueError(f"{made['threads']!r} threads")
+        if not 0 < plan.groups <= plan.lanes:
+            raise ValueError("groups that fit no lanes")
+        return StreamHeader(plan, made, header["text"], stored_values(header["scoring"], SCORING))
+
+
+def read_stream(path: Path) -> tuple[StreamHeader, bytes]:
+    """-> header, the range coder's words; StreamError."""
+    try:
+        header, words = unseal(STREAM_PREFIX, path.read_bytes())
+        parsed = StreamHeader.parse(header)
+        if parsed.plan.lanes > 1024 + 8 * len(words):  # so many began no document
+            raise ValueError("more lanes than words")
+        return parsed, words
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StreamError(f"{path}: unreadable ({error}); fix: get it again") from error
+
+
+def decode_folder(cfg: Config) -> None:
+    """DECODE: artifact.bin and stream.bin of a folder -> decoded.npy there, uint16 tokens. Refused
+    (StreamError) where code, artifact, libraries or machine are not those of the encoder."""
+    path = Path(cfg.decode, "stream.bin")
+    artifact = Path(cfg.decode, "artifact.bin")
+    header, words = read_stream(path)
+    rt = Runtime(replace(cfg, device=header.made["device"].split()[0]))
+    rt.start()
+    torch.set_num_threads(header.made["threads"])
+    for name, here in fingerprint(rt, artifact).items():
+        there = header.made.get(name)
+        if there != here:
+            raise StreamError(f"{path}: made with {name} {there}, not {here}; fix: use that")
+    model = load_artifact(artifact, rt.device)
+    stored = {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
+    cfg = replace(cfg, **header.scoring, **stored)
+    if header.plan.window != cfg.window:
+        raise StreamError(f"{path}: a window of {header.plan.window}, not {cfg.window}")
+    try:
+        decoded = decode(model, rt, cfg, words, header.plan)
+    except StreamError as error:
+        raise StreamError(f"{path}: {error}; fix: get it again") from error
+    if sha256(decoded.text) != header.text:
+        raise StreamError(f"{path}: decodes to another text than was coded; fix: use its machine")
+    output = Path(cfg.decode, "decoded.npy")
+    write_atomically(output, lambda partial: np.save(partial, decoded.text))
+    rt.log("decoded", decoded.targets, mass_error=f"{decoded.mass_error:.1e}")
+
+
+def prove(report: "Report", log_prob: np.ndarray) -> tuple[float, dict[str, Any]]:
+    """Write stream.bin, let a fresh process decode it. log_prob: the claim, in coding order, nats.
+    -> largest error of a mass, values of the codec's line ({} where CODEC_TOKENS is 0)."""
+    cfg = report.cfg
+    rt = report.rt if cfg.codec_device == "same" else Runtime(replace(cfg, device="cpu"))
+    stream = report.text.stream
+    folder = report.rt.folder.resolve()
+    artifact = folder / "artifact.bin"
+    plan = CodingPlan.of(stream, cfg, rt.world_size)
+    most = plan.targets if cfg.codec_tokens < 0 else cfg.codec_tokens
+    plan = plan._replace(targets=min(max(most, WITNESSES), plan.targets))
+    model = load_artifact(artifact, rt.device)
+    if not most:
+        read = tokens_of_text(stream)
+        return run_codec(model, rt, cfg, plan, lambda _, step: read(None, step)).mass_error, {}
+    words, coded = encode(model, rt, cfg, stream, plan)
+    scoring = {name: getattr(cfg, name) for name in SCORING}
+    made = fingerprint(rt, artifact, folder / "train_gpt.py")
+    header = StreamHeader(plan, made, sha256(coded.text), scoring)
+    write_atomically(folder / "stream.bin", seal(STREAM_PREFIX, header.pack(), words))
+    right = decoded_again(folder, coded.text)
+    claimed = math.ceil(-log_prob[: coded.targets].sum() / math.log(256))
+    return coded.mass_error, dict(
+        coded_bytes=len(words),
+        claimed_bytes=claimed,
+        proved_tokens=coded.targets,
+        total_tokens=len(log_prob),
+        decoded="ok" if right else "FAILED",
     )
 
 
-def fingerprint(rt, artifact, code=CODE):
-    """Whatever a bit of a probability can depend on."""
-    kind = torch.cuda.get_device_name() if rt.cuda else torch.backends.cpu.get_cpu_capability()
-    made = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "constriction")}
-    made |= dict(device=f"{rt.device.type} {kind}", threads=torch.get_num_threads())
-    return made | dict(code=sha(code.read_bytes()), artifact=sha(artifact.read_bytes()))
-
-
-def decode_folder(cfg):
-    """DECODE: artifact.bin and stream.bin of a folder -> decoded.npy there, uint16 tokens"""
-    path, artifact = (Path(cfg.decode, name) for name in ("stream.bin", "artifact.bin"))
-    try:
-        header, words = unseal(STREAM_PREFIX, path.read_bytes())
-        made, values = header["made"], {n: parse(n.upper(), header["scoring"][n]) for n in SCORING}
-        rt = Runtime(replace(cfg, device=made["device"].split()[0]))
-        rt.start()
-        torch.set_num_threads(min(made["threads"], 999))
-        here, shape, goal = fingerprint(rt, artifact), Shape(*header["shape"]), header["text"]
-        for name in here:
-            if made[name] != here[name]:
-                raise StreamError(
-                    f"{path}: made with {name} {made[name]}, not {here[name]}; fix: use that"
-                )
-        model = load_artifact(artifact, rt.device)
-        values |= {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
-        cfg = replace(cfg, **values)
-        if (
-            not 0 < shape.groups <= shape.lanes <= 1024 + 8 * len(words)
-            or shape.window != cfg.window
-        ):
-            raise ValueError("shape of another text")
-        text, coded, mass_error = decode(model, rt, cfg, words, shape)
-    except UserError:
-        raise
-    except Exception as error:  # json, constriction and others have their own
-        raise StreamError(f"{path}: unreadable ({error}); fix: get it again") from error
-    if sha(text) != goal:
-        raise StreamError(f"{path}: decodes to another text than was coded; fix: use its machine")
-    write_atomically(Path(cfg.decode, "decoded.npy"), lambda partial: np.save(partial, text))
-    rt.log("decoded", coded, mass_error=f"{mass_error:.1e}")
-
-
-def prove(report, log_prob):
-    """Write stream.bin, let a fresh process decode it. log_prob: the claim, in coding order ->
-    largest error of a mass, values of the codec's line"""
-    cfg, rt, stream, folder = report.cfg, report.rt, report.text.stream, report.rt.folder.resolve()
-    shape, artifact = Shape.of(stream, cfg, rt.world_size), folder / "artifact.bin"
-    rt = rt if cfg.codec_device == "same" else Runtime(replace(cfg, device="cpu"))
-    most = shape.targets if cfg.codec_tokens < 0 else cfg.codec_tokens
-    shape = shape._replace(targets=min(max(most, WITNESSES), shape.targets))
-    model = load_artifact(artifact, rt.device)
-    if not most:
-        return code(model, rt, cfg, shape, reader(stream))[2], {}
-    words, text, coded, mass_error = encode(model, rt, cfg, stream, shape)
-    made = fingerprint(rt, artifact, folder / "train_gpt.py")
-    scoring = {name: show(getattr(cfg, name)) for name in SCORING}
-    header = dict(shape=shape, made=made, text=sha(text), scoring=scoring)
-    write_atomically(folder / "stream.bin", seal(STREAM_PREFIX, header, words))
-    environ = {n: text for n, text in os.environ.items() if n not in VARIABLES | LAUNCH}
-    command, decoded = [sys.executable, folder / "train_gpt.py"], folder / "decoded.npy"
+def decoded_again(folder: Path, text: np.ndarray) -> bool:
+    """Does a fresh process, which is told the folder alone, get the text back?"""
+    ours = VARIABLES.keys() | LAUNCH.keys()
+    environ = {name: value for name, value in os.environ.items() if name not in ours}
+    command = [sys.executable, folder / "train_gpt.py"]
     done = subprocess.run(command, env=environ | {"DECODE": str(folder)})
+    decoded = folder / "decoded.npy"
     right = done.returncode == 0 and np.array_equal(np.load(decoded), text)
     decoded.unlink(missing_ok=True)
-    claimed = math.ceil(-log_prob[:coded].sum() / math.log(256))
-    sizes = dict(coded_bytes=len(words), claimed_bytes=claimed, proved_tokens=coded)
-    return mass_error, sizes | dict(total_tokens=len(log_prob), decoded="ok" if right else "FAILED")
+    return right
 
 
 # -----------------------------------------------------------------------------
@@ -2700,8 +3576,8 @@ def prove(report, log_prob):
 # Batches, schedules, optimizers, averages and QAT until the steps or the clock run out.
 
 
-def micro_batches(cfg, rt):
-    """In a step on each rank; each is of whole sequences."""
+def micro_batches(cfg: Config, rt: Runtime) -> int:
+    """Passes in a step on each rank, of whole sequences; ConfigError where that cannot be."""
     count = cfg.grad_accum_steps or (max(1, 8 // rt.world_size) if rt.cuda else 1)
     unit = cfg.train_seq_len * rt.world_size * count
     if cfg.train_batch_tokens % unit:
@@ -2709,6 +3585,176 @@ def micro_batches(cfg, rt):
             f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: must be a multiple of {unit}"
         )
     return count
+
+
+class Trainer:
+    """A training run's state and steps."""
+
+    def __init__(self, model: GPT, loader: TokenLoader, rt: Runtime, cfg: Config):
+        self.model = model
+        self.loader = loader
+        self.rt = rt
+        self.cfg = cfg
+        self.micro = micro_batches(cfg, rt)
+        self.optimizers = Optimizers(model, rt, cfg)
+        self.averages = Averages(model, cfg)
+        self.loss = rt.compile(model, fullgraph=True)
+        self.folder = rt.folder / "checkpoint"
+        self.step = 0  # steps that are done
+        self.qat_since: int | None = None  # step at which late QAT began
+        self.elapsed = 0.0  # seconds of training, the slowest rank's
+        self.came: list[int] = []  # signals, on this rank
+        self.signal = 0  # on any rank, as of the last agreement
+
+    def gradients(self) -> Tensor:
+        """Of this rank's rows. -> mean loss."""
+        ids, targets = (side.to(self.rt.device) for side in self.loader.rows(self.cfg, self.rt))
+        total = 0.0
+        batches = zip(ids.chunk(self.micro), targets.chunk(self.micro), strict=True)
+        for batch_ids, batch_targets in batches:
+            with self.rt.autocast():
+                loss = self.loss(batch_ids, batch_targets) / self.micro
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def warm_up(self) -> None:
+        """Compile on real data, then rewind: no weight, average or optimizer state has moved."""
+        state = self.loader.state()
+        for _ in range(self.cfg.warmup_steps):
+            self.gradients()
+        self.model.zero_grad()
+        self.loader.restore(state)
+
+    def update(self, factor: float) -> Tensor:
+        """One optimizer step at a rate factor. -> training loss."""
+        cfg = self.cfg
+        if cfg.late_qat and self.qat_since is None and factor < cfg.late_qat_threshold:
+            self.qat_since = self.step
+            self.rt.log("late_qat:enabled", step=self.step, scale=factor)
+        if self.qat_since is not None and (self.step - self.qat_since) % cfg.qat_every == 0:
+            update_qat_grids(self.model, cfg)
+        loss = self.optimizers.step(self.step, factor, self.gradients())
+        self.averages.update(self.step, factor)
+        self.step += 1
+        return loss
+
+    def agree(self, loss: Tensor) -> None:
+        """Wait for this loss; one clock and signal for all ranks; UserError, on all of them, for a
+        loss that is not finite."""
+        with self.rt.clock("train"):
+            nonfinite = 0 if math.isfinite(loss.item()) else self.rt.rank + 1
+        signal_here = max(self.came, default=0)
+        found = self.rt.largest(self.rt.seconds["train"], signal_here, nonfinite)
+        self.elapsed, self.signal, nonfinite = found.tolist()
+        if nonfinite:
+            last = max(self.folder.glob("step_*.json"), default="none")
+            where = f"by step {self.step} loss or gradient not finite on rank {nonfinite - 1:.0f}"
+            fix = "lower rates, another RUN_ID"
+            raise UserError(f"{where}; last good checkpoint: {last}; fix: {fix}")
+
+    @property
+    def capped(self) -> bool:
+        return 0 < self.cfg.max_wallclock_seconds <= self.elapsed
+
+    @property
+    def done(self) -> bool:
+        return self.capped or self.step >= self.cfg.iterations
+
+    def run(self, validate: Callable[[], dict[str, float]]) -> dict[str, Tensor]:
+        """Train to the last step or the cap. -> averaged weights by name. A signal ends the
+        process once the step is done and the checkpoint written, with status 128 + its number.
+
+        The host launches a step while the device works on the one before: it waits for the
+        previous loss, not for this one's, unless something is to be logged, validated or saved.
+        """
+        cfg = self.cfg
+        rt = self.rt
+        loss = torch.zeros(())
+        self.warm_up()
+        with rt.signals() as self.came:
+            self.agree(loss)
+            due = self.checkpoints_due()
+            while not self.done:
+                previous = loss
+                with rt.clock("train"):
+                    loss = self.update(lr_factor(self.step, self.elapsed, cfg))
+                self.agree(previous)
+                rt.tick("train", self.step, cfg.iterations)
+                logs = self.step <= 10 or self.every(cfg.train_log_every)
+                validates = self.every(cfg.val_loss_every)
+                if logs or validates or self.signal or self.checkpoints_due() > due:
+                    self.agree(loss)
+                if logs or self.done:
+                    mean = rt.sum(np.array([loss.item()])).item() / rt.world_size
+                    self.log_step(train_loss=mean)
+                if self.every(cfg.val_loss_every):
+                    self.log_step(**validate())
+                if self.done:
+                    self.agree(loss)
+                due = self.save_if_due(due)
+        if self.capped:
+            rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
+        rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
+        return self.averages.final()
+
+    def every(self, steps: int) -> bool:
+        """Is it time for what happens every so many steps (0: never) and at the end?"""
+        return bool(steps) and (self.done or self.step % steps == 0)
+
+    def checkpoints_due(self) -> float:
+        """Checkpoints that CHECKPOINT_EVERY asks for by now, the one at the end included."""
+        every = self.cfg.checkpoint_every
+        count = self.elapsed / 60 if every.endswith("m") else self.step
+        size = int(every.removesuffix("m"))
+        return count // size + self.done if size else 0
+
+    def save_if_due(self, due: float) -> float:
+        """A checkpoint where one more is due than before, or a signal came; then the process ends.
+        -> checkpoints due by now."""
+        now = self.checkpoints_due()
+        if now > due or self.signal:
+            saved = "no checkpoint, package safetensors is missing"
+            if has_package("safetensors"):
+                save_checkpoint(self)
+                saved = "checkpoint written, RESUME=auto goes on"
+            if self.signal:
+                number = int(self.signal)
+                self.rt.log("note", f"signal {number} at step {self.step}: {saved}")
+                sys.exit(128 + number)
+        return now
+
+    def restore(self, state: CheckpointState) -> None:
+        """The counters of a checkpoint; restore_checkpoint fills the tensors."""
+        self.step = state.step
+        self.qat_since = state.qat_since
+        self.rt.seconds["train"] = state.seconds
+        self.averages.resume(state.snapshots)
+        self.loader.restore(tuple(state.loader))
+
+    def log_step(self, **values: Any) -> None:
+        self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values, **self.speed())
+
+    def speed(self) -> dict[str, Any]:
+        """Of a step line: seconds of training, training tokens/s, on a CUDA device that is known
+        the share of its peak (mfu), and h:mm:ss of training left (eta); validation and the scores
+        after it come on top."""
+        cfg = self.cfg
+        rt = self.rt
+        spent = rt.seconds["train"]
+        speed = cfg.train_batch_tokens * self.step / spent
+        left = (cfg.iterations - self.step) * spent / self.step
+        if cfg.max_wallclock_seconds:
+            left = min(left, max(0.0, cfg.max_wallclock_seconds - spent))
+        values = dict(
+            train_time_ms=int(1000 * spent),
+            step_avg_ms=1000 * spent / self.step,
+            tokens_per_s=int(speed),
+        )
+        peak = peak_flops(torch.cuda.get_device_name(rt.device)) if rt.cuda else None
+        if peak:
+            values["mfu"] = speed * token_flops(cfg) / (peak * rt.world_size)
+        return values | dict(eta=str(timedelta(seconds=round(left))))
 
 
 # Dense bf16 FLOP/s by the name that CUDA gives a device; the first that is found in it.
@@ -2724,205 +3770,80 @@ PEAKS = {
     r"RTX 4090$": 165e12,
     r"RTX 3090$": 71e12,
 }
-
-
 # Matrices that every token is multiplied with; those of a layer applied twice, twice.
 ONCE = ("tok_emb", "bigram_proj", "enrich_up", "enrich_down", "ve_proj")
+EACH_LAYER = (*BANKS, "attn_gate_weight")
 
 
-LAYERS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "attn_gate_weight")
-
-
-def facts(trainer: Any) -> dict[str, Any]:
-    """Of a step line: the seconds of training, training tokens/s, on a CUDA device that is known
-    the
-    share of its peak (mfu), and h:mm:ss of training left (eta); validation and the scores after it
-    come on top."""
-    cfg, rt, step = trainer.cfg, trainer.rt, trainer.step
-    spent = rt.seconds["train"]
-    speed, left = cfg.train_batch_tokens * step / spent, (cfg.iterations - step) * spent / step
-    if cfg.max_wallclock_seconds:
-        left = min(left, max(0.0, cfg.max_wallclock_seconds - spent))
-    values = dict(train_time_ms=int(1000 * spent), step_avg_ms=1000 * spent / step)
-    values["tokens_per_s"] = int(speed)
-    peak = peak_flops(torch.cuda.get_device_name(rt.device)) if rt.cuda else None
-    if peak:
-        values["mfu"] = speed * token_flops(cfg) / (peak * rt.world_size)
-    return values | dict(eta=str(timedelta(seconds=round(left))))
-
-
-def peak_flops(device: str) -> float | None:
+def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its name; None where it is unknown."""
-    return next((peak for name, peak in PEAKS.items() if re.search(name, device)), None)
+    return next((peak for name, peak in PEAKS.items() if re.search(name, device_name)), None)
 
 
-def token_flops(cfg: Any) -> int:
+def token_flops(cfg: Config) -> int:
     """FLOPs of a training token, forward and backward: 6 a weight, 12 * layers * width * length for
     attention, as PaLM counts (arXiv 2204.02311, appendix B): the causal half is not taken off."""
     sizes = {name: math.prod(spec.shape) for name, spec in parameter_specs(cfg).items()}
     applied = cfg.num_layers + len({*cfg.depth_recurrence})
-    layers = sum(sizes.get(name, 0) for name in LAYERS) // cfg.num_layers
-    weights = sum(sizes.get(name, 0) for name in ONCE) + applied * layers
+    layer = sum(sizes.get(name, 0) for name in EACH_LAYER) // cfg.num_layers
+    weights = sum(sizes.get(name, 0) for name in ONCE) + applied * layer
     return 6 * weights + 12 * applied * cfg.model_dim * cfg.train_seq_len
-
-
-class Trainer:
-    """A training run's state and steps."""
-
-    def __init__(self, model, loader, rt, cfg):
-        self.model, self.loader, self.rt, self.cfg = model, loader, rt, cfg
-        self.micro, self.step, self.qat_since = micro_batches(cfg, rt), 0, None
-        self.optimizers, self.averages = Optimizers(model, rt, cfg), Averages(model, cfg)
-        self.loss = rt.compile(model, fullgraph=True)
-        self.folder, self.elapsed, self.signal = rt.folder / "checkpoint", 0.0, 0
-
-    def gradients(self):
-        """Of this rank's rows -> mean loss"""
-        rows, total = self.loader.rows(self.cfg, self.rt), 0.0
-        parts = (side.to(self.rt.device).chunk(self.micro) for side in rows)
-        for ids, goal in zip(*parts, strict=True):
-            with self.rt.autocast():
-                loss = self.loss(ids, goal) / self.micro
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def warm_up(self):
-        """Compile on real data, then rewind"""
-        state = self.loader.state()
-        for _ in range(self.cfg.warmup_steps):
-            self.gradients()
-        self.model.zero_grad()
-        self.loader.restore(state)
-
-    def update(self, factor):
-        """One optimizer step at a rate factor -> training loss"""
-        cfg = self.cfg
-        if cfg.late_qat and self.qat_since is None and factor < cfg.late_qat_threshold:
-            self.qat_since = self.step
-            self.rt.log("late_qat:enabled", step=self.step, scale=factor)
-        if self.qat_since is not None and (self.step - self.qat_since) % cfg.qat_every == 0:
-            update_qat_grids(self.model, cfg)
-        loss = self.optimizers.step(self.step, factor, self.gradients())
-        self.averages.update(self.step, factor)
-        self.step += 1
-        return loss
-
-    def agree(self, loss):
-        """Wait; one clock and signal for all; a loss that is not finite ends the run."""
-        with self.rt.clock("train"):
-            sick = 0 if math.isfinite(loss.item()) else self.rt.rank + 1
-        found = self.rt.largest(self.rt.seconds["train"], max(self.came, default=0), sick)
-        self.elapsed, self.signal, sick = found.tolist()
-        if sick:
-            last = max(self.folder.glob("step_*.json"), default="none")
-            where = f"by step {self.step} loss or gradient not finite on rank {sick - 1:.0f}"
-            raise UserError(
-                f"{where}; last good checkpoint: {last}; fix: lower rates, another RUN_ID"
-            )
-
-    @property
-    def capped(self):
-        return 0 < self.cfg.max_wallclock_seconds <= self.elapsed
-
-    @property
-    def done(self):
-        return self.capped or self.step >= self.cfg.iterations
-
-    def run(self, validate):
-        """Train to the last step or the cap -> averaged weights by name"""
-        cfg, rt, loss = self.cfg, self.rt, torch.zeros(())
-        self.warm_up()
-
-        def every(steps):
-            return steps and (self.done or self.step % steps == 0)
-
-        with rt.signals() as self.came:
-            self.agree(loss)
-            mark = self.mark()
-            while not self.done:
-                with rt.clock("train"):
-                    previous, loss = loss, self.update(lr_factor(self.step, self.elapsed, cfg))
-                self.agree(previous)  # the host stays a step ahead at most
-                rt.tick("train", self.step, cfg.iterations)
-                logs = self.step <= 10 or every(cfg.train_log_every)
-                if logs or every(cfg.val_loss_every) or self.signal or self.mark() > mark:
-                    self.agree(loss)
-                if logs or self.done:
-                    self.log_step(train_loss=rt.sum(np.array([loss.item()])).item() / rt.world_size)
-                if every(cfg.val_loss_every):
-                    self.log_step(**validate())
-                if self.done:
-                    self.agree(loss)
-                before, mark = mark, self.mark()
-                if self.signal or mark > before:
-                    save_checkpoint(self)
-        if self.capped:
-            rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
-        rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
-        return self.averages.final()
-
-    def mark(self):
-        """Grows when CHECKPOINT_EVERY says so, and at the end."""
-        every = self.cfg.checkpoint_every
-        count = self.elapsed / 60 if every.endswith("m") else self.step
-        every = int(every.removesuffix("m"))
-        return count // every + self.done if every else 0
-
-    def log_step(self, **values):
-        values |= facts(self)
-        self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values)
 
 
 # -----------------------------------------------------------------------------
 # 14. Report and main
-# The story: configure, train, average, quantise, reload, score, report.
+# Final lines, submission.json, and the story: configure, train, quantise, reload, score, prove.
+
+BLOCK = 1024  # targets of a row of blocks.npz
+UPSTREAM_TRACK = "10min_16mb"
 
 
 class Report:
     """The final lines and the run folder's results."""
 
-    def __init__(self, rt, cfg):
-        self.rt, self.cfg, self.text = rt, cfg, ValidationText(cfg)
-        if cfg.scorer == "documents" and cfg.codec_tokens:
-            backend("constriction")  # rather missed now than at the end
+    def __init__(self, rt: Runtime, cfg: Config):
+        self.rt = rt
+        self.cfg = cfg
+        self.text = ValidationText(cfg)
         rt.log("val_text", tokens=len(self.text.targets), bytes=int(self.text.bytes.sum()))
 
-    def score(self, stage, log_prob, **more):
-        """A final line; log_prob (N,), nats"""
+    def score(self, stage: str, log_prob: np.ndarray, **more: Any) -> None:
+        """A final line; log_prob (N,), nats."""
         self.rt.log(f"final_{stage}_exact", **self.losses(log_prob), **more)
 
-    def losses(self, log_prob):
+    def losses(self, log_prob: np.ndarray) -> dict[str, float]:
+        """Mean loss in nats a token, and bits per byte."""
         bpb = bits_per_byte(log_prob, self.text.bytes)
         return dict(val_loss=float(-log_prob.mean()), val_bpb=bpb)
 
-    def finish(self, model, scores, final, order):
-        """Proof, scores, bytes and seconds against the caps"""
-        rt, cfg, text = self.rt, self.cfg, self.text
+    def finish(self, model: GPT, scores: Scores, final: np.ndarray, order: CodingOrder) -> None:
+        """Proof, columns, bytes and seconds against the caps, submission.json, picture."""
+        rt = self.rt
+        cfg = self.cfg
         if cfg.scorer == "documents":
             mass_error, codec = prove(self, final[order.targets])
         else:
-            mass_error, codec = window_mass(model, rt, cfg, text.stream), {}
+            mass_error = window_mass(model, rt, cfg, self.text.stream)
+            codec = {}
         self.score("ngram", final, mixer=cfg.mixer, orders=cfg.orders, mass_error=mass_error)
         save_columns(self, scores, final)
-        pseudo_score(self)
+        log_pseudo_score(rt, cfg)
         if codec:
             rt.log("final_codec", **codec)
-        code, weights = ((rt.folder / n).stat().st_size for n in ("train_gpt.py", "artifact.bin"))
-        sizes = dict(code=code, weights=weights, total=code + weights)
-        rt.log("final_artifact_bytes", **sizes, cap=CAP_BYTES)
-        rt.log("final_budget", **{f"{k}_seconds": v for k, v in rt.seconds.items()}, cap="600/600")
-        if code + weights > CAP_BYTES:
-            rt.log("OVER THE CAP", f"{code + weights} > {CAP_BYTES} bytes, not a valid submission")
+        code = (rt.folder / "train_gpt.py").stat().st_size
+        weights = (rt.folder / "artifact.bin").stat().st_size
+        total = code + weights
+        rt.log("final_artifact_bytes", code=code, weights=weights, total=total, cap=CAP_BYTES)
+        spent = {f"{stage}_seconds": seconds for stage, seconds in rt.seconds.items()}
+        rt.log("final_budget", **spent, cap=CAP_SECONDS)
+        if total > CAP_BYTES:
+            rt.log("OVER THE CAP", f"{total} > {CAP_BYTES} bytes, not a valid submission")
         close_run(rt)
 
 
-BLOCK = 1024  # targets of a row of blocks.npz
-
-
-def save_columns(report: Any, scores: Any, final: np.ndarray) -> None:
+def save_columns(report: Report, scores: Scores, final: np.ndarray) -> None:
     """blocks.npz, sums over BLOCK targets of log p by model and mixture and of bytes; scores.npz
-    where it was asked for. final: log p (N,), nats"""
+    where it was asked for. final: log p (N,), nats."""
     columns = dict(logp_model=scores.log_prob, logp_final=final, bytes=report.text.bytes)
     edges = range(0, len(final), BLOCK)
     sums = {name: np.add.reduceat(column, edges) for name, column in columns.items()}
@@ -2931,67 +3852,224 @@ def save_columns(report: Any, scores: Any, final: np.ndarray) -> None:
         save_scores(report, "scores.npz", scores, final)
 
 
-def save_scores(report: Any, name: str, scores: Any, final: np.ndarray) -> None:
+def save_scores(report: Report, name: str, scores: Scores, final: np.ndarray) -> None:
     """Of each target its place, token, bytes, the model's log p and entropy, and the final log
     p."""
-    text, columns = report.text, dict(logp_model=scores.log_prob, entropy=scores.entropy)
+    text = report.text
+    columns = dict(logp_final=final, logp_model=scores.log_prob, entropy=scores.entropy)
     columns |= dict(position=text.positions, token=text.targets, bytes=text.bytes)
-    columns |= {} if scores.pe_delta is None else dict(pe_delta=scores.pe_delta)
-    save_arrays(report.rt, name, dict(logp_final=final) | columns)
+    if scores.pe_delta is not None:
+        columns["pe_delta"] = scores.pe_delta
+    save_arrays(report.rt, name, columns)
 
 
-def save_arrays(rt: Any, name: str, arrays: dict[str, np.ndarray]) -> None:
+def save_arrays(rt: Runtime, name: str, arrays: Mapping[str, np.ndarray]) -> None:
     if rt.rank == 0:
-        write = functools.partial(np.savez, **arrays)
-        write_atomically(rt.folder / name, write)
+        write_atomically(rt.folder / name, functools.partial(np.savez, **arrays))
 
 
-def log_gains(rt: Any, matched: np.ndarray, saved: np.ndarray) -> None:
-    """What the counts are worth, by the longest context seen before (0: none). matched, saved: of
-    each target, (N,), nats"""
-    for longest in np.unique(matched).tolist():
-        here = matched == longest
-        bits = float(saved[here].sum() / np.log(2))
-        counts = dict(positions=int(here.sum()), share=float(here.mean()))
-        rt.log("ngram_gain", longest, **counts, bits_saved=bits)
-
-
-def pseudo_score(report: Any) -> None:
+def log_pseudo_score(rt: Runtime, cfg: Config) -> None:
     """NGRAM_SCHEME's line: a published scorer as written, no code length, as its mass shows. It is
-    no part of the run: records/as_written.py is a program of its own."""
-    cfg, rt = report.cfg, report.rt
-    if not cfg.ngram_scheme:
+    no part of the run: records/as_written.py is a program of its own, which reads scores.npz."""
+    program = ROOT / "records/as_written.py"
+    if not cfg.ngram_scheme or not program.exists():
         return
     weights = "ema" if (rt.folder / "scores_ema.npz").exists() else "artifact"
-    program = ROOT / "records/as_written.py"
     command = [sys.executable, program, rt.folder, "--scheme", cfg.ngram_scheme, "--json"]
     done = subprocess.run([*command, "--weights", weights], capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().removeprefix("error: ") or f"{program} failed"
-        rt.log("note", f"no pseudo score: {reason.splitlines()[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        rt.log("note", f"no pseudo score: {lines[-1].removeprefix('error: ')}")
     else:
         rt.log("final_ngram_pseudo", **json.loads(done.stdout))
 
 
-def close_run(rt: Any) -> None:
-    """Peak memory; submission.json, the mark of a finished run, and report.png"""
-    rt.log("peak_memory_mb", peak_memory(rt))
-    for name in ("records/submission.py", "records/plot.py"):
-        if subprocess.run([sys.executable, ROOT / name, rt.folder]).returncode:
-            rt.log("note", f"{name} failed; run it again on {rt.folder}")
+def close_run(rt: Runtime) -> None:
+    """Peak memory; submission.json, the mark of a finished run, and report.png. The scores are in
+    the log by now: where one of the two fails, the run has not."""
+    rt.log("peak_memory_mb", rt.peak_memory())
+    try:
+        write_submission(rt.folder)
+    except (UserError, OSError, ValueError) as error:
+        fix = f"python records/submission.py {rt.folder}"
+        rt.log("note", f"no submission.json: {error}; fix: {fix}")
+    program = ROOT / "records/plot.py"
+    if program.exists() and has_package("matplotlib"):
+        if subprocess.run([sys.executable, program, rt.folder]).returncode:
+            rt.log("note", f"records/plot.py failed; run it again on {rt.folder}")
 
 
-def train_model(report):
-    """Train from fresh weights -> averaged weights by name"""
-    rt, cfg, text = report.rt, report.cfg, report.text
+# submission.json: from the lines of a run's log and its files alone.
+
+
+FINAL_LINES = ("final_ngram_exact", "final_artifact_bytes", "final_budget")  # of a finished run
+
+
+class RunLog:
+    """The lines of a metrics.jsonl, and the settings of a run."""
+
+    def __init__(self, lines: list[dict[str, Any]], settings: Mapping[str, str]):
+        self.lines = lines
+        self.settings = settings
+
+    def all(self, key: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["key"] == key]
+
+    def last(self, key: str) -> dict[str, Any]:
+        """The newest line of this key; {} for none."""
+        return (self.all(key) or [{}])[-1]
+
+    def steps(self, name: str) -> dict[int, dict[str, Any]]:
+        """Step -> its "step" line with field `name`; after a resume the newest line holds."""
+        lines = [line for line in self.all("step") if name in line]
+        return {int(line["value"].partition("/")[0]): line for line in lines}
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """final_<stage>_exact lines -> their fields by stage, in the order of the run."""
+        keys = {line["key"]: None for line in self.lines}
+        exact = [key for key in keys if key.startswith("final_") and key.endswith("_exact")]
+        return {key[len("final_") : -len("_exact")]: line_fields(self.last(key)) for key in exact}
+
+
+def line_fields(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line without its key and value."""
+    return {name: value for name, value in line.items() if name not in ("key", "value")}
+
+
+def parse_line(text: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for what is none, such as one that a kill cut off."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("key"), str) else None
+
+
+def write_submission(folder: Path) -> Path:
+    """submission.json of a finished run folder, whole or not at all: the same folder gives the same
+    bytes. -> its path; UserError for what cannot be written, ValueError for a score that is no
+    number."""
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [line for line in map(parse_line, text.splitlines()) if line]
+    run = RunLog(lines, read_pairs(folder / "config.env"))
+    for key in FINAL_LINES:
+        if not run.last(key):
+            raise UserError(f"{folder}/metrics.jsonl: no line {key}")
+    entries = submission(run, folder)
+    content = json.dumps(entries, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    path = folder / "submission.json"
+    write_atomically(path, content.encode())
+    return path
+
+
+def submission(run: RunLog, folder: Path) -> dict[str, Any]:
+    """The contents of submission.json, upstream's keys first."""
+    logged = run.last("config")  # NAME: value(origin)
+    record = logged.get("RECORD", "").rpartition("(")[0]
+    run_id = logged.get("RUN_ID", "").rpartition("(")[0]
+    score = score_entries(run)
+    # The log is closed by the last stage, and a second call must give the same date.
+    finished = datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, UTC)
+    files = dict(code="train_gpt.py", artifact="artifact.bin", tokenizer="tokenizer.model")
+    return {
+        "author": os.environ.get("AUTHOR", ""),
+        "github_id": os.environ.get("GITHUB_ID", ""),
+        "name": run_id or folder.resolve().name,
+        "blurb": describe(run, score["step_stop"]),
+        "date": finished.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "track": find_track(record),
+        **score,
+        "tokens": run.last("val_text").get("tokens"),
+        "bytes": run.last("val_text").get("bytes"),
+        "sha256": {what: sha256((folder / name).read_bytes()) for what, name in files.items()},
+        "stages": run.stages(),
+        **other_entries(run),
+    }
+
+
+def score_entries(run: RunLog) -> dict[str, Any]:
+    """Score, bytes, steps and seconds, in upstream's names."""
+    final = run.last("final_ngram_exact")
+    size = run.last("final_artifact_bytes")
+    budget = run.last("final_budget")
+    steps = run.steps("train_loss")
+    step = max(steps, default=None)
+    seed = run.settings["SEED"]
+    score = {name: final[name] for name in ("val_loss", "val_bpb")}
+    seed_result = score | dict(artifact_bytes=size["weights"], steps=step)
+    seed_result["step_avg_ms"] = steps[step]["step_avg_ms"] if steps else None
+    return score | {
+        "bytes_total": size["code"] + size["weights"],
+        "bytes_code": size["code"],
+        "over_cap": size["code"] + size["weights"] > CAP_BYTES,
+        "seeds": [int(seed)],
+        "seed_results": {seed: seed_result},
+        "hardware": run.last("hardware").get("value"),
+        "pytorch_version": run.last("hardware").get("torch"),
+        "step_stop": step,
+        "wallclock_seconds": budget["train_seconds"],
+        "eval_time_seconds": budget["eval_seconds"],
+    }
+
+
+def other_entries(run: RunLog) -> dict[str, Any]:
+    """Every other final line (codec, pseudo, ...) and each n-gram order's gain, where present."""
+    known = ("final_artifact_bytes", "final_budget")
+    keys = {line["key"] for line in run.lines if line["key"].startswith("final_")}
+    entries = {}
+    for key in sorted(keys.difference(known)):
+        if not key.endswith("_exact"):
+            name = "pseudo" if key == "final_ngram_pseudo" else key[len("final_") :]
+            entries[name] = line_fields(run.last(key))
+    gains = {
+        line["value"]: {"order": line["value"]} | line_fields(line)
+        for line in run.all("ngram_gain")
+    }
+    if gains:
+        entries["ngram_gain"] = list(gains.values())
+    return entries
+
+
+def find_track(record: str) -> str:
+    """The track folder that holds the record: of this name, else of one that begins so."""
+    records = ROOT / "records"
+    paths = [p for p in records.glob("track_*/**/config.env") if p.parent.name.startswith(record)]
+    if not record or not paths:
+        return UPSTREAM_TRACK
+    path = min(paths, key=lambda p: (p.parent.name != record, p))
+    return path.relative_to(records).parts[0].removeprefix("track_")
+
+
+def describe(run: RunLog, step: int | None) -> str:
+    """The blurb: model, training and scorer in one sentence."""
+    settings = run.settings
+    parts = [f"{settings.get('NUM_LAYERS')} layers x {settings.get('MODEL_DIM')}"]
+    if run.last("model_params"):
+        parts.append(f"{run.last('model_params')['value']:,} parameters")
+    parts.append(f"{step:,} steps" if step else "scored from a stored artifact")
+    parts.append(f"{settings.get('SCORER')} scorer")
+    final = run.last("final_ngram_exact")
+    if "orders" in final:
+        parts.append(f"n-gram mixture {final.get('mixer')} of orders {final['orders']}")
+    return ", ".join(parts)
+
+
+# The story.
+
+
+def train_model(report: Report) -> dict[str, Tensor]:
+    """Train from fresh weights. -> averaged weights by name."""
+    rt = report.rt
+    cfg = report.cfg
+    stream = report.text.stream
     model = GPT(cfg).initialise().to(rt.device)
     rt.log("model_params", count_parameters(cfg))
     loader = TokenLoader(find_shards(cfg.data_path, "train"), cfg.vocab_size)
     scorer = WindowScorer(model, rt, cfg)
 
-    def validate():
+    def validate() -> dict[str, float]:
         model.eval()
-        log_prob = scorer.score(text.stream, scorer.length).log_prob
+        log_prob = scorer.score(stream, scorer.length).log_prob
         model.train()
         return report.losses(log_prob)
 
@@ -3005,18 +4083,19 @@ def train_model(report):
     return weights
 
 
-def evaluate(model, weights, report):
-    """Score the re-read artifact -> Scores that feed the mixture, Order of coding"""
-    cfg, rt, stream = report.cfg, report.rt, report.text.stream
-    scorer, stride, order = (
-        WindowScorer(model, rt, cfg),
-        cfg.eval_stride,
-        Order(stream, slice(None)),
-    )
+def evaluate(
+    model: GPT, weights: Mapping[str, Tensor], report: Report
+) -> tuple[Scores, CodingOrder]:
+    """Score the re-read artifact. -> Scores that feed the mixture, the order of coding."""
+    cfg = report.cfg
+    rt = report.rt
+    stream = report.text.stream
+    scorer = WindowScorer(model, rt, cfg)
+    order = CodingOrder(stream, slice(None))
     report.score("int6_roundtrip", scorer.score(stream, scorer.length).log_prob)
     began = time.perf_counter()
-    scores = scorer.score(stream, stride)
-    report.score("int6_sliding_window", scores.log_prob, stride=stride)
+    scores = scorer.score(stream, cfg.eval_stride)
+    report.score("int6_sliding_window", scores.log_prob, stride=cfg.eval_stride)
     if cfg.scorer == "documents":
         middle = time.perf_counter()
         scores, order = score_documents(model, rt, cfg, stream)
@@ -3025,40 +4104,54 @@ def evaluate(model, weights, report):
         )
         speed = {name: int((len(stream) - 1) / spent) for name, spent in seconds.items()}
         report.score("documents", scores.log_prob, **speed)
-    scores = evaluate_published(model, weights, scores, report)
+    if cfg.ttt_enabled:
+        scores = TestTimeTraining(model, rt, cfg).score(stream)
+        report.score("ttt", scores.log_prob)
+    scores = with_enrichment_change(scores, model, stream)
+    if weights and cfg.ngram_scheme and cfg.pseudo_weights == "ema":
+        score_unquantised(model, weights, report)
     return scores, order
 
 
-def run(cfg):
-    """The life of a token, once through."""
-    rt = Runtime(cfg)
-    if cfg.decode:
-        return decode_folder(cfg)
-    if cfg.dry_run:
-        return dry_run(rt, cfg)
-    rt.start()
-    if cfg.resume == "auto" and rt.largest(rt.finished) and not cfg.overwrite:
-        return rt.log("note", f"{rt.folder} is finished")
-    if cfg.eval_only:
-        stored, packed = load_artifact(cfg.eval_only).cfg, Path(cfg.eval_only).read_bytes()
-        model = {name: getattr(stored, name) for name in MODEL_FIELDS}
-        cfg = replace(cfg, **model).check()
-    else:
-        micro_batches(cfg, rt)
+def score_unquantised(model: GPT, weights: Mapping[str, Tensor], report: Report) -> None:
+    """scores_ema.npz: of the weights that #864's scorer was measured on, for as_written.py."""
+    model = copy.deepcopy(model)
+    model.load_state_dict(weights)
+    stream = report.text.stream
+    scores = WindowScorer(model, report.rt, report.cfg).score(stream, report.cfg.eval_stride)
+    scores = with_enrichment_change(scores, model, stream)
+    save_scores(report, "scores_ema.npz", scores, scores.log_prob)
+
+
+def begin_run(rt: Runtime, cfg: Config) -> None:
+    """The run folder, what stands at the top of its log, the embedded text."""
     open_run(rt)
     if rt.rank == 0:
         announce(rt, cfg)
+        prepare_sample(cfg.data_path)
     rt.barrier()
+
+
+def run_stages(rt: Runtime, cfg: Config) -> None:
+    """The life of a token, once through."""
+    packed = b""
+    if cfg.eval_only:
+        packed = Path(cfg.eval_only).read_bytes()
+        stored = load_artifact(cfg.eval_only, content=packed).cfg
+        cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_FIELDS}).check()
+    else:
+        micro_batches(cfg, rt)
+    begin_run(rt, cfg)
     find_shards(cfg.data_path, "val")
     cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
-    report, path = Report(rt, cfg), rt.folder / "artifact.bin"
+    report = Report(rt, cfg)
     if rt.rank == 0:
-        write_atomically(rt.folder / "train_gpt.py", CODE.read_bytes())
         keep_sources(rt, cfg)
     weights = {} if cfg.eval_only else train_model(report)
+    path = rt.folder / "artifact.bin"
     with rt.clock("eval"):  # quantisation is in its budget
         if rt.rank == 0:
-            write_atomically(path, pack_artifact(weights, cfg, rt.log) if weights else packed)
+            write_atomically(path, packed or pack_artifact(weights, cfg, rt.log))
         model = load_artifact(path, rt.device, rt.share(path))
         scores, order = evaluate(model, weights, report)
         final = scores.log_prob
@@ -3069,7 +4162,24 @@ def run(cfg):
     rt.barrier()  # a rank that ends earlier could take rank 0 with it
 
 
-def main():
+def run(cfg: Config) -> None:
+    """What the variables ask for: decode a folder, show what would run, or run it."""
+    if cfg.decode:
+        return decode_folder(cfg)
+    if cfg.dry_run:
+        return print_dry_run(Runtime(cfg), cfg)
+    cfg = without_missing_parts(cfg)
+    rt = Runtime(cfg)
+    try:
+        rt.start()
+        if cfg.resume == "auto" and rt.largest(rt.finished) and not cfg.overwrite:
+            return rt.log("note", f"{rt.folder} is finished")
+        run_stages(rt, cfg)
+    finally:
+        rt.bar.close()
+
+
+def main() -> None:
     try:
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(__doc__)
@@ -3084,4 +4194,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
     main()

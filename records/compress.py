@@ -43,7 +43,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from prepare_text import DataError, encode_documents, load_tokenizer  # noqa: E402
 
 import train_gpt  # noqa: E402
-from train_gpt import BOS, Config, Shape, UserError  # noqa: E402
+from train_gpt import BOS, CodingPlan, Config, UserError  # noqa: E402
 
 SUFFIX, PREFIX = ".pgz", b"PGZ\x01"
 LANES, LANE_TOKENS = 32, 512  # lanes at most; tokens in each at least
@@ -198,7 +198,7 @@ class Compressor:
 
     def made(self) -> dict[str, Any]:
         """Whatever the code depends on, by name."""
-        digest = train_gpt.sha(self.tokenizer.read_bytes())
+        digest = train_gpt.sha256(self.tokenizer.read_bytes())
         return dict(tokenizer=digest) | train_gpt.fingerprint(self.rt, self.artifact)
 
     def compress(self, data: bytes, lanes: int = 0) -> Packed:
@@ -211,13 +211,13 @@ class Compressor:
             for a in range(0, len(tokens), BLOCK_TOKENS):
                 block = tokens[a : a + BLOCK_TOKENS]
                 stream, raw = deal(block, lanes), self.text(block)
-                shape = Shape.of(stream, cfg, 1)
+                shape = CodingPlan.of(stream, cfg, 1)
                 words = train_gpt.encode(self.model, self.rt, cfg, stream, shape)[0]
                 smaller = len(words) < len(raw)
                 blocks.append([shape if smaller else None, len(words if smaller else raw)])
                 parts.append(words if smaller else raw)
         parts.append(b"" if held.all() else keep_aside(data, held))
-        header = dict(bytes=len(data), sha256=train_gpt.sha(data), made=self.made())
+        header = dict(bytes=len(data), sha256=train_gpt.sha256(data), made=self.made())
         header |= dict(scoring=scoring, blocks=blocks)
         packed = train_gpt.seal(PREFIX, header, b"".join(parts))
         return Packed(packed, header, len(tokens), time.perf_counter() - began)
@@ -233,7 +233,7 @@ class Compressor:
             torch.set_num_threads(min(header["made"]["threads"], THREADS))
             fits(header, self.made(), name)
             data = self.unpack(header, payload)
-        if train_gpt.sha(data) != header["sha256"]:
+        if train_gpt.sha256(data) != header["sha256"]:
             raise CompressError(
                 f"{name}: restores to other bytes; fix: use the machine it was made on"
             )
@@ -246,7 +246,7 @@ class Compressor:
             for shape, size in header["blocks"]:
                 part, payload = payload[:size], payload[size:]
                 if shape:
-                    shape = Shape(*shape)
+                    shape = CodingPlan(*shape)
                     cfg = self.config(header["scoring"], shape.lanes)
                     check_shape(shape, cfg, header)
                     with contextlib.suppress(
@@ -259,7 +259,7 @@ class Compressor:
         return put_back(data, payload, header["bytes"]) if payload else data
 
 
-def check_shape(shape: Shape, cfg: Config, header: dict[str, Any]) -> None:
+def check_shape(shape: CodingPlan, cfg: Config, header: dict[str, Any]) -> None:
     """ValueError for a shape that `compress` makes of no file: memory is taken according to it."""
     wanted = shape._replace(documents=shape.lanes, groups=1, window=cfg.window)
     sizes = 1 <= shape.lanes <= min(MOST_LANES, shape.targets, BLOCK_TOKENS + 1)

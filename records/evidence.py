@@ -31,7 +31,7 @@ import submission  # noqa: E402
 import train_gpt  # noqa: E402
 from train_gpt import BOS  # noqa: E402
 
-OUR_CODE = train_gpt.sha(train_gpt.CODE.read_bytes())
+OUR_CODE = train_gpt.sha256(train_gpt.CODE.read_bytes())
 BLOCK = 1024  # targets of a row of blocks.npz
 BLOCKS, POSITIONS = 4, 16  # computed again, and in each of them the whole distribution
 SAME_DEVICE = 1e-3, 1e-5  # nats at a target, a target of a block: fp32, other shapes
@@ -136,13 +136,13 @@ class Case:
     def shape(self) -> Any:
         """Of the whole text in the run's lanes"""
         ranks = int(str(self.run.last("hardware").get("value", "1 x")).split(" x")[0])
-        return train_gpt.Shape.of(self.text.stream, self.cfg, ranks)
+        return train_gpt.CodingPlan.of(self.text.stream, self.cfg, ranks)
 
     @cached_property
     def order(self) -> Any:
         """In which the run coded, from the text alone"""
         if self.cfg.scorer == "sliding":
-            return train_gpt.Order(self.text.stream, slice(None))
+            return train_gpt.CodingOrder(self.text.stream, slice(None))
         return coding_order(self.text.stream, self.rt, self.shape)
 
     @cached_property
@@ -224,7 +224,7 @@ class Case:
         for name in ("train_gpt.py", "artifact.bin", "tokenizer.model", "stream.bin"):
             shutil.copyfile(self.folder / name, alone / name)
         require(
-            train_gpt.sha((alone / "train_gpt.py").read_bytes()) == OUR_CODE,
+            train_gpt.sha256((alone / "train_gpt.py").read_bytes()) == OUR_CODE,
             "train_gpt.py has changed",
         )
         ours = {"PYTHONPATH", *train_gpt.VARIABLES, *train_gpt.LAUNCH}
@@ -247,7 +247,7 @@ class Case:
 
 def coding_order(stream: np.ndarray, rt: Any, shape: Any) -> Any:
     """The Order in which lanes take the targets of a stream (N + 1,), without a network."""
-    steps = train_gpt.drive(None, rt, shape, [], train_gpt.reader(stream))
+    steps = train_gpt.run_lanes(None, rt, shape, [], train_gpt.tokens_of_text(stream))
     return train_gpt.coding_order(stream, steps)
 
 
@@ -309,8 +309,8 @@ def score_lanes(case: Case, stream: np.ndarray, spans: list, picked: list[int]) 
         return np.where(offset + 1 < sizes[at], goals[here], BOS)  # a piece that is over ends so
 
     count = len(pieces)
-    shape = train_gpt.Shape(count, 0, count, 1, len(places), case.cfg.window)
-    train_gpt.drive(case.model, case.rt, shape, [0], choose)
+    shape = train_gpt.CodingPlan(count, 0, count, 1, len(places), case.cfg.window)
+    train_gpt.run_lanes(case.model, case.rt, shape, [0], choose)
     return Blocks(places, log_prob, entropy, rows)
 
 

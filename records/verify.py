@@ -83,7 +83,7 @@ def check(*needs: str, essential: bool = False) -> Callable:
 @check(essential=True)
 def code(case: Case) -> str:
     """Nothing of the folder is executed before this held."""
-    found = train_gpt.sha(case.file("train_gpt.py"))
+    found = train_gpt.sha256(case.file("train_gpt.py"))
     reason = f"train_gpt.py has sha256 {found[:12]}, this checkout's has {OUR_CODE[:12]}"
     require(found == OUR_CODE, f"{reason}; fix: read it, or check out the commit that it is from")
     return f"train_gpt.py is this checkout's, sha256 {found[:12]}"
@@ -93,7 +93,7 @@ def code(case: Case) -> str:
 def files(case: Case) -> str:
     for what, name in submission.FILES.items():
         found, claimed = (
-            train_gpt.sha(case.file(name)),
+            train_gpt.sha256(case.file(name)),
             str(case.claims.get("sha256", {}).get(what)),
         )
         reason = f"{name} has sha256 {found[:12]}, submission.json says {claimed[:12]}"
@@ -119,8 +119,8 @@ def artifact(case: Case) -> str:
 def text(case: Case) -> str:
     found, where = case.text, case.cfg.data_path.removeprefix(f"{evidence.ROOT}/")
     theirs, ours = case.file("tokenizer.model"), Path(case.cfg.tokenizer_path).read_bytes()
-    digests = f"({train_gpt.sha(theirs)[:12]}) is not {case.cfg.tokenizer_path} "
-    digests += f"({train_gpt.sha(ours)[:12]})"
+    digests = f"({train_gpt.sha256(theirs)[:12]}) is not {case.cfg.tokenizer_path} "
+    digests += f"({train_gpt.sha256(ours)[:12]})"
     require(theirs == ours, f"tokenizer.model {digests}")
     here = len(found.targets), int(found.bytes.sum())
     there = case.claims.get("tokens"), case.claims.get("bytes")
@@ -133,7 +133,7 @@ def text(case: Case) -> str:
 def stream(case: Case) -> str:
     header, words = case.stream
     for name, path in dict(code="train_gpt.py", artifact="artifact.bin").items():
-        there, here = header["made"][name], train_gpt.sha(case.file(path))
+        there, here = header["made"][name], train_gpt.sha256(case.file(path))
         require(there == here, f"stream.bin was made with {name} {there[:12]}, not {here[:12]}")
     wanted = [*case.shape._replace(targets=header["shape"][4])]
     require(header["shape"] == wanted, f"stream.bin has shape {header['shape']}, not {wanted}")
@@ -147,7 +147,7 @@ def stream(case: Case) -> str:
 @check("text")
 def source(case: Case) -> str:
     """The text that the tokens spell, its bytes, and the file that they were made from."""
-    sentencepiece = train_gpt.backend("sentencepiece")
+    sentencepiece = train_gpt.package("sentencepiece")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=case.cfg.tokenizer_path)
     if tokenizer.decode(tokenizer.encode(LOSSY_PROBE)) != LOSSY_PROBE:
         raise NotChecked("the tokenizer alters text, so tokens do not give its bytes back")
@@ -210,9 +210,7 @@ def log(case: Case) -> str:
         here, there = (json.dumps(part.get(name))[:60] for part in (ours, theirs))
         same = ours.get(name) == theirs.get(name)
         require(same, f"{name} is {there} in submission.json, {here} by metrics.jsonl")
-    lines = [
-        train_gpt.line_text(x["key"], x["value"], submission.fields(x)) for x in case.run.lines
-    ]
+    lines = [train_gpt.log_line(x["key"], x["value"], submission.fields(x)) for x in case.run.lines]
     require(case.run.read("log.txt").splitlines() == lines, "log.txt and metrics.jsonl differ")
     return f"submission.json and log.txt repeat the {len(lines)} lines of metrics.jsonl"
 
@@ -287,7 +285,7 @@ def causality(case: Case) -> str:
     scores = train_gpt.Scores(*(c if c is None else c.copy() for c in scores))
     scores.log_prob[now:], scores.entropy[now:] = rng.uniform(-9, -1), rng.uniform(0, 5)
     steps = order.steps and tuple(part[: len(tokens)] for part in order.steps)
-    mixed, _ = evidence.mix_again(case, train_gpt.Order(tokens, slice(None), steps), scores)
+    mixed, _ = evidence.mix_again(case, train_gpt.CodingOrder(tokens, slice(None), steps), scores)
     require(np.array_equal(mixed[:now], case.mixed[0][:now]), "the mixture uses later tokens")
     return f"{past.sum():,} distributions, {now:,} mixtures bit-equal if all later tokens change"
 

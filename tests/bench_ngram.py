@@ -176,7 +176,7 @@ def machine():
         python=platform.python_version(),
         numpy=np.__version__,
         torch=torch.__version__,
-        numba=train_gpt.backend("numba").__version__,
+        numba=train_gpt.package("numba").__version__,
     )
 
 

@@ -171,7 +171,7 @@ def read_stream(path: Path) -> str:
     decoded = path.with_name("decoded.npy")
     decoded.unlink(missing_ok=True)
     train_gpt.decode_folder(train_gpt.Config(decode=str(path.parent), device="cpu"))
-    return train_gpt.sha(np.load(decoded, allow_pickle=False))
+    return train_gpt.sha256(np.load(decoded, allow_pickle=False))
 
 
 def stream_is(path: Path, meaning: str) -> bool:
@@ -188,7 +188,7 @@ def read_pgz(path: Path) -> str:
     """As restore_file does it, the Compressor kept."""
     packed = path.read_bytes()
     compress.device_of(packed, str(path))
-    return train_gpt.sha(compressor(path.parent).restore(packed, str(path)))
+    return train_gpt.sha256(compressor(path.parent).restore(packed, str(path)))
 
 
 def pgz_is(path: Path, meaning: str) -> bool:
@@ -214,7 +214,7 @@ def read_run(path: Path) -> tuple:
             raise kind(f"{path} {row.reason}")
     files = (columns(path.with_name(name)) for name in ("blocks.npz", "scores.npz"))
     lines = case.run.lines  # as text: 1 and "1" are one
-    text = [train_gpt.line_text(x["key"], x["value"], submission.fields(x)) for x in lines]
+    text = [train_gpt.log_line(x["key"], x["value"], submission.fields(x)) for x in lines]
     return text, signed_claims(path.parent), *files
 
 
@@ -443,11 +443,11 @@ def build_coded(folder: Path) -> None:
     artifact.write_bytes(train_gpt.pack_artifact(weights, cfg))
     stream, rt = random_stream(150, VOCAB), train_gpt.Runtime(cfg)
     stream[[30, 60, 100, 120]] = train_gpt.BOS
-    shape = train_gpt.Shape.of(stream, cfg, 1)
+    shape = train_gpt.CodingPlan.of(stream, cfg, 1)
     words, text, *_ = train_gpt.encode(train_gpt.load_artifact(artifact), rt, cfg, stream, shape)
     scoring = {name: train_gpt.show(getattr(cfg, name)) for name in train_gpt.SCORING}
     made = train_gpt.fingerprint(rt, artifact)
-    header = dict(shape=shape, made=made, text=train_gpt.sha(text), scoring=scoring)
+    header = dict(shape=shape, made=made, text=train_gpt.sha256(text), scoring=scoring)
     sealed = train_gpt.seal(train_gpt.STREAM_PREFIX, header, words)
     (folder / "coded/stream.bin").write_bytes(sealed)
     shutil.copytree(folder / "coded", folder / "pgz")

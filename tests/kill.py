@@ -242,7 +242,7 @@ def outcome(folder):
     header = {row["key"] for row in rows[:first]}  # each start writes it
     words = [line.split()[0] for line in run.lines]
     return dict(
-        artifact=train_gpt.sha(run.artifact),
+        artifact=train_gpt.sha256(run.artifact),
         blocks={name: column.tobytes() for name, column in run.arrays("blocks.npz").items()},
         rows=[row for row in rows if row["key"] not in header],
         lines=[word for word in words if word.startswith(("step:", "final_", "averages"))],
@@ -350,7 +350,7 @@ def main():
         data = str(cwd / "prose")
         make_data(data)
         for name in ("numba", "zstandard", "safetensors.torch"):  # once, not in each fork
-            train_gpt.backend(name)
+            train_gpt.package(name)
         if options.ranks == 1 and len(os.listdir("/proc/self/task")) > 1:
             sys.exit("this process has threads; fix: nothing may start one before the forks")
         wanted, lasts = reference(cwd, data, options.ranks)

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_smoke import runs, validation
 
-from train_gpt import BOS, Shape, StreamError, coder_integers, decode, encode, score_documents
+from train_gpt import BOS, CodingPlan, StreamError, coder_integers, decode, encode, score_documents
 
 __all__ = ["runs"]  # test_smoke's processes, not run again
 
@@ -84,7 +84,7 @@ def stream_of(*tokens):
 
 def coded(cfg, stream, groups=1, targets=None):
     """Encode and decode -> words; what both return must be the same."""
-    rt, model, shape = train_gpt.Runtime(cfg), model_of(cfg), Shape.of(stream, cfg, groups)
+    rt, model, shape = train_gpt.Runtime(cfg), model_of(cfg), CodingPlan.of(stream, cfg, groups)
     shape = shape._replace(targets=shape.targets if targets is None else targets)
     words, text, count, mass_error = encode(model, rt, cfg, stream, shape)
     again, counted, mass = decode(model, rt, cfg, words, shape)
@@ -286,7 +286,7 @@ def test_lanes_are_the_ordinary_forward(name):
     np.testing.assert_allclose(scores[:2], wanted, rtol=0, atol=1e-4)
 
 
-class Banded(train_gpt.Pass):
+class Banded(train_gpt.Context):
     """A row in which each position sees itself and the WINDOW - 1 before it."""
 
     def attend(self, q, k, v):
@@ -453,7 +453,7 @@ def test_a_mixture_that_peeks_cannot_be_decoded(monkeypatch):
                 row[peeked] += 0.99
             return p
 
-    rt, shape = train_gpt.Runtime(cfg), Shape.of(stream, cfg, 1)
+    rt, shape = train_gpt.Runtime(cfg), CodingPlan.of(stream, cfg, 1)
     monkeypatch.setattr(train_gpt, "Mixture", Leaky)
     words, text, _, mass_error = encode(model_of(cfg), rt, cfg, stream, shape)
     assert len(words) < len(honest) / 10 and text.tobytes() == stream.tobytes()
@@ -468,7 +468,7 @@ def test_an_unnormalised_mixture_cannot_be_coded(factor, monkeypatch):
     monkeypatch.setattr(train_gpt.Blend, "weights", lambda self, *a: factor * weights(self, *a))
     cfg, stream = tiny(**SMALL), documents(40, 30)
     with pytest.raises(ValueError, match="not a distribution"):
-        encode(model_of(cfg), train_gpt.Runtime(cfg), cfg, stream, Shape.of(stream, cfg, 1))
+        encode(model_of(cfg), train_gpt.Runtime(cfg), cfg, stream, CodingPlan.of(stream, cfg, 1))
 
 
 # -----------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_full_disk(size, missing, dataset, tmp_path):
 
 def test_a_log_on_a_full_disk_ends_alone(capsys):
     """Said once; whoever writes to it goes on"""
-    log = train_gpt.Log(Path("/dev/full"))
+    log = train_gpt.LogFile(Path("/dev/full"))
     for line in ("one", "two"):
         print(line, file=log, flush=True)
     (note,) = capsys.readouterr().err.splitlines()
@@ -190,7 +190,7 @@ def test_a_log_on_a_full_disk_ends_alone(capsys):
 
 def test_a_log_that_was_deleted_is_empty(tmp_path):
     """A checkpoint asks how long it is"""
-    log = train_gpt.Log(tmp_path / "log.txt")
+    log = train_gpt.LogFile(tmp_path / "log.txt")
     print("a line", file=log, flush=True)
     assert log.tell() == 7
     (tmp_path / "log.txt").unlink()

@@ -75,12 +75,12 @@ def plain_embed(cfg, w, ids):
 
 
 def embed(model, ids):
-    return model.embed(ids, train_gpt.Pass(model, ids))
+    return model.embed(ids, train_gpt.Context(model, ids))
 
 
 def bigram_index(model, ids, starts):
     with torch.no_grad():
-        return model.bigram_index(ids, starts, train_gpt.Pass(model, ids))
+        return model.bigram_index(ids, starts, train_gpt.Context(model, ids))
 
 
 def turned(cfg, vector, position):
@@ -509,11 +509,11 @@ def test_bigram_hash_stays_in_its_table_when_int32_wraps():
 
 def test_ntk_base_is_the_published_one():
     cfg = train_gpt.Config(train_seq_len=2048, rope_dims=16)
-    cos, sin = (table.double() for table in train_gpt.rotary(cfg, torch.arange(4096)))
+    cos, sin = (table.double() for table in train_gpt.rotary_table(cfg, torch.arange(4096)))
     assert cos.shape == sin.shape == (4096, 8)
     angle = torch.atan2(sin[1, 4], cos[1, 4]).item()  # base^(-8/16)
     assert angle**-2 == pytest.approx(22_081.79, abs=0.01)
-    unstretched = train_gpt.rotary(train_gpt.Config(train_seq_len=1024), torch.arange(8))[1]
+    unstretched = train_gpt.rotary_table(train_gpt.Config(train_seq_len=1024), torch.arange(8))[1]
     assert math.asin(unstretched[1, 4]) ** -2 == pytest.approx(10_000, abs=0.01)
     places = torch.arange(4096).double()
     torch.testing.assert_close(cos[:, 0], places.cos(), rtol=0, atol=1e-6)
@@ -525,7 +525,7 @@ def test_rotation_keeps_lengths_and_sees_only_distance(seed, dims):
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, 1, 1, 1, 8, generator=generator).double()
     cfg = tiny(num_heads=4, rope_dims=dims)
-    cos, sin = (table.double() for table in train_gpt.rotary(cfg, torch.arange(40)))
+    cos, sin = (table.double() for table in train_gpt.rotary_table(cfg, torch.arange(40)))
     places = torch.arange(40)
     qs, ks = (train_gpt.rotate(x.expand(1, 1, 40, 8), cos, sin)[0, 0] for x in (q, k))
     torch.testing.assert_close(qs.norm(dim=-1), q.norm().expand(40))

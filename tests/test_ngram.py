@@ -19,11 +19,11 @@ from test_smoke import runs
 
 from records.as_written import backoff_match
 from train_gpt import (
+    Backoff,
     Blend,
-    Cascade,
+    CodingOrder,
     CountStore,
     Mixture,
-    Order,
     Scores,
     backoff_alpha,
     make_mixer,
@@ -45,7 +45,7 @@ def counted(tokens, vocab_size, max_order, implementation="numba", key_bits=63):
     device = "cuda" if implementation == "cuda" else "cpu"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "KEY_BITS", key_bits)
-        patch.setattr(train_gpt, "has_backend", lambda name: implementation == name == "numba")
+        patch.setattr(train_gpt, "has_package", lambda name: implementation == name == "numba")
         rows = list(ngram_counts(tokens, vocab_size, max_order, device))
     assert [order for order, *_ in rows] == list(range(1, max_order + 1))
     assert {column.dtype for _, *row in rows for column in row} == {np.dtype(np.int32)}
@@ -172,7 +172,7 @@ def lanes_oracle(tokens, times, lanes, max_order):
 def dictionary_counts(tokens, times, lanes, max_order):
     """The decoder's: (orders, 4, N), the target's count from what is known of its context."""
     orders, columns = tuple(range(1, max_order + 1)), []
-    counts = train_gpt.Dictionary(orders, int(max(lanes, default=0)) + 1, True)
+    counts = train_gpt.ContextDictionary(orders, int(max(lanes, default=0)) + 1, True)
     for time in sorted({*times.tolist()}):
         now = np.flatnonzero(times == time)
         stats, found = counts.read(lanes[now])
@@ -187,7 +187,7 @@ def dictionary_counts(tokens, times, lanes, max_order):
 def counted_in_steps(tokens, vocab_size, max_order, implementation, steps, key_bits=63):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "KEY_BITS", key_bits)
-        patch.setattr(train_gpt, "has_backend", lambda name: implementation == name == "numba")
+        patch.setattr(train_gpt, "has_package", lambda name: implementation == name == "numba")
         device = "cuda" if implementation == "cuda" else "cpu"
         rows = list(ngram_counts(tokens, vocab_size, max_order, device, steps))
     assert {column.dtype for _, *row in rows for column in row} == {np.dtype(np.int32)}
@@ -345,7 +345,7 @@ def mixed(tokens, scores, **changes):
             {stage: more | dict(log_prob=log_prob.copy())}
         ),
     )
-    return mix_ngrams(scores, Order(tokens, slice(None)), report), stages
+    return mix_ngrams(scores, CodingOrder(tokens, slice(None)), report), stages
 
 
 def bits(log_prob):
@@ -407,7 +407,7 @@ def test_confidence_is_causal_and_bounded(delta, place):
     later, be it larger than all before, changes a bit."""
 
     def boosts(*parts):  # of chunks in turn
-        mixer = Cascade((2,), CFG)
+        mixer = Backoff((2,), CFG)
         return np.concatenate([mixer.boost(part) for part in parts])
 
     delta = np.array(delta)
@@ -417,7 +417,7 @@ def test_confidence_is_causal_and_bounded(delta, place):
     assert boosts(delta[:place], delta[place:]).tobytes() == boost.tobytes()
     other = boosts(np.append(delta[:place], 1e9))
     assert other[:-1].tobytes() == boost[:place].tobytes() and other[-1] == 1.5
-    assert Cascade((2,), CFG).boost(None) == 1.0
+    assert Backoff((2,), CFG).boost(None) == 1.0
 
 
 def test_confidence_enters_the_backoff_of_a_run():
@@ -592,13 +592,13 @@ def test_mass_is_of_the_weights_that_are_used(monkeypatch, rt):
 
 
 def test_mass_of_the_cascade_is_of_its_counts(monkeypatch, rt):
-    read = train_gpt.Dictionary.read
+    read = train_gpt.ContextDictionary.read
 
     def twice(self, lanes):
         stats, found = read(self, lanes)
         return stats, [(i, k, tokens, 2 * counts) for i, k, tokens, counts in found]
 
-    monkeypatch.setattr(train_gpt.Dictionary, "read", twice)
+    monkeypatch.setattr(train_gpt.ContextDictionary, "read", twice)
     assert mass_of_a_run(rt, "cascade") > 0.01
 
 
@@ -621,7 +621,10 @@ def test_target_by_target_gives_the_same_weights():
     for t in range(2000):
         log_prob, entropy = (column[t : t + 1] for column in scores[:2])
         stats = store.read(t, t + 1)
-        inputs, known, p = *mixer.rows(stats, entropy), train_gpt.expert_p(stats, log_prob)
+        inputs, known, p = (
+            *mixer.rows(stats, entropy),
+            train_gpt.expert_probabilities(stats, log_prob),
+        )
         out.append(math.log((mixer.weights(inputs, known) * p).sum()))
         held.append((inputs, known, torch.from_numpy(p)))
         if len(held) == mixer.chunk:

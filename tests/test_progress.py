@@ -150,7 +150,7 @@ class Bar:
 @pytest.fixture
 def bars(rt, monkeypatch):
     monkeypatch.setattr(Bar, "made", [])
-    return train_gpt.Bars(rt, Bar, None)
+    return train_gpt.ProgressBar(rt, Bar, None)
 
 
 def test_stages_follow_one_another(bars):

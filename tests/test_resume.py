@@ -541,7 +541,7 @@ def signed_again(path, change):
     change(tensors)
     data = train_gpt.checkpoint_format().save(tensors)
     path.with_suffix(".safetensors").write_bytes(data)
-    seen = dict(state=state, sha256=train_gpt.sha(json.dumps(state).encode() + data))
+    seen = dict(state=state, sha256=train_gpt.sha256(json.dumps(state).encode() + data))
     path.write_text(json.dumps(seen))
 
 

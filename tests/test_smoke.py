@@ -125,7 +125,7 @@ def test_all_tokens_are_proved(name, runs, dataset):
     header, words = train_gpt.unseal(
         train_gpt.STREAM_PREFIX, (run.folder / "stream.bin").read_bytes()
     )
-    assert len(words) == coded and train_gpt.Shape(*header["shape"]).groups == RUNS[name][0]
+    assert len(words) == coded and train_gpt.CodingPlan(*header["shape"]).groups == RUNS[name][0]
     assert not (run.folder / "decoded.npy").exists()
 
 

@@ -125,7 +125,7 @@ def test_settings_are_the_published_ones(name):
 
 
 def test_rotation_of_pr810_is_not_stretched():
-    cos, sin = train_gpt.rotary(system("pr810"), torch.arange(2))
+    cos, sin = train_gpt.rotary_table(system("pr810"), torch.arange(2))
     assert cos.shape == (2, 32)
     assert math.atan2(sin[1, 16], cos[1, 16]) ** -2 == pytest.approx(10_000, rel=1e-4)
 

@@ -337,7 +337,7 @@ def forge(folder, names, factor):
                 column = file["logp_final" if stage == "ngram" else "logp_model"]
             line.update(edges[stage], val_loss=float(-column.mean()))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    texts = [train_gpt.line_text(x["key"], x["value"], verify.submission.fields(x)) for x in lines]
+    texts = [train_gpt.log_line(x["key"], x["value"], verify.submission.fields(x)) for x in lines]
     (folder / "log.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     verify.submission.write(verify.submission.RunFolder(folder))
 

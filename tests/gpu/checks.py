@@ -119,7 +119,7 @@ def resume(job):
     """A training that a signal stops and another process's Trainer takes up is the one that nobody
     stopped, bit for bit where the device gives the same run twice: atomic additions in backward
     passes (attention, embeddings) do not, and no checkpoint can."""
-    if not train_gpt.has_backend("safetensors"):
+    if not train_gpt.has_package("safetensors"):
         raise Skip("safetensors is not installed")
     cfg = all_switches(job, checkpoint_every="2", late_qat_threshold=0.9)  # from step 3 on
     (_, *whole), (_, *twin) = (followed(job, cfg, name) for name in ("whole", "twin"))

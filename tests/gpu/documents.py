@@ -27,7 +27,7 @@ SLACK_BYTES = 64  # of a coded text beside its claim, and 0.1 %
 def documents(job):
     """Scores against whole rows, the speed of a step, encode and decode in a fresh process."""
     whole_rows(job)
-    how = "zstd" if train_gpt.has_backend("zstandard") else "lzma"
+    how = "zstd" if train_gpt.has_package("zstandard") else "lzma"
     lanes, coded = job.sizes.lanes, job.sizes.coded
     cfg = configuration("own", job, eval_lanes=lanes, codec_tokens=coded, compressor=how)
     runtime = train_gpt.Runtime(cfg)
@@ -42,7 +42,7 @@ def documents(job):
     lane_step(job, model, runtime, cfg)
     lane_attention(job, cfg)
     scores, order = speed(job, model, runtime, stream)
-    if train_gpt.has_backend("constriction"):
+    if train_gpt.has_package("constriction"):
         proof(job, runtime, stream, (scores, order))
     else:
         job.row("proof", "constriction is not installed", "SKIP")

@@ -233,7 +233,7 @@ def blend(job, store, size):
 
 def pack(job):
     """Quantise, compress, write, read back."""
-    how = "zstd" if train_gpt.has_backend("zstandard") else "lzma"
+    how = "zstd" if train_gpt.has_package("zstandard") else "lzma"
     cfg = configuration("own", job, compressor=how)
     model = perturbed(cfg, spread=0.02).to(job.device)
     weights, path = dict(model.named_parameters()), job.options.folder / "artifact.bin"
@@ -251,15 +251,15 @@ def pack(job):
 
 def script(job):
     """The program itself on the embedded text, for a few steps."""
-    if not train_gpt.has_backend("sentencepiece"):
+    if not train_gpt.has_package("sentencepiece"):
         raise Skip("sentencepiece is not installed")
     if not any((ROOT / "data/sample").glob("*.jsonl.xz")):
         raise Skip("data/sample has no text")
-    how = "zstd" if train_gpt.has_backend("zstandard") else "lzma"
+    how = "zstd" if train_gpt.has_package("zstandard") else "lzma"
     env = clean_environment() | (SHRUNK if job.quick else dict(RECORD="tiny", ITERATIONS="40"))
     env |= dict(DEVICE=job.device, COMPRESSOR=how, RUN_ID="gpu")
     if not job.quick:
-        env["CODEC_TOKENS"] = "20000" if train_gpt.has_backend("constriction") else "0"
+        env["CODEC_TOKENS"] = "20000" if train_gpt.has_package("constriction") else "0"
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     began, timeout = time.perf_counter(), max(10, min(job.box, job.left()) - 5)
     how = dict(cwd=job.options.folder, env=env, text=True, timeout=timeout)

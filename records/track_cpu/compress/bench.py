@@ -50,7 +50,7 @@ COLUMNS = {  # of the table, and what results.json calls them
 
 def ppmd(data, order):
     """Bytes that PPMd (variant H) makes of data."""
-    pyppmd = train_gpt.backend("pyppmd")
+    pyppmd = train_gpt.package("pyppmd")
     return len(pyppmd.compress(data, max_order=order, mem_size=MEMORY, variant="H"))
 
 
@@ -230,7 +230,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args(arguments)
     try:
-        train_gpt.backend("pyppmd")
+        train_gpt.package("pyppmd")
         compressor, load = compress.Compressor(options.artifact), os.getloadavg()[0]
         train, _ = sample_documents()
         primers = Primers("".join(text + BETWEEN for text in train).encode(), compressor.known)
