@@ -656,7 +656,7 @@ def known_records() -> dict[str, Path]:
 def find_record(name: str) -> tuple[str, Path]:
     """The RECORD of this name, or the one whose name begins so; ConfigError."""
     known = known_records()
-    if not known:
+    if not (ROOT / "records").is_dir():
         fix = "give its settings as variables, or run the script in its repository"
         raise ConfigError(f"RECORD={name!r}: no records/ beside {CODE.name}; fix: {fix}")
     found = [name] if name in known else [folder for folder in known if folder.startswith(name)]
@@ -1619,14 +1619,20 @@ class GPT(nn.Module):
         self, ids: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Mean cross-entropy in nats of targets given ids, both int64 (B, T)."""
-        logits = self.logits(self.hidden(ids, Context(self, ids, adapters)))
+        logits = self.logits(self.hidden(ids, adapters=adapters))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def hidden(self, ids: Tensor, context: Context | None = None) -> Tensor:
-        """ids (B, T) -> normed output of the last block (B, T, D)."""
+    def hidden(
+        self,
+        ids: Tensor,
+        context: Context | None = None,
+        adapters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """ids (B, T) -> normed output of the last block (B, T, D). Without a context: rows, seen
+        through banks with their adapters."""
         cfg = self.cfg
         half = cfg.num_layers // 2
-        context = context or Context(self, ids)
+        context = context or Context(self, ids, adapters)
         skips = []
         x = self.embed(ids, context)
         if cfg.pre_enrich_dim:
@@ -2449,8 +2455,7 @@ class WindowScorer:
     def predict(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """inputs (B, T), positions to score (B, S) -> predict's (B, S, V) and (B, S)."""
         with self.rt.autocast():
-            context = Context(self.model, ids, self.adapters())
-            hidden = self.model.hidden(ids, context)
+            hidden = self.model.hidden(ids, adapters=self.adapters())
             return predict(self.model, hidden.take_along_dim(rows.unsqueeze(-1), 1))
 
     def score_rows(self, ids: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
@@ -3495,7 +3500,7 @@ def read_stream(path: Path) -> tuple[StreamHeader, bytes]:
         if parsed.plan.lanes > 1024 + 8 * len(words):  # so many began no document
             raise ValueError("more lanes than words")
         return parsed, words
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StreamError(f"{path}: unreadable ({error}); fix: get it again") from error
 
 
@@ -3508,7 +3513,11 @@ def decode_folder(cfg: Config) -> None:
     rt = Runtime(replace(cfg, device=header.made["device"].split()[0]))
     rt.start()
     torch.set_num_threads(header.made["threads"])
-    for name, here in fingerprint(rt, artifact).items():
+    try:
+        made_here = fingerprint(rt, artifact)
+    except OSError as error:
+        raise StreamError(f"{path}: unreadable ({error}); fix: get it again") from error
+    for name, here in made_here.items():
         there = header.made.get(name)
         if there != here:
             raise StreamError(f"{path}: made with {name} {there}, not {here}; fix: use that")
@@ -4132,12 +4141,21 @@ def begin_run(rt: Runtime, cfg: Config) -> None:
     rt.barrier()
 
 
+def read_eval_only(cfg: Config) -> bytes:
+    """The artifact to score; ConfigError where there is none."""
+    try:
+        return Path(cfg.eval_only).read_bytes()
+    except OSError as error:
+        fix = "the path of an artifact.bin"
+        raise ConfigError(f"EVAL_ONLY={cfg.eval_only!r}: {error.strerror}; fix: {fix}") from error
+
+
 def run_stages(rt: Runtime, cfg: Config) -> None:
     """The life of a token, once through."""
     packed = b""
     if cfg.eval_only:
-        packed = Path(cfg.eval_only).read_bytes()
-        stored = load_artifact(cfg.eval_only, content=packed).cfg
+        packed = read_eval_only(cfg)
+        stored = read_artifact(cfg.eval_only, packed)[0]
         cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_FIELDS}).check()
     else:
         micro_batches(cfg, rt)

@@ -19,8 +19,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import train_gpt  # noqa: E402
 
-PAIRS = train_gpt.read_pairs(train_gpt.ALIASES)
-ALIASES = {alias: ours for alias, ours in PAIRS.items() if ours in train_gpt.VARIABLES}
+ALIASES = {  # whose value is ours as it stands
+    name: ours
+    for name, (ours, alias) in train_gpt.ALIASES.items()
+    if not alias.values and not alias.plus
+}
 
 # Every architecture switch on, small enough for loops.
 TINY = dict(
@@ -203,7 +206,7 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 
 def clean_environment():
     """os.environ without anything the script or torchrun reads."""
-    ours = {*train_gpt.VARIABLES, *PAIRS}
+    ours = {*train_gpt.VARIABLES, *train_gpt.ALIASES, *train_gpt.ANYWAY}
     torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"}
     return {
         name: text

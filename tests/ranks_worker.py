@@ -27,6 +27,8 @@ def main():
         else:
             result = fixed_steps(cfg, runtime, shard, steps)
         np.savez(folder / f"{name}_rank{runtime.rank}.npz", **result)
+    largest = runtime.largest(runtime.rank + 1, -runtime.rank).tolist()
+    (folder / f"largest_rank{runtime.rank}.json").write_text(json.dumps(largest))
     dist.destroy_process_group()
     tasks = Path("/proc/self/task").iterdir()
     names = [(task / "comm").read_text().strip() for task in tasks]

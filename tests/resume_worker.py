@@ -125,9 +125,7 @@ def finite(folder):
     return all(
         torch.isfinite(tensor.float()).all()
         for path in folder.glob("checkpoint/step_*.json")
-        for tensor in train_gpt.read_checkpoint(
-            path,
-        )[1].values()
+        for tensor in train_gpt.read_checkpoint(path)[1].values()
     )
 
 

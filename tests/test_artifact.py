@@ -126,7 +126,9 @@ def test_zero_rows_stay_zero(reload):
 
 CFG = tiny()
 WEIGHTS = {name: weight.detach() for name, weight in perturbed(CFG).named_parameters()}
-START = len(train_gpt.MAGIC) + 8  # magic, version, header length
+MAGIC = train_gpt.ARTIFACT_PREFIX[:-4]
+(VERSION,) = struct.unpack("<I", train_gpt.ARTIFACT_PREFIX[-4:])
+START = len(train_gpt.ARTIFACT_PREFIX) + 4  # magic, version, header length
 
 
 @pytest.fixture
@@ -159,7 +161,7 @@ def opened(data):
     return json.loads(data[START : START + length]), data[START + length : -32]
 
 
-def signed(header, payload, magic=train_gpt.MAGIC, version=train_gpt.ARTIFACT_VERSION, more=0):
+def signed(header, payload, magic=MAGIC, version=VERSION, more=0):
     """A container around any header, with a digest that fits."""
     text = header
     if not isinstance(header, bytes):

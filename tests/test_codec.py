@@ -24,7 +24,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_smoke import runs, validation
 
-from train_gpt import BOS, CodingPlan, StreamError, coder_integers, decode, encode, score_documents
+from train_gpt import (
+    BOS,
+    CodingPlan,
+    LaneStep,
+    StreamError,
+    coder_integers,
+    decode,
+    encode,
+    score_documents,
+)
 
 __all__ = ["runs"]  # test_smoke's processes, not run again
 
@@ -86,7 +95,7 @@ def coded(cfg, stream, groups=1, targets=None):
     """Encode and decode -> words; what both return must be the same."""
     rt, model, shape = train_gpt.Runtime(cfg), model_of(cfg), CodingPlan.of(stream, cfg, groups)
     shape = shape._replace(targets=shape.targets if targets is None else targets)
-    words, text, count, mass_error = encode(model, rt, cfg, stream, shape)
+    words, (text, count, mass_error) = encode(model, rt, cfg, stream, shape)
     again, counted, mass = decode(model, rt, cfg, words, shape)
     assert again.dtype == np.uint16 and again.tobytes() == text.tobytes()
     assert (counted, mass) == (count, mass_error) and mass_error < 1e-12
@@ -241,7 +250,7 @@ def test_order_is_that_of_the_lanes(name, groups):
     wanted, begun = schedule(stream, 3), min(3, len(np.flatnonzero(stream[:-1] == BOS)))
     assert order.targets.tolist() == [target for _, target, _ in wanted]
     assert order.tokens.tolist() == [BOS] * begun + [stream[t + 1] for _, t, _ in wanted]
-    times, lanes = order.steps
+    times, lanes = order.schedule
     assert times.tolist() == [0] * begun + [1 + step for step, *_ in wanted]
     assert lanes.tolist() == [*range(begun), *(lane for *_, lane in wanted)]
 
@@ -336,7 +345,7 @@ def test_later_tokens_change_no_bit_before_them(document, place, seed):
     outside |= targets == first - 1  # before the token is known
     assert a.entropy[outside].tobytes() == b.entropy[outside].tobytes()
     assert order.targets.tolist() == same.targets.tolist()
-    times = order.steps[0][-len(targets) :]
+    times = order.schedule[0][-len(targets) :]
     (place,) = np.flatnonzero(order.targets == first - 1)
     before = order.targets[: np.searchsorted(times, times[place])]  # earlier steps
     assert final[before].tobytes() == changed[before].tobytes()
@@ -368,14 +377,15 @@ def test_golden_stream(monkeypatch):
     integers, tokens = golden_integers()
     stream = np.append(np.uint16(BOS), tokens)
 
-    def code(model, rt, cfg, shape, pick, bits=0):
-        found = [pick(integers[a:b], 0, np.zeros(b - a, int), np.arange(a, b)) for a, b in shape]
-        return np.concatenate(found)
+    def run_codec(model, rt, cfg, plan, pick_tokens, most_bits=0):
+        steps = [(a, b, LaneStep(0, np.zeros(b - a, int), np.arange(a, b))) for a, b in plan]
+        found = [pick_tokens(integers[a:b], step) for a, b, step in steps]
+        return np.concatenate(found), len(integers), 0.0
 
-    monkeypatch.setattr(train_gpt, "code", lambda *a, **bits: (code(*a, **bits),))
+    monkeypatch.setattr(train_gpt, "run_codec", run_codec)
     monkeypatch.setattr(np, "flatnonzero", lambda _: np.zeros(1, int))  # one document
     for cuts in ([(0, 40)], [(i, i + 1) for i in range(40)], [(0, 7), (7, 40)]):
-        words, text = encode(None, None, None, stream, cuts)
+        words, (text, *_) = encode(None, None, None, stream, cuts)
         assert words == GOLDEN, words.hex()
         assert (
             text.tolist() == tokens.tolist() == decode(None, None, None, GOLDEN, cuts)[0].tolist()
@@ -455,7 +465,7 @@ def test_a_mixture_that_peeks_cannot_be_decoded(monkeypatch):
 
     rt, shape = train_gpt.Runtime(cfg), CodingPlan.of(stream, cfg, 1)
     monkeypatch.setattr(train_gpt, "Mixture", Leaky)
-    words, text, _, mass_error = encode(model_of(cfg), rt, cfg, stream, shape)
+    words, (text, _, mass_error) = encode(model_of(cfg), rt, cfg, stream, shape)
     assert len(words) < len(honest) / 10 and text.tobytes() == stream.tobytes()
     assert mass_error < 1e-9 and not truth  # normalised: the mass alone does not show it
     decoded, *_ = decode(model_of(cfg), rt, cfg, words, shape)
@@ -532,6 +542,31 @@ def test_what_another_process_decoded(proved):
     assert line["coded_bytes"] == len(words)
     assert line["claimed_bytes"] == math.ceil((len(stream) - 1) * math.log2(64) / 8)
     assert not (folder / "decoded.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "change", "wanted"), [(0, 0, "ok"), (0, 1, "FAILED"), (2, 0, "FAILED")]
+)
+def test_a_proof_compares_what_was_decoded(status, change, wanted, tmp_path, monkeypatch):
+    """In place of the fresh process: one that ends with this status and leaves this text."""
+    cfg, stream = tiny(**SMALL, ngram_enabled=False, codec_tokens=-1), documents(9, 5)
+    shutil.copy(SCRIPT, tmp_path)
+    artifact = train_gpt.pack_artifact(dict(frozen(cfg).named_parameters()), cfg)
+    (tmp_path / "artifact.bin").write_bytes(artifact)
+    rt = train_gpt.Runtime(cfg)
+    rt.folder = tmp_path
+
+    def run(command, env):
+        assert env["DECODE"] == str(tmp_path)
+        decoded = stream.copy()
+        decoded[7] += change
+        np.save(tmp_path / "decoded.npy", decoded)
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(train_gpt.subprocess, "run", run)
+    report = SimpleNamespace(cfg=cfg, rt=rt, text=SimpleNamespace(stream=stream))
+    _, line = train_gpt.prove(report, np.full(len(stream) - 1, -1.0))
+    assert line["decoded"] == wanted and not (tmp_path / "decoded.npy").exists()
 
 
 def test_decoding_here_gives_the_text(copied, proved):

@@ -5,11 +5,11 @@ import importlib.util
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers import (
     ALIASES,
-    PAIRS,
     ROOT,
     SCRIPT,
     TINY,
@@ -133,8 +133,6 @@ def add_record(tmp_path, monkeypatch):
     """-> function that writes a config.env into a records/ of its own."""
     records = tmp_path / "records"
     records.mkdir()
-    for path in [*(ROOT / "records").glob("*.py"), train_gpt.ALIASES]:
-        shutil.copy(path, records)
     monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
 
     def add(folder, text):
@@ -274,7 +272,8 @@ def test_what_is_done_anyway_is_accepted_and_the_contrary_refused(alias):
 
 def test_every_sibling_name_is_tested():
     translated = {alias for given, _ in TRANSLATED for alias in given}
-    assert {*PAIRS} == {*ALIASES, *translated, *ANYWAY}
+    assert {*train_gpt.ALIASES} == {*ALIASES, *translated}
+    assert {name: done for name, (done, _) in ANYWAY.items()} == train_gpt.ANYWAY
 
 
 @pytest.mark.parametrize(
@@ -305,26 +304,61 @@ def alone(tmp_path):
     return tmp_path / "train_gpt.py"
 
 
-def test_script_alone_resolves(alone, monkeypatch):
-    """No records/, no aliases: the defaults and what the environment says."""
+@pytest.fixture
+def script_alone(alone, monkeypatch):
+    """That script as a module."""
     spec = importlib.util.spec_from_file_location("script_alone", alone)
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "script_alone", script)
     spec.loader.exec_module(script)
-    given = dict(SEED="7", VE_LAYERS="1,2", DEVICE="cpu", USE_EMA="0", ITERATOINS="3")
-    cfg = script.Config.from_env(given)
-    assert cfg.origin == {"SEED": "env", "VE_LAYERS": "env", "DEVICE": "env"}
-    assert (cfg.record, cfg.run_id, cfg.notes) == ("", "own_seed7", ())
+    return script
+
+
+def test_script_alone_resolves(script_alone):
+    """No records/: the defaults, what the environment says, siblings' names, and why."""
+    given = dict(SEED="7", VE_LAYERS="1,2", DEVICE="cpu", USE_EMA="0")
+    cfg = script_alone.Config.from_env(given)
+    kept = {name: "env" for name in ("SEED", "VE_LAYERS", "DEVICE", "EMA_ENABLED")}
+    paths = dict(RECORD="default", DATA_PATH="default", TOKENIZER_PATH="default")
+    assert cfg.origin == kept | paths
+    assert (cfg.record, cfg.run_id) == ("", "own_seed7")
+    assert cfg.notes[0] == "USE_EMA is read as EMA_ENABLED=0" and "defaults" in cfg.notes[1]
     places = dict(data_path=cfg.data_path, tokenizer_path=cfg.tokenizer_path, run_id=cfg.run_id)
-    assert cfg == script.Config(seed=7, ve_layers=(1, 2), device="cpu", **places)
-    assert script.count_parameters(script.replace(cfg, vocab_size=1024)) == 26_993_756
+    given = dict(seed=7, ve_layers=(1, 2), device="cpu", ema_enabled=False)
+    assert cfg == script_alone.Config(**given, **places)
+    assert script_alone.count_parameters(replace(cfg, vocab_size=1024)) == 26_993_756
+
+
+@pytest.mark.parametrize("given", [dict(ITERATOINS="9"), dict(TIE_EMBEDDINGS="0")])
+def test_script_alone_refuses_as_beside_its_records(given, script_alone):
+    with pytest.raises(script_alone.ConfigError) as caught:
+        script_alone.Config.from_env(given | dict(DEVICE="cpu"))
+    assert str(caught.value) == refused(**given)
 
 
 def test_script_alone_knows_no_record(alone):
     done = launch(alone, [], dict(RECORD="tiny", DEVICE="cpu"), 1, alone.parent)
     line = error_line(done)
-    assert "records/variables.py" in line and "fix" in line
+    assert "no records/ beside train_gpt.py" in line and "fix" in line
     assert not (alone.parent / "runs").exists()
+
+
+def test_a_config_beside_the_script_is_its_default(add_record, tmp_path):
+    """A submission's folder runs itself; RECORD and the environment go before."""
+    add_record("track/mine", "ITERATIONS=11\n")
+    add_record("track/tiny", "ITERATIONS=12\n")
+    (tmp_path / "config.env").write_text("# mine\nITERATIONS=13\nSEED=5\n")
+    cfg = Config.from_env(dict(DEVICE="cpu", SEED="6"))
+    assert (cfg.iterations, cfg.seed, cfg.record) == (13, 6, tmp_path.name)
+    assert cfg.origin["ITERATIONS"] == f"RECORD={tmp_path.name}" and cfg.origin["SEED"] == "env"
+    assert any("config.env beside the script" in note for note in cfg.notes)
+    assert Config.from_env(dict(DEVICE="cpu", RECORD="mine")).iterations == 11
+
+
+def test_a_wrong_config_beside_the_script_is_named(add_record, tmp_path):
+    (tmp_path / "config.env").write_text("DATA_PATH=/x\n")
+    with pytest.raises(ConfigError, match=r"config\.env: DATA_PATH=/x is not a setting"):
+        Config.from_env(dict(DEVICE="cpu"))
 
 
 # -----------------------------------------------------------------------------
@@ -381,7 +415,7 @@ def test_edit_distance(a, b):
 
 @given(name=letters)
 def test_other_names_are_judged_by_distance_and_family(name):
-    if name in train_gpt.VARIABLES or name in ALIASES:
+    if name in {*train_gpt.VARIABLES, *train_gpt.ALIASES, *train_gpt.ANYWAY}:
         return
     near = min(distance(name, ours) for ours in train_gpt.VARIABLES)
     if name.startswith(train_gpt.FAMILIES) or (near <= 2 and len(name) > 5):

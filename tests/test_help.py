@@ -6,11 +6,11 @@ import sys
 from typing import get_args
 
 import pytest
-from helpers import ROOT, SCRIPT, run_script, train_gpt
+from helpers import ROOT, run_script, train_gpt
 
 VARIABLES = train_gpt.VARIABLES
-MEANINGS = train_gpt.read_pairs(train_gpt.MEANINGS)
-STARTS = [sum(train_gpt.WIDTHS[:n]) + n * len(train_gpt.GAP) for n in range(4)]
+WIDTHS = train_gpt.HELP_WIDTHS
+STARTS = [sum(WIDTHS[:n]) + n * len(train_gpt.HELP_GAP) for n in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_defaults_and_choices_are_the_scripts(page):
     for name, (_, _, default, meaning) in rows(page).items():
         field = VARIABLES[name]
         if field.default not in ("", ()):
-            assert ", " not in default or len(default) > train_gpt.WIDTHS[2]
+            assert ", " not in default or len(default) > WIDTHS[2]
             assert train_gpt.parse(name, default.replace(" ", "")) == field.default
         if isinstance(field.default, str) and get_args(field.type):
             choices = [choice for choice in get_args(field.type) if choice]
@@ -114,18 +114,16 @@ def test_bounds_are_those_that_are_enforced(page):
                     train_gpt.parse(name, text)
 
 
-def test_fuller_meanings_are_of_variables_and_say_more(page):
-    assert MEANINGS.keys() <= VARIABLES.keys()
-    comments = {}
-    for path in (SCRIPT, ROOT / "records/published.py"):
-        for found in re.finditer(
-            r"^ +(\w+): .* = .*  # (.+)$", path.read_text(encoding="utf-8"), re.M
-        ):
-            comments.setdefault(found[1].upper(), found[2])
-    assert VARIABLES.keys() <= comments.keys() | MEANINGS.keys()
+def test_meanings_are_the_table_s_and_stand_alone(page):
+    """No sentence but that of the setting's own line; none is a mere word."""
     for name, (_, _, _, meaning) in rows(page).items():
-        assert meaning.endswith(MEANINGS.get(name, comments.get(name))), name
-        assert MEANINGS.get(name) != comments.get(name), name
+        assert meaning.endswith(train_gpt.SETTINGS[name].meaning), name
+        assert len(train_gpt.SETTINGS[name].meaning.split()) >= 2, name
+
+
+def test_groups_are_together_and_in_the_table_s_order(page):
+    titles = list(dict.fromkeys(setting.group for setting in train_gpt.SETTINGS.values()))
+    assert [line for line in page if line in titles] == titles
 
 
 def test_every_record_is_named(page):

@@ -537,8 +537,8 @@ def test_probabilities_of_all_tokens_add_up_to_one(score, place):
 def spelt_out(tokens, rows, rt, **changes):
     """What a decoder would do: each distribution before its token -> p (N, V), the Mixture"""
     mixture, out = Mixture(rt, tiny(vocab_size=256, **changes), 1, isolated=False), []
-    mixture.counts.texts[0] = b""  # the text begins with another token than BOS
-    mixture.counts.table.clear()
+    mixture.counts.recent[0] = b""  # the text begins with another token than BOS
+    mixture.counts.followers.clear()
     mixture.counts.insert([0], tokens[:1])
     for before, token in zip(tokens[:-1], tokens[1:], strict=True):
         log_probs = torch.from_numpy(np.log(rows[before][None]))

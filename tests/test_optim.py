@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -414,19 +415,21 @@ JOBS = {  # what two ranks do: name -> (steps, changes to the configuration); st
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory):
-    """job -> [weights of rank 0, of rank 1]; one launch for all."""
+    """job -> [weights of rank 0, of rank 1]; what rank 0 printed; one launch for all."""
     with shared_folder(tmp_path_factory, "two_ranks") as (folder, empty):
         if empty:
             write_shard(folder / "stream_train_000000.bin", STREAM)
             worker = ROOT / "tests/ranks_worker.py"
             done = launch(worker, [folder, json.dumps(JOBS)], {}, 2, folder)
             assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+            (folder / "stdout").write_text(done.stdout)
     found = {
         name: [dict(np.load(folder / f"{name}_rank{rank}.npz")) for rank in range(2)]
         for name in JOBS
     }
     left = [json.loads((folder / f"threads_rank{rank}.json").read_text()) for rank in range(2)]
-    return found | dict(threads=left)
+    largest = [json.loads((folder / f"largest_rank{rank}.json").read_text()) for rank in range(2)]
+    return found | dict(threads=left, largest=largest, stdout=(folder / "stdout").read_text())
 
 
 @pytest.fixture
@@ -486,6 +489,20 @@ def test_local_clipping_is_another_step(two_ranks, alone):
 def test_ranks_stay_together_under_a_cap(two_ranks):
     """The clock drives the rate, late QAT and SWA: all ranks must go by one clock."""
     assert same_bits(*two_ranks["capped"])
+
+
+def test_clock_of_all_is_the_largest(two_ranks):
+    """Of 1 and 2, of 0 and -1: no sum, and on both ranks."""
+    assert two_ranks["largest"] == [[2, 0], [2, 0]]
+
+
+def test_logged_loss_is_the_mean_over_ranks(two_ranks, tmp_path):
+    """Before the first step, where it is that of the whole batch under fresh weights."""
+    cfg, path = tiny(), write_shard(tmp_path / "stream_train_000000.bin", STREAM)
+    trainer = new_trainer(cfg, train_gpt.Runtime(cfg), path)
+    wanted = trainer.model(*trainer.loader.rows(cfg, trainer.rt)).item()
+    (logged,) = re.findall(r"step:1/1000000 train_loss:(\S+)", two_ranks["stdout"])
+    assert float(logged) == pytest.approx(wanted, abs=1e-3)
 
 
 def test_destroyed_process_group_leaves_no_thread(two_ranks):

@@ -23,11 +23,8 @@ import train_gpt
 from helpers import tiny
 if "missing" in sys.argv:
   sys.modules["tqdm"] = None
+before = {*sys.modules}, sys.stdout, sys.stderr
 rt = train_gpt.Runtime(tiny())
-rt.tick = lambda *_: None
-before = {*sys.modules}, rt.tick, sys.stderr, [*rt.files]
-train_gpt.attach(rt)
-assert "bar" in sys.argv or before == ({*sys.modules}, rt.tick, sys.stderr, rt.files)
 for done in range(1, 31):
   rt.tick("train", done, 30)
   time.sleep(0.03)
@@ -38,6 +35,9 @@ for done in range(5):
   time.sleep(0.06)
   if done == 3:
     rt.log("final_x", val_bpb=1.5)
+assert "bar" in sys.argv or before[0] == {*sys.modules}
+assert before[1:] == (sys.stdout, sys.stderr)
+rt.bar.close()
 print("error: it ended", file=sys.stderr)
 """
 LOGGED = [*(f"step:{n}/30 train_loss:2.5000" for n in (10, 20, 30)), "final_x val_bpb:1.5"]
@@ -150,7 +150,10 @@ class Bar:
 @pytest.fixture
 def bars(rt, monkeypatch):
     monkeypatch.setattr(Bar, "made", [])
-    return train_gpt.ProgressBar(rt, Bar, None)
+    monkeypatch.setattr(train_gpt, "load_tqdm", lambda: Bar)
+    bar = train_gpt.ProgressBar(rt)
+    bar.shown = True
+    return bar
 
 
 def test_stages_follow_one_another(bars):
@@ -184,7 +187,7 @@ def test_under_a_cap_the_bar_ends_with_the_seconds(rt, bars):
 
 
 def trainer(rt, step, spent, **changes):
-    """What facts() reads of a Trainer."""
+    """What Trainer.speed reads."""
     rt.seconds["train"] = spent
     return types.SimpleNamespace(cfg=tiny(**changes), rt=rt, step=step)
 
@@ -202,7 +205,7 @@ def trainer(rt, step, spent, **changes):
 )
 def test_eta_is_of_steps_or_cap(step, spent, cap, eta, rt):
     made = trainer(rt, step, spent, iterations=100, max_wallclock_seconds=cap)
-    values = train_gpt.facts(made)
+    values = train_gpt.Trainer.speed(made)
     times = dict(train_time_ms=int(1000 * spent), step_avg_ms=1000 * spent / step)
     assert values == times | dict(tokens_per_s=int(64 * step / spent), eta=eta)
 
@@ -229,9 +232,9 @@ def test_mfu_is_the_share_of_all_ranks_peaks(rt, monkeypatch):
     made = trainer(rt, 50, 10.0, iterations=100, train_batch_tokens=2**20)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     flops = 5 * 2**20 * train_gpt.token_flops(made.cfg)
-    assert train_gpt.facts(made)["mfu"] == pytest.approx(flops / (8 * 989e12), rel=1e-12)
+    assert train_gpt.Trainer.speed(made)["mfu"] == pytest.approx(flops / (8 * 989e12), rel=1e-12)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Other Device")
-    assert train_gpt.facts(made).keys().isdisjoint({"mfu"})
+    assert train_gpt.Trainer.speed(made).keys().isdisjoint({"mfu"})
 
 
 @pytest.mark.parametrize(
@@ -262,4 +265,4 @@ def test_peaks_by_name(name, tera):
 def test_peak_memory_is_what_the_kernel_says(rt):
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     resident = int(line.split()[1]) * 1024 / 10**6
-    assert 0.95 * resident <= train_gpt.peak_memory(rt) < 1.5 * resident
+    assert 0.95 * resident <= rt.peak_memory() < 1.5 * resident

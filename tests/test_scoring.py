@@ -25,7 +25,7 @@ class Bigram(nn.Module):
         table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0))
         self.register_buffer("table", table)
 
-    def hidden(self, ids):
+    def hidden(self, ids, adapters):
         return self.table[ids]
 
     def logits(self, hidden):
@@ -35,7 +35,7 @@ class Bigram(nn.Module):
 class Clock(nn.Module):
     """A stub whose probability of token 0 at place i of a window is (i + 1) / (i + 2)."""
 
-    def hidden(self, ids):
+    def hidden(self, ids, adapters):
         place = torch.arange(1.0, ids.shape[1] + 1, dtype=torch.float64)
         return place.expand(ids.shape).unsqueeze(-1)
 
@@ -44,7 +44,7 @@ class Clock(nn.Module):
 
 
 class Uniform(nn.Module):
-    def hidden(self, ids):
+    def hidden(self, ids, adapters):
         return torch.zeros(*ids.shape, VOCAB)
 
     def logits(self, hidden):
@@ -231,7 +231,7 @@ def test_all_forward_passes_have_one_shape():
     cfg, seen = tiny(eval_batch_seqs=5), set()
     model = Bigram()
     hidden = model.hidden
-    model.hidden = lambda ids: seen.add(tuple(ids.shape)) or hidden(ids)
+    model.hidden = lambda ids, adapters: seen.add(tuple(ids.shape)) or hidden(ids, adapters)
     for count in (1, 3, 16, 17, 83):
         scored(model, cfg, random_stream(count, VOCAB), 4)
     assert seen == {(5, cfg.window)}
@@ -260,7 +260,7 @@ def test_sliding_sees_more_than_non_overlapping():
     """A model that copies what it saw eight tokens ago gains from context at a window's start."""
 
     class Echo(nn.Module):
-        def hidden(self, ids):
+        def hidden(self, ids, adapters):
             shifted = torch.cat([torch.full_like(ids[:, :7], VOCAB - 1), ids[:, :-7]], 1)
             return 5.0 * nn.functional.one_hot(shifted, VOCAB).float()
 

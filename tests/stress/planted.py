@@ -1,0 +1,679 @@
+"""Plant faults, one at a time, and see whether the tests notice each.
+
+    python tests/stress/planted.py                       # all faults, in the files as they are now
+    python tests/stress/planted.py --only future,sha     # some, by name
+    python tests/stress/planted.py --rev HEAD~3          # in the files of a commit
+    python tests/stress/planted.py --check               # only: has every fault a place?
+
+A fault is a short edit of the code. Each is planted in a copy of the repository, where the tests
+that should notice it run; first they must pass without one. Exit status 1: a fault was not noticed.
+
+How an edit finds its place: white space, line breaks and a comma before a closing bracket do not
+matter, and `$name` stands for any name, dotted or not, the same one wherever it is repeated.
+"""
+
+import argparse
+import ast
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = Path("data/datasets/sample_en")
+SCRIPT = "train_gpt.py"
+TIMEOUT = 600  # seconds of a run of tests
+BROKEN = (  # by an edit that does not fit the code: nothing that a test is for
+    *("NameError", "UnboundLocalError", "AttributeError", "TypeError"),
+    *("SyntaxError", "ImportError", "ModuleNotFoundError"),
+)
+Edit = tuple[str, str, str]
+
+
+class RowError(ValueError):
+    """A row of the table that does not do what it says."""
+
+
+class Fault(NamedTuple):
+    """One row: the edits are alternatives, of which exactly one has its place in the code."""
+
+    name: str
+    wrong: str  # what the code does then
+    tests: str  # that should notice it: file in tests/, and -k of pytest
+    edits: list[Edit]
+
+
+def script(old: str, new: str) -> list[Edit]:
+    """An edit of train_gpt.py."""
+    return [(SCRIPT, old, new)]
+
+
+def moved(module: str, old: str, new: str) -> list[Edit]:
+    """An edit of what was in records/ once and is in train_gpt.py now."""
+    return [(f"records/{module}.py", old, new), (SCRIPT, old, new)]
+
+
+# -----------------------------------------------------------------------------
+# The faults
+
+CONFIG = [
+    Fault(
+        "bounds",
+        "a number outside its bounds is taken",
+        "test_config.py -k wrong_values",
+        script("if $least <= $value <= $most: return $value", "return $value"),
+    ),
+    Fault(
+        "alias",
+        "two names of one variable may contradict each other",
+        "test_config.py -k sibling_names",
+        moved("variables", "if $ours != text and", "if False and"),
+    ),
+    Fault(
+        "precedence",
+        "a RECORD outweighs the environment",
+        "test_config.py -k precedence",
+        moved(
+            "variables",
+            '$texts |= {$name: ($text, "env") for $name, $text in $given.items() if $name in $all}',
+            '$texts = {$name: ($text, "env") for $name, $text in $given.items() if $name in $all}'
+            " | $texts",
+        ),
+    ),
+    Fault(
+        "header",
+        "a field of the model is not in the artifact's header",
+        "test_artifact.py -k ready_to_score",
+        script(
+            'MODEL_FIELDS = $names[$names.index("vocab_size") : $names.index("quant_per")]',
+            'MODEL_FIELDS = $names[$names.index("vocab_size") : $names.index("quant_per")];'
+            ' MODEL_FIELDS.remove("xsa_last_n")',
+        ),
+    ),
+]
+RUNTIME = [
+    Fault(
+        "clock",
+        "the clock of all ranks is the sum of theirs, not the largest",
+        "test_optim.py -k clock_of_all",
+        script("float), dist.ReduceOp.MAX)", "float), dist.ReduceOp.SUM)"),
+    ),
+    Fault(
+        "atomic",
+        "a file is written where it shall appear",
+        "test_disk.py -k failed_write",
+        script('$path.with_name(f".partial_{$path.name}")', "$path"),
+    ),
+    Fault(
+        "signal",
+        "a second signal is collected like the first",
+        "test_resume.py -k second_signal",
+        script("for $each in $before: signal.signal($each, signal.SIG_DFL)", "pass"),
+    ),
+]
+DATA = [
+    Fault(
+        "boundary",
+        "the last token of a shard is dropped",
+        "test_loader.py -k plain_slices",
+        script("if self.offset == len(self.tokens):", "if self.offset >= len(self.tokens) - 1:"),
+    ),
+    Fault(
+        "rows",
+        "the ranks take each other's rows",
+        "test_loader.py -k plain_slices",
+        script(".chunk($rt.world_size)[$rt.rank] for", ".chunk($rt.world_size)[-1 - $rt.rank] for"),
+    ),
+    Fault(
+        "space",
+        "a leading space is counted twice",
+        "test_loader.py -k byte_tables",
+        script(".is_byte($ids), 1, $sizes - $leading)", ".is_byte($ids), 1, $sizes)"),
+    ),
+]
+MODEL = [
+    Fault(
+        "rotary",
+        "heads turn the other way",
+        "test_model.py -k rotation",
+        script(
+            "[$a * $cos + $b * $sin, $b * $cos - $a * $sin,",
+            "[$a * $cos - $b * $sin, $b * $cos + $a * $sin,",
+        ),
+    ),
+    Fault(
+        "smear",
+        "the smear goes on across a BOS",
+        "test_model.py -k bos_reset",
+        script(".masked_fill($starts.unsqueeze(-1), 0.0)", ""),
+    ),
+    Fault(
+        "xsa",
+        "a position's own value is not normalised before it is taken off",
+        "test_model.py -k exclusive",
+        script("F.normalize($v, dim=-1).unsqueeze(2)", "$v.unsqueeze(2)"),
+    ),
+    Fault(
+        "detach",
+        "quantisation while training lets a gradient through its rounding",
+        "test_model.py -k straight_through",
+        script(", 0.0).detach()", ", 0.0)"),
+    ),
+    Fault(
+        "future",
+        "the token before is the token after",
+        "test_model.py -k later_tokens",
+        script(
+            "torch.cat([torch.zeros_like($x[:, :1]), $x[:, :-1]]",
+            "torch.cat([$x[:, 1:], torch.zeros_like($x[:, :1])]",
+        ),
+    ),
+]
+OPTIMIZERS = [
+    Fault(
+        "warmdown",
+        "the rate does not fall",
+        "test_optim.py -k rate",
+        script("return 1.0 if $left >= $length else $left / $length", "return 1.0"),
+    ),
+    Fault(
+        "nesterov",
+        "Muon's update is its plain momentum",
+        "test_optim.py -k nesterov",
+        script("$bank.gradient.add($bank.momentum, alpha=$momentum)", "$bank.momentum"),
+    ),
+    Fault(
+        "muon_scale",
+        "wide matrices are scaled up, not tall ones",
+        "test_optim.py -k tall",
+        script("max(1.0, $rows / $columns) **", "max(1.0, $columns / $rows) **"),
+    ),
+    Fault(
+        "clip",
+        "a rank clips by the norm of its own shards",
+        "test_optim.py -k two_ranks_train_as_one",
+        script(
+            "if $shards and self.rt.world_size > 1: dist.all_reduce($square)",
+            "if $shards and self.rt.world_size > 2: dist.all_reduce($square)",
+        ),
+    ),
+    Fault(
+        "nonfinite",
+        "an update that is not finite is applied",
+        "test_optim.py -k not_finite",
+        script("$own.masked_fill_($flag, 0)", "$own"),
+    ),
+]
+AVERAGES = [
+    Fault(
+        "ema",
+        "the warm-up of the moving average is off by one",
+        "test_optim.py -k averages",
+        script("(1 + $step) / (10 + $step) if", "(1 + $step) / (11 + $step) if"),
+    ),
+    Fault(
+        "swa",
+        "snapshots are taken at high rates, not at low ones",
+        "test_optim.py -k averages",
+        script("$factor < 0.2", "$factor > 0.2"),
+    ),
+]
+QUANTISATION = [
+    Fault(
+        "clamp",
+        "weights are rounded to -32 .. 31",
+        "test_artifact.py -k grid",
+        script(".clamp(-$largest, $largest)", ".clamp(-$largest - 1, $largest)"),
+    ),
+    Fault(
+        "prune",
+        "pruning begins with the largest steps",
+        "test_artifact.py -k pruning",
+        moved(
+            "prune",
+            'np.concatenate($steps).argsort(kind="stable")',
+            '(-np.concatenate($steps)).argsort(kind="stable")',
+        ),
+    ),
+    Fault(
+        "sha",
+        "a damaged artifact is read",
+        "test_artifact.py -k every_damaged_byte",
+        script("if hashlib.sha256($body).digest() !=", "if False and hashlib.sha256($body) !="),
+    ),
+]
+CHECKPOINT = [
+    Fault(
+        "adam",
+        "AdamW's state is not in a checkpoint",
+        "test_resume.py -k next_step_needs",
+        moved(
+            "checkpoint", "[$x for $state in $adam.state.values() for $x in $state.values()]", "[]"
+        ),
+    ),
+    Fault(
+        "only_one",
+        "one checkpoint is kept, not two",
+        "test_resume.py -k last_two",
+        moved("checkpoint", "sorted($earlier)[-2:]", "sorted($earlier)[-1:]"),
+    ),
+    Fault(
+        "torn",
+        "a checkpoint that its sha256 does not fit is taken",
+        "test_resume.py -k passed_over",
+        moved("checkpoint", '!= $entry["sha256"]', 'is $entry["sha256"]'),
+    ),
+]
+SCORING = [
+    Fault(
+        "stride",
+        "a window scores the targets one place before its own",
+        "test_scoring.py -k every_target_once",
+        script("- $stride + np.arange($stride)", "- $stride - 1 + np.arange($stride)"),
+    ),
+    Fault(
+        "partial",
+        "the last windows are left out where they fill no batch",
+        "test_scoring.py -k every_target_once",
+        script(
+            "range(self.rt.rank * self.batch, len($ends),",
+            "range(self.rt.rank * self.batch, len($ends) - self.batch + 1,",
+        ),
+    ),
+    Fault(
+        "lanes",
+        "a lane still sees the keys of the document before",
+        "test_codec.py -k lanes_are_the_ordinary",
+        script("$slots <= $positions.unsqueeze(1)", "$slots < $positions.unsqueeze(1) + 2**30"),
+    ),
+    Fault(
+        "ttt_first",
+        "test-time training learns a chunk before it scores it",
+        "test_ttt.py -k first_chunk",
+        moved(
+            "ttt",
+            "$parts.append($scorer.score_windows($stream, np.arange($a, $b, $stride)",
+            "self.learn($stream[$a : $b + 1], 0.0);"
+            " $parts.append($scorer.score_windows($stream, np.arange($a, $b, $stride)",
+        ),
+    ),
+]
+NGRAM = [
+    Fault(
+        "itself",
+        "a target's count includes itself",
+        "test_ngram.py -k of_the_shortest_streams or equal_a_dictionary",
+        script("= $same - $first, $i - $first", "= $same - $first + 1, $i - $first"),
+    ),
+    Fault(
+        "same_step",
+        "lanes see the tokens of the same step",
+        "test_ngram.py -k in_steps_of_a_longer_text",
+        script("or $times[$t] != $times[$keys[$i - 1] & $mask]: $same = $i", "or True: $same = $i"),
+    ),
+    Fault(
+        "own_count",
+        "the backoff takes the longest context in which the target itself was seen",
+        "test_ngram.py -k backoff_by_hand or add_up_to_one",
+        moved(
+            "cascade",
+            "$stats[..., 0] >= $cfg.ngram_min_count",
+            "$stats[..., 1] >= $cfg.ngram_min_count",
+        ),
+    ),
+    Fault(
+        "learn_first",
+        "the blend learns from a target before it scores it",
+        "test_ngram.py -k add_up_to_one and mixture",
+        script(
+            "$rows, $p = $mixer.rows($stats, *$inputs), expert_p($stats, $log_prob)",
+            "$rows, $p = $mixer.rows($stats, *$inputs), expert_p($stats, $log_prob);"
+            " $mixer.learn(*$rows, $p)",
+        ),
+    ),
+]
+CODEC = [
+    Fault(
+        "dictionary",
+        "the decoder's contexts go on across a BOS",
+        "test_ngram.py -k decoder_s_dictionary",
+        script("if $token == BOS and self.isolated else", "if False else"),
+    ),
+    Fault(
+        "chunk",
+        "the codec's mixer learns a chunk in another order",
+        "test_ngram.py -k spelt_out",
+        script("zip(*self.chunk, strict=True)", "zip(*self.chunk[::-1], strict=True)"),
+    ),
+    Fault(
+        "integers",
+        "the coder's integers do not add up",
+        "test_codec.py -k integers",
+        script("$p.argmax(1)] += $rest", "$p.argmax(1)] += 0"),
+    ),
+    Fault(
+        "proof",
+        "the proof does not compare what was decoded with the text",
+        "test_codec.py -k proof_compares",
+        script("np.array_equal(np.load($decoded), $text)", "$decoded.exists()"),
+    ),
+]
+TRAINING = [
+    Fault(
+        "late_qat",
+        "late quantisation begins above its threshold",
+        "test_training.py -k late_qat_starts",
+        script("$factor < $cfg.late_qat_threshold", "$factor > $cfg.late_qat_threshold"),
+    ),
+    Fault(
+        "rewind",
+        "the batches of the warm-up are not trained on",
+        "test_optim.py -k warm_up",
+        script("self.loader.restore($state)", "self.loader.state()"),
+    ),
+    Fault(
+        "log_loss",
+        "the loss in the log is the sum over ranks",
+        "test_optim.py -k logged_loss",
+        script("$loss.item()])).item() / $rt.world_size", "$loss.item()])).item()"),
+    ),
+]
+REPORT = [
+    Fault(
+        "bytes",
+        "bits per byte are bits per token",
+        "test_scoring.py -k bits_per_byte",
+        script("/ math.log(2) / $bytes.sum()", "/ math.log(2) / len($bytes)"),
+    ),
+    Fault(
+        "over_cap",
+        "an artifact over the cap is passed over in silence",
+        "test_training.py -k over_the_cap",
+        script("if $code + $weights > CAP_BYTES:", "if $code > $weights + CAP_BYTES:"),
+    ),
+    Fault(
+        "stage",
+        "a submission carries the score of another stage",
+        "test_records.py -k values_are",
+        [
+            (
+                "records/submission.py",
+                '$run.last("final_ngram_exact"), $run.last("final_artifact_bytes")',
+                '$run.last("final_int6_roundtrip_exact"), $run.last("final_artifact_bytes")',
+            )
+        ],
+    ),
+]
+FAULTS = [
+    *(CONFIG + RUNTIME + DATA + MODEL + OPTIMIZERS + AVERAGES + QUANTISATION + CHECKPOINT),
+    *(SCORING + NGRAM + CODEC + TRAINING + REPORT),
+]
+
+# -----------------------------------------------------------------------------
+# Edits
+
+
+def pattern(old: str) -> re.Pattern:
+    """Matches the code whatever its white space, with any name for each `$name`."""
+    parts, seen = [], set()
+    for token in re.findall(r"\$\w+|\w+|\S", old):
+        gap = r"\s*,?\s*" if token in ")]}" else r"\s*"
+        parts.append(gap * bool(parts) + expression(token, seen))
+    return re.compile("".join(parts))
+
+
+def expression(token: str, seen: set[str]) -> str:
+    """Of one token; `seen`: the `$name`s that stand for something already."""
+    if token[0] != "$" or len(token) == 1:
+        return rf"(?<!\w){token}(?!\w)" if token.isidentifier() else re.escape(token)
+    name = token[1:]
+    if name in seen:
+        return rf"(?<![\w.])(?P={name})(?!\w)"
+    seen.add(name)
+    return rf"(?<![\w.])(?P<{name}>[^\W\d][\w.]*)(?!\w)"
+
+
+def find_place(fault: Fault, tree: Path) -> tuple[Path, str]:
+    """-> file, and its text with the fault; RowError unless one alternative matches, and once"""
+    found = []
+    for file, old, new in dict.fromkeys(fault.edits):
+        text = (tree / file).read_text(encoding="utf-8") if (tree / file).exists() else ""
+        found += [(file, text, match, new) for match in pattern(old).finditer(text)]
+    if not found:
+        raise RowError(f"row {fault.name}: its place is gone")
+    if len(found) > 1:
+        raise RowError(f"row {fault.name}: it has {len(found)} places")
+    file, text, match, new = found[0]
+    new = re.sub(r"\$(\w+)", lambda name: match[name[1]], new)
+    text = text[: match.start()] + new + text[match.end() :]
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        raise RowError(f"row {fault.name}: its edit is no Python, {error}") from None
+    return tree / file, text
+
+
+# -----------------------------------------------------------------------------
+# Runs of tests
+
+
+@contextlib.contextmanager
+def checked_out(rev: str) -> Iterator[Path]:
+    """The working tree, or a temporary one of a commit."""
+    if not rev:
+        yield ROOT
+        return
+    with tempfile.TemporaryDirectory(prefix="planted_rev_") as folder:
+        git(ROOT, "worktree", "add", "--detach", "--force", folder, rev)
+        try:
+            yield Path(folder)
+        finally:
+            git(ROOT, "worktree", "remove", "--force", folder)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """The repository's files, changed and new ones too, and the sample's data where they are."""
+    names = git(source, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, names.split("\0")):
+        if (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target / name)
+    if (ROOT / SAMPLE).is_dir():
+        shutil.copytree(ROOT / SAMPLE, target / SAMPLE)
+
+
+class Outcome(NamedTuple):
+    """Of a run of tests."""
+
+    status: str  # "passed", "failed", "late" or "broken"
+    told: str  # the first test that failed; else, but for "passed", why not
+
+
+def split_tests(tests: str) -> tuple[str, str]:
+    """-> file, expression of -k or nothing"""
+    file, _, expression = tests.partition(" -k ")
+    return file, expression
+
+
+def run_tests(tree: Path, file: str, expression: str) -> Outcome:
+    """Tests of a copy, in one thread, to the first that fails."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
+    command += ["--hypothesis-seed=0", f"--basetemp={tree.parent / 'temporary'}"]
+    command += [f"tests/{file}", "-k", expression]
+    quiet = dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", COLUMNS="400")
+    process = subprocess.Popen(
+        command,
+        cwd=tree,
+        env={n: text for n, text in os.environ.items() if n != "PYTEST_ADDOPTS"} | quiet,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return Outcome("late", f"not done after {TIMEOUT} s")
+    finally:
+        end(process)
+    return outcome(process.returncode, output)
+
+
+def end(process: subprocess.Popen) -> None:
+    """The process and what it started, wherever they are."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def outcome(status: int, output: str) -> Outcome:
+    """What pytest's status and lines mean."""
+    lines = output.strip().splitlines() or ["no output"]
+    if status == 0:
+        return Outcome("passed", "")
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+::.+?)(?: - (.*))?$", output, re.MULTILINE)
+    if status != 1 or not failed:
+        return Outcome("broken", lines[-1])
+    test, reason = failed[1], failed[2] or ""
+    if reason.startswith(BROKEN):
+        return Outcome("broken", f"{test}: {reason}")
+    return Outcome("failed", test)
+
+
+def run_in_copy(base: Path, fault: Fault | None, tests: tuple[str, str]) -> Outcome:
+    """Tests in a copy of their own, with the fault or without one"""
+    with tempfile.TemporaryDirectory(prefix="planted_") as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(base, tree)
+        if fault:
+            path, text = find_place(fault, tree)
+            path.write_text(text, encoding="utf-8")
+        return run_tests(tree, *tests)
+
+
+def joined_tests(faults: list[Fault]) -> list[tuple[str, str]]:
+    """File and expression of all that the rows name of it, each file once."""
+    expressions = {}
+    for fault in faults:
+        file, expression = split_tests(fault.tests)
+        expressions.setdefault(file, set()).add(expression)
+    return [
+        (file, "" if "" in found else " or ".join(f"({one})" for one in sorted(found)))
+        for file, found in expressions.items()
+    ]
+
+
+def check_clean(base: Path, faults: list[Fault], jobs: int) -> set[str]:
+    """Run what the rows name without a fault -> the files whose tests pass"""
+    sets, passed = joined_tests(faults), set()
+    with ThreadPoolExecutor(jobs) as pool:
+        outcomes = pool.map(lambda tests: run_in_copy(base, None, tests), sets)
+        for (file, _), (status, told) in zip(sets, outcomes, strict=True):
+            if status == "passed":
+                passed.add(file)
+            print(f"{'without a fault':<16}{file}: {status} {told}", flush=True)
+    return passed
+
+
+def try_fault(fault: Fault, base: Path) -> tuple[bool, str]:
+    """Plant it in a copy -> was it noticed, and what to print"""
+    began = time.monotonic()
+    status, told = run_in_copy(base, fault, split_tests(fault.tests))
+    seconds = f"{time.monotonic() - began:.0f} s"
+    said = {
+        "failed": f"noticed by {told}, {seconds}",
+        "passed": f"NOT NOTICED by {fault.tests}: {fault.wrong}",
+        "late": f"NOT NOTICED by {fault.tests}, {told}: {fault.wrong}",
+        "broken": f"NOT NOTICED, the edit breaks the code or the tests are not there: {told}",
+    }
+    return status == "failed", f"{fault.name:<16}{said[status]}"
+
+
+# -----------------------------------------------------------------------------
+# The program
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", metavar="NAME,...", help="these rows")
+    parser.add_argument("--rev", default="", help="a commit, in place of the working tree")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    parser.add_argument("--skip-clean", action="store_true", help="no tests without a fault")
+    parser.add_argument("--check", action="store_true", help="look for the places, run nothing")
+    return parser.parse_args(arguments)
+
+
+def chosen(only: str | None) -> list[Fault]:
+    """The rows of these names, comma between, else all."""
+    rows = {fault.name: fault for fault in FAULTS}
+    if len(rows) != len(FAULTS):
+        raise RowError("two rows have one name")
+    names = [*rows] if only is None else only.split(",")
+    if unknown := [name for name in names if name not in rows]:
+        raise RowError(f"no row {unknown[0]!r}; there are {', '.join(rows)}")
+    return [rows[name] for name in names]
+
+
+def check_places(faults: list[Fault], tree: Path) -> int:
+    """Print the rows without their one place -> how many"""
+    wrong = 0
+    for fault in faults:
+        try:
+            find_place(fault, tree)
+        except RowError as error:
+            print(f"error: {error}")
+            wrong += 1
+    return wrong
+
+
+def plant_all(faults: list[Fault], base: Path, options: argparse.Namespace) -> int:
+    """Each in turn, where the tests pass without it -> how many were noticed"""
+    if not options.skip_clean:
+        clean = check_clean(base, faults, options.jobs)
+        faults = [fault for fault in faults if split_tests(fault.tests)[0] in clean]
+    noticed = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for found, line in pool.map(lambda fault: try_fault(fault, base), faults):
+            noticed += found
+            print(line, flush=True)
+    return noticed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, began = parse_arguments(arguments), time.monotonic()
+    try:
+        faults = chosen(options.only)
+    except RowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="planted_base_") as folder:
+        base = Path(folder) / "tree"
+        with checked_out(options.rev) as source:
+            copy_tree(source, base)
+        if wrong := check_places(faults, base):
+            print(f"{wrong} of {len(faults)} without a place")
+            return 1
+        if options.check:
+            print(f"{len(faults)} of {len(faults)} have their place")
+            return 0
+        noticed = plant_all(faults, base, options)
+    print(f"{noticed} of {len(faults)} noticed, {time.monotonic() - began:.0f} s")
+    return int(noticed < len(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
