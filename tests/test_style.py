@@ -1,16 +1,14 @@
 """The rules of style that a program can check, on the script and on the repository."""
 
 import ast
-import io
 import re
 import shutil
 import statistics
 import subprocess
 import sys
-import tokenize
 
 import pytest
-from helpers import ROOT, SCRIPT, launch
+from helpers import ROOT, SCRIPT, launch, train_gpt
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
 LINES = TEXT.splitlines()
@@ -18,67 +16,129 @@ TREE = ast.parse(TEXT)
 FUNCTIONS = [
     node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 ]
-DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+VARIABLES = train_gpt.VARIABLES
 
 
-def comment_lines():
-    """Numbers of the lines that hold a comment and nothing else, and of those that hold one."""
-    tokens = tokenize.generate_tokens(io.StringIO(TEXT).readline)
-    found = [token.start for token in tokens if token.type == tokenize.COMMENT]
-    return {line for line, column in found if not LINES[line - 1][:column].strip()}, {
-        line for line, _ in found
-    }
-
-
-def docstring_lines():
-    """Numbers of the lines of docstrings."""
-    lines = set()
-    for node in ast.walk(TREE):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-            lines |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return lines
-
-
-def code_lines():
-    blank = {number for number, line in enumerate(LINES, 1) if not line.strip()}
-    return set(range(1, len(LINES) + 1)) - blank - comment_lines()[0] - docstring_lines()
+# What may be longer than 60 lines, and why.
+LONG = {"parameter_specs": "a table: a row a parameter"}
+# The bodies that numba compiles; their types are those of what calls them.
+COMPILED = ("scan_ngrams", "scan_contexts")
+MOST_LINES = 4500  # past it, the next issue's note asks which feature has not earned its place
 
 
 def length(function):
     return function.end_lineno - function.lineno + 1
 
 
-def test_script_is_within_its_ceilings():
-    assert len(code_lines()) <= 4500
-    assert len(TEXT.encode()) <= 250_000
+def parameters(function):
+    """Its positional ones, without self."""
+    names = [argument.arg for argument in function.args.posonlyargs + function.args.args]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def test_script_is_within_its_bounds():
+    assert len(LINES) <= MOST_LINES
     assert max(map(len, LINES)) <= 100
 
 
 def test_functions_are_short():
-    lengths = sorted(map(length, FUNCTIONS))
-    long = {node.name: length(node) for node in FUNCTIONS if length(node) > 40}
-    assert statistics.median(lengths) <= 12
-    assert len(long) <= len(lengths) / 10, long
-    assert lengths[-1] <= 70, long
+    lengths = {node.name: length(node) for node in FUNCTIONS}
+    assert statistics.median(map(length, FUNCTIONS)) <= 12
+    assert {name for name, lines in lengths.items() if lines > 60} == LONG.keys()
 
 
 def test_main_is_a_story():
-    (run,) = [node for node in TREE.body if getattr(node, "name", "") == "run"]
-    assert length(run) <= 40
+    for node in TREE.body:
+        if getattr(node, "name", "") in ("main", "run", "run_stages"):
+            assert length(node) <= 40, node.name
 
 
 def test_functions_take_few_positional_parameters():
+    assert [node.name for node in FUNCTIONS if len(parameters(node)) > 5] == []
+
+
+def test_one_value_is_assigned_at_a_time():
+    """a, b = ... is for swaps, coordinates and taking one value apart."""
+    plain = [node for node in ast.walk(TREE) if isinstance(node, ast.Assign)]
+    apart = [node for node in plain if isinstance(node.targets[0], ast.Tuple)]
+    paired = [node.lineno for node in apart if isinstance(node.value, ast.Tuple)]
+    assert len(apart) <= 0.08 * len(plain)
+    assert len(paired) <= 1, paired  # Newton-Schulz's three coefficients
+    assert not [node.lineno for node in plain if len(node.targets) > 1]
+
+
+def test_one_statement_a_line():
+    lines = [
+        node.lineno
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.stmt) and not is_docstring(node)
+    ]
+    assert [line for line in {*lines} if lines.count(line) > 1] == []
+
+
+def is_docstring(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def test_public_functions_are_annotated():
+    """Every parameter and what comes back; __init__ returns nothing."""
+    open_ended = []
     for node in FUNCTIONS:
-        names = [argument.arg for argument in node.args.posonlyargs + node.args.args]
-        assert len([name for name in names if name not in ("self", "cls")]) <= 5, node.name
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        arguments += [extra for extra in (node.args.vararg, node.args.kwarg) if extra]
+        bare = [x.arg for x in arguments if not x.annotation and x.arg not in ("self", "cls")]
+        returns = node.returns is not None or node.name == "__init__"
+        if (bare or not returns) and node.name not in COMPILED:
+            open_ended.append((node.name, bare))
+    assert open_ended == []
 
 
-def test_comments_are_frequent_enough_and_not_too_frequent():
-    """Lines with a comment or docstring, of all lines that are not blank."""
-    filled = sum(bool(line.strip()) for line in LINES)
-    share = len(comment_lines()[1] | docstring_lines()) / filled
-    assert 0.10 <= share <= 0.30
-    assert 0.03 <= len(comment_lines()[1]) / filled
+def test_methods_write_their_own_attributes():
+    """torch's protocol (found_inf, grad) and tqdm's bar excepted."""
+    allowed = {"self.adam.found_inf", "weight.grad", "self.bar.total", "tqdm.monitor_interval"}
+    found = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                found.add(ast.unparse(node))
+    assert found == allowed
+
+
+def test_nothing_of_a_run_lies_elsewhere():
+    """No runpy; importlib for optional packages and their versions alone; of the repository only
+    programs that are started as processes."""
+    assert "runpy" not in TEXT
+    uses = {ast.unparse(node) for node in ast.walk(TREE) if isinstance(node, ast.Attribute)}
+    assert {use for use in uses if re.fullmatch(r"importlib\.\w+(\.\w+)?", use)} == {
+        "importlib.util",
+        "importlib.util.find_spec",
+        "importlib.import_module",
+        "importlib.metadata",
+        "importlib.metadata.version",
+    }
+    local = {path.stem for path in [*ROOT.glob("records/*.py"), *ROOT.glob("data/*.py")]}
+    modules = {name.split(".")[0] for name in imported(TREE).values()}
+    assert not modules & (local | {"records", "data", "tests"})
+
+
+def test_no_exception_is_caught_wholesale_around_our_own_code():
+    """`except Exception` covers a library's call and nothing else."""
+    wholesale = []
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Try):
+            for handler in node.handlers:
+                name = getattr(handler.type, "id", "")
+                if handler.type is None or name in ("Exception", "BaseException"):
+                    wholesale.append([ast.unparse(statement) for statement in node.body])
+    assert wholesale == [["return coder.decode(family, integers)"]]
+
+
+def test_each_setting_stands_once():
+    """One row of the table, with its sentence; nothing about it in a list or a file elsewhere."""
+    (config,) = [node for node in TREE.body if getattr(node, "name", "") == "Config"]
+    rows = [node.target.id for node in config.body if isinstance(node, ast.AnnAssign)]
+    assert sorted(rows) == sorted({*rows})
+    assert sorted(n.upper() for n in rows if n not in ("origin", "notes")) == sorted(VARIABLES)
 
 
 def test_sections_are_in_order():
