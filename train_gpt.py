@@ -751,12 +751,15 @@ def without_missing_parts(cfg: Config) -> Config:
         wanted = cfg.ngram_scheme or program != "records/as_written.py"
         if wanted and not (ROOT / program).exists():
             notes.append(f"{program} is not beside the script: {effect}")
-    changes = {}
+    changes: dict[str, Any] = {}
+    origin = dict(cfg.origin)
     if "constriction" in lost:
         changes["codec_tokens"] = 0
+        origin["CODEC_TOKENS"] = "no constriction"
     if "safetensors" in lost:
         changes["checkpoint_every"] = "0"
-    return replace(cfg, **changes, notes=cfg.notes + tuple(notes))
+        origin["CHECKPOINT_EVERY"] = "no safetensors"
+    return replace(cfg, **changes, origin=origin, notes=cfg.notes + tuple(notes))
 
 
 # --help, DRY_RUN.

@@ -16,6 +16,7 @@ The same input and seed give the same bytes on every machine. The text is held i
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import io
@@ -34,7 +35,11 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from tqdm import tqdm
+
+try:
+    from tqdm import tqdm
+except ImportError:  # its bar is all that is missing then
+    tqdm = None
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_TOKENS = 20240520, 1, 100_000_000
 BOS = 1
@@ -104,15 +109,32 @@ def read_jsonl(path):
     return documents
 
 
+class NoBar(contextlib.nullcontext):
+    """What stands in for tqdm."""
+
+    def __enter__(self):
+        return self
+
+    def update(self, count):
+        pass
+
+
+def progress_bar(total, what, unit):
+    """On a terminal, where tqdm is installed"""
+    return tqdm(total=total, desc=what, unit=unit, disable=None) if tqdm else NoBar()
+
+
 def read_documents(files, separator):
     """All documents of `files` that are not empty, in order; `separator` may be empty."""
-    documents = []
-    for path in tqdm(list(files), desc="reading", unit="file", disable=None):
-        if ".jsonl" in path.suffixes[-2:]:
-            documents += read_jsonl(path)
-        else:
-            text = read_utf8(path)
-            documents += text.split(separator) if separator else [text]
+    documents, files = [], list(files)
+    with progress_bar(len(files), "reading", "file") as progress:
+        for path in files:
+            if ".jsonl" in path.suffixes[-2:]:
+                documents += read_jsonl(path)
+            else:
+                text = read_utf8(path)
+                documents += text.split(separator) if separator else [text]
+            progress.update(1)
     return [document for document in documents if document]
 
 
@@ -283,7 +305,7 @@ def batches(documents, limit=4_000_000):
 def write_split(tokenizer, documents, stem):
     """Write one side's shards and return its Split; every document is decoded again."""
     split, stream = Split(len(documents)), [np.empty(0, np.uint16)]
-    with tqdm(total=len(documents), desc=stem.name, unit="doc", disable=None) as progress:
+    with progress_bar(len(documents), stem.name, "doc") as progress:
         for batch in batches(documents):
             tokens = encode_documents(tokenizer, batch)
             for document, decoded in zip(batch, tokenizer.decode(tokens), strict=True):

@@ -217,6 +217,17 @@ def test_four_packages_train_score_and_print_val_bpb(env, four, tmp_path):
     assert run.submission()["val_bpb"] == run.val_bpb()
 
 
+def test_four_packages_prepare_a_text(four, tmp_path):
+    """As the first run does with the embedded one."""
+    (tmp_path / "text.txt").write_text(
+        "It was the best of times, it was the worst of times.\n" * 99
+    )
+    options = ["--input", "text.txt", "--out", "set", "--vocab-size", "300"]
+    done = launch(ROOT / "data/prepare_text.py", options, four, 1, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert train_gpt.find_shards(tmp_path / "set", "train")
+
+
 def test_four_packages_stop_on_a_signal(env, four, tmp_path):
     with started(SCRIPT, env | four | dict(ITERATIONS="2000"), "step:2/", tmp_path) as process:
         process.send_signal(signal.SIGTERM)
