@@ -93,11 +93,17 @@ CONFIG = [
         "header",
         "a field of the model is not in the artifact's header",
         "test_artifact.py -k ready_to_score",
-        script(
-            'MODEL_FIELDS = $names[$names.index("vocab_size") : $names.index("quant_per")]',
-            'MODEL_FIELDS = $names[$names.index("vocab_size") : $names.index("quant_per")];'
-            ' MODEL_FIELDS.remove("xsa_last_n")',
-        ),
+        [
+            *script(
+                'MODEL_FIELDS = $names[$names.index("vocab_size") : $names.index("quant_per")]',
+                'MODEL_FIELDS = $names[$names.index("vocab_size") : $names.index("quant_per")];'
+                ' MODEL_FIELDS.remove("xsa_last_n")',
+            ),
+            *script(
+                'MODEL_FIELDS = stored_names("artifact")',
+                'MODEL_FIELDS = stored_names("artifact"); MODEL_FIELDS.remove("xsa_last_n")',
+            ),
+        ],
     ),
 ]
 RUNTIME = [
@@ -131,7 +137,16 @@ DATA = [
         "rows",
         "the ranks take each other's rows",
         "test_loader.py -k plain_slices",
-        script(".chunk($rt.world_size)[$rt.rank] for", ".chunk($rt.world_size)[-1 - $rt.rank] for"),
+        [
+            *script(
+                ".chunk($rt.world_size)[$rt.rank] for", ".chunk($rt.world_size)[-1 - $rt.rank] for"
+            ),
+            *script(
+                "inputs.chunk($rt.world_size)[$rt.rank], targets.chunk($rt.world_size)[$rt.rank]",
+                "inputs.chunk($rt.world_size)[-1 - $rt.rank],"
+                " targets.chunk($rt.world_size)[-1 - $rt.rank]",
+            ),
+        ],
     ),
     Fault(
         "space",
@@ -224,7 +239,10 @@ AVERAGES = [
         "swa",
         "snapshots are taken at high rates, not at low ones",
         "test_optim.py -k averages",
-        script("$factor < 0.2", "$factor > 0.2"),
+        [
+            *script("$factor < 0.2", "$factor > 0.2"),
+            *script("$factor < SWA_BELOW", "$factor > SWA_BELOW"),
+        ],
     ),
 ]
 QUANTISATION = [
@@ -256,15 +274,23 @@ CHECKPOINT = [
         "adam",
         "AdamW's state is not in a checkpoint",
         "test_resume.py -k next_step_needs",
-        moved(
-            "checkpoint", "[$x for $state in $adam.state.values() for $x in $state.values()]", "[]"
-        ),
+        [
+            *moved(
+                "checkpoint",
+                "[$x for $state in $adam.state.values() for $x in $state.values()]",
+                "[]",
+            ),
+            *script("[$x for $state in $adam for $x in $state.values()]", "[]"),
+        ],
     ),
     Fault(
         "only_one",
         "one checkpoint is kept, not two",
         "test_resume.py -k last_two",
-        moved("checkpoint", "sorted($earlier)[-2:]", "sorted($earlier)[-1:]"),
+        [
+            *moved("checkpoint", "sorted($earlier)[-2:]", "sorted($earlier)[-1:]"),
+            *script("KEPT_CHECKPOINTS = 2", "KEPT_CHECKPOINTS = 1"),
+        ],
     ),
     Fault(
         "torn",
@@ -299,12 +325,19 @@ SCORING = [
         "ttt_first",
         "test-time training learns a chunk before it scores it",
         "test_ttt.py -k first_chunk",
-        moved(
-            "ttt",
-            "$parts.append($scorer.score_windows($stream, np.arange($a, $b, $stride)",
-            "self.learn($stream[$a : $b + 1], 0.0);"
-            " $parts.append($scorer.score_windows($stream, np.arange($a, $b, $stride)",
-        ),
+        [
+            *moved(
+                "ttt",
+                "$parts.append($scorer.score_windows($stream, np.arange($a, $b, $stride)",
+                "self.learn($stream[$a : $b + 1], 0.0);"
+                " $parts.append($scorer.score_windows($stream, np.arange($a, $b, $stride)",
+            ),
+            *script(
+                "parts.append(scorer.score_windows(stream, ends, stride))",
+                "self.learn(stream[begin : end + 1], 0.0);"
+                " parts.append(scorer.score_windows(stream, ends, stride))",
+            ),
+        ],
     ),
 ]
 NGRAM = [
@@ -312,13 +345,19 @@ NGRAM = [
         "itself",
         "a target's count includes itself",
         "test_ngram.py -k of_the_shortest_streams or equal_a_dictionary",
-        script("= $same - $first, $i - $first", "= $same - $first + 1, $i - $first"),
+        [
+            *script("= $same - $first, $i - $first", "= $same - $first + 1, $i - $first"),
+            *script("stats[t, 1] = same - first", "stats[t, 1] = same - first + 1"),
+        ],
     ),
     Fault(
         "same_step",
         "lanes see the tokens of the same step",
         "test_ngram.py -k in_steps_of_a_longer_text",
-        script("or $times[$t] != $times[$keys[$i - 1] & $mask]: $same = $i", "or True: $same = $i"),
+        script(
+            "or $times[$t] != $times[packed[$i - 1] & $mask]: same = $i",
+            "or True: same = $i",
+        ),
     ),
     Fault(
         "own_count",
@@ -334,11 +373,17 @@ NGRAM = [
         "learn_first",
         "the blend learns from a target before it scores it",
         "test_ngram.py -k add_up_to_one and mixture",
-        script(
-            "$rows, $p = $mixer.rows($stats, *$inputs), expert_p($stats, $log_prob)",
-            "$rows, $p = $mixer.rows($stats, *$inputs), expert_p($stats, $log_prob);"
-            " $mixer.learn(*$rows, $p)",
-        ),
+        [
+            *script(
+                "$rows, $p = $mixer.rows($stats, *$inputs), expert_p($stats, $log_prob)",
+                "$rows, $p = $mixer.rows($stats, *$inputs), expert_p($stats, $log_prob);"
+                " $mixer.learn(*$rows, $p)",
+            ),
+            *script(
+                "p = expert_probabilities(stats, log_prob)",
+                "p = expert_probabilities(stats, log_prob); mixer.learn(*rows, p)",
+            ),
+        ],
     ),
 ]
 CODEC = [
@@ -398,7 +443,10 @@ REPORT = [
         "over_cap",
         "an artifact over the cap is passed over in silence",
         "test_training.py -k over_the_cap",
-        script("if $code + $weights > CAP_BYTES:", "if $code > $weights + CAP_BYTES:"),
+        [
+            *script("if $code + $weights > CAP_BYTES:", "if $code > $weights + CAP_BYTES:"),
+            *script("if total > CAP_BYTES:", "if code > total + CAP_BYTES:"),
+        ],
     ),
     Fault(
         "stage",
@@ -409,7 +457,11 @@ REPORT = [
                 "records/submission.py",
                 '$run.last("final_ngram_exact"), $run.last("final_artifact_bytes")',
                 '$run.last("final_int6_roundtrip_exact"), $run.last("final_artifact_bytes")',
-            )
+            ),
+            *script(
+                'final = run.last("final_ngram_exact") size',
+                'final = run.last("final_int6_roundtrip_exact"); size',
+            ),
         ],
     ),
 ]
