@@ -1,48 +1,62 @@
 """Train, compress, re-read and honestly score a small GPT for Parameter Golf, in one file.
 
 The task: least bits per byte (bpb) on FineWeb validation; code + weights <= 16,000,000 bytes; 10
-minutes of training and 10 of evaluation on 8xH100. Each val_bpb is a code length, of the artifact
-re-read from disk; section 12 spends it and decodes the text.
+minutes of training and 10 of evaluation on 8xH100. The final val_bpb is a code length, of the
+artifact re-read from disk; section 12 spends it and decodes the text.
 
   python train_gpt.py                                     # laptop: `tiny` on the embedded text
   RECORD=pr864 python train_gpt.py                        # one GPU, a published system
-  torchrun --standalone --nproc_per_node=8 train_gpt.py   # 8 GPUs, the record configuration
+  torchrun --standalone --nproc_per_node=8 train_gpt.py   # 8 GPUs, the defaults: `own`
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
     train_gpt.py                                          # on two hosts
 
-Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The sections follow the
-life of a token:
+Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The sections:
 
   1 imports, 2 configuration, 3 runtime, 4 data, 5 model, 6 optimizers and schedules,
   7 weight averaging and QAT grids, 8 checkpoint and resume, 9 quantisation and artifact,
   10 neural scoring, 11 n-gram scoring, 12 codec, 13 training loop, 14 report and main
 
-Everything that a run does is in here. A repository around it adds RECORDs by name
-(records/**/config.env), the picture (records/plot.py) and the hashed scorers of the published pull
-requests (records/as_written.py), the last two as processes of their own.
+`run_stages` in section 14 tells the story. What lies in more than one section:
+
+  late QAT   fake_quantize (5), update_qat_grids (7), search_grid (9); on from Trainer.update (13)
+  a signal   Runtime.signals (3) notes it; Trainer.save_if_due (13) saves (8) and ends the process
+  a file     is written whole or not at all by write_atomically (3)
+  the caps   TARGET_MB prunes (9); Report.finish (14) says loudly what is over; nothing is refused
+
+Everything that a run does is in here. A repository around it adds the embedded text
+(data/prepare_sample.py), RECORDs by name (records/**/config.env), the picture (records/plot.py) and
+the hashed scorers of the published pull requests (records/as_written.py); its programs are started
+as processes of their own.
 
 Words with one meaning each:
 
+  upstream      github.com/openai/parameter-golf; PR #n is a pull request there
+  the five      the published systems #864, #810, #1026, #993 and #808; siblings of one another
+  as published  what their code does, where this script would do otherwise
   stream        the validation tokens in their order, a BOS first
+  stream.bin    what the range coder makes of them: a header and `words`
   target        a token that is predicted: every token of a stream but its first
   document      the tokens from one BOS up to the next
   row           one training or scoring sequence of a batch
-  window        inputs that a target sees at most; windows overlap, `stride` targets apart
-  lane          one document of several that are read side by side, a token each a step
-  bank          one tensor that holds the same matrix of every layer
-  grid          the integers that a quantised row may take, times the row's scale
+  window        the past that is kept: of sliding windows the inputs of a pass, which overlap,
+                `stride` targets apart; of lanes the keys and values of each attention
+  lane          one of many places where documents are read, one after another, a token a step
+  bank          one tensor that stacks a kind of matrix of all layers
+  scale, grid   a row's step, stored beside its integers; the values integer * scale it may take
   RECORD        a named set of settings, records/**/<name>*/config.env
   order         of an n-gram: its length in tokens, the predicted one included
-  coding order  in which lanes, step by step, take the targets of a stream
-  backoff       the published mixture of model and counts, with fixed weights
-  blend         the learned mixture of model and counts: what val_bpb is
+  coding        the order in which lanes, step by step, take the targets of a stream
+  backoff       the published mixture of model and counts, with fixed weights: NGRAM_MIXER=cascade
+  blend         the learned mixture of model and counts, what val_bpb is by default
   mass          the sum of a distribution over the vocabulary: 1, or it is no distribution
   plan          what a decoder must know before its first token: documents, lanes, targets
+  C1            no probability may depend on its target or on later tokens (upstream issue #1017)
 """
 
 # -----------------------------------------------------------------------------
 # 1. Imports and optional packages
-# torch, numpy, sentencepiece and zstandard suffice; what another package adds is said at the start.
+# torch, numpy, sentencepiece and zstandard suffice; what a missing one of the others takes away is
+# said before the first step.
 
 import os
 
@@ -321,7 +335,8 @@ class Config:
     qat_every: int = averaging(50, "steps between choices of that grid", least=1)
 
     scoring = group("Scoring", stored_in=("stream",))
-    eval_seq_len: int = scoring(0, "tokens that a scored token sees at most; 0: TRAIN_SEQ_LEN")
+    eval_seq_len: int = scoring(0,
+        "window: inputs of a pass, or keys that a lane keeps; 0: TRAIN_SEQ_LEN")
     eval_stride: int = scoring(64, "new targets of each sliding window", least=1)
     eval_batch_seqs: int = scoring(32, "windows in a pass, on each rank", least=1)
     scorer: Literal["sliding", "documents"] = scoring("documents",
@@ -332,7 +347,7 @@ class Config:
     codec_tokens: int = scoring(1_000_000,
         "targets that are coded and decoded again; 0: none, -1: all", least=-1)
     codec_device: Literal["same", "cpu"] = scoring("same",
-        "where to code, decode and take the mass; cpu: for any CPU")
+        "where to code, decode and take the mass; cpu: for CPUs of this kind")
 
     ngram = group("N-gram", stored_in=("stream",))
     ngram_enabled: bool = ngram(True,
@@ -411,8 +426,7 @@ class Config:
         cfg = Config(**values, origin=origin, notes=tuple(notes))
         prefix = "eval_" if cfg.eval_only else ""
         run_id = cfg.run_id or f"{prefix}{cfg.record or 'own'}_seed{cfg.seed}"
-        tokenizer = cfg.tokenizer_path or str(Path(cfg.data_path, "tokenizer.model"))
-        return replace(cfg, tokenizer_path=tokenizer, run_id=run_id).check()
+        return replace(cfg, run_id=run_id).check()
 
     def check(self) -> "Config":
         """Refuse values that contradict each other (ConfigError); -> itself."""
@@ -421,14 +435,20 @@ class Config:
         orders = range(2, self.ngram_max_order + 1)
         every = self.checkpoint_every.removesuffix("m")
         proof = self.scorer == "documents"
+        # the decoder has no pre-enrichment's change to boost alpha by, and the five prove nothing
         unproved = proof and self.codec_tokens and self.mixer == "cascade"
+        within = f"{-layers} to {layers - 1}"
         chunk = self.ttt_enabled and self.ttt_chunk_tokens % self.window
         for name, broken, wanted in (
-            ("NUM_HEADS", self.model_dim % (2 * self.num_heads), "MODEL_DIM / NUM_HEADS even"),
+            (
+                "NUM_HEADS",
+                self.model_dim % (2 * self.num_heads),
+                "so that MODEL_DIM / NUM_HEADS is even",
+            ),
             ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
             ("ROPE_DIMS", self.rope_dims > head or self.rope_dims % 2, "even, <= a head"),
             ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
-            ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), f"< {layers}"),
+            ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), within),
             ("DEPTH_RECURRENCE", {*self.depth_recurrence} - {*range(layers)}, f"< {layers}"),
             ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
             ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
@@ -436,7 +456,7 @@ class Config:
             ("CHECKPOINT_EVERY", not every.isdecimal(), "10 or 10m"),
             ("MODEL_DIM", count_parameters(self) >= 2**31, "smaller"),
             ("RUN_ID", not Path(self.run_id).name == self.run_id != "..", "a plain folder name"),
-            ("TTT_CHUNK_TOKENS", chunk, "times EVAL_SEQ_LEN"),
+            ("TTT_CHUNK_TOKENS", chunk, "a multiple of EVAL_SEQ_LEN"),
             ("SCORER", self.ttt_enabled and proof, "sliding with TTT_ENABLED=1"),
             ("NGRAM_MIXER", unproved, "blend, or CODEC_TOKENS=0"),
         ):
@@ -446,7 +466,7 @@ class Config:
 
     @property
     def window(self) -> int:
-        """Inputs that a scored target sees at most."""
+        """Inputs of a scoring pass, or keys and values that each attention of a lane keeps."""
         return self.eval_seq_len or self.train_seq_len
 
     @property
@@ -473,7 +493,7 @@ def stored_names(file: str) -> list[str]:
 
 
 MODEL_FIELDS = stored_names("artifact")
-NO_SETTINGS = (  # of a configuration: where things lie and what to do with them
+PER_RUN = (  # of a configuration: where things lie and what to do with them
     *("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID"),
     *("DRY_RUN", "OVERWRITE", "RESUME", "CHECKPOINT_EVERY"),
 )
@@ -505,9 +525,10 @@ def parse(name: str, text: str) -> Any:
             return value
     except ValueError:
         pass
-    bounds = f"{setting.least} to {setting.most:g}"
-    wanted = f"{type(default).__name__}, {bounds}, such as {show(default)}"
-    raise ConfigError(f"{name}={text!r}: must be {wanted}")
+    wanted = f"{type(default).__name__}, {setting.least} to {setting.most:g}"
+    if isinstance(default, tuple):
+        wanted = f"{kind_of(name)} with commas between them"
+    raise ConfigError(f"{name}={text!r}: must be {wanted}, such as {show(default) or '1,2'}")
 
 
 def show(value: Any) -> str:
@@ -669,7 +690,7 @@ def read_record(path: Path) -> dict[str, str]:
     """The settings of a config.env; ConfigError for what is none."""
     pairs = read_pairs(path)
     for name, text in pairs.items():
-        if name not in VARIABLES or name in NO_SETTINGS:
+        if name not in VARIABLES or name in PER_RUN:
             raise ConfigError(f"{path}: {name}={text} is not a setting")
     return pairs
 
@@ -681,7 +702,7 @@ def choose_record(given: Mapping[str, str]) -> tuple[str, Path | None, list[str]
     where CUDA or data are missing and the repository is there.
     """
     if given.get("RECORD"):
-        return given["RECORD"], find_record(given["RECORD"])[1], []
+        return (*find_record(given["RECORD"]), [])
     beside = ROOT / "config.env"
     if beside.is_file():
         return ROOT.name, beside, ["no RECORD: config.env beside the script"]
@@ -695,7 +716,7 @@ def choose_record(given: Mapping[str, str]) -> tuple[str, Path | None, list[str]
         raise ConfigError(f"{missing}; fix: {fix}")
     if "tiny" not in known_records():
         return "", None, ["no RECORD: the defaults, since no records/tiny is beside the script"]
-    return "tiny", find_record("tiny")[1], [f"no RECORD: tiny, since there is {missing}"]
+    return (*find_record("tiny"), [f"no RECORD: tiny, since there is {missing}"])
 
 
 def has_fineweb() -> bool:
@@ -786,7 +807,8 @@ def print_help() -> None:
     lines += ["", "Values of RECORD, their beginning is enough"]
     for name, path in sorted(known_records().items()):
         comment = " ".join(re.findall(r"^# (.+)", path.read_text(encoding="utf-8"), re.MULTILINE))
-        first = re.match(r".+?\.(?= |$)", comment)[0].removeprefix(f"{name}: ")
+        sentence = re.match(r".+?\.(?= |$)", comment)
+        first = sentence[0].removeprefix(f"{name}: ") if sentence else str(path.parent)
         lines += textwrap.wrap(f"  {name:<8}{first}", 100, subsequent_indent=" " * 10)
     try:
         print(*lines, HELP_EXAMPLES, sep="\n", flush=True)
@@ -1166,7 +1188,7 @@ def open_run(rt: Runtime) -> None:
 
 
 def check_inputs(cfg: Config) -> None:
-    """What a new run lacks is missed before the old one is gone (UserError)."""
+    """Refuse a run without its inputs (UserError) while the old one's results are still there."""
     prepare_sample(cfg.data_path)
     for split in ("val",) if cfg.eval_only else ("val", "train"):
         find_shards(cfg.data_path, split)
@@ -1199,7 +1221,7 @@ def cut_logs(folder: Path, saved: list[Path]) -> None:
 def keep_sources(rt: Runtime, cfg: Config) -> None:
     """What the run was made with, into its folder: the script, every setting, the tokenizer."""
     write_atomically(rt.folder / "train_gpt.py", CODE.read_bytes())
-    names = [name for name in VARIABLES if name not in NO_SETTINGS]
+    names = [name for name in VARIABLES if name not in PER_RUN]
     lines = [f"{name}={show(getattr(cfg, name.lower()))}\n" for name in names]
     (rt.folder / "config.env").write_text("".join(lines), encoding="utf-8")
     shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
@@ -1521,10 +1543,16 @@ class Context:
         """x_{t-1} at t, zeros first. (B, T, ...)"""
         return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d); causal, or by mask."""
-        how = dict(is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-        return F.scaled_dot_product_attention(q, k, v, mask, **how)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, T, d), k and v (B, G, T, d) of this pass -> (B, H, T, d), causal."""
+        return attend(q, k, v)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Grouped attention: q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d); causal, or by a mask
+    that is True where a key is seen."""
+    how = dict(is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
 
 class LaneCache(Context):
@@ -1575,13 +1603,13 @@ class LaneCache(Context):
         kept.copy_(x)
         return previous
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         past = self.caches[self.call]  # keys and values: (2, B, G, window, d)
         now = torch.cat([k, v], 2).transpose(1, 2)  # (B, 2, G, d)
         past[:, self.lane, :, self.slot] = now.type_as(past)
         self.call += 1
         keys, values = past
-        return super().attend(q, keys, values, self.seen[:, None, None])
+        return attend(q, keys, values, self.seen[:, None, None])
 
 
 class GPT(nn.Module):
@@ -1682,15 +1710,15 @@ class GPT(nn.Module):
         return self.ve_scale * F.linear(F.embedding(ids, self.ve_embed), self.ve_proj)
 
     def bigram_index(self, ids: Tensor, starts: Tensor, context: Context) -> Tensor:
-        """Hash of (previous, current) id, (B, T). At the start of a row, and at a BOS where
-        BOS_RESET is on, it is the last row ("xor", wraps as int32 upstream) or that of previous
-        id 0 ("linear", PR #810)."""
-        rows = self.cfg.bigram_vocab_size
+        """Hash of (previous, current) id: a place in the bigram embedding, (B, T). Nothing precedes
+        the start of a row, nor a BOS where BOS_RESET is on: "xor", which wraps as int32 upstream,
+        then takes the last place, "linear" (PR #810) that of a previous id 0."""
+        size = self.cfg.bigram_vocab_size
         previous = context.previous("ids", ids).masked_fill(starts, 0)
         if self.cfg.bigram_kind == "linear":
-            return (92821 * previous + ids) % rows
-        index = ((36313 * ids.int()) ^ (27191 * previous.int())) % (rows - 1)
-        return index.masked_fill(starts | context.first, rows - 1)
+            return (92821 * previous + ids) % size
+        index = ((36313 * ids.int()) ^ (27191 * previous.int())) % (size - 1)
+        return index.masked_fill(starts | context.first, size - 1)
 
     def block(self, i: int, x: Tensor, context: Context) -> Tensor:
         """Layer i: attention, then MLP, each on a normed input. (B, T, D) -> (B, T, D)"""
@@ -1778,9 +1806,9 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 
 
 class MuonBank:
-    """One bank's buffers on this rank, which owns the rows of `share` of its matrices: their
-    averaged gradient and their momentum. With 22 matrices on 8 ranks a share is 3, the bank is
-    padded to 24, and the last rank's third is padding: zero in, zero out."""
+    """One bank's buffers on this rank, which owns `share` of its matrices: their averaged gradient
+    and their momentum. With 22 matrices on 8 ranks a share is 3, the bank is padded to 24, and two
+    of the last rank's three are padding: zero in, zero out."""
 
     def __init__(self, weight: nn.Parameter, rt: Runtime):
         count, rows, columns = weight.view(-1, *weight.shape[-2:]).shape
@@ -1829,7 +1857,7 @@ class ParallelMuon:
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float, nonfinite: Tensor) -> None:
-        """Nesterov momentum, orthogonalised; nonfinite, a bool, lets every weight as it is."""
+        """Nesterov momentum, orthogonalised; where nonfinite, a bool, no weight changes."""
         decay = 1 - rate * self.cfg.muon_wd * ~nonfinite
         for bank in self.banks:
             bank.momentum.mul_(momentum).add_(bank.gradient)
@@ -1842,7 +1870,7 @@ class ParallelMuon:
             bank.weight.add_(bank.whole.masked_fill_(nonfinite, 0), alpha=-rate * bank.scale)
 
     def gather_momenta(self) -> list[Tensor]:
-        """Of each bank the momenta of all ranks, for a checkpoint. Called on every rank."""
+        """-> of each bank the momenta of all ranks, for a checkpoint. Called on every rank."""
         for bank in self.banks:
             bank.start(all_gather, bank.padded, bank.momentum)
             bank.wait()
@@ -1864,7 +1892,7 @@ class OptimizerGroup(NamedTuple):
 
 
 def optimizer_groups(cfg: Config) -> dict[str, OptimizerGroup]:
-    """Of a Spec's group -> its parameters, rate and weight decay."""
+    """Spec.group -> its parameters, rate and weight decay."""
     groups = {
         "muon": OptimizerGroup([], cfg.matrix_lr, cfg.muon_wd),
         "embed": OptimizerGroup([], cfg.tied_embed_lr, cfg.adam_wd),
@@ -2211,7 +2239,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
 
 def search_grid(weight: Tensor, coding: str, cfg: Config) -> Tensor:
     """GPTQ-lite (PR #414): a row's grid ends at a quantile of its |w|, that of least squared error
-    in the row or in the matrix. fp32 (..., r, c) -> steps (..., r, 1), rounded as stored."""
+    in the row or in the matrix. fp32 (..., r, c) -> scales (..., r, 1), rounded as stored."""
     largest = LARGEST[coding]
     ordered = weight.abs().sort(dim=-1).values
     smallest = 1 / largest if cfg.quant_floor else LEAST_FP16
@@ -2307,7 +2335,9 @@ def artifact_header(cfg: Config) -> dict[str, Any]:
     return dict(model=stored, tensors=tensors, size=kind.itemsize)
 
 
-def pack_artifact(weights: Mapping[str, Tensor], cfg: Config, log: Callable | None = None) -> bytes:
+def pack_artifact(
+    weights: Mapping[str, Tensor], cfg: Config, log: Callable = lambda *_, **__: None
+) -> bytes:
     """The bytes of artifact.bin: the same weights give the same bytes. log: Runtime.log, for
     pruning's line."""
     specs = parameter_specs(cfg)
@@ -2323,8 +2353,8 @@ def pack_artifact(weights: Mapping[str, Tensor], cfg: Config, log: Callable | No
 
 
 def prune(payload: np.ndarray, room: int, cfg: Config, log: Callable) -> bytes:
-    """Selective pruning (PR #993): zero the fewest 256ths of the +-1 weights, smallest steps first,
-    with which the payload fits into `room` bytes, or all. -> the payload, compressed."""
+    """Selective pruning (PR #993): zero the fewest 256ths of the +-1 integers, smallest scales
+    first, with which the payload fits into `room` bytes, or all. -> the payload, compressed."""
     began = time.perf_counter()
     places = []
     scales = []
@@ -2410,7 +2440,7 @@ def load_artifact(path: str | Path, device: Any = "cpu", content: bytes = b"") -
 
 # -----------------------------------------------------------------------------
 # 10. Neural scoring
-# Every target exactly once: its log-probability and the entropy it was drawn from.
+# Every target exactly once: its log-probability, and the entropy of the distribution it came from.
 
 
 class Scores(NamedTuple):
@@ -2455,15 +2485,15 @@ class WindowScorer:
         self.adapters = adapters or dict
         self.forward = rt.compile(self.score_rows)
 
-    def predict(self, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """inputs (B, T), positions to score (B, S) -> predict's (B, S, V) and (B, S)."""
         with self.rt.autocast():
             hidden = self.model.hidden(ids, adapters=self.adapters())
-            return predict(self.model, hidden.take_along_dim(rows.unsqueeze(-1), 1))
+            return predict(self.model, hidden.take_along_dim(positions.unsqueeze(-1), 1))
 
-    def score_rows(self, ids: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    def score_rows(self, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         """-> log p of targets (B, S), and entropy; float64 (2, B, S)."""
-        log_probs, entropy = self.predict(ids, rows)
+        log_probs, entropy = self.predict(ids, positions)
         return torch.stack([log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy])
 
     def windows(self, stream: np.ndarray, ends: np.ndarray, stride: int) -> list[Tensor]:
@@ -2567,7 +2597,7 @@ def run_lanes(
     model: GPT | None,
     rt: Runtime,
     plan: CodingPlan,
-    groups: Iterable[int],
+    groups: Sequence[int],
     choose_tokens: TokenChooser,
 ) -> list[LaneStep]:
     """The one loop of scoring, encoding, decoding and verifying: a token a lane a step.
@@ -2580,11 +2610,11 @@ def run_lanes(
     in the same shapes. Three documents a b c | d e | f g h in two lanes:
 
         step     1     2     3     4     5     6
-        lane 0   a     b     c     BOS   f     g ...    its BOS ended the first document
-        lane 1   d     e     BOS   -     -     -        nothing waits any more
+        lane 0   a     b     c     BOS   -     -     its BOS ends the first; nothing waits
+        lane 1   d     e     BOS   f     g     h     its BOS ends the second; it takes the third
     """
-    rows = plan.lanes // plan.groups
-    passes = [lane_pass(model, rt, rows, plan.window) for _ in groups if rows]
+    group_size = plan.lanes // plan.groups
+    passes = [lane_pass(model, rt, group_size, plan.window) for _ in groups if group_size]
     ids = np.full(plan.lanes, BOS)
     places = np.zeros(plan.lanes, int)
     documents = np.arange(plan.lanes)
@@ -2592,7 +2622,7 @@ def run_lanes(
     coded = 0
     steps = []
     while len(lanes := np.flatnonzero(documents < plan.documents)) and coded < plan.targets:
-        inputs = torch.as_tensor(np.stack([ids, places]), device=rt.device).split(rows, 1)
+        inputs = torch.as_tensor(np.stack([ids, places]), device=rt.device).split(group_size, 1)
         outputs = [forward(*inputs[i]) for i, forward in zip(groups, passes, strict=True)]
         joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
         step = LaneStep(lanes, documents[lanes], places[lanes])
@@ -2611,43 +2641,43 @@ def run_lanes(
     return steps
 
 
-def lane_pass(model: GPT, rt: Runtime, rows: int, window: int) -> Callable:
-    """-> forward(ids, places), int64 (rows,) each, that predicts the next tokens: predict's
-    (rows, V) and (rows,)."""
-    cache = LaneCache(model, rows, window)
+def lane_pass(model: GPT, rt: Runtime, count: int, window: int) -> Callable:
+    """-> forward(ids, places), int64 (count,) each, that predicts the next tokens: predict's
+    (count, V) and (count,)."""
+    cache = LaneCache(model, count, window)
 
     def forward(ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         cache.begin(places)
         with rt.autocast():
             return predict(model, model.hidden(ids.unsqueeze(1), cache)[:, 0])
 
-    return rt.graph(forward, *torch.zeros(2, rows, dtype=torch.int64, device=rt.device))
+    return rt.graph(forward, *torch.zeros(2, count, dtype=torch.int64, device=rt.device))
 
 
 def score_documents(
     model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray
 ) -> tuple[Scores, CodingOrder]:
-    """stream: a BOS and N targets -> Scores of these in the text's order, the order of coding.
+    """stream: a BOS and N targets -> (Scores of these, in the text's order; how lanes took them).
     Each rank runs one group of lanes and scores its targets."""
     plan = CodingPlan.of(stream, cfg, rt.world_size)
-    rows = plan.lanes // plan.groups
+    group_size = plan.lanes // plan.groups
     read = tokens_of_text(stream)
     parts = []
 
     def choose_tokens(outputs: list[Tensor], step: LaneStep) -> np.ndarray:
         tokens = read(outputs, step)
-        mine = step.lanes // rows == rt.rank
-        at = torch.as_tensor(step.lanes[mine] % rows, device=rt.device)
+        mine = step.lanes // group_size == rt.rank
+        at = torch.as_tensor(step.lanes[mine] % group_size, device=rt.device)
         targets = torch.as_tensor(tokens[mine], device=rt.device)
         log_probs, entropy = outputs
         parts.append(torch.stack([log_probs[at, targets], entropy[at]]))
         return tokens
 
-    order = coding_order(stream, run_lanes(model, rt, plan, [rt.rank], choose_tokens))
-    mine = order.schedule[1][-plan.targets :] // rows == rt.rank
+    coding = coding_order(stream, run_lanes(model, rt, plan, [rt.rank], choose_tokens))
+    mine = coding.schedule[1][-plan.targets :] // group_size == rt.rank
     columns = np.zeros((2, plan.targets))
-    columns[:, order.targets[mine]] = torch.cat(parts, 1).cpu()
-    return Scores(*rt.sum(columns)), order
+    columns[:, coding.targets[mine]] = torch.cat(parts, 1).cpu()
+    return Scores(*rt.sum(columns)), coding
 
 
 # What only published systems add.
@@ -2697,7 +2727,7 @@ class TestTimeTraining:
             self.adapters = dict
             self.weights = [*self.model.requires_grad_().parameters()]
             self.optimizer = torch.optim.SGD(self.weights, cfg.ttt_lr, cfg.ttt_momentum)
-        self.loss = rt.compile(self.model)
+        self.compiled_loss = rt.compile(self.model)
 
     def score(self, stream: np.ndarray) -> Scores:
         """stream: N + 1 tokens -> Scores of the last N, each chunk by what the ones before it
@@ -2730,7 +2760,7 @@ class TestTimeTraining:
                 weight.grad = torch.zeros_like(weight)
             if len(mine := batch[rt.rank :: rt.world_size]):
                 with rt.autocast():
-                    loss = self.loss(mine[:, :-1], mine[:, 1:], self.adapters())
+                    loss = self.compiled_loss(mine[:, :-1], mine[:, 1:], self.adapters())
                 (loss * len(mine) * rt.world_size / len(batch)).backward()
             average_gradients(self.weights, rt)
             nn.utils.clip_grad_norm_(self.weights, cfg.ttt_grad_clip)
@@ -2768,10 +2798,10 @@ def enrichment_change(model: GPT, stream: np.ndarray, piece: int = ENRICHED_AT_O
 # Exact causal counts by sorting; over them the published backoff and a learned mixture, the blend.
 #
 # Counts by sorting. What is wanted at position t: how often its context (order - 1 tokens) came
-# before, how often context and token t did, and of how many kinds and singletons the context's
-# followers were. Sort the keys (context, token, position): equal n-grams lie side by side in the
-# order of time, so the count of an n-gram at t is its rank among its equals. For order 2 and the
-# text a b a b a c, as context-token at position:
+# before, how often context and token t did, how many distinct tokens had followed the context
+# (types), and how many of them once (singletons). Sort the keys (context, token, position): equal
+# n-grams lie side by side in the order of time, so the count of an n-gram at t is its rank among
+# its equals. For order 2 and the text a b a b a c, as context-token at position:
 #
 #     a-b 1   a-b 3   a-c 5   b-a 2   b-a 4
 #       0       1       0       0       1      target_count
@@ -2784,7 +2814,7 @@ def enrichment_change(model: GPT, stream: np.ndarray, piece: int = ENRICHED_AT_O
 # every machine.
 
 KEY_BITS = 63  # of a sort key: context group, token, position
-LONG_ORDERS = (12, 16, 24)  # repeats beyond the model's window
+LONG_ORDERS = (12, 16, 24)  # of the blend, beside 1 and the range of settings: long repeats
 
 
 def ngram_counts(
@@ -2805,7 +2835,8 @@ def ngram_counts(
     tokens = np.asarray(tokens)
     valid = not len(tokens) or 0 <= tokens.min() <= tokens.max() < vocab_size
     if tokens.dtype.kind not in "iu" or not valid:
-        raise ValueError(f"tokens must be integers in 0..{vocab_size - 1}, not {tokens.dtype}")
+        found = f"{tokens.dtype}" + (f" {tokens.min()}..{tokens.max()}" if len(tokens) else "")
+        raise ValueError(f"tokens must be integers in 0..{vocab_size - 1}, not {found}")
     nothing = np.zeros(0, np.int32)
     times = nothing if schedule is None else schedule[0]
     following = nothing if schedule is None else next_in_lane(schedule[1])
@@ -2837,7 +2868,7 @@ def next_in_lane(lanes: np.ndarray) -> np.ndarray:
 
 def torch_orders(text: TokenLinks, vocab_size: int, device: Any) -> Iterator[np.ndarray]:
     """Statistics int32 (N, 4) of each order, from 1 on, by torch's stable sort, cumsum and scatter:
-    on CUDA, or on a CPU without numba."""
+    on CUDA, or on a CPU without numba. May modify text.following."""
     tokens, times, following = (torch.from_numpy(column).to(device) for column in text)
     index = torch.arange(len(tokens), device=device)
     in_lanes = len(times) > 0
@@ -3045,7 +3076,7 @@ class Backoff:
         self.chunk = 1 << 16  # targets at a time
         self.largest_change = 1e-8
 
-    def rows(
+    def inputs(
         self, stats: np.ndarray, entropy: np.ndarray, change: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Matched order, 0: none, and the weight of its counts, (rows,) each. stats: (K, rows, 4)
@@ -3070,7 +3101,7 @@ class Backoff:
         """Of the model and of each order's counts: float64 (rows, K + 1)."""
         return np.vstack([1 - alpha, alpha * (np.array(self.orders)[:, None] == order)]).T
 
-    def learn(self, *rows: Any) -> None:
+    def learn(self, *inputs: Any) -> None:
         """Nothing: the weights are fixed by configuration."""
 
 
@@ -3097,9 +3128,10 @@ class Blend:
     Bayesian pair whose odds are their likelihoods so far, so that a useless gate costs a bit.
 
     Its schedule. Chunks grow from 32 targets to 4,096, doubling: early the gate learns often, and
-    later a chunk costs one pass. `passes` over a chunk fall from four to one by 2^19 targets, as
-    there is more and more to learn from; batches are of 256, at the last stage 512. Lanes and the
-    decoder see the same chunks, since a step of the lanes is never divided.
+    later a chunk costs one pass; in lanes a chunk has at least the targets of one step, which is
+    never divided, so that encoder and decoder see the same chunks. `passes` over a chunk fall from
+    four to one by 2^19 targets, as there is more and more to learn from; batches are of 256, at
+    the last stage 512.
     """
 
     HIDDEN = 32
@@ -3123,7 +3155,9 @@ class Blend:
         self.chunk = self.FIRST_CHUNK
         self.learned = 0  # targets
 
-    def rows(self, stats: np.ndarray, entropy: np.ndarray, _: Any = None) -> tuple[Tensor, Tensor]:
+    def inputs(
+        self, stats: np.ndarray, entropy: np.ndarray, _: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """Inputs of the gate (rows, 5 K + 3), scaled by constants, not by the stream (C1), and the
         experts' mask (rows, K + 1). stats: (K, rows, 4) int32; entropy: (rows,) float64, nats."""
         stats = torch.as_tensor(stats, device=self.device)
@@ -3203,31 +3237,31 @@ def mix(
         if times is not None:
             end = np.searchsorted(times, times[end - 1], "right")
         stats = store.read(begin, end)
-        log_prob, *inputs = scores.take(slice(begin, end))
-        rows = mixer.rows(stats, *inputs)
-        p = expert_probabilities(stats, log_prob)
-        mixed[begin:end] = np.log((mixer.weights(*rows) * p).sum(1))
-        mixer.learn(*rows, p)
+        chunk = scores.take(slice(begin, end))
+        inputs = mixer.inputs(stats, chunk.entropy, chunk.pe_delta)
+        p = expert_probabilities(stats, chunk.log_prob)
+        mixed[begin:end] = np.log((mixer.weights(*inputs) * p).sum(1))
+        mixer.learn(*inputs, p)
         tick("ngram", end, size)
         begin = end
     return mixed
 
 
-def mix_ngrams(scores: Scores, order: CodingOrder, report: "Report") -> np.ndarray:
+def mix_ngrams(scores: Scores, coding: CodingOrder, report: "Report") -> np.ndarray:
     """By the published backoff, for its line, and by NGRAM_MIXER. -> log p (N,), nats."""
     cfg = report.cfg
     rt = report.rt
     final = scores.log_prob.copy()
     mixers = {name: make_mixer(name, cfg, rt.device) for name in ("cascade", cfg.mixer)}
     orders = mixers[cfg.mixer].orders
-    store = CountStore(orders, len(order.tokens) - len(final))
-    counts = ngram_counts(order.tokens, cfg.vocab_size, max(orders), rt.device, order.schedule)
+    store = CountStore(orders, len(coding.tokens) - len(final))
+    counts = ngram_counts(coding.tokens, cfg.vocab_size, max(orders), rt.device, coding.schedule)
     store.collect(counts)
-    scores = scores.take(order.targets)
-    times = order.schedule and order.schedule[0][store.skip :]
+    scores = scores.take(coding.targets)
+    times = coding.schedule and coding.schedule[0][store.skip :]
     for name, mixer in mixers.items():
         mixed = mix(mixer, store, scores, times, rt.tick)
-        final[order.targets] = mixed
+        final[coding.targets] = mixed
         if name == "cascade":
             report.score("ngram_backoff", final, orders=cfg.orders)
     log_gains(rt, store.matched, mixed - scores.log_prob)
@@ -3251,7 +3285,7 @@ def log_gains(rt: Runtime, matched: np.ndarray, saved: np.ndarray) -> None:
 STREAM_PREFIX = b"PGSTREAM\x01"  # magic, version
 PRECISION = 24  # bits of a probability
 SCORING = stored_names("stream")  # in a stream's header
-WITNESSES = 2048  # targets at least whose whole distribution is added up
+WITNESSES = 2048  # targets whose mass is taken: at least by the codec, at most of windows
 KEPT_BYTES = 64  # of a lane's last tokens, two bytes each: more than any context
 
 
@@ -3303,7 +3337,7 @@ class Mixture:
     def __init__(self, rt: Runtime, cfg: Config, begun: int, isolated: bool = True):
         """begun: lanes that start with a BOS."""
         self.mixer = make_mixer(cfg.mixer, cfg, rt.device)
-        self.chunk: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.mass_error = 0.0
         self.counts = ContextDictionary(self.mixer.orders, begun, isolated)
         self.counts.insert(range(begun), np.full(begun, BOS))
@@ -3315,7 +3349,7 @@ class Mixture:
         self.log_probs = outputs[0].cpu().numpy()[lanes]
         self.entropy = outputs[1].cpu().numpy()[lanes]
         self.stats, self.found = self.counts.read(lanes)
-        weights = self.mixer.weights(*self.mixer.rows(self.stats, self.entropy))
+        weights = self.mixer.weights(*self.mixer.inputs(self.stats, self.entropy))
         p = weights[:, :1] * np.exp(self.log_probs)
         for i, k, tokens, counts in self.found:
             p[i, tokens] += weights[i, k + 1] / self.stats[k, i, 0] * counts
@@ -3328,14 +3362,14 @@ class Mixture:
             self.stats[k, i, 1] = counts[after == tokens[i]].sum()
         self.counts.insert(self.lanes, tokens)
         log_prob = self.log_probs[np.arange(len(tokens)), tokens]
-        self.chunk.append((self.stats, self.entropy, log_prob))
-        if sum(len(entropy) for _, entropy, _ in self.chunk) >= self.mixer.chunk:
-            columns = [*zip(*self.chunk, strict=True)]
+        self.pending.append((self.stats, self.entropy, log_prob))
+        if sum(len(entropy) for _, entropy, _ in self.pending) >= self.mixer.chunk:
+            columns = [*zip(*self.pending, strict=True)]
             stats = np.concatenate(columns[0], 1)
-            rows = self.mixer.rows(stats, np.concatenate(columns[1]))
+            inputs = self.mixer.inputs(stats, np.concatenate(columns[1]))
             p = expert_probabilities(stats, np.concatenate(columns[2]))
-            self.mixer.learn(*rows, p)
-            self.chunk = []
+            self.mixer.learn(*inputs, p)
+            self.pending = []
 
 
 def window_mass(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> float:
@@ -3354,8 +3388,8 @@ def window_mass(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> flo
 
 
 def coder_integers(p: np.ndarray) -> np.ndarray:
-    """p, float64 (rows, V) -> integers, their sum 2^24 - V; the coder adds 1 to each. ValueError
-    for what is no distribution."""
+    """p, float64 (lanes, V) -> integers, their sum 2^24 - V: constriction's coder adds 1 to each,
+    so that every token can be coded. ValueError for what is no distribution."""
     free = (1 << PRECISION) - p.shape[1]
     integers = np.floor(p * free)
     rest = free - integers.sum(1)
@@ -3481,7 +3515,7 @@ class StreamHeader(NamedTuple):
 
     @staticmethod
     def parse(header: Any) -> "StreamHeader":
-        """ValueError, KeyError or TypeError for what no encoder writes."""
+        """ValueError, KeyError, TypeError or AttributeError for what no encoder writes."""
         plan = CodingPlan(*header["shape"])
         made = header["made"]
         if any(type(number) is not int or number < 0 for number in plan) or plan.lanes < 1:
@@ -3500,8 +3534,9 @@ def read_stream(path: Path) -> tuple[StreamHeader, bytes]:
     try:
         header, words = unseal(STREAM_PREFIX, path.read_bytes())
         parsed = StreamHeader.parse(header)
-        if parsed.plan.lanes > 1024 + 8 * len(words):  # so many began no document
-            raise ValueError("more lanes than words")
+        # each lane codes a token at least: a forged number must not ask for the memory
+        if parsed.plan.lanes > 1024 + 8 * len(words):
+            raise ValueError("more lanes than its words could fill")
         return parsed, words
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StreamError(f"{path}: unreadable ({error}); fix: get it again") from error
@@ -3510,6 +3545,7 @@ def read_stream(path: Path) -> tuple[StreamHeader, bytes]:
 def decode_folder(cfg: Config) -> None:
     """DECODE: artifact.bin and stream.bin of a folder -> decoded.npy there, uint16 tokens. Refused
     (StreamError) where code, artifact, libraries or machine are not those of the encoder."""
+    range_coder()  # a missing package is missed now
     path = Path(cfg.decode, "stream.bin")
     artifact = Path(cfg.decode, "artifact.bin")
     header, words = read_stream(path)
@@ -3607,25 +3643,25 @@ class Trainer:
         self.loader = loader
         self.rt = rt
         self.cfg = cfg
-        self.micro = micro_batches(cfg, rt)
+        self.passes = micro_batches(cfg, rt)
         self.optimizers = Optimizers(model, rt, cfg)
         self.averages = Averages(model, cfg)
-        self.loss = rt.compile(model, fullgraph=True)
+        self.compiled_loss = rt.compile(model, fullgraph=True)
         self.folder = rt.folder / "checkpoint"
         self.step = 0  # steps that are done
         self.qat_since: int | None = None  # step at which late QAT began
         self.elapsed = 0.0  # seconds of training, the slowest rank's
-        self.came: list[int] = []  # signals, on this rank
+        self.signals: list[int] = []  # that came, on this rank
         self.signal = 0  # on any rank, as of the last agreement
 
     def gradients(self) -> Tensor:
         """Of this rank's rows. -> mean loss."""
         ids, targets = (side.to(self.rt.device) for side in self.loader.rows(self.cfg, self.rt))
         total = 0.0
-        batches = zip(ids.chunk(self.micro), targets.chunk(self.micro), strict=True)
+        batches = zip(ids.chunk(self.passes), targets.chunk(self.passes), strict=True)
         for batch_ids, batch_targets in batches:
             with self.rt.autocast():
-                loss = self.loss(batch_ids, batch_targets) / self.micro
+                loss = self.compiled_loss(batch_ids, batch_targets) / self.passes
             loss.backward()
             total += loss.detach()
         return total
@@ -3656,7 +3692,7 @@ class Trainer:
         loss that is not finite."""
         with self.rt.clock("train"):
             nonfinite = 0 if math.isfinite(loss.item()) else self.rt.rank + 1
-        signal_here = max(self.came, default=0)
+        signal_here = max(self.signals, default=0)
         found = self.rt.largest(self.rt.seconds["train"], signal_here, nonfinite)
         self.elapsed, self.signal, nonfinite = found.tolist()
         if nonfinite:
@@ -3684,7 +3720,7 @@ class Trainer:
         rt = self.rt
         loss = torch.zeros(())
         self.warm_up()
-        with rt.signals() as self.came:
+        with rt.signals() as self.signals:
             self.agree(loss)
             due = self.checkpoints_due()
             while not self.done:
@@ -3828,12 +3864,12 @@ class Report:
         bpb = bits_per_byte(log_prob, self.text.bytes)
         return dict(val_loss=float(-log_prob.mean()), val_bpb=bpb)
 
-    def finish(self, model: GPT, scores: Scores, final: np.ndarray, order: CodingOrder) -> None:
+    def finish(self, model: GPT, scores: Scores, final: np.ndarray, coding: CodingOrder) -> None:
         """Proof, columns, bytes and seconds against the caps, submission.json, picture."""
         rt = self.rt
         cfg = self.cfg
         if cfg.scorer == "documents":
-            mass_error, codec = prove(self, final[order.targets])
+            mass_error, codec = prove(self, final[coding.targets])
         else:
             mass_error = window_mass(model, rt, cfg, self.text.stream)
             codec = {}
@@ -3898,7 +3934,7 @@ def log_pseudo_score(rt: Runtime, cfg: Config) -> None:
 
 def close_run(rt: Runtime) -> None:
     """Peak memory; submission.json, the mark of a finished run, and report.png. The scores are in
-    the log by now: where one of the two fails, the run has not."""
+    the log by now: a failure of these two is noted and does not fail the run."""
     rt.log("peak_memory_mb", rt.peak_memory())
     try:
         write_submission(rt.folder)
@@ -4103,26 +4139,25 @@ def evaluate(
     rt = report.rt
     stream = report.text.stream
     scorer = WindowScorer(model, rt, cfg)
-    order = CodingOrder(stream, slice(None))
+    coding = CodingOrder(stream, slice(None))
     report.score("int6_roundtrip", scorer.score(stream, scorer.length).log_prob)
     began = time.perf_counter()
     scores = scorer.score(stream, cfg.eval_stride)
     report.score("int6_sliding_window", scores.log_prob, stride=cfg.eval_stride)
     if cfg.scorer == "documents":
         middle = time.perf_counter()
-        scores, order = score_documents(model, rt, cfg, stream)
-        seconds = dict(
-            tokens_per_s=time.perf_counter() - middle, sliding_tokens_per_s=middle - began
-        )
-        speed = {name: int((len(stream) - 1) / spent) for name, spent in seconds.items()}
-        report.score("documents", scores.log_prob, **speed)
+        scores, coding = score_documents(model, rt, cfg, stream)
+        targets = len(stream) - 1
+        speed = int(targets / (time.perf_counter() - middle))
+        sliding = int(targets / (middle - began))
+        report.score("documents", scores.log_prob, tokens_per_s=speed, sliding_tokens_per_s=sliding)
     if cfg.ttt_enabled:
         scores = TestTimeTraining(model, rt, cfg).score(stream)
         report.score("ttt", scores.log_prob)
     scores = with_enrichment_change(scores, model, stream)
     if weights and cfg.ngram_scheme and cfg.pseudo_weights == "ema":
         score_unquantised(model, weights, report)
-    return scores, order
+    return scores, coding
 
 
 def score_unquantised(model: GPT, weights: Mapping[str, Tensor], report: Report) -> None:
@@ -4174,12 +4209,12 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
         if rt.rank == 0:
             write_atomically(path, packed or pack_artifact(weights, cfg, rt.log))
         model = load_artifact(path, rt.device, rt.share(path))
-        scores, order = evaluate(model, weights, report)
+        scores, coding = evaluate(model, weights, report)
         final = scores.log_prob
         if rt.rank == 0 and cfg.mixer != "none":
-            final = mix_ngrams(scores, order, report)
+            final = mix_ngrams(scores, coding, report)
     if rt.rank == 0:
-        report.finish(model, scores, final, order)
+        report.finish(model, scores, final, coding)
     rt.barrier()  # a rank that ends earlier could take rank 0 with it
 
 

@@ -215,6 +215,8 @@ def test_four_packages_train_score_and_print_val_bpb(env, four, tmp_path):
     files = {path.name for path in run.folder.iterdir()}
     assert files | left_out == {path.name for path in whole.folder.iterdir()}
     assert run.submission()["val_bpb"] == run.val_bpb()
+    done = launch(SCRIPT, [], dict(DECODE=str(whole.folder)) | four, 1, tmp_path)
+    assert "package constriction is missing; fix: pip install" in error_line(done)
 
 
 def test_four_packages_prepare_a_text(four, tmp_path):

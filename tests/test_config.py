@@ -150,6 +150,19 @@ def test_precedence_and_origins(add_record):
     assert "NUM_LAYERS" not in cfg.origin  # default
 
 
+def test_the_beginning_of_a_record_is_that_record(add_record):
+    """In everything that follows from its name, too."""
+    add_record("track/tiny", "ITERATIONS=11\n")
+    cfg = Config.from_env(dict(DEVICE="cpu", RECORD="ti"))
+    assert (cfg.record, cfg.run_id, cfg.iterations) == ("tiny", "tiny_seed1337", 11)
+
+
+def test_help_names_a_record_without_a_comment(add_record, capsys):
+    add_record("track/mine", "SEED=5\n")
+    train_gpt.print_help()
+    assert re.search(r"^  mine    .*track/mine$", capsys.readouterr().out, re.M)
+
+
 @pytest.mark.parametrize(
     "line", ["DATA_PATH=/x", "TOKENIZER_PATH=x", "RUN_ID=x", "NO_SUCH=1", "words", "RECORD=x"]
 )

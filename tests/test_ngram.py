@@ -622,7 +622,7 @@ def test_target_by_target_gives_the_same_weights():
         log_prob, entropy = (column[t : t + 1] for column in scores[:2])
         stats = store.read(t, t + 1)
         inputs, known, p = (
-            *mixer.rows(stats, entropy),
+            *mixer.inputs(stats, entropy),
             train_gpt.expert_probabilities(stats, log_prob),
         )
         out.append(math.log((mixer.weights(inputs, known) * p).sum()))

@@ -380,8 +380,8 @@ NGRAM = [
                 " $mixer.learn(*$rows, $p)",
             ),
             *script(
-                "p = expert_probabilities(stats, log_prob)",
-                "p = expert_probabilities(stats, log_prob); mixer.learn(*rows, p)",
+                "p = expert_probabilities(stats, chunk.log_prob)",
+                "p = expert_probabilities(stats, chunk.log_prob); mixer.learn(*inputs, p)",
             ),
         ],
     ),
@@ -397,7 +397,10 @@ CODEC = [
         "chunk",
         "the codec's mixer learns a chunk in another order",
         "test_ngram.py -k spelt_out",
-        script("zip(*self.chunk, strict=True)", "zip(*self.chunk[::-1], strict=True)"),
+        [
+            *script("zip(*self.chunk, strict=True)", "zip(*self.chunk[::-1], strict=True)"),
+            *script("zip(*self.pending, strict=True)", "zip(*self.pending[::-1], strict=True)"),
+        ],
     ),
     Fault(
         "integers",
