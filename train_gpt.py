@@ -3939,8 +3939,8 @@ def close_run(rt: Runtime) -> None:
     try:
         write_submission(rt.folder)
     except (UserError, OSError, ValueError) as error:
-        fix = f"python records/submission.py {rt.folder}"
-        rt.log("note", f"no submission.json: {error}; fix: {fix}")
+        again = f"python records/submission.py {rt.folder}"
+        rt.log("note", f"no submission.json: {error}; then run {again}")
     program = ROOT / "records/plot.py"
     if program.exists() and has_package("matplotlib"):
         if subprocess.run([sys.executable, program, rt.folder]).returncode:

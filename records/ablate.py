@@ -29,7 +29,7 @@ from records.runs import (  # noqa: E402
     difference,
     over_seeds,
 )
-from train_gpt import Config, ConfigError, find_shards  # noqa: E402
+from train_gpt import Config, ConfigError, find_shards, prepare_sample  # noqa: E402
 
 PUBLISHED_810 = "CLIP_QUANTILES=0.999,0.9999,0.99999,0.999999,0.9999999"
 PRUNED = 0.97  # of the unpruned code and artifact
@@ -212,7 +212,7 @@ def ablate(arguments: Sequence[str], data: Path) -> int:
     options, began = parse(arguments), time.perf_counter()
     given = FIXED | schedule(options.steps) | runs.overrides(options.set)
     source = Path(Config.from_env(given).data_path)
-    runs.prepare_sample(source)
+    prepare_sample(source)  # before several runs would at the same time
     base = given | {"DATA_PATH": cut_validation(source, data, options.val_tokens)}
     chosen = [s for s in SWITCHES if s.name in (options.only or s.name).split(",")]
     if idle := [switch.name for switch in chosen if not changed(switch, base)]:

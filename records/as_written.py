@@ -34,6 +34,7 @@ from train_gpt import (  # noqa: E402
     UserError,
     bits_per_byte,
     ngram_counts,
+    read_pairs,
 )
 
 PROBES = 64  # positions at which the mass is measured
@@ -388,8 +389,7 @@ def score_folder(
     path = folder / ("scores.npz" if weights == "artifact" else "scores_ema.npz")
     if not path.exists():
         raise UserError(f"{path}: missing; fix: run with SAVE_SCORES=1 and NGRAM_SCHEME={scheme}")
-    settings = (folder / "config.env").read_text(encoding="utf-8").splitlines()
-    cfg = Config.from_env(dict(line.split("=", 1) for line in settings) | {"RECORD": "tiny"})
+    cfg = Config.from_env(read_pairs(folder / "config.env") | {"RECORD": "tiny"})
     if cfg.ngram_buckets & cfg.ngram_buckets - 1:
         raise UserError(f"NGRAM_BUCKETS={cfg.ngram_buckets}: must be a power of 2, as 4194304")
     columns = np.load(path)

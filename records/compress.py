@@ -15,7 +15,7 @@ is. The file is restored once from what will be written before that is put in pl
 The tokens are dealt out to lanes, one contiguous piece each, that are coded side by side: more
 lanes are faster, fewer let a piece see more of what came before. A .pgz is a container of
 train_gpt.seal: JSON header (bytes, sha256 of file and tokenizer, fingerprint of code, artifact,
-libraries and machine, settings of the scorer, shape and size of each block), the blocks, the bytes
+libraries and machine, settings of the scorer, plan and size of each block), the blocks, the bytes
 kept aside. It restores on machines whose floating point is the same, and says so where it is not.
 """
 
@@ -76,24 +76,18 @@ class Packed(NamedTuple):
 
 
 class Progress(train_gpt.Runtime):
-    """A Runtime whose steps move a bar, where a person waits."""
+    """A Runtime with one bar for all blocks, where a person waits."""
 
-    bar = None
-
-    def graph(self, function, *inputs):
-        """What Runtime.graph returns; each call of it is one token a lane, inputs are (lanes,)."""
-        forward = super().graph(function, *inputs)
-
-        def step(*values):
-            self.bar.update(min(len(values[0]), self.bar.total - self.bar.n))
-            return forward(*values)
-
-        return step
-
-    def bar_of(self, what, tokens):
+    def bar_of(self, what: str, tokens: int) -> Any:
         """A bar on standard error if that is a terminal; a context manager."""
-        self.bar = tqdm(total=tokens, desc=what, unit="tok", disable=None)
-        return self.bar
+        self.whole = tqdm(total=tokens, desc=what, unit="tok", disable=None)
+        self.done = 0  # tokens of the block
+        return self.whole
+
+    def tick(self, stage: str, done: int, total: int) -> None:
+        """Of a block, whose lanes also end with a token each."""
+        self.whole.update(min(done - self.done, self.whole.total - self.whole.n))
+        self.done = done if done < total else 0
 
 
 # -----------------------------------------------------------------------------
@@ -183,7 +177,8 @@ class Compressor:
 
     def __init__(self, artifact: Path, tokenizer: Path | None = None, device: str = "cpu"):
         """tokenizer: else tokenizer.model beside the artifact. UserError, DataError, OSError"""
-        self.artifact, self.tokenizer = artifact, tokenizer or artifact.with_name("tokenizer.model")
+        self.artifact = artifact
+        self.tokenizer = tokenizer or artifact.with_name("tokenizer.model")
         self.rt = Progress(Config(device=device))
         self.rt.start()
         self.model = train_gpt.load_artifact(artifact, self.rt.device)
@@ -203,18 +198,22 @@ class Compressor:
 
     def compress(self, data: bytes, lanes: int = 0) -> Packed:
         """Any bytes -> Packed. lanes: 0 chooses by the number of tokens."""
-        began, (tokens, held) = time.perf_counter(), tokenise(self.spelt, data)
+        began = time.perf_counter()
+        tokens, held = tokenise(self.spelt, data)
         lanes = lanes or min(LANES, max(1, len(tokens) // LANE_TOKENS))
         scoring = defaults()
-        cfg, blocks, parts = self.config(scoring, lanes), [], []
+        cfg = self.config(scoring, lanes)
+        blocks = []
+        parts = []
         with self.rt.bar_of("compressing", len(tokens)):
             for a in range(0, len(tokens), BLOCK_TOKENS):
                 block = tokens[a : a + BLOCK_TOKENS]
-                stream, raw = deal(block, lanes), self.text(block)
-                shape = CodingPlan.of(stream, cfg, 1)
-                words = train_gpt.encode(self.model, self.rt, cfg, stream, shape)[0]
+                stream = deal(block, lanes)
+                raw = self.text(block)
+                plan = CodingPlan.of(stream, cfg, 1)
+                words, _ = train_gpt.encode(self.model, self.rt, cfg, stream, plan)
                 smaller = len(words) < len(raw)
-                blocks.append([shape if smaller else None, len(words if smaller else raw)])
+                blocks.append([plan if smaller else None, len(words if smaller else raw)])
                 parts.append(words if smaller else raw)
         parts.append(b"" if held.all() else keep_aside(data, held))
         header = dict(bytes=len(data), sha256=train_gpt.sha256(data), made=self.made())
@@ -241,31 +240,30 @@ class Compressor:
 
     def unpack(self, header: dict[str, Any], payload: bytes) -> bytes:
         """What the blocks hold and what was kept aside, together; any exception for a lie"""
-        parts, tokens = [], sum(shape[4] for shape, _ in header["blocks"] if shape)
-        with self.rt.bar_of("restoring", tokens):
-            for shape, size in header["blocks"]:
-                part, payload = payload[:size], payload[size:]
-                if shape:
-                    shape = CodingPlan(*shape)
-                    cfg = self.config(header["scoring"], shape.lanes)
-                    check_shape(shape, cfg, header)
-                    with contextlib.suppress(
-                        AssertionError, ValueError
-                    ):  # words that no coder can have made
-                        stream, *_ = train_gpt.decode(self.model, self.rt, cfg, part, shape)
-                        part = self.text(stream[stream != BOS])
+        blocks = [(plan and CodingPlan(*plan), size) for plan, size in header["blocks"]]
+        parts = []
+        with self.rt.bar_of("restoring", sum(plan.targets for plan, _ in blocks if plan)):
+            for plan, size in blocks:
+                part = payload[:size]
+                payload = payload[size:]
+                if plan:
+                    cfg = self.config(header["scoring"], plan.lanes)
+                    check_plan(plan, cfg, header)
+                    with contextlib.suppress(ValueError):  # words that no coder can have made
+                        text = train_gpt.decode(self.model, self.rt, cfg, part, plan).text
+                        part = self.text(text[text != BOS])
                 parts.append(part)
         data = b"".join(parts)
         return put_back(data, payload, header["bytes"]) if payload else data
 
 
-def check_shape(shape: CodingPlan, cfg: Config, header: dict[str, Any]) -> None:
-    """ValueError for a shape that `compress` makes of no file: memory is taken according to it."""
-    wanted = shape._replace(documents=shape.lanes, groups=1, window=cfg.window)
-    sizes = 1 <= shape.lanes <= min(MOST_LANES, shape.targets, BLOCK_TOKENS + 1)
-    sizes = sizes and shape.targets < BLOCK_TOKENS + shape.lanes  # a BOS between the pieces
-    if shape != wanted or not sizes or header["scoring"] != defaults():
-        raise ValueError(f"its shape is {[*shape]}")
+def check_plan(plan: CodingPlan, cfg: Config, header: dict[str, Any]) -> None:
+    """ValueError for a plan that `compress` makes of no file: memory is taken according to it."""
+    wanted = plan._replace(documents=plan.lanes, groups=1, window=cfg.window)
+    sizes = 1 <= plan.lanes <= min(MOST_LANES, plan.targets, BLOCK_TOKENS + 1)
+    sizes = sizes and plan.targets < BLOCK_TOKENS + plan.lanes  # a BOS between the pieces
+    if plan != wanted or not sizes or header["scoring"] != defaults():
+        raise ValueError(f"its plan is {[*plan]}")
 
 
 def defaults() -> dict[str, str]:

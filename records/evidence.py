@@ -29,10 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 import submission  # noqa: E402
 
 import train_gpt  # noqa: E402
-from train_gpt import BOS  # noqa: E402
+from train_gpt import BLOCK, BOS  # noqa: E402
 
 OUR_CODE = train_gpt.sha256(train_gpt.CODE.read_bytes())
-BLOCK = 1024  # targets of a row of blocks.npz
 BLOCKS, POSITIONS = 4, 16  # computed again, and in each of them the whole distribution
 SAME_DEVICE = 1e-3, 1e-5  # nats at a target, a target of a block: fp32, other shapes
 OTHER_DEVICE = 1.0, 0.02  # bf16 on one side
@@ -55,7 +54,9 @@ class Case:
     """A run folder, the text it is held against, and what was computed again."""
 
     def __init__(self, folder: str | Path, seed: int):
-        self.folder, self.seed, self.run = Path(folder), seed, submission.RunFolder(folder)
+        self.folder = Path(folder)
+        self.seed = seed
+        self.run = submission.RunFolder(folder)
         self.exit = contextlib.ExitStack()
 
     def file(self, name: str) -> bytes:
@@ -89,7 +90,8 @@ class Case:
     @cached_property
     def cfg(self) -> Any:
         """The run's settings; where its text and tokenizer lie here."""
-        pairs, given = train_gpt.read_pairs(self.folder / "config.env"), {}
+        pairs = self.run.config
+        given = {}
         if unknown := pairs.keys() - train_gpt.VARIABLES.keys():
             raise Failed(f"config.env: {sorted(unknown)[0]} is no variable of this train_gpt.py")
         for name in ("DATA_PATH", "TOKENIZER_PATH"):
@@ -97,7 +99,7 @@ class Case:
             logged = logged.removesuffix("(env)") if logged.endswith("(env)") else ""
             if path := os.environ.get(name) or (Path(logged).exists() and logged):
                 given[name] = path
-        paths = given | train_gpt.default_paths(given, self.run.settings().get("RECORD", ""))
+        paths = given | train_gpt.default_paths(given, self.run.settings.get("RECORD", ""))
         values = {name.lower(): train_gpt.parse(name, text) for name, text in pairs.items()}
         values |= {name.lower(): str(path) for name, path in paths.items()}
         return train_gpt.Config(**values | dict(device="auto")).check()
@@ -119,31 +121,33 @@ class Case:
             raise NotChecked(f"no validation text: {error}; or set DATA_PATH") from None
 
     @cached_property
-    def stream(self) -> tuple[dict[str, Any], bytes]:
+    def stream(self) -> tuple[train_gpt.StreamHeader, bytes]:
         """Header and coder's words"""
-        if not (self.folder / "stream.bin").exists():
+        path = self.folder / "stream.bin"
+        if not path.exists():
             raise NotChecked(f"no stream.bin (SCORER={self.cfg.scorer}), so no proof")
-        data, start = self.file("stream.bin"), len(train_gpt.STREAM_PREFIX) + 4
         try:
-            return train_gpt.unseal(train_gpt.STREAM_PREFIX, data)
-        except ValueError as error:
+            return train_gpt.read_stream(path)
+        except train_gpt.StreamError as error:
+            data = self.file("stream.bin")
+            start = len(train_gpt.STREAM_PREFIX) + 4
             size = start + int.from_bytes(data[start - 4 : start], "little") + train_gpt.SHA_BYTES
             size += self.claims.get("codec", {}).get("coded_bytes", 0)
             cut = f"has {len(data):,} bytes of {size:,}, it is cut off"
-            raise Failed(f"stream.bin {cut if len(data) < size else error}") from None
+            raise Failed(f"stream.bin {cut}" if len(data) < size else str(error)) from None
 
     @cached_property
-    def shape(self) -> Any:
+    def plan(self) -> train_gpt.CodingPlan:
         """Of the whole text in the run's lanes"""
         ranks = int(str(self.run.last("hardware").get("value", "1 x")).split(" x")[0])
         return train_gpt.CodingPlan.of(self.text.stream, self.cfg, ranks)
 
     @cached_property
-    def order(self) -> Any:
+    def order(self) -> train_gpt.CodingOrder:
         """In which the run coded, from the text alone"""
         if self.cfg.scorer == "sliding":
             return train_gpt.CodingOrder(self.text.stream, slice(None))
-        return coding_order(self.text.stream, self.rt, self.shape)
+        return coding_order(self.text.stream, self.rt, self.plan)
 
     @cached_property
     def begun(self) -> int:
@@ -153,8 +157,9 @@ class Case:
     @cached_property
     def times(self) -> np.ndarray:
         """Step of each target, in coding order"""
-        steps = self.order.steps
-        return np.arange(len(self.text.targets)) if steps is None else steps[0][self.begun :]
+        if self.order.schedule is None:
+            return np.arange(len(self.text.targets))
+        return self.order.schedule[0][self.begun :]
 
     @cached_property
     def at(self) -> np.ndarray:
@@ -166,7 +171,7 @@ class Case:
     @cached_property
     def coded(self) -> int:
         """Targets in stream.bin: whole steps, until the header's number is reached"""
-        last = self.times[self.stream[0]["shape"][4] - 1]
+        last = self.times[self.stream[0].plan.targets - 1]
         return int(np.searchsorted(self.times, last, "right"))
 
     @cached_property
@@ -209,7 +214,8 @@ class Case:
     @cached_property
     def decoder(self) -> tuple[subprocess.Popen, Path, float]:
         """A fresh process in a folder of its own, begun now; it runs beside the other checks."""
-        made, artifact = self.stream[0]["made"], self.folder / "artifact.bin"
+        made = self.stream[0].made
+        artifact = self.folder / "artifact.bin"
         try:
             rt = train_gpt.Runtime(replace(self.cfg, device=made["device"].split()[0]))
         except train_gpt.ConfigError:
@@ -218,8 +224,9 @@ class Case:
             )
             raise NotChecked(reason) from None
         for name, here in train_gpt.fingerprint(rt, artifact).items():
-            if name not in ("threads", "code", "artifact") and made[name] != here:
-                raise NotChecked(f"made with {name} {made[name]}, here is {here}: bits may differ")
+            there = made.get(name)
+            if name not in ("threads", "code", "artifact") and there != here:
+                raise NotChecked(f"made with {name} {there}, here is {here}: bits may differ")
         alone = Path(self.exit.enter_context(tempfile.TemporaryDirectory(prefix="verify_")))
         for name in ("train_gpt.py", "artifact.bin", "tokenizer.model", "stream.bin"):
             shutil.copyfile(self.folder / name, alone / name)
@@ -245,9 +252,9 @@ class Case:
 # Computed again
 
 
-def coding_order(stream: np.ndarray, rt: Any, shape: Any) -> Any:
-    """The Order in which lanes take the targets of a stream (N + 1,), without a network."""
-    steps = train_gpt.run_lanes(None, rt, shape, [], train_gpt.tokens_of_text(stream))
+def coding_order(stream: np.ndarray, rt: Any, plan: Any) -> train_gpt.CodingOrder:
+    """In which lanes take the targets of a stream (N + 1,), without a network."""
+    steps = train_gpt.run_lanes(None, rt, plan, [], train_gpt.tokens_of_text(stream))
     return train_gpt.coding_order(stream, steps)
 
 
@@ -255,21 +262,29 @@ def mix_again(
     case: Case, order: Any, scores: Any, keep: Any = ()
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Scores in coding order -> log p (N,), nats; the mixing weights (K + 1,) of targets `keep`"""
-    cfg, device, kept, begun = case.cfg, case.rt.device, {}, 0
-    mixer, wanted = train_gpt.make_mixer(cfg.mixer, cfg, device), np.asarray(keep, np.int64)
-    longest, weights = max(mixer.orders, default=1), mixer.weights
-    counts = train_gpt.ngram_counts(order.tokens, cfg.vocab_size, longest, device, order.steps)
+    cfg = case.cfg
+    device = case.rt.device
+    mixer = train_gpt.make_mixer(cfg.mixer, cfg, device)
+    weights = mixer.weights
+    wanted = np.asarray(keep, np.int64)
+    kept = {}
+    begun = 0
+    longest = max(mixer.orders, default=1)
+    schedule = order.schedule
+    counts = train_gpt.ngram_counts(order.tokens, cfg.vocab_size, longest, device, schedule)
     store = train_gpt.CountStore(mixer.orders, case.begun).collect(counts)
 
     def watched(*rows: Any) -> np.ndarray:
         nonlocal begun
-        found, a = weights(*rows), begun
+        found = weights(*rows)
+        a = begun
         begun += len(found)
         kept.update({t: found[t - a] for t in wanted[(a <= wanted) & (wanted < begun)].tolist()})
         return found
 
     mixer.weights = watched
-    return train_gpt.mix(mixer, store, scores, order.steps and order.steps[0][case.begun :]), kept
+    times = schedule and schedule[0][case.begun :]
+    return train_gpt.mix(mixer, store, scores, times), kept
 
 
 class Blocks(NamedTuple):
@@ -300,17 +315,19 @@ def score_lanes(case: Case, stream: np.ndarray, spans: list, picked: list[int]) 
     goals, log_prob, entropy = stream[places + 1].astype(np.int64), *np.zeros((2, len(places)))
     begins = np.cumsum(sizes) - sizes
 
-    def choose(outputs: Any, lanes: np.ndarray, at: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        here = begins[at] + offset
-        log_probs, spread = (column.cpu().numpy()[lanes] for column in outputs)
-        log_prob[here], entropy[here] = log_probs[np.arange(len(here)), goals[here]], spread
+    def choose(outputs: Any, step: train_gpt.LaneStep) -> np.ndarray:
+        here = begins[step.documents] + step.places
+        log_probs, spread = (column.cpu().numpy()[step.lanes] for column in outputs)
+        log_prob[here] = log_probs[np.arange(len(here)), goals[here]]
+        entropy[here] = spread
         found = zip(places[here].tolist(), log_probs, strict=True)
         rows.update({place: row for place, row in found if place in picked})
-        return np.where(offset + 1 < sizes[at], goals[here], BOS)  # a piece that is over ends so
+        goes_on = step.places + 1 < sizes[step.documents]
+        return np.where(goes_on, goals[here], BOS)  # a piece that is over ends so
 
     count = len(pieces)
-    shape = train_gpt.CodingPlan(count, 0, count, 1, len(places), case.cfg.window)
-    train_gpt.run_lanes(case.model, case.rt, shape, [0], choose)
+    plan = train_gpt.CodingPlan(count, 0, count, 1, len(places), case.cfg.window)
+    train_gpt.run_lanes(case.model, case.rt, plan, [0], choose)
     return Blocks(places, log_prob, entropy, rows)
 
 
@@ -338,7 +355,7 @@ def distributions(case: Case) -> Iterator[tuple[int, np.ndarray]]:
         p = weights[0] * np.exp(case.again.rows[place])
         for longest, weight in zip(orders, weights[1:], strict=True):
             for k in range(reach, longest - 1):  # the context grows by the token before it
-                ends = k and case.order.steps is not None and stream[place - k + 1] == BOS
+                ends = k and case.order.schedule is not None and stream[place - k + 1] == BOS
                 fits = np.zeros(size, bool)
                 if place >= k and not ends:
                     fits[k:] = stream[: size - k] == stream[place - k]

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from submission import CAP_BYTES, RunError, RunFolder, blame, placing
+from submission import RunError, RunFolder, blame
+
+from train_gpt import CAP_BYTES, UserError, write_atomically  # its folder is known to submission
 
 # Okabe and Ito's palette, safe for colour-blind readers; each run also has its own marker.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -98,8 +100,9 @@ def load_all(paths: list[str]) -> list[Run]:
     runs, known, seen = [], [], []
     for run in (load(path, 0) for path in paths):
         named = (run.folder.path / "config.env").exists()  # else unfinished
-        settings = run.folder.settings() if named else {"": str(run.folder.path)}
-        seed, _ = settings.pop("SEED", ""), settings.pop("RUN_ID", "")
+        settings = dict(run.folder.settings) if named else {"": str(run.folder.path)}
+        seed = settings.pop("SEED", "")
+        settings.pop("RUN_ID", None)
         key = settings, seen.count((settings, seed))
         seen.append((settings, seed))
         known += [] if key in known else [key]
@@ -446,9 +449,8 @@ def legend(runs: list[Run]) -> str:
 
 def save(figure: Any, path: Path) -> None:
     """Whole or not at all; the same run gives the same bytes."""
-    partial = path.with_name(f".{path.name}.partial.png")
-    with placing(path, partial):
-        figure.savefig(partial, dpi=150, format="png", metadata={"Software": None})
+    how = dict(dpi=150, format="png", metadata={"Software": None})
+    write_atomically(path, lambda partial: figure.savefig(partial, **how))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -467,7 +469,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with rc_context(STYLE), blame(", ".join(given.runs)):
             save(draw(load_all(given.runs), Figure), out)
-    except (RunError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("wrote", out)

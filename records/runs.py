@@ -8,7 +8,6 @@ code is edited under it; `git worktree add` gives it a copy of its own.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -31,8 +30,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
-import train_gpt  # noqa: E402
-from train_gpt import ALIASES, VARIABLES, Config, UserError, read_pairs, show  # noqa: E402
+from train_gpt import ALIASES, ANYWAY, VARIABLES, Config, UserError, sha256, show  # noqa: E402
 
 CODE = {path: path.read_bytes() for path in (SCRIPT, ROOT / "records/as_written.py")}
 NOT_SETTINGS = ("RUN_ID", "DATA_PATH", "TOKENIZER_PATH")
@@ -80,7 +78,7 @@ class Estimate(NamedTuple):
 
 def environment() -> dict[str, str]:
     """This process's variables without train_gpt.py's, which a table sets itself."""
-    ours = {*VARIABLES, *read_pairs(ALIASES)}
+    ours = {*VARIABLES, *ALIASES, *ANYWAY}
     return {name: text for name, text in os.environ.items() if name not in ours}
 
 
@@ -91,7 +89,7 @@ def digest(task: Task) -> str:
     data = sorted((path.name, path.stat().st_size) for path in Path(cfg.data_path).glob("*.bin"))
     text = json.dumps([task.labels, settings, data], sort_keys=True).encode()
     code = CODE.values() if cfg.ngram_scheme else [CODE[SCRIPT]]
-    return hashlib.sha256(b"".join([*code, text])).hexdigest()[:16]
+    return sha256(b"".join([*code, text]))[:16]
 
 
 def measures(folder: Path) -> dict[str, float]:
@@ -278,11 +276,6 @@ def overrides(pairs: Sequence[str]) -> dict[str, str]:
     return given | {n: str(Path(given[n]).resolve()) for n in NOT_SETTINGS[1:] if n in given}
 
 
-def prepare_sample(folder: Path) -> None:
-    """Tokenise the embedded text, if it is meant, before several runs would at the same time."""
-    train_gpt.prepare_sample(folder)
-
-
 def facts(command: Sequence[str], rows: Sequence[Row], jobs: int, began: float) -> Row:
     """Command, date, machine and times of a table."""
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
@@ -293,7 +286,7 @@ def facts(command: Sequence[str], rows: Sequence[Row], jobs: int, began: float) 
         date=now(),
         hardware=f"{len(my_cores())} cores of {cpu}, {jobs} runs at a time",
         versions=f"Python {platform.python_version()}, torch {version('torch')}",
-        code=hashlib.sha256(CODE[SCRIPT]).hexdigest()[:16],
+        code=sha256(CODE[SCRIPT])[:16],
         runs=len(rows),
         run_minutes=round(sum(row["seconds"] for row in rows) / 60, 1),
         wall_minutes=round((time.perf_counter() - began) / 60, 1),

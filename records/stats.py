@@ -29,16 +29,15 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 from submission import (  # noqa: E402
-    CAP_BYTES,
     FILES,
     RECORDS,
     RunError,
     RunFolder,
     file_bytes,
-    placing,
     require_finished,
-    sha,
 )
+
+from train_gpt import CAP_BYTES, UserError, sha256, write_atomically  # noqa: E402
 
 IMPROVEMENT_NATS, ALPHA = 0.005, 0.01  # upstream's rule for a new record
 CAP_SECONDS = 600  # of training, and of evaluation
@@ -98,13 +97,12 @@ def load(path: str | Path) -> Result:
                 raise RunError(
                     f"{path}: final_{stage}_exact has {name}:{values.get(name)}, not a number"
                 )
-    pairs = (line.partition("=") for line in folder.read("config.env").splitlines())
-    settings = {name: text.strip() for name, equals, text in pairs if equals and name[:1] != "#"}
+    settings = folder.config
     if not settings.get("SEED", "").isdecimal():
         raise RunError(f"{path}: config.env has no SEED")
     blocks = folder.blocks()["bytes"].astype("<i8")
-    text = folder.last("val_text").get("tokens", 0), int(blocks.sum()), sha(blocks.tobytes())
-    digests = {name: sha(file_bytes(folder, name)) for name in FILES.values()}
+    text = folder.last("val_text").get("tokens", 0), int(blocks.sum()), sha256(blocks.tobytes())
+    digests = {name: sha256(file_bytes(folder, name)) for name in FILES.values()}
     return Result(folder, int(settings["SEED"]), stages, settings, digests, text)
 
 
@@ -184,7 +182,7 @@ def misfits(folder: RunFolder) -> list[str]:
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{folder.path}: submission.json is unreadable") from None
     return [
-        name for what, name in FILES.items() if claims.get(what) != sha(file_bytes(folder, name))
+        name for what, name in FILES.items() if claims.get(what) != sha256(file_bytes(folder, name))
     ]
 
 
@@ -210,7 +208,7 @@ def verify(folder: Path) -> None:
         raise RunError(f"{folder}: verify.py: {last.removeprefix('error: ')}") from None
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     text = json.dumps(result | dict(date=date, sha256=before), indent=2)
-    write_whole(folder / "verify.json", text + "\n")
+    write_atomically(folder / "verify.json", f"{text}\n".encode())
 
 
 def verification(folder: RunFolder) -> str:
@@ -241,11 +239,6 @@ def with_verification(runs: Iterable[Result], make: bool) -> list[Result]:
         print(f"verifying {run.name}", file=sys.stderr, flush=True)
         verify(run.folder.path)
     return [run._replace(verification=verification(run.folder)) for run in runs]
-
-
-def write_whole(path: Path, text: str) -> None:
-    with placing(path, path.with_name(f".{path.name}.partial")) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 # -----------------------------------------------------------------------------
@@ -553,7 +546,7 @@ def with_table(text: str, root: Path = RECORDS) -> str:
 
 def write_table(root: Path = RECORDS) -> Path:
     path = root / "README.md"
-    write_whole(path, with_table(path.read_text(encoding="utf-8"), root))
+    write_atomically(path, with_table(path.read_text(encoding="utf-8"), root).encode())
     return path
 
 
@@ -604,8 +597,8 @@ def main(arguments: list[str] | None = None) -> int:
         text = json.dumps(result, indent=2, allow_nan=False) if options.json else text
         print(text)
         if options.write:
-            write_whole(options.write, text + "\n")
-    except (RunError, OSError) as error:
+            write_atomically(options.write, f"{text}\n".encode())
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -4,22 +4,20 @@
       --name "Exact n-grams" --author "Ada Lovelace" --github-id ada --blurb "..."
 
 It writes records/track_<track>/<date>_<name>/ (--out: another folder than records/), whole or not
-at all: README.md, submission.json, train_gpt.py, train_seed<N>.log, requirements.txt, and for each
-seed a folder seed_<N>/ with what records/verify.py reads. val_bpb is the mean over all seeds, never
-the best. train_gpt.py and an artifact are the bytes that count; of seed_<N>/ a run reads nothing
-but the tokenizer.
+at all: README.md, submission.json, train_gpt.py, config.env, train_seed<N>.log, requirements.txt,
+and for each seed a folder seed_<N>/ with what records/verify.py reads. val_bpb is the mean over all
+seeds, never the best. train_gpt.py and an artifact are the bytes that count; train_gpt.py runs the
+config.env beside it, and of seed_<N>/ it reads nothing but the tokenizer.
 
-Runs that are unfinished, over a cap, without proof, or that need a file beside train_gpt.py are
-refused by name; --force builds all the same, without the unfinished ones, and the README says what
-is wrong. Runs that are not seeds of one configuration are always refused. Exit status: 0, or 2.
+Runs that are unfinished, over a cap or without proof are refused by name; --force builds all the
+same, without the unfinished ones, and the README says what is wrong. Runs that are not seeds of one
+configuration are always refused. Exit status: 0, or 2.
 """
 
 import argparse
-import ast
 import json
 import os
 import re
-import shlex
 import shutil
 import statistics
 import sys
@@ -33,7 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stats  # noqa: E402
 import submission  # noqa: E402
 from stats import MEASURES, Result  # noqa: E402
-from submission import CAP_BYTES, RECORDS, RunError  # noqa: E402
+from submission import RECORDS, RunError  # noqa: E402
+
+from train_gpt import CAP_BYTES, VARIABLES, UserError, line_fields  # noqa: E402
 
 ROOT = RECORDS.parent
 PROOF = [name for name in stats.CHECKED if name != "scores.npz"]
@@ -43,41 +43,24 @@ WIDTH = 96
 
 
 # -----------------------------------------------------------------------------
-# What train_gpt.py alone needs to be told
+# What train_gpt.py needs to be told
 
 
-def own_variables(code: str) -> set[str]:
-    """Variables that a train_gpt.py knows without records/, from its source"""
-    classes = [node for node in ast.parse(code).body if isinstance(node, ast.ClassDef)]
-    fields = [node for c in classes if c.name == "Config" for node in c.body]
-    # origin and notes, field(...), are no variables
-    known = [
-        n for n in fields if isinstance(n, ast.AnnAssign) and not isinstance(n.value, ast.Call)
-    ]
-    return {node.target.id.upper() for node in known}
+def own_settings(run: Result) -> dict[str, str]:
+    """Settings of the run that are not train_gpt.py's defaults, seeds and the like left out."""
+    given = set()
+    for line in run.folder.all("config"):
+        logged = line_fields(line).items()
+        given |= {name for name, text in logged if not str(text).endswith("(default)")}
+    names = given & VARIABLES.keys() - stats.NO_RESULT
+    return {name: text for name, text in run.settings.items() if name in names}
 
 
-def command_settings(run: Result) -> dict[str, str]:
-    """Settings of the run that are not train_gpt.py's defaults. What only the published systems
-    add is left out: the script alone does not know it, and `neighbours` names what matters."""
-    logged = {k: v for line in run.folder.all("config") for k, v in submission.fields(line).items()}
-    given = {name for name, text in logged.items() if not str(text).endswith("(default)")}
-    known = own_variables(run.folder.read("train_gpt.py"))
-    names = [name for name in run.settings if name in given & known]
-    return {n: run.settings[n] for n in names if n not in stats.NO_RESULT}
-
-
-def neighbours(run: Result) -> list[str]:
-    """Files beside train_gpt.py that the score rests on"""
-    pruned = float(run.settings.get("TARGET_MB") or 0) > 0
-    cascade = run.stages["ngram"].get("mixer") == "cascade"
-    needed = {"ttt.py": "ttt" in run.stages, "prune.py": pruned, "cascade.py": cascade}
-    causes = {"ttt.py": "TTT_ENABLED", "prune.py": "TARGET_MB", "cascade.py": "NGRAM_MIXER"}
-    return [
-        f"{causes[name]}={run.settings.get(causes[name])} needs records/{name} beside train_gpt.py"
-        for name, holds in needed.items()
-        if holds
-    ]
+def record(options: argparse.Namespace, run: Result) -> str:
+    """config.env, which also makes the folder a RECORD of a checkout."""
+    about = " ".join(f"{options.date} {options.name}, seeds of one configuration.".split())
+    lines = [f"# {about}", *(f"{name}={text}" for name, text in own_settings(run).items())]
+    return "\n".join(lines) + "\n"
 
 
 def ranks(run: Result) -> int:
@@ -92,11 +75,13 @@ def ranks(run: Result) -> int:
 
 def problems(run: Result) -> list[str]:
     """Whatever keeps one finished run out of a submission"""
-    found = stats.over_budget(run) + neighbours(run)
+    found = stats.over_budget(run)
     missing = [name for name in PROOF if not (run.folder.path / name).exists()]
     found += [f"no {name}" for name in missing]
     if "submission.json" not in missing:
         found += [f"submission.json is of another {name}" for name in stats.misfits(run.folder)]
+    if 'ROOT / "config.env"' not in run.folder.read("train_gpt.py"):
+        found.append("its train_gpt.py is too old to run the config.env beside it")
     if run.steps is None:
         found.append("no training (EVAL_ONLY)")
     codec = run.folder.last("final_codec")
@@ -113,7 +98,7 @@ def load_runs(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
     for path in paths:
         try:
             runs.append(stats.load(path))
-        except RunError as error:
+        except UserError as error:
             wrong.append(f"{error} (left out)")
     if not runs:
         raise RunError("; ".join(wrong).replace(" (left out)", ""))
@@ -213,7 +198,7 @@ Bytes: train_gpt.py {code:,}, artifact at most {weights:,}, together at most {to
 ## Run
 
 From this folder, with DATA_PATH set to the folder of the token shards, on {hardware}
-(torch {torch}; `pip install -r requirements.txt`):
+(torch {torch}; `pip install -r requirements.txt`); the settings are in config.env:
 
 ```bash
 {command}
@@ -239,24 +224,15 @@ refused by name). In a checkout of the project with this train_gpt.py,
 
 def command(runs: Sequence[Result]) -> str:
     """The shell lines that make these runs again from the submission folder"""
-    settings = {n: shlex.quote(text) for n, text in command_settings(runs[0]).items()}
+    seeds = " ".join(str(run.seed) for run in runs)
     # The embedded tokenizer is the runs' own, wherever the shards lie.
-    words = [
-        "SEED=$seed",
-        "RUN_ID=seed_$seed",
-        f"TOKENIZER_PATH=seed_{runs[0].seed}/tokenizer.model",
-    ]
-    words += [f"{name}={text}" for name, text in settings.items()]
+    tokenizer = f"seed_{runs[0].seed}/tokenizer.model"
     count = ranks(runs[0])
     launcher = f"torchrun --standalone --nproc_per_node={count}" if count > 1 else "python"
-    words += [*launcher.split(), "train_gpt.py", "|", "tee", "rerun_seed$seed.log"]
-    lines = [""]
-    for word in words:
-        if len(lines[-1]) + len(word) > WIDTH - 6:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    seeds = " ".join(str(run.seed) for run in runs)
-    return f"for seed in {seeds}; do\n  " + " \\\n    ".join(lines) + "\ndone"
+    return f"""for seed in {seeds}; do
+  SEED=$seed RUN_ID=seed_$seed TOKENIZER_PATH={tokenizer} \\
+    {launcher} train_gpt.py | tee rerun_seed$seed.log
+done"""
 
 
 def proof_note(runs: Sequence[Result]) -> str:
@@ -319,6 +295,7 @@ def build(
             shutil.copyfile(log, folder / f"train_seed{run.seed}.log")
     shutil.copyfile(runs[0].folder.path / "train_gpt.py", folder / "train_gpt.py")
     shutil.copyfile(ROOT / "requirements.txt", folder / "requirements.txt")
+    (folder / "config.env").write_text(record(options, runs[0]), encoding="utf-8")
     found = combined(options, runs) | ({"problems": list(wrong)} if wrong else {})
     text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "submission.json").write_text(text + "\n", encoding="utf-8")
@@ -394,7 +371,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     try:
         path, notes = make(parser().parse_args(arguments))
-    except (RunError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("wrote", path)

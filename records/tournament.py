@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from records import runs  # noqa: E402
 from records.runs import ROOT, Row, Task, UserError, cell, over_seeds  # noqa: E402
-from train_gpt import SAMPLE_DATA, Config  # noqa: E402
+from train_gpt import SAMPLE_DATA, Config, prepare_sample  # noqa: E402
 
 CONFIGS = ("own", "pr864", "pr810", "pr1026", "pr993", "pr808")
 PYTHON = ROOT / f"data/datasets/python_{platform.python_version()}"
@@ -111,7 +111,7 @@ def schedule(seconds: int, step_ms: float) -> dict[str, str]:
 def text_folder(name: str) -> Path:
     """The dataset of a text, prepared where that is still to do."""
     folder = {"sample": SAMPLE_DATA, "python": PYTHON}.get(name, Path(name).resolve())
-    runs.prepare_sample(folder)
+    prepare_sample(folder)  # before several runs would at the same time
     if folder == PYTHON and not (folder / "tokenizer.model").exists():
         prepare_python(folder)
     if not list(folder.glob("*_val_*.bin")):

@@ -133,12 +133,13 @@ def text(case: Case) -> str:
 def stream(case: Case) -> str:
     header, words = case.stream
     for name, path in dict(code="train_gpt.py", artifact="artifact.bin").items():
-        there, here = header["made"][name], train_gpt.sha256(case.file(path))
+        there = header.made[name]
+        here = train_gpt.sha256(case.file(path))
         require(there == here, f"stream.bin was made with {name} {there[:12]}, not {here[:12]}")
-    wanted = [*case.shape._replace(targets=header["shape"][4])]
-    require(header["shape"] == wanted, f"stream.bin has shape {header['shape']}, not {wanted}")
-    settings = {name: train_gpt.show(getattr(case.cfg, name)) for name in train_gpt.SCORING}
-    require(settings == header["scoring"], "stream.bin's settings are not those of config.env")
+    wanted = case.plan._replace(targets=header.plan.targets)
+    require(header.plan == wanted, f"stream.bin has shape {[*header.plan]}, not {[*wanted]}")
+    settings = {name: getattr(case.cfg, name) for name in train_gpt.SCORING}
+    require(settings == header.scoring, "stream.bin's settings are not those of config.env")
     with contextlib.suppress(NotChecked):
         _ = case.decoder
     return f"whole, {len(words):,} bytes coded, made with this code and artifact"
@@ -210,7 +211,9 @@ def log(case: Case) -> str:
         here, there = (json.dumps(part.get(name))[:60] for part in (ours, theirs))
         same = ours.get(name) == theirs.get(name)
         require(same, f"{name} is {there} in submission.json, {here} by metrics.jsonl")
-    lines = [train_gpt.log_line(x["key"], x["value"], submission.fields(x)) for x in case.run.lines]
+    lines = [
+        train_gpt.log_line(x["key"], x["value"], train_gpt.line_fields(x)) for x in case.run.lines
+    ]
     require(case.run.read("log.txt").splitlines() == lines, "log.txt and metrics.jsonl differ")
     return f"submission.json and log.txt repeat the {len(lines)} lines of metrics.jsonl"
 
@@ -244,10 +247,13 @@ def mixture(case: Case) -> str:
 
 @check("text")
 def mass(case: Case) -> str:
-    cfg, rt, stream = case.cfg, case.rt, case.text.stream
+    cfg = case.cfg
+    rt = case.rt
+    stream = case.text.stream
     if cfg.scorer == "documents":
-        shape = case.shape._replace(targets=min(STRETCH, case.shape.targets))
-        worst = train_gpt.encode(case.model, rt, cfg, stream, shape)[-1]
+        plan = case.plan._replace(targets=min(STRETCH, case.plan.targets))
+        _, coded = train_gpt.encode(case.model, rt, cfg, stream, plan)
+        worst = coded.mass_error
     else:
         worst = train_gpt.window_mass(case.model, rt, cfg, stream)
     require(worst <= MASS_LIMIT, f"the probabilities of all tokens add up to 1 +- {worst:.3g}")
@@ -284,8 +290,9 @@ def causality(case: Case) -> str:
     tokens[future] = rng.integers(2, vocab, future.sum())
     scores = train_gpt.Scores(*(c if c is None else c.copy() for c in scores))
     scores.log_prob[now:], scores.entropy[now:] = rng.uniform(-9, -1), rng.uniform(0, 5)
-    steps = order.steps and tuple(part[: len(tokens)] for part in order.steps)
-    mixed, _ = evidence.mix_again(case, train_gpt.CodingOrder(tokens, slice(None), steps), scores)
+    schedule = order.schedule and tuple(part[: len(tokens)] for part in order.schedule)
+    order = train_gpt.CodingOrder(tokens, slice(None), schedule)
+    mixed, _ = evidence.mix_again(case, order, scores)
     require(np.array_equal(mixed[:now], case.mixed[0][:now]), "the mixture uses later tokens")
     return f"{past.sum():,} distributions, {now:,} mixtures bit-equal if all later tokens change"
 

@@ -43,7 +43,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import zstandard  # noqa: E402
 from helpers import (  # noqa: E402
-    PAIRS,
     ROOT,
     SHRUNK,
     clean_environment,
@@ -214,7 +213,7 @@ def read_run(path: Path) -> tuple:
             raise kind(f"{path} {row.reason}")
     files = (columns(path.with_name(name)) for name in ("blocks.npz", "scores.npz"))
     lines = case.run.lines  # as text: 1 and "1" are one
-    text = [train_gpt.log_line(x["key"], x["value"], submission.fields(x)) for x in lines]
+    text = [train_gpt.log_line(x["key"], x["value"], train_gpt.line_fields(x)) for x in lines]
     return text, signed_claims(path.parent), *files
 
 
@@ -343,7 +342,7 @@ def checkpoint_is(path: Path, meaning: str) -> bool:
 
 XZ = mutate.packed_text(lzma.compress, lzma.decompress, mutate.json_lines)
 GZ = mutate.packed_text(gzip.compress, gzip.decompress)
-ARTIFACT = mutate.container(train_gpt.PREFIX, mutate.weights)
+ARTIFACT = mutate.container(train_gpt.ARTIFACT_PREFIX, mutate.weights)
 STREAM, PGZ = mutate.container(train_gpt.STREAM_PREFIX), mutate.container(compress.PREFIX)
 KINDS = {
     "shard": Kind("set/x_val_000000.bin", 14, mutate.shard, read_shard, shard_is),
@@ -410,8 +409,6 @@ def build(folder: Path) -> None:
             train_gpt.save_checkpoint(trainer)
     checkout = folder / "checkout/records"
     (checkout / "fuzzed").mkdir(parents=True)
-    for path in [*(ROOT / "records").glob("*.py"), ROOT / "records/aliases.env"]:
-        (checkout / path.name).symlink_to(path)
     shutil.copy(folder / "run/config.env", checkout / "fuzzed")
     settings = (folder / "run/config.env").read_text(encoding="utf-8").splitlines(keepends=True)
     extra = ["RECORD=tiny\n", "RUN_ID=x\n", "NGRAM_EVAL_ORDER=9\n", "USE_EMA=1\n", "HOME=/root\n"]
@@ -443,12 +440,12 @@ def build_coded(folder: Path) -> None:
     artifact.write_bytes(train_gpt.pack_artifact(weights, cfg))
     stream, rt = random_stream(150, VOCAB), train_gpt.Runtime(cfg)
     stream[[30, 60, 100, 120]] = train_gpt.BOS
-    shape = train_gpt.CodingPlan.of(stream, cfg, 1)
-    words, text, *_ = train_gpt.encode(train_gpt.load_artifact(artifact), rt, cfg, stream, shape)
-    scoring = {name: train_gpt.show(getattr(cfg, name)) for name in train_gpt.SCORING}
+    plan = train_gpt.CodingPlan.of(stream, cfg, 1)
+    words, coded = train_gpt.encode(train_gpt.load_artifact(artifact), rt, cfg, stream, plan)
+    scoring = {name: getattr(cfg, name) for name in train_gpt.SCORING}
     made = train_gpt.fingerprint(rt, artifact)
-    header = dict(shape=shape, made=made, text=train_gpt.sha256(text), scoring=scoring)
-    sealed = train_gpt.seal(train_gpt.STREAM_PREFIX, header, words)
+    header = train_gpt.StreamHeader(plan, made, train_gpt.sha256(coded.text), scoring)
+    sealed = train_gpt.seal(train_gpt.STREAM_PREFIX, header.pack(), words)
     (folder / "coded/stream.bin").write_bytes(sealed)
     shutil.copytree(folder / "coded", folder / "pgz")
     packed = compress.Compressor(folder / "pgz/artifact.bin")
@@ -580,7 +577,8 @@ class Worker:
             return "memory", message
         if not isinstance(error, REFUSALS):
             return "exception", "".join(traceback.format_exception(error))
-        words = [path.name, path.parent.name, *train_gpt.VARIABLES, *PAIRS]
+        words = [path.name, path.parent.name, *train_gpt.VARIABLES]
+        words += [*train_gpt.ALIASES, *train_gpt.ANYWAY]
         if len(str(error)) > 20_000 or "\n" in str(error) and isinstance(error, Refused):
             return "many lines", message
         return (

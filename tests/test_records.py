@@ -17,6 +17,8 @@ sys.path.insert(0, str(RECORDS))
 import plot  # noqa: E402
 import submission  # noqa: E402
 
+import train_gpt  # noqa: E402
+
 NUMBER, MAYBE_INT = (int, float), (int, type(None))
 SCHEMA = {
     "author": str,
@@ -51,8 +53,6 @@ SEED_SCHEMA = {
 }
 CODE, ARTIFACT, TOKENIZER = b"print()\n", bytes(range(256)) * 4, b"a tokenizer"
 CONFIG = """SEED=7
-AUTHOR=Ada Lovelace
-GITHUB_ID=ada
 NUM_LAYERS=4
 MODEL_DIM=128
 SCORER=documents
@@ -169,7 +169,9 @@ def test_schema(run_dir):
         assert isinstance(found["seed_results"]["7"][name], kind), name
 
 
-def test_values_are_those_of_the_log(run_dir):
+def test_values_are_those_of_the_log(run_dir, monkeypatch):
+    monkeypatch.setenv("AUTHOR", "Ada Lovelace")
+    monkeypatch.setenv("GITHUB_ID", "ada")
     found = submit(run_dir)
     assert (found["author"], found["github_id"], found["name"]) == ("Ada Lovelace", "ada", "given")
     assert found["val_bpb"] == found["stages"]["ngram"]["val_bpb"] == 1.7123456789012345
@@ -212,13 +214,13 @@ def test_eval_only_run_has_no_steps(tmp_path):
 
 
 def test_track_is_the_folder_of_the_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(submission, "RECORDS", tmp_path)
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
     for place in ("track_cpu/tinyer", "track_small/tiny", "track_10min_16mb/2026_pr"):
-        (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / "config.env").touch()
-    assert submission.find_track("tiny") == "small"
-    assert submission.find_track("tinye") == "cpu"
-    assert submission.find_track("") == submission.find_track("other") == "10min_16mb"
+        (tmp_path / "records" / place).mkdir(parents=True)
+        (tmp_path / "records" / place / "config.env").touch()
+    assert train_gpt.find_track("tiny") == "small"
+    assert train_gpt.find_track("tinye") == "cpu"
+    assert train_gpt.find_track("") == train_gpt.find_track("other") == "10min_16mb"
 
 
 def test_the_tiny_record_is_on_the_cpu_track(run_dir):
@@ -226,7 +228,7 @@ def test_the_tiny_record_is_on_the_cpu_track(run_dir):
 
 
 def test_over_the_cap_is_carried(run_dir, monkeypatch):
-    monkeypatch.setattr(submission, "CAP_BYTES", len(CODE) + len(ARTIFACT) - 1)
+    monkeypatch.setattr(train_gpt, "CAP_BYTES", len(CODE) + len(ARTIFACT) - 1)
     assert submit(run_dir)["over_cap"] is True
 
 

@@ -18,7 +18,6 @@ from records import submit, verify
 from records.submit import stats
 
 SMALL = SHRUNK | dict(SCORER="documents", EVAL_LANES="8", CODEC_TOKENS="-1", ITERATIONS="4")
-# A value with a blank in it would need quotes; the published systems' variables have no effect.
 SMALL |= dict(SAVE_SCORES="1", NGRAM_MIN_COUNT="3")
 SEEDS = 7, 31
 GIVEN = ["--name", "Exact n-grams!", "--author", "Ada Lovelace", "--github-id", "ada"]
@@ -151,7 +150,7 @@ def test_layout_and_claims(made, built):
     assert folder.parent.name == "track_cpu" and folder.name == f"{date}_{FOLDER}"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        *("README.md", "submission.json", "train_gpt.py", "requirements.txt"),
+        *("README.md", "submission.json", "train_gpt.py", "config.env", "requirements.txt"),
         *(
             f"{kind}{seed}{end}"
             for seed in SEEDS
@@ -183,19 +182,31 @@ def test_layout_and_claims(made, built):
 
 
 def test_settings_of_the_command(made, built):
-    """What is not a default, each once; neither seeds nor paths nor the published systems'."""
+    """In config.env what is not a default, each once; in the command seed and tokenizer."""
     folder, _ = built(made[1])
-    given = dict(re.findall(r"([A-Z_0-9]+)=(\S+)", (folder / "README.md").read_text()))
-    for name in ("MODEL_DIM", "ITERATIONS", "EVAL_LANES", "SCORER", "QUANT_FLOOR", "CODEC_TOKENS"):
+    lines = (folder / "config.env").read_text(encoding="utf-8").splitlines()[1:]
+    given = train_gpt.read_record(folder / "config.env")
+    assert len(given) == len(lines)
+    names = ("MODEL_DIM", "ITERATIONS", "EVAL_LANES", "SCORER", "CODEC_TOKENS", "NGRAM_MIN_COUNT")
+    for name in (*names, "QUANT_FLOOR"):
         assert given[name] == (SMALL | dict(QUANT_FLOOR="0"))[name]
-    assert given["TOKENIZER_PATH"] == f"seed_{SEEDS[0]}/tokenizer.model"
-    assert not {"NGRAM_MIN_COUNT", "RECORD", "DATA_PATH", "LEAKY_SLOPE"} & given.keys()
-    run = stats.load(made[1][0])
-    known = submit.own_variables((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
-    published = {"TTT_ENABLED", "NGRAM_MIN_COUNT", "NGRAM_SCHEME"}
-    assert known < train_gpt.VARIABLES.keys() and not known & published and "SEED" in known
-    for name, text in submit.command_settings(run).items():
-        assert train_gpt.parse(name, text) is not None and name in known
+    assert not {"SEED", "RECORD", "DATA_PATH", "LEAKY_SLOPE"} & given.keys()
+    for name, text in given.items():
+        assert train_gpt.parse(name, text) is not None
+    command = dict(re.findall(r"([A-Z_0-9]+)=(\S+)", (folder / "README.md").read_text()))
+    assert command["TOKENIZER_PATH"] == f"seed_{SEEDS[0]}/tokenizer.model"
+    assert not {"RECORD", "DATA_PATH"} & command.keys()
+
+
+def test_the_folder_is_a_record(made, built, tmp_path, monkeypatch, capsys):
+    """In a checkout: by its name, and in the table of --help."""
+    folder, _ = built(made[1])
+    shutil.copytree(folder.parent, tmp_path / "records" / folder.parent.name)
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    cfg = train_gpt.Config.from_env(dict(RECORD=folder.name))
+    assert (cfg.model_dim, cfg.ngram_min_count) == (64, 3)
+    train_gpt.print_help()
+    assert "Exact n-grams!, seeds of one configuration." in capsys.readouterr().out
 
 
 def test_the_same_runs_give_the_same_folder(made, built):
@@ -258,7 +269,6 @@ def append(folder, **line):
         file.write(json.dumps(line) + "\n")
 
 
-SCORE = dict(val_loss=2.0, val_bpb=1.0)
 SPOILT = {  # what is done to the second run -> words of the refusal, does --force leave it out
   "unfinished": (unfinished, "no final_budget", True),
   "slow": (slow, "eval_seconds 700.5, the cap is 600", False),
@@ -269,9 +279,6 @@ SPOILT = {  # what is done to the second run -> words of the refusal, does --for
   "unlogged": (lambda f: (f / "log.txt").unlink(), "no log.txt", False),
   "tampered": (lambda f: edit(f / "submission.json", read(f)["sha256"]["code"], "0" * 64),
     "submission.json is of another train_gpt.py", False),
-  "cascade": (lambda f: append(f, key="final_ngram_exact", mixer="cascade", **SCORE),
-    "needs records/cascade.py beside train_gpt.py", False),
-  "ttt": (lambda f: append(f, key="final_ttt_exact", **SCORE), "needs records/ttt.py", False),
 }  # fmt: skip
 
 
@@ -290,16 +297,30 @@ def test_what_is_no_submission(name, runs, refused, built):
 
 def test_over_the_cap(made, refused, built, monkeypatch):
     total = min(read(path)["bytes_total"] for path in made[1])
-    for module in (stats, submit, submit.submission):
+    for module in (stats, submit, train_gpt):
         monkeypatch.setattr(module, "CAP_BYTES", total - 1)
     assert "the cap is" in refused(made[1])
     assert read(built(made[1], "--force")[0])["over_cap"] is True
 
 
-def test_pruning_is_not_in_the_script(runs, refused):
+def test_what_published_systems_add_is_in_the_script(runs, built):
+    """Pruning, test-time training and the published backoff need no file beside it."""
     for run in runs:
         edit(run / "config.env", "TARGET_MB=0.0", "TARGET_MB=0.5")
-    assert "TARGET_MB=0.5 needs records/prune.py" in refused(runs)
+        edit(run / "metrics.jsonl", '"TARGET_MB": "0.0(default)"', '"TARGET_MB": "0.5(env)"')
+        append(run, key="final_ttt_exact", val_loss=2.0, val_bpb=1.0)
+    folder, _ = built(runs)
+    assert "problems" not in read(folder)
+    assert train_gpt.read_record(folder / "config.env")["TARGET_MB"] == "0.5"
+
+
+def test_a_script_that_does_not_read_the_settings(runs, refused):
+    """One from before train_gpt.py ran the config.env beside it."""
+    old = 'ROOT / "config.env"', 'ROOT / "config.ini"'
+    for run in runs:
+        edit(run / "train_gpt.py", *old)
+        submit.submission.write(submit.submission.RunFolder(run))
+    assert "too old to run the config.env beside it" in refused(runs)
 
 
 def test_an_author_is_needed(made, refused, built, monkeypatch):
@@ -319,7 +340,8 @@ def test_a_failed_check_is_no_submission(runs, refused):
 def test_files_that_cannot_be_pushed(made, refused, monkeypatch):
     monkeypatch.setattr(submit, "GITHUB_FILE_BYTES", 100_000)
     error = refused(made[1])
-    assert error.count("too large to be pushed") == 2 and "artifact.bin" in error
+    for name in ("artifact.bin", "train_gpt.py"):
+        assert error.count(f"{name}: over 100,000 bytes, too large to be pushed") == 2
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])

@@ -110,7 +110,7 @@ def test_the_order_is_that_of_the_scorer(proved):
     _, order = train_gpt.score_documents(case.model, case.rt, case.cfg, case.text.stream)
     assert np.array_equal(case.order.tokens, order.tokens)
     assert np.array_equal(case.order.targets, order.targets)
-    assert np.array_equal(case.order.steps, order.steps)
+    assert np.array_equal(case.order.schedule, order.schedule)
 
 
 # -----------------------------------------------------------------------------
@@ -233,7 +233,7 @@ TAMPERINGS = {  # name: (what is done, the check that finds it, its message)
         "stream.bin has shape",
     ),
     "the stream's settings": (
-        lambda f: reseal(f, lambda h, w: h["scoring"].update(NGRAM_MAX_ORDER="5")),
+        lambda f: reseal(f, lambda h, w: h["scoring"].update(ngram_max_order="5")),
         "stream",
         "stream.bin's settings",
     ),
@@ -337,7 +337,7 @@ def forge(folder, names, factor):
                 column = file["logp_final" if stage == "ngram" else "logp_model"]
             line.update(edges[stage], val_loss=float(-column.mean()))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    texts = [train_gpt.log_line(x["key"], x["value"], verify.submission.fields(x)) for x in lines]
+    texts = [train_gpt.log_line(x["key"], x["value"], train_gpt.line_fields(x)) for x in lines]
     (folder / "log.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     verify.submission.write(verify.submission.RunFolder(folder))
 
@@ -375,7 +375,7 @@ def test_a_leaky_mixture_fails_the_decode(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "Mixture", Leaky)
-        leaky = train_gpt.encode(case.model, case.rt, case.cfg, case.text.stream, case.shape)[0]
+        leaky = train_gpt.encode(case.model, case.rt, case.cfg, case.text.stream, case.plan)[0]
     assert not upcoming and len(leaky) < 0.5 * len(case.stream[1])
     reseal(folder, lambda header, words: leaky)
     failed = reasons(folder, some(*PROOF))
@@ -399,18 +399,19 @@ def test_an_unnormalised_mixture_fails_the_mass(folder, monkeypatch):
 
 def test_a_mixture_that_is_unnormalised_later_fails_the_mass(folder, monkeypatch):
     """Where only the drawn positions are looked at."""
-    monkeypatch.setattr(train_gpt, "encode", lambda *_: (b"", None, 0, 0.0))
+    coded = train_gpt.Coded(None, 0, 0.0)
+    monkeypatch.setattr(train_gpt, "encode", lambda *_: (b"", coded))
     scaled(monkeypatch, "weights", 1 + 1e-8)
     assert "all tokens add up to 1 +- 1e-08" in reasons(folder, some("mass"))["mass"]
 
 
 def test_a_mixture_that_sees_the_future_fails_causality(folder, monkeypatch):
-    original = train_gpt.Blend.rows
+    original = train_gpt.Blend.inputs
 
     def rows_of_the_chunk(self, stats, entropy, change=None):
         return original(self, stats, entropy + 1e-3 * entropy[-1], change)
 
-    monkeypatch.setattr(train_gpt.Blend, "rows", rows_of_the_chunk)
+    monkeypatch.setattr(train_gpt.Blend, "inputs", rows_of_the_chunk)
     assert "the mixture uses later tokens" in reasons(folder, some("causality"))["causality"]
 
 

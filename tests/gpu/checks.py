@@ -13,8 +13,6 @@ from common import Eager, Plain, Skip, Traced, all_switches, new_trainer, synthe
 from helpers import no_validation, perturbed, random_ids, train_gpt
 from torch._dynamo.utils import counters
 
-from train_gpt import changing_tensors
-
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 3e-2  # of ||logits - true|| / ||true||
 STEP_TOLERANCE, COMPILED_TOLERANCE = 2e-3, 1e-2  # of a loss; Muon works in bf16 on CUDA
 STEPS = 6
@@ -124,10 +122,10 @@ def resume(job):
     cfg = all_switches(job, checkpoint_every="2", late_qat_threshold=0.9)  # from step 3 on
     (_, *whole), (_, *twin) = (followed(job, cfg, name) for name in ("whole", "twin"))
     stopped, first, _ = followed(job, cfg, "stopped", STOP)
-    kept = {name: tensor.clone() for name, tensor in changing_tensors(stopped).items()}
+    kept = {name: tensor.clone() for name, tensor in tensors_of(stopped).items()}
     taken = trainer_in(job, cfg, "stopped")
     train_gpt.resume_training(taken)
-    same = all(torch.equal(kept[name], tensor) for name, tensor in changing_tensors(taken).items())
+    same = all(torch.equal(kept[name], tensor) for name, tensor in tensors_of(taken).items())
     same &= facts(taken) == facts(stopped) and taken.step == STOP
     job.check("state", same, f"{len(kept)} tensors and the loader's place after step {taken.step}")
     _, last, weights = followed(job, cfg, "stopped")
@@ -146,6 +144,11 @@ def trainer_in(job, cfg, name):
     runtime = Eager(cfg)
     runtime.folder = job.options.folder / name
     return new_trainer(cfg, runtime, job.options.folder / "small_train_000000.bin")
+
+
+def tensors_of(trainer):
+    """What a checkpoint of this moment would hold, by name."""
+    return train_gpt.changing_tensors(trainer, trainer.optimizers.muon.gather_momenta())
 
 
 def followed(job, cfg, name, stop=0):
@@ -190,12 +193,12 @@ def poisoned(job, cfg):
         torch.nn.init.normal_(weight, std=0.05)
     moved, loss = [], None
     for sick in (False, True):
-        before = {name: tensor.clone() for name, tensor in changing_tensors(trainer).items()}
+        before = {name: tensor.clone() for name, tensor in tensors_of(trainer).items()}
         loss = trainer.gradients()
         if sick:
             model.kv_bank.grad.view(-1)[3] = math.inf
         loss = optimizers.step(0, 1.0, loss)
-        after = changing_tensors(trainer).items()
+        after = tensors_of(trainer).items()
         moved.append({name for name, tensor in after if not torch.equal(tensor, before[name])})
     healthy = sum(name.startswith(("weight", "adam")) for name in moved[0])
     poison = sorted(name for name in moved[1] if not name.startswith("muon"))

@@ -131,7 +131,8 @@ def speed(job, model, runtime, stream):
     job.reset_peak()
     how = model, runtime, runtime.cfg, stream
     seconds, (scores, order) = job.seconds(lambda: train_gpt.score_documents(*how))
-    size, steps = len(stream) - 1, int(order.steps[0][-1])
+    size = len(stream) - 1
+    steps = int(order.schedule[0][-1])
     full = VALIDATION_TARGETS / (job.sizes.lanes * RANKS) * seconds / steps
     text = (
         f"{size / seconds:,.0f} targets/s, {1e3 * seconds / steps:.2f} ms each of {steps:,} steps, "

@@ -144,7 +144,7 @@ def as_on_cuda(job):
     other = (
         contextlib.nullcontext()
         if job.cuda
-        else mock.patch.object(train_gpt, "has_backend", lambda name: False)
+        else mock.patch.object(train_gpt, "has_package", lambda name: False)
     )
     with other:
         yield
