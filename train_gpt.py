@@ -3651,7 +3651,7 @@ class Trainer:
         self.step = 0  # steps that are done
         self.qat_since: int | None = None  # step at which late QAT began
         self.elapsed = 0.0  # seconds of training, the slowest rank's
-        self.signals: list[int] = []  # that came, on this rank
+        self.received: list[int] = []  # signals, on this rank
         self.signal = 0  # on any rank, as of the last agreement
 
     def gradients(self) -> Tensor:
@@ -3692,7 +3692,7 @@ class Trainer:
         loss that is not finite."""
         with self.rt.clock("train"):
             nonfinite = 0 if math.isfinite(loss.item()) else self.rt.rank + 1
-        signal_here = max(self.signals, default=0)
+        signal_here = max(self.received, default=0)
         found = self.rt.largest(self.rt.seconds["train"], signal_here, nonfinite)
         self.elapsed, self.signal, nonfinite = found.tolist()
         if nonfinite:
@@ -3720,7 +3720,7 @@ class Trainer:
         rt = self.rt
         loss = torch.zeros(())
         self.warm_up()
-        with rt.signals() as self.signals:
+        with rt.signals() as self.received:
             self.agree(loss)
             due = self.checkpoints_due()
             while not self.done:

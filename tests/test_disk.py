@@ -246,7 +246,7 @@ def test_results_outlive_the_picture_and_the_submission(dataset, tmp_path, monke
     out = capsys.readouterr().out.splitlines()
     assert run.lines == out and run.final("ngram_exact") and run.final("budget")
     for words in (
-        ("note:no submission.json: ", "too large", "; then run python records/submission.py runs/late"),
+        ("note:no submission.json: ", "too large", "; then run python records/submission.py runs/"),
         ("note:records/plot.py failed; run it again on runs/late",),
     ):
         assert any(all(word in line for word in words) for line in run.lines)
