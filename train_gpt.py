@@ -705,7 +705,8 @@ def choose_record(given: Mapping[str, str]) -> tuple[str, Path | None, list[str]
         return (*find_record(given["RECORD"]), [])
     beside = ROOT / "config.env"
     if beside.is_file():
-        return ROOT.name, beside, ["no RECORD: config.env beside the script"]
+        name = ROOT.name.encode("utf-8", "replace").decode()
+        return name, beside, ["no RECORD: config.env beside the script"]
     cuda = given.get("DEVICE") != "cpu" and torch.cuda.is_available()
     if cuda and (given.get("DATA_PATH") or has_fineweb()):
         return "", None, ["no RECORD: own configuration, since CUDA and data are here"]
@@ -3524,8 +3525,8 @@ class StreamHeader(NamedTuple):
             raise ValueError(f"a device of {made['device']!r}")
         if type(made["threads"]) is not int or not 1 <= made["threads"] <= 999:
             raise ValueError(f"{made['threads']!r} threads")
-        if not 0 < plan.groups <= plan.lanes:
-            raise ValueError("groups that fit no lanes")
+        if not 0 < plan.groups <= plan.lanes or plan.lanes % plan.groups:
+            raise ValueError(f"{plan.groups} groups of {plan.lanes} lanes")
         return StreamHeader(plan, made, header["text"], stored_values(header["scoring"], SCORING))
 
 
@@ -3564,7 +3565,8 @@ def decode_folder(cfg: Config) -> None:
     stored = {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
     cfg = replace(cfg, **header.scoring, **stored)
     if header.plan.window != cfg.window:
-        raise StreamError(f"{path}: a window of {header.plan.window}, not {cfg.window}")
+        window = f"a window of {header.plan.window}, not {cfg.window}"
+        raise StreamError(f"{path}: {window}; fix: get it again")
     try:
         decoded = decode(model, rt, cfg, words, header.plan)
     except StreamError as error:

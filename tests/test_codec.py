@@ -713,6 +713,35 @@ def test_headers_without_a_field_are_refused(lost, copied):
     assert lost in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        [4, 8, 3, 2, 136, 16],  # lanes that do not fill their groups
+        [4, 8, 3, 4, 136, 16],
+        [4, 8, 0, 0, 136, 16],
+        [4, 8, 3, True, 136, 16],
+        [4, 8, 3, 1, -1, 16],
+        [4, 8, 3, 1, 136, 17],
+        [4, 8, 10**9, 1, 136, 16],
+        [4, 8, 3.0, 1, 136, 16],
+        [4, 8, 3, 1, 136],
+        "lanes!",
+        {},
+    ],
+)
+def test_plans_that_no_encoder_makes_are_refused(shape, copied):
+    folder, reseal = copied
+    reseal(lambda header, words: (header | dict(shape=shape), words))
+    assert refusal(folder)
+
+
+@pytest.mark.parametrize("made", [[], {}, dict(device=3), dict(device="tpu x"), dict(threads=0)])
+def test_machines_that_no_encoder_names_are_refused(made, copied):
+    folder, reseal = copied
+    reseal(lambda header, words: (header | dict(made=made and header["made"] | made), words))
+    assert refusal(folder)
+
+
 def test_nothing_of_a_path_or_host_is_in_the_stream(proved):
     header, _ = train_gpt.unseal(train_gpt.STREAM_PREFIX, (proved[0] / "stream.bin").read_bytes())
     text = json.dumps(header)

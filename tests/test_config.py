@@ -368,6 +368,16 @@ def test_a_config_beside_the_script_is_its_default(add_record, tmp_path):
     assert Config.from_env(dict(DEVICE="cpu", RECORD="mine")).iterations == 11
 
 
+def test_a_script_in_a_folder_whose_name_is_no_text(tmp_path, monkeypatch):
+    """The name becomes RECORD's and the run's, which stand in the log."""
+    folder = tmp_path / "x\udcff"
+    folder.mkdir()
+    (folder / "config.env").write_text("SEED=5\n")
+    monkeypatch.setattr(train_gpt, "ROOT", folder)
+    cfg = Config.from_env(dict(DEVICE="cpu"))
+    assert (cfg.record, cfg.run_id, cfg.seed) == ("x?", "x?_seed5", 5)
+
+
 def test_a_wrong_config_beside_the_script_is_named(add_record, tmp_path):
     (tmp_path / "config.env").write_text("DATA_PATH=/x\n")
     with pytest.raises(ConfigError, match=r"config\.env: DATA_PATH=/x is not a setting"):
