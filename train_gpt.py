@@ -807,7 +807,8 @@ def print_help() -> None:
             lines += help_row(name)
     lines += ["", "Values of RECORD, their beginning is enough"]
     for name, path in sorted(known_records().items()):
-        comment = " ".join(re.findall(r"^# (.+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+        text = path.read_text(encoding="utf-8", errors="replace")
+        comment = " ".join(re.findall(r"^# (.+)", text, re.MULTILINE))
         sentence = re.match(r".+?\.(?= |$)", comment)
         first = sentence[0].removeprefix(f"{name}: ") if sentence else str(path.parent)
         lines += textwrap.wrap(f"  {name:<8}{first}", 100, subsequent_indent=" " * 10)
@@ -2205,7 +2206,7 @@ def parse_state(values: Any) -> CheckpointState:
     numbers = [state.step, state.snapshots, since, *state.loader, *state.logs]
     if any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError(f"its counters are {numbers}")
-    if not isinstance(state.seconds, int | float) or not state.seconds >= 0:
+    if not isinstance(state.seconds, int | float) or not 0 <= state.seconds < 1e9:
         raise ValueError(f"its seconds are {state.seconds!r}")
     if len(state.loader) != 2 or not isinstance(state.settings, dict):
         raise ValueError("its loader or settings are none")
@@ -3390,12 +3391,15 @@ def window_mass(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> flo
 
 def coder_integers(p: np.ndarray) -> np.ndarray:
     """p, float64 (lanes, V) -> integers, their sum 2^24 - V: constriction's coder adds 1 to each,
-    so that every token can be coded. ValueError for what is no distribution."""
+    so that every token can be coded. StreamError for what is no distribution."""
     free = (1 << PRECISION) - p.shape[1]
     integers = np.floor(p * free)
     rest = free - integers.sum(1)
     if not ((np.abs(rest) <= p.shape[1]) & (p.min(1) >= 0)).all():
-        raise ValueError(f"not a distribution: its mass is {p.sum(1)}")
+        mass = p.sum(1)[np.abs(rest).argmax()]
+        raise StreamError(
+            f"not a distribution: its mass is {mass}; fix: an artifact of finite weights"
+        )
     integers[np.arange(len(p)), p.argmax(1)] += rest
     return integers
 

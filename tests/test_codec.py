@@ -735,6 +735,18 @@ def test_plans_that_no_encoder_makes_are_refused(shape, copied):
     assert refusal(folder)
 
 
+def test_an_artifact_that_is_not_finite_is_refused(copied, proved):
+    """Its sha256 fits, and the stream names it."""
+    folder, reseal = copied
+    model = train_gpt.load_artifact(folder / "artifact.bin")
+    model.q_gain.fill_(math.nan)
+    packed = train_gpt.pack_artifact(dict(model.named_parameters()), model.cfg)
+    (folder / "artifact.bin").write_bytes(packed)
+    made = dict(artifact=train_gpt.sha256(packed))
+    reseal(lambda header, words: (header | dict(made=header["made"] | made), words))
+    assert "not a distribution" in refusal(folder)
+
+
 @pytest.mark.parametrize("made", [[], {}, dict(device=3), dict(device="tpu x"), dict(threads=0)])
 def test_machines_that_no_encoder_names_are_refused(made, copied):
     folder, reseal = copied

@@ -159,6 +159,8 @@ def test_the_beginning_of_a_record_is_that_record(add_record):
 
 def test_help_names_a_record_without_a_comment(add_record, capsys):
     add_record("track/mine", "SEED=5\n")
+    add_record("track/damaged", "")
+    (train_gpt.ROOT / "records/track/damaged/config.env").write_bytes(b"# \xff. \n")
     train_gpt.print_help()
     assert re.search(r"^  mine    .*track/mine$", capsys.readouterr().out, re.M)
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -544,6 +545,13 @@ def other_state(path, **changes):
     path.write_text(json.dumps(seen))
 
 
+def signed_state(path, **changes):
+    """A state that no run writes, with a sha256 that fits."""
+    state = json.loads(path.read_bytes())["state"] | changes
+    digest = train_gpt.sha256(json.dumps(state).encode() + tensors_of(path).read_bytes())
+    path.write_text(json.dumps(dict(state=state, sha256=digest)))
+
+
 def tensors_of(path):
     return path.with_suffix(".safetensors")
 
@@ -558,6 +566,10 @@ DAMAGE = {
     "json of something else": lambda p: p.write_text("[]"),
     "another step": lambda p: other_state(p, step=3),
     "another place": lambda p: other_state(p, loader=[0, 0]),
+    "no time": lambda p: signed_state(p, seconds=math.inf),
+    "no loader": lambda p: signed_state(p, loader=[0]),
+    "no logs": lambda p: signed_state(p, logs=["x"]),
+    "no settings": lambda p: signed_state(p, settings={}),
     "a key is missing": lambda p: signed_again(p, lambda t: t.pop("muon.0")),
     "another shape": lambda p: signed_again(p, lambda t: t.update({"muon.0": torch.zeros(3)})),
     "one number": lambda p: signed_again(p, lambda t: t.update({"adam.1": torch.zeros(1)})),
