@@ -2961,9 +2961,11 @@ def numba_orders(text: TokenLinks, vocab_size: int) -> Iterator[np.ndarray]:
             del stats, longer
 
 
-def scan_ngrams(packed, layout, text, stats):  # numba: its types are those of numba_orders
-    """Target counts (column 1), rank among equals (column 2) and the next order's keys, with the
-    cuts between which they are to be sorted. packed: sorted keys."""
+def scan_ngrams(
+    packed: np.ndarray, layout: tuple, text: tuple, stats: np.ndarray
+) -> tuple[np.ndarray, list[int]]:
+    """Compiled by numba. Target counts (column 1), rank among equals (column 2) and the next
+    order's keys, with the cuts between which they are to be sorted. packed: sorted keys."""
     bits, vocab_size, capacity = layout
     tokens, times, following = text
     mask = (1 << bits) - 1
@@ -3004,8 +3006,9 @@ def scan_ngrams(packed, layout, text, stats):  # numba: its types are those of n
     return out[:size], cuts
 
 
-def scan_contexts(keys, layout, times, stats):  # numba
-    """The other columns; keys lie grouped by context and in the order of time."""
+def scan_contexts(keys: np.ndarray, layout: tuple, times: np.ndarray, stats: np.ndarray) -> None:
+    """Compiled by numba. The other columns; keys lie grouped by context and in the order of
+    time."""
     bits, vocab_size, _ = layout
     mask = (1 << bits) - 1
     base = -1
