@@ -24,9 +24,9 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The se
   the caps   TARGET_MB prunes (9); Report.finish (14) says loudly what is over; nothing is refused
 
 Everything that a run does is in here. A repository around it adds the embedded text
-(data/prepare_sample.py), RECORDs by name (records/**/config.env), the picture (records/plot.py) and
-the hashed scorers of the published pull requests (records/as_written.py); its programs are started
-as processes of their own.
+(data/sample/prepare.py), RECORDs by name (records/**/config.env), and of records/tools/ the picture
+(plot.py) and the hashed scorers of the published pull requests (as_written.py); its programs are
+started as processes of their own.
 
 Words with one meaning each:
 
@@ -740,12 +740,12 @@ def default_paths(given: Mapping[str, str], record: str) -> dict[str, Path]:
 def prepare_sample(folder: str | Path) -> None:
     """Tokenise the embedded text, if that is the folder, on its first use; UserError."""
     if Path(folder) == SAMPLE_DATA and not (SAMPLE_DATA / "tokenizer.model").exists():
-        program = ROOT / "data/prepare_sample.py"
+        program = ROOT / "data/sample/prepare.py"
         if not program.exists():
             raise UserError(f"no data: {program} is not here; fix: set DATA_PATH to your shards")
         command = [sys.executable, program, "--out", SAMPLE_DATA]
         if subprocess.run(command).returncode:
-            raise UserError("data/prepare_sample.py failed, see above")
+            raise UserError("data/sample/prepare.py failed, see above")
 
 
 OPTIONAL_PACKAGES = {  # what a run lacks without them
@@ -756,8 +756,8 @@ OPTIONAL_PACKAGES = {  # what a run lacks without them
     "tqdm": "no progress bar",
 }
 OPTIONAL_PROGRAMS = {  # of the repository
-    "records/plot.py": "no picture",
-    "records/as_written.py": "no pseudo score",
+    "records/tools/plot.py": "no picture",
+    "records/tools/as_written.py": "no pseudo score",
 }
 
 
@@ -770,7 +770,7 @@ def without_missing_parts(cfg: Config) -> Config:
     lost = [name for name in OPTIONAL_PACKAGES if not has_package(name)]
     notes = [f"package {name} is missing: {OPTIONAL_PACKAGES[name]}" for name in lost]
     for program, effect in OPTIONAL_PROGRAMS.items():
-        wanted = cfg.ngram_scheme or program != "records/as_written.py"
+        wanted = cfg.ngram_scheme or program != "records/tools/as_written.py"
         if wanted and not (ROOT / program).exists():
             notes.append(f"{program} is not beside the script: {effect}")
     changes: dict[str, Any] = {}
@@ -3926,9 +3926,9 @@ def save_arrays(rt: Runtime, name: str, arrays: Mapping[str, np.ndarray]) -> Non
 
 
 def log_pseudo_score(rt: Runtime, cfg: Config) -> None:
-    """NGRAM_SCHEME's line: a published scorer as written, no code length, as its mass shows. It is
-    no part of the run: records/as_written.py is a program of its own, which reads scores.npz."""
-    program = ROOT / "records/as_written.py"
+    """NGRAM_SCHEME's line: a published scorer as written, no code length, as its mass shows. It
+    is no part of the run: as_written.py is a program of its own, which reads scores.npz."""
+    program = ROOT / "records/tools/as_written.py"
     if not cfg.ngram_scheme or not program.exists():
         return
     weights = "ema" if (rt.folder / "scores_ema.npz").exists() else "artifact"
@@ -3948,12 +3948,12 @@ def close_run(rt: Runtime) -> None:
     try:
         write_submission(rt.folder)
     except (UserError, OSError, ValueError) as error:
-        again = f"python records/submission.py {rt.folder}"
+        again = f"python records/tools/run_folder.py {rt.folder}"
         rt.log("note", f"no submission.json: {error}; then run {again}")
-    program = ROOT / "records/plot.py"
+    program = ROOT / "records/tools/plot.py"
     if program.exists() and has_package("matplotlib"):
         if subprocess.run([sys.executable, program, rt.folder]).returncode:
-            rt.log("note", f"records/plot.py failed; run it again on {rt.folder}")
+            rt.log("note", f"records/tools/plot.py failed; run it again on {rt.folder}")
 
 
 # submission.json: from the lines of a run's log and its files alone.

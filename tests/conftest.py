@@ -4,11 +4,12 @@ import os
 
 import helpers
 import numpy as np
-import prepare_sample
-import prepare_text
 import pytest
 import torch
 from helpers import clean_environment, tiny, train_gpt
+
+import prepare
+import prepare_text
 
 for name in os.environ.keys() - clean_environment().keys():
     del os.environ[name]
@@ -37,7 +38,7 @@ def no_picture(monkeypatch):
 def dataset(tmp_path_factory):
     """Folder of a small dataset of real prose: 40 documents, 12 short ones for validation, 512
     pieces."""
-    train, val = prepare_sample.sample_documents()
+    train, val = prepare.sample_documents()
     folder = tmp_path_factory.mktemp("data") / "prose"
     short = [" ".join(part) for text in val[:2] for part in np.array_split(text.split(" "), 6)]
     prepare_text.write_dataset(train[:40], short, folder, "prose", 512)
@@ -53,7 +54,7 @@ def train_tokens(dataset):
 @pytest.fixture(scope="session")
 def vocab_1024(tmp_path_factory):
     """Path of a tokenizer with exactly 1,024 pieces."""
-    train, _ = prepare_sample.sample_documents()
+    train, _ = prepare.sample_documents()
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(prepare_text.train_tokenizer(train[:200], 1024))
     return path

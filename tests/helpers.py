@@ -15,7 +15,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+TESTS = "tests", "tests/unit", "tests/tools", "tests/stress"
+FOLDERS = "", "data", "data/sample", "records/tools", *TESTS
+sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 
 import train_gpt  # noqa: E402
 

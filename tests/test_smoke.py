@@ -6,7 +6,6 @@ import json
 import math
 
 import numpy as np
-import prepare_text
 import pytest
 from helpers import (
     SCRIPT,
@@ -23,6 +22,8 @@ from helpers import (
     write_shard,
 )
 from test_data import CHINESE, SCRIPTS, SOURCE_CODE
+
+import prepare_text
 
 FINAL_LINES = """int6_roundtrip_exact int6_sliding_window_exact documents_exact ttt_exact
  ngram_backoff_exact ngram_exact ngram_pseudo codec artifact_bytes budget""".split()

@@ -182,7 +182,7 @@ def hashed(job, tokens, exact):
     try:
         from records.as_written import SCHEMES
     except ImportError as error:
-        return job.row("hashed #864", f"records/as_written.py: {error}", "SKIP")
+        return job.row("hashed #864", f"records/tools/as_written.py: {error}", "SKIP")
     job.reset_peak()
     seconds, _ = job.seconds(lambda: hashed_tables(job, tokens, SCHEMES["pr864"]))
     text = f"{seconds:.1f} s, {seconds / exact:.2f} times the exact counts to order 9, "

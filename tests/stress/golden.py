@@ -503,11 +503,12 @@ class Side:
         out = cwd / "output.txt"
         return self.processes.start(command, env, cwd, out), out
 
-    def tool(self, row: Row, name: str, arguments: list[str]) -> str:
-        """Run a program of data/, wherever in it -> its output"""
-        found = sorted((self.tree / "data").rglob(name))
+    def tool(self, row: Row, names: str, arguments: list[str]) -> str:
+        """Run the program of data/ that has one of these names -> its output"""
+        found = [self.tree / "data" / name for name in names.split()]
+        found = [path for path in found if path.exists()]
         if len(found) != 1:
-            raise RowError(f"{len(found)} of data/**/{name}")
+            raise RowError(f"{len(found)} of data/: {names}")
         command = [sys.executable, str(found[0]), *arguments]
         return self.processes.wait(*self.start(row, command, {}))
 
@@ -565,9 +566,9 @@ def run_data(side: Side, row: Row) -> Values:
 
 
 def run_sample(side: Side, row: Row) -> Values:
-    """The dataset of the first run, by prepare_sample.py"""
+    """The dataset of the first run, by sample/prepare.py, once prepare_sample.py"""
     out = side.work / row.name / "sample_en"
-    side.tool(row, "prepare_sample.py", ["--out", str(out)])
+    side.tool(row, "sample/prepare.py prepare_sample.py", ["--out", str(out)])
     return file_values(out)
 
 

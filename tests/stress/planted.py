@@ -457,7 +457,7 @@ REPORT = [
         "test_records.py -k values_are",
         [
             (
-                "records/submission.py",
+                "records/tools/run_folder.py",
                 '$run.last("final_ngram_exact"), $run.last("final_artifact_bytes")',
                 '$run.last("final_int6_roundtrip_exact"), $run.last("final_artifact_bytes")',
             ),
@@ -568,7 +568,8 @@ def run_tests(tree: Path, file: str, expression: str) -> Outcome:
     """Tests of a copy, in one thread, to the first that fails."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
     command += ["--hypothesis-seed=0", f"--basetemp={tree.parent / 'temporary'}"]
-    command += [f"tests/{file}", "-k", expression]
+    (path,) = (tree / "tests").rglob(file)
+    command += [str(path.relative_to(tree)), "-k", expression]
     quiet = dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", COLUMNS="400")
     process = subprocess.Popen(
         command,

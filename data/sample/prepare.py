@@ -1,0 +1,98 @@
+"""Turn the embedded text, data/sample, into the dataset of the first run.
+
+    python data/sample/prepare.py            # writes data/datasets/sample_en, in seconds
+
+Long addresses are cut at sentence ends and the factbook's articles at blank lines into documents
+of 1 to 4 KB. A cut drops the white space it falls on and nothing else. The documents are shuffled
+with a fixed seed and every 40th is validation.
+"""
+
+import argparse
+import json
+import lzma
+import random
+import re
+import sys
+from itertools import accumulate
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(DATA))
+from prepare_text import DataError, write_dataset  # noqa: E402
+
+SAMPLE = DATA / "sample" / "sample_en.jsonl.xz"
+SEED = 1337
+VAL_EVERY = 40
+VOCAB_SIZE = 1024
+LARGE_UNIT_BYTES = 1_000
+MEAN_BYTES = 2_400
+JITTER = 0.2  # of a document
+SENTENCE_END = r"(?<=[.!?])[\"')\]\u2019\u201d]*\s+"
+BLANK_LINE = r"\n\s*\n"
+
+
+def units(text, boundary):
+    """Cut text after every match of `boundary`; the units put together are the text."""
+    ends = [match.end() for match in re.finditer(boundary, text)]
+    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
+
+
+def small_units(text, boundary):
+    """Units at `boundary`, the large ones cut further, at sentence ends."""
+    for unit in units(text, boundary):
+        if len(unit.encode()) > LARGE_UNIT_BYTES:
+            yield from units(unit, SENTENCE_END)
+        else:
+            yield unit
+
+
+def cut_documents(text, boundary, random_source):
+    """Documents of 1 to 4 KB: cut at the boundaries nearest to even parts, a little jittered."""
+    pieces = list(small_units(text, boundary))
+    ends = list(accumulate(len(piece.encode()) for piece in pieces))
+    count = max(1, round(ends[-1] / MEAN_BYTES))
+    wanted = [ends[-1] * (n + random_source.uniform(-JITTER, JITTER)) / count for n in range(count)]
+    cuts = {nearest(ends, position) for position in wanted[1:]}
+    documents = [""]
+    for piece, end in zip(pieces, ends, strict=True):
+        documents[-1] += piece
+        if end in cuts:
+            documents.append("")
+    return [document.strip() for document in documents if document.strip()]
+
+
+def nearest(numbers, wanted):
+    """The one of `numbers` that is closest to `wanted`."""
+    return min(numbers, key=lambda number: abs(number - wanted))
+
+
+def sample_documents(path=SAMPLE, seed=SEED):
+    """The sample's text as (train, validation) lists of documents."""
+    random_source, documents = random.Random(seed), []
+    with lzma.open(path, "rt", encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            record = json.loads(line)
+            boundary = SENTENCE_END if record["source"] == "sotu" else BLANK_LINE
+            documents += cut_documents(record["text"], boundary, random_source)
+    random_source.shuffle(documents)
+    val = documents[::VAL_EVERY]
+    train = [document for index, document in enumerate(documents) if index % VAL_EVERY]
+    return train, val
+
+
+def main(arguments=None):
+    """Exit status: 0, or 2 after one line on what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", default=DATA / "datasets" / "sample_en", help="dataset folder")
+    options = parser.parse_args(arguments)
+    try:
+        train, val = sample_documents()
+        write_dataset(train, val, options.out, "sample_en", VOCAB_SIZE)
+    except (DataError, OSError, lzma.LZMAError) as error:
+        print(f"prepare_sample.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,480 @@
+"""Draw a run folder as one picture, report.png; several folders are laid over each other.
+
+    python records/tools/plot.py runs/tiny_seed1337
+    python records/tools/plot.py runs/a runs/b --out both.png  default: compare.png beside the first
+
+Panels: training loss (of several runs by step and by time), the score stage by stage, the n-gram
+gain by matched order, and the bits saved along the text. A panel for which no run has data is left
+out. Runs that differ in nothing but SEED share a colour and an entry of the legend.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from run_folder import RunError, RunFolder, blame
+
+from train_gpt import CAP_BYTES, UserError, write_atomically
+
+# Okabe and Ito's palette, safe for colour-blind readers; each run also has its own marker.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS, GLYPHS = "osD^vP", "●■◆▲▼✚"
+ACCENT, WORSE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#6B6B6B"
+BLANK = dict(facecolor="white", edgecolor="none", pad=1.5)
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.parse_math": False,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-6, 9),
+    "text.color": INK,
+    "axes.edgecolor": "#B0B0B0",
+    "axes.labelcolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#ECECEC",
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+STAGES = {
+    "int6_roundtrip": "int6 weights, re-read",
+    "int6_sliding_window": "sliding window",
+    "documents": "documents in lanes",
+    "ttt": "test-time training",
+    "ngram_backoff": "n-gram backoff",
+    "ngram": "n-gram mixture",
+}
+STRIP_POINTS, LONG_RUN_STEPS = 160, 1000
+
+
+class Run(NamedTuple):
+    """What is drawn of one run."""
+
+    folder: RunFolder
+    stages: dict[str, dict[str, Any]]
+    losses: dict[int, dict[str, Any]]  # step -> log line
+    gains: dict[int, dict[str, Any]]  # matched order -> log line
+    blocks: dict[str, np.ndarray]  # {} for none
+    colour: str
+    marker: str
+
+    @property
+    def bpb(self) -> float | None:
+        return self.stages.get("ngram", {}).get("val_bpb")
+
+    @property
+    def bytes(self) -> int:
+        return int(self.blocks["bytes"].sum()) if self.blocks else 0
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the final score differs from the model's anywhere."""
+        if not self.bytes:
+            return False
+        return not np.array_equal(self.blocks["logp_final"], self.blocks["logp_model"])
+
+
+def load(path: str, index: int) -> Run:
+    folder = RunFolder(path)
+    blocks = folder.blocks() if (folder.path / "blocks.npz").exists() else {}
+    stages = {k: v for k, v in folder.stages().items() if math.isfinite(v.get("val_bpb", math.nan))}
+    gains = {int(line["value"]): line for line in folder.all("ngram_gain")}
+    losses = folder.steps("train_loss").items()
+    losses = {step: line for step, line in losses if math.isfinite(line["train_loss"])}
+    return Run(folder, stages, losses, gains, blocks, COLOURS[index], MARKERS[index])
+
+
+def load_all(paths: list[str]) -> list[Run]:
+    """A colour for each configuration, whatever its seeds; the same run twice, or a changed script,
+    has two."""
+    runs, known, seen = [], [], []
+    for run in (load(path, 0) for path in paths):
+        named = (run.folder.path / "config.env").exists()  # else unfinished
+        settings = dict(run.folder.settings) if named else {"": str(run.folder.path)}
+        seed = settings.pop("SEED", "")
+        settings.pop("RUN_ID", None)
+        key = settings, seen.count((settings, seed))
+        seen.append((settings, seed))
+        known += [] if key in known else [key]
+        if len(known) > len(COLOURS):
+            raise RunError(f"{len(known)} configurations: at most {len(COLOURS)} can be told apart")
+        index = known.index(key)
+        runs.append(run._replace(colour=COLOURS[index], marker=MARKERS[index]))
+    return runs
+
+
+# -----------------------------------------------------------------------------
+# Panels: each draws all runs that have its data, and returns the line under its title.
+
+
+def draw_loss(ax: Any, runs: list[Run]) -> str:
+    """Loss by step, from the log's step lines."""
+    draw_curves(ax, runs, lambda step, _: step)
+    for run in runs:
+        validated = run.folder.steps("val_loss")
+        values = [line["val_loss"] for line in validated.values()]
+        ax.plot(list(validated), values, "o", color=run.colour, mfc="white", ms=4.5)
+    last = max(max(run.losses) for run in runs)
+    ax.set_xlim(0, last * 1.12)
+    ax.set_xlabel("step")
+    ax.grid(axis="y")
+    if len(runs) == 1:
+        annotate_loss(ax, runs[0])
+    circles = any(run.folder.steps("val_loss") for run in runs)
+    unit = "nats per token" + ", circles: validation" * circles
+    return unit + leave_out_start(ax, runs, last)
+
+
+def draw_curves(ax: Any, runs: list[Run], place: Callable[[int, dict[str, Any]], float]) -> None:
+    """Training losses, x = place(step, log line); thinner from colour to colour, so that none hides
+    another one."""
+    colours = list(dict.fromkeys(run.colour for run in runs))
+    for run in runs:
+        lines = sorted(run.losses.items())
+        x, losses = [place(*line) for line in lines], [line["train_loss"] for _, line in lines]
+        width = 1.8 + 1.2 * (len(colours) - 1 - 2 * colours.index(run.colour)) / len(colours)
+        ax.plot(x, losses, color=run.colour, lw=width)
+        ax.plot(x[-1], losses[-1], run.marker, color=run.colour, ms=6)
+
+
+def draw_loss_by_time(ax: Any, runs: list[Run]) -> str:
+    """The same over the seconds of training: runs whose steps cost differently."""
+    longest = max(line["train_time_ms"] for run in runs for line in run.losses.values()) / 1000
+    unit, seconds = ("minutes", 60) if longest >= 300 else ("seconds", 1)
+    draw_curves(ax, runs, lambda _, line: line["train_time_ms"] / 1000 / seconds)
+    ax.set_xlim(0, longest / seconds * 1.12)
+    ax.set_xlabel(f"{unit} of training")
+    ax.grid(axis="y")
+    return "nats per token" + leave_out_start(ax, runs, max(max(run.losses) for run in runs))
+
+
+def leave_out_start(ax: Any, runs: list[Run], last: int) -> str:
+    """In a long run the first percent of the steps would flatten the rest of the curve."""
+    start = last // 100
+    later = [line["train_loss"] for run in runs for n, line in run.losses.items() if n >= start]
+    if last <= LONG_RUN_STEPS:
+        return ""
+    low, high = min(later), max(later)
+    ax.set_ylim(low - 0.08 * (high - low), high + 0.04 * (high - low))
+    return f", without the first {start:,} steps"
+
+
+def annotate_loss(ax: Any, run: Run) -> None:
+    """Last value, where quantisation-aware training begins, and the time it took."""
+    step, line = max(run.losses.items())
+    at, place = (step, line["train_loss"]), dict(textcoords="offset points")
+    ax.annotate(f"{at[1]:.3f}", at, (8, 0), va="center", weight="bold", **place)
+    qat = run.folder.last("late_qat:enabled").get("step")
+    if qat is not None:
+        ax.axvline(qat, color=GREY, lw=0.9, ls=(0, (4, 3)))
+        look = dict(color=GREY, size=8.5, va="center", ha="right", bbox=BLANK, **place)
+        top = ax.get_xaxis_transform()
+        ax.annotate(f"late QAT from step {qat:,}", (qat, 0.94), (-5, 0), xycoords=top, **look)
+    seconds = line["train_time_ms"] / 1000
+    ax.set_xlabel(f"step  ({duration(seconds)}, {line['step_avg_ms']:,.0f} ms a step)")
+
+
+def draw_ladder(ax: Any, runs: list[Run]) -> str:
+    """Bits per byte after each stage; the path from dot to dot descends the rows."""
+    names = list(dict.fromkeys(stage for run in runs for stage in run.stages))
+    names.sort(key=lambda name: list(STAGES).index(name) if name in STAGES else -1)
+    single = len(runs) == 1
+    for run in runs:
+        rows = [(names.index(stage), score["val_bpb"]) for stage, score in run.stages.items()]
+        draw_steps(ax, sorted(rows), run, single)
+    ax.set_yticks(range(len(names)), [stage_label(name, runs) for name in names], color=INK)
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="x")
+    zoom_axis(ax, [score["val_bpb"] for run in runs for score in run.stages.values()])
+    if single:
+        ladder_columns(ax, [runs[0].stages[name]["val_bpb"] for name in names], names)
+    return "bits per byte, lower is better"
+
+
+def draw_steps(ax: Any, rows: list[tuple[int, float]], run: Run, single: bool) -> None:
+    """One run's dots; a single run's changes are coloured, several runs have plain paths."""
+    for (row, before), (below, after) in pairwise(rows):
+        colour = (ACCENT if after <= before else WORSE) if single else run.colour
+        ax.plot([before, before], [row, below], color="#C8C8C8" if single else colour, lw=1.2)
+        ax.plot([before, after], [below, below], color=colour, lw=3.5 if single else 1.2)
+    for row, bpb in rows:
+        last = (row, bpb) == rows[-1]
+        ax.plot(bpb, row, run.marker, color=run.colour, ms=9 if last else 6, zorder=3)
+
+
+def stage_label(stage: str, runs: list[Run]) -> str:
+    name = STAGES.get(stage, stage.replace("_", " "))
+    kinds = {run.stages[stage].get("mixer") for run in runs if stage in run.stages}
+    if stage == "ngram" and kinds == {"none"}:
+        return "final, no n-grams"
+    return f"{name}, {kinds.pop()}" if stage == "ngram" and len(kinds) == 1 else name
+
+
+def zoom_axis(ax: Any, values: list[float]) -> None:
+    """Limits around the values, and a label that says that the axis does not begin at 0."""
+    low, high = min(values), max(values)
+    pad = max(0.12 * (high - low), 0.005 * high)
+    ax.set_xlim(low - pad, high + pad)
+    ax.locator_params(axis="x", nbins=5)
+    ax.set_xlabel(f"zoomed in: the axis begins at {low - pad:.2f}, not at 0")
+
+
+def ladder_columns(ax: Any, values: list[float], names: list[str]) -> None:
+    """Value and change of each row, in two columns right of the axes."""
+    look = dict(textcoords="offset points", ha="right", annotation_clip=False)
+    for x, heading in ((52, "bpb"), (108, "change")):
+        ax.annotate(heading, (1, 1), (x, 12), xycoords="axes fraction", color=GREY, size=9, **look)
+    look |= dict(xycoords=("axes fraction", "data"), va="center_baseline")
+    for row, (value, name) in enumerate(zip(values, names, strict=True)):
+        weight = "bold" if name == "ngram" else "normal"
+        ax.annotate(f"{value:.4f}", (1, row), (52, 0), weight=weight, **look)
+    for row, (before, after) in enumerate(pairwise(values), 1):
+        text = signed(after - before)
+        colour = WORSE if text.startswith("+") else GREY
+        ax.annotate(text, (1, row), (108, 0), color=colour, **look)
+
+
+def draw_gains(ax: Any, runs: list[Run]) -> str:
+    """Bits saved by the n-grams, by the longest order whose context had been seen."""
+    orders = sorted({order for run in runs for order in run.gains})
+    width, known = 0.74 / len(runs), all(run.bytes for run in runs)
+    for i, run in enumerate(runs):
+        at = [orders.index(n) + (i - (len(runs) - 1) / 2) * width for n in run.gains]
+        saved = [line["bits_saved"] / (run.bytes if known else 1) for line in run.gains.values()]
+        ax.bar(at, saved, width * 0.94, color=run.colour)
+        if len(runs) == 1:
+            label_bars(ax, at, saved, [line["share"] for line in run.gains.values()])
+    ax.axhline(0, color="#B0B0B0", lw=0.8)
+    ax.margins(y=0.14)
+    ax.set_xticks(range(len(orders)), [str(n) if n > 1 else "none" for n in orders])
+    ax.tick_params(axis="x", length=0)
+    ax.grid(axis="y")
+    ax.set_xlabel("longest order matched" + (", and its share of the tokens" * (len(runs) == 1)))
+    total = f", together {sum(saved):,.4g}" if len(runs) == 1 else ""
+    return ("bits per byte of the whole text" if known else "bits") + total
+
+
+def label_bars(ax: Any, at: list[float], heights: list[float], shares: list[float]) -> None:
+    for x, height, share in zip(at, heights, shares, strict=True):
+        up = 3 if height >= 0 else -3
+        look = dict(va="bottom" if up > 0 else "top", ha="center", color=GREY, size=8.5)
+        text = f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"
+        ax.annotate(text, (x, height), (0, up), textcoords="offset points", **look)
+
+
+def draw_strip(ax: Any, runs: list[Run]) -> str:
+    """Bits saved per byte along the text, from the sums per 1,024 targets."""
+    unit, scale = byte_unit(max(run.bytes for run in runs))
+    for run in runs:
+        edges, saved = saved_along(run, STRIP_POINTS // len(runs))
+        edges = edges / scale
+        if len(runs) == 1:
+            ax.stairs(saved, edges, fill=True, color=run.colour, alpha=0.3, lw=0)
+        ax.stairs(saved, edges, baseline=None, color=run.colour, lw=1.3)
+        ax.plot([0, edges[-1]], [average(run)] * 2, color=run.colour, lw=1, ls=(0, (4, 3)))
+    ax.axhline(0, color="#B0B0B0", lw=0.8)
+    ax.set_xlim(0, max(run.bytes for run in runs) / scale)
+    ax.set_xlabel(f"{unit} of text read")
+    ax.grid(axis="y")
+    return "bits per byte" + (f", average {average(runs[0]):.4f}" if len(runs) == 1 else "")
+
+
+def saved_along(run: Run, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> (edges in bytes, bits saved per byte between them), in at most so many intervals"""
+    bits = (run.blocks["logp_final"] - run.blocks["logp_model"]) / math.log(2)
+    starts = np.unique(np.linspace(0, len(bits), min(len(bits), points), False, dtype=int))
+    sizes = np.add.reduceat(run.blocks["bytes"], starts)
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    return edges, np.add.reduceat(bits, starts) / np.maximum(sizes, 1)
+
+
+def average(run: Run) -> float:
+    """Bits saved per byte of the whole text."""
+    nats = (run.blocks["logp_final"] - run.blocks["logp_model"]).sum()
+    return float(nats / math.log(2) / run.bytes)
+
+
+# -----------------------------------------------------------------------------
+# Words and numbers.
+
+
+def signed(change: float) -> str:
+    sign = "+" if change > 0 else "\N{MINUS SIGN}"
+    return sign * (round(change, 4) != 0) + f"{abs(change):.4f}"
+
+
+def shorten(name: str, most: int) -> str:
+    """A name of at most so many characters; both ends are kept, since they tell runs apart."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def byte_unit(count: int) -> tuple[str, int]:
+    units = ("MB", 10**6), ("kB", 10**3)
+    return next((unit for unit in units if count >= 2 * unit[1]), ("bytes", 1))
+
+
+def facts(run: Run) -> str:
+    """The line under the title: bytes, steps, machine."""
+    size, budget = run.folder.last("final_artifact_bytes"), run.folder.last("final_budget")
+    parts = []
+    if size:
+        parts.append(f"{size['total']:,} of {CAP_BYTES:,} bytes (weights {size['weights']:,})")
+    if budget:
+        parts.append(f"evaluated in {duration(budget['eval_seconds'])}")
+    return "   \N{MIDDLE DOT}   ".join(parts + [str(run.folder.last("hardware").get("value", ""))])
+
+
+def footnotes(runs: list[Run]) -> list[str]:
+    """What must not be mistaken for a score: a run over the cap, a pseudo score."""
+    notes = []
+    for run in runs:
+        name = f"{run.folder.name()}: " if len(runs) > 1 else ""
+        over = run.folder.last("final_artifact_bytes").get("total", 0) - CAP_BYTES
+        pseudo = run.folder.last("final_ngram_pseudo")
+        if over > 0:
+            notes.append(f"{name}OVER THE CAP by {over:,} bytes, not a valid submission.")
+        if pseudo:
+            notes.append(
+                f"{name}Pseudo score {pseudo['pseudo_bpb']:.4f} of scheme {pseudo.get('scheme')}: "
+                f"its probabilities sum to {pseudo.get('mass_mean', math.nan):.3g} on average, "
+                "so it is no code length and stands in no panel."
+            )
+    return notes
+
+
+# -----------------------------------------------------------------------------
+# The page, in inches from its top left; all panels of a row share its width.
+
+
+class Panel(NamedTuple):
+    title: str
+    draw: Callable[[Any, list[Run]], str]
+    has_data: Callable[[Run], Any]
+    names: float = 0.0  # room left of the axes
+    columns: float = 0.0  # room right of the axes, where one run is drawn
+
+
+LOSS = Panel("Training loss", draw_loss, lambda run: run.losses)
+BY_TIME = Panel("Training loss by time", draw_loss_by_time, lambda run: run.losses)
+LADDER = Panel("Score, stage by stage", draw_ladder, lambda run: run.stages, 1.6, 1.55)
+GAINS = Panel("Saved by n-grams, by order", draw_gains, lambda run: run.gains)
+STRIP = Panel("Saved along the text", draw_strip, lambda run: run.mixed)
+ROWS = [[LOSS, LADDER], [GAINS, STRIP]]  # of a single run
+OVERLAY = [[LOSS, BY_TIME], [LADDER, GAINS], [STRIP]]
+WIDTH, LEFT, RIGHT, GAP = 12.5, 0.65, 0.35, 0.85
+HEADER, PANEL, BETWEEN, FOOTER = 1.62, 2.75, 1.35, 0.72
+
+
+def draw(runs: list[Run], figure_class: Any) -> Any:
+    """-> the figure"""
+    rows = ROWS if len(runs) == 1 else OVERLAY
+    rows = [[panel for panel in row if any(map(panel.has_data, runs))] for row in rows]
+    rows = [row for row in rows if row]
+    if not rows:
+        raise RunError(f"{runs[0].folder.path}: no step and no score to draw yet")
+    notes = footnotes(runs)
+    header = HEADER + 0.22 * ((len({run.colour for run in runs}) - 1) // 3)
+    height = header + len(rows) * (PANEL + BETWEEN) - BETWEEN + FOOTER + 0.22 * len(notes)
+    figure = figure_class(figsize=(WIDTH, height), facecolor="white")
+    page = figure.add_axes([0, 0, 1, 1], xlim=(0, WIDTH), ylim=(height, 0))
+    page.axis("off")
+    for number, row in enumerate(rows):
+        draw_row(page, row, header + number * (PANEL + BETWEEN), runs)
+    write_title(page, runs)
+    for number, note in enumerate(reversed(notes)):
+        page.text(LEFT, height - 0.18 - 0.22 * number, note, size=8.5, color=WORSE)
+    return figure
+
+
+def draw_row(page: Any, row: list[Panel], top: float, runs: list[Run]) -> None:
+    """Panels side by side, each with a title and a line that says what it measures."""
+    height, width = page.get_ylim()[0], (WIDTH - LEFT - RIGHT - GAP * (len(row) - 1)) / len(row)
+    for number, panel in enumerate(row):
+        those = list(filter(panel.has_data, runs))
+        left = LEFT + number * (width + GAP)
+        inner = width - panel.names - (panel.columns if len(those) == 1 else 0)
+        box = [left + panel.names, height - top - PANEL, inner, PANEL]
+        box = [value / (height if i % 2 else WIDTH) for i, value in enumerate(box)]
+        unit = panel.draw(page.figure.add_axes(box), those)
+        page.text(left, top - 0.38, panel.title, size=12, weight="bold")
+        page.text(left, top - 0.17, unit, size=9, color=GREY)
+
+
+def write_title(page: Any, runs: list[Run]) -> None:
+    """Name, score and bytes; several runs have a legend instead."""
+    if len(runs) > 1:
+        page.text(LEFT, 0.48, f"{len(runs)} runs", size=18, weight="bold")
+        for i, colour in enumerate(dict.fromkeys(run.colour for run in runs)):
+            text = f"{GLYPHS[i]} {legend([run for run in runs if run.colour == colour])}"
+            at = LEFT + i % 3 * (WIDTH - LEFT - RIGHT) / 3, 0.76 + i // 3 * 0.22
+            page.text(*at, text, size=9.5, color=colour, weight="bold")
+        return
+    name = page.text(LEFT, 0.48, shorten(runs[0].folder.name(), 44), size=18, weight="bold")
+    if runs[0].bpb:
+        look = dict(size=18, weight="bold", color=ACCENT, textcoords="offset points")
+        text = f"{runs[0].bpb:.4f} bits per byte"
+        page.annotate(text, (1, 0), (16, 0), xycoords=name, va="bottom", **look)
+    page.text(LEFT, 0.8, facts(runs[0]), size=9.5, color=GREY)
+
+
+def legend(runs: list[Run]) -> str:
+    """Name and score of a configuration; of several seeds their mean and standard deviation."""
+    scores, names = [run.bpb for run in runs if run.bpb], [run.folder.name() for run in runs]
+    if len(runs) == 1:
+        return shorten(names[0], 34) + (f"  {scores[0]:.4f}" if scores else "")
+    name = f"{shorten(os.path.commonprefix(names) or names[0], 20)}, {len(runs)} seeds"
+    spread = f" \N{PLUS-MINUS SIGN} {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+    return name + (f"  {statistics.fmean(scores):.4f}{spread}" if scores else "")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Whole or not at all; the same run gives the same bytes."""
+    how = dict(dpi=150, format="png", metadata={"Software": None})
+    write_atomically(path, lambda partial: figure.savefig(partial, **how))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, help="default: RUN_DIR/report.png")
+    given = parser.parse_args(arguments)
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        print(f"error: no picture: {error}; fix: pip install matplotlib", file=sys.stderr)
+        return 2
+    first, single = Path(given.runs[0]), len(given.runs) == 1
+    out = given.out or (first / "report.png" if single else first.resolve().parent / "compare.png")
+    try:
+        with rc_context(STYLE), blame(", ".join(given.runs)):
+            save(draw(load_all(given.runs), Figure), out)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("wrote", out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

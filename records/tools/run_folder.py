@@ -1,0 +1,187 @@
+"""Write submission.json into finished run folders, from what lies in each folder alone.
+
+    python records/tools/run_folder.py runs/tiny_seed1337 [...]
+
+train_gpt.py makes the file at the end of a run; this does it again, and refuses more. The file
+marks a run as finished, so a folder without its final lines or files, or one that contradicts
+itself, is refused: one line on stderr, exit status 2. Written whole or not at all; writing it again
+gives the same bytes.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import sys
+import zipfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "records"
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import train_gpt  # noqa: E402
+
+FILES = {"code": "train_gpt.py", "artifact": "artifact.bin", "tokenizer": "tokenizer.model"}
+# The lines that a finished run has, and their numbers that a submission rests on.
+FINAL_LINES = {
+    "final_ngram_exact": ("val_loss", "val_bpb"),
+    "final_artifact_bytes": ("code", "weights", "total"),
+    "final_budget": ("train_seconds", "eval_seconds"),
+}
+
+
+class RunError(train_gpt.UserError):
+    """A run folder that is unfinished, incomplete or contradicts itself."""
+
+
+@contextlib.contextmanager
+def blame(path: str | Path) -> Iterator[None]:
+    """RunError, in one line, for whatever goes wrong with the files of a run: they may be
+    anybody's, and no list of exceptions holds all that a wrong one can cause."""
+    try:
+        yield
+    except (train_gpt.UserError, OSError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise RunError(
+            f"{path}: a file in it is damaged ({reason}); fix: get the run again"
+        ) from error
+
+
+def read_columns(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, not to be written to. Unlike by np.load, each has the bytes that are
+    there: a header that lies about its shape allocates nothing. ValueError and others"""
+    columns = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for member in archive.infolist():
+            if member.file_size > len(data):  # np.savez does not compress
+                raise ValueError(
+                    f"{member.filename} claims {member.file_size} bytes of {len(data)}"
+                )
+            stored = archive.read(member)
+            stream = io.BytesIO(stored)
+            np.lib.format.read_magic(stream)
+            shape, _, kind = np.lib.format.read_array_header_1_0(stream)
+            column = np.frombuffer(stored, kind, offset=stream.tell()).reshape(shape)
+            columns[member.filename.removesuffix(".npy")] = column
+    return columns
+
+
+class RunFolder(train_gpt.RunLog):
+    """A run's log lines and settings, the latter once they are asked for: while a run starts, its
+    folder has none. A line cut off by a kill is passed over."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        lines = map(train_gpt.parse_line, self.read("metrics.jsonl").splitlines())
+        self.lines = [line for line in lines if line]
+
+    def read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{self.path}: no {name} ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise RunError(f"{self.path}: {name} is damaged ({error})") from None
+
+    @cached_property
+    def config(self) -> dict[str, str]:
+        """config.env."""
+        try:
+            return train_gpt.read_pairs(self.path / "config.env")
+        except (train_gpt.ConfigError, OSError) as error:
+            raise RunError(str(error)) from None
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """config.env's values, and those that only the log has, without their origin."""
+        settings = {}
+        for line in self.all("config"):
+            for name, value in train_gpt.line_fields(line).items():
+                settings[name] = value.rpartition("(")[0]
+        return settings | self.config
+
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def blocks(self) -> dict[str, np.ndarray]:
+        """blocks.npz: sums of logp_model, logp_final (nats) and bytes per 1,024 targets."""
+        try:
+            arrays = read_columns((self.path / "blocks.npz").read_bytes())
+            blocks = {name: arrays[name] for name in ("logp_model", "logp_final", "bytes")}
+            kinds = {(column.dtype.kind, column.ndim) for column in blocks.values()}
+            if kinds - {("f", 1), ("i", 1)}:
+                raise ValueError("its columns are no numbers")
+            if len({len(column) for column in blocks.values()}) > 1:
+                raise ValueError("its columns are not equally long")
+            return blocks
+        except Exception as error:  # zipfile, zlib and numpy have their own
+            reason = " ".join(str(error).split())
+            raise RunError(f"{self.path}: no usable blocks.npz ({reason})") from None
+
+
+def file_bytes(run: RunFolder, name: str) -> bytes:
+    try:
+        return (run.path / name).read_bytes()
+    except OSError as error:
+        raise RunError(f"{run.path}: no {name} ({error.strerror})") from None
+
+
+def require_finished(run: RunFolder) -> None:
+    """Refuse a run without its final lines, with numbers that are none, or with other files."""
+    for key, names in FINAL_LINES.items():
+        line = run.last(key)
+        if not line:
+            raise RunError(f"{run.path}: unfinished, no {key} line in metrics.jsonl")
+        for name in names:
+            value = line.get(name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise RunError(f"{run.path}: {key} has {name}:{value}, not a finite number")
+    line = run.last("final_artifact_bytes")
+    logged = {"train_gpt.py": line["code"], "artifact.bin": line["weights"]}
+    for name in FILES.values():
+        size = len(file_bytes(run, name))
+        if size != logged.get(name, size):
+            raise RunError(f"{run.path}: {name} has {size} bytes, its log says {logged[name]}")
+
+
+def submission(run: RunFolder) -> dict[str, Any]:
+    """The contents of submission.json; RunError for a run that cannot be one."""
+    require_finished(run)
+    if not run.config.get("SEED", "").lstrip("-").isdigit():
+        raise RunError(f"{run.path}: config.env has no SEED")
+    scored = int(run.blocks()["bytes"].sum())
+    logged = run.last("val_text").get("bytes")
+    if scored != logged:
+        raise RunError(f"{run.path}: blocks.npz is of {scored} bytes, its log says {logged}")
+    return train_gpt.submission(run, run.path)
+
+
+def write(run: RunFolder) -> Path:
+    """submission.json, whole or not at all -> its path; UserError"""
+    with blame(run.path):
+        submission(run)
+        return train_gpt.write_submission(run.path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    status = 0
+    for folder in parser.parse_args(arguments).runs:
+        try:
+            print("wrote", write(RunFolder(folder)))
+        except (train_gpt.UserError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

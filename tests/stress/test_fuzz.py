@@ -1,0 +1,258 @@
+"""Broken input: properties of every reader, and a short run of fuzz.py, which must notice whatever
+a reader can do wrong."""
+
+import io
+import json
+import re
+
+import compress
+import numpy as np
+import pytest
+import run_folder
+from helpers import ROOT, launch, train_gpt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import prepare_text
+
+FUZZ = ROOT / "tests/stress/fuzz.py"
+KINDS = re.findall(r'^ {4}"(\w+)": Kind\(', FUZZ.read_text(), re.MULTILINE)
+PREFIX = b"PREFIX\x01"
+FEW = settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+numbers = st.integers(-(2**63), 2**63) | st.floats() | st.sampled_from([2**31, 2**62, -1, 0, 1])
+json_values = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=12,
+)
+
+
+def plain(tree):
+    """As JSON gives it back, with NaN as text, which is equal to itself."""
+    return json.loads(json.dumps(tree), parse_constant=str)
+
+
+# -----------------------------------------------------------------------------
+# Readers of train_gpt.py
+
+
+@FEW
+@given(header=json_values, payload=st.binary(max_size=60), data=st.data())
+def test_sealed_bytes_are_read_or_refused(header, payload, data):
+    sealed = train_gpt.seal(PREFIX, header, payload)
+    found, rest = train_gpt.unseal(PREFIX, sealed)
+    assert (plain(found), rest) == (plain(header), payload)
+    place = data.draw(st.integers(0, len(sealed) - 1))
+    change = data.draw(st.binary(max_size=4))
+    damaged = sealed[:place] + change + sealed[place + data.draw(st.integers(0, 4)) :]
+    if damaged != sealed:
+        with pytest.raises(ValueError, match="damaged|begin"):
+            train_gpt.unseal(PREFIX, damaged)
+
+
+@FEW
+@given(
+    fields=st.tuples(st.just(20240520) | st.integers(-(2**31), 2**31 - 1), st.integers(0, 2)),
+    more=st.sampled_from([0, 0, 0, 1, -1, 2**30]),
+    tokens=st.lists(st.integers(0, 600), max_size=30),
+    odd=st.booleans(),
+)
+def test_shards_are_read_or_refused(fields, more, tokens, odd, tmp_path):
+    header = np.zeros(256, "<i4")
+    header[:3] = *fields, len(tokens) + more
+    path = tmp_path / "x_val_000000.bin"
+    path.write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes() + b"\0" * odd)
+    right = fields == (20240520, 1) and tokens and not more and not odd and max(tokens) < 512
+    if right:
+        assert train_gpt.read_shard(path, 512).tolist() == tokens
+    else:
+        with pytest.raises(train_gpt.UserError, match=path.name):
+            train_gpt.read_shard(path, 512)
+
+
+@FEW
+@given(
+    name=st.sampled_from([*train_gpt.VARIABLES]),
+    text=st.text(max_size=12) | numbers.map(str) | st.just("9" * 5000),
+)
+def test_every_text_of_a_variable_is_a_value_in_bounds_or_refused_by_name(name, text):
+    default = train_gpt.VARIABLES[name].default
+    try:
+        value = train_gpt.parse(name, text)
+    except train_gpt.ConfigError as error:
+        assert str(error).startswith(f"{name}=")
+        return
+    assert type(value) is type(default)
+    if type(value) in (int, float):
+        assert train_gpt.SETTINGS[name].least <= value <= train_gpt.SETTINGS[name].most
+
+
+# -----------------------------------------------------------------------------
+# Readers of records/ and data/
+
+
+@FEW
+@given(lines=st.lists(json_values.map(json.dumps) | st.text(max_size=30), max_size=6))
+def test_log_lines_have_a_key_or_are_passed_over(lines, tmp_path):
+    text = "\n".join(lines)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8", errors="replace")
+    run = run_folder.RunFolder(tmp_path)
+    assert all(isinstance(line["key"], str) for line in run.lines)
+    with pytest.raises(run_folder.RunError, match=tmp_path.name):
+        run_folder.write(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_nested_lines_and_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("[" * 100_000 + '\n{"key":"a"}')
+    assert [line["key"] for line in run_folder.RunFolder(tmp_path).lines] == ["a"]
+    path.write_bytes(b'{"key":"\xff"}')
+    with pytest.raises(run_folder.RunError, match="metrics.jsonl is damaged"):
+        run_folder.RunFolder(tmp_path)
+
+
+@FEW
+@given(
+    columns=st.dictionaries(
+        st.sampled_from(["logp_model", "bytes", "x"]),
+        st.lists(st.floats(allow_nan=False) | st.integers(-(2**40), 2**40), min_size=1, max_size=9),
+        min_size=1,
+    )
+)
+def test_columns_are_those_of_numpy(columns):
+    np.savez(buffer := io.BytesIO(), **{name: np.array(column) for name, column in columns.items()})
+    found = run_folder.read_columns(buffer.getvalue())
+    with np.load(io.BytesIO(buffer.getvalue()), allow_pickle=False) as file:
+        assert {name: column.dtype for name, column in found.items()} == {
+            name: file[name].dtype for name in file
+        }
+        assert all(np.array_equal(found[name], file[name]) for name in file)
+
+
+@FEW
+@given(data=st.binary(max_size=80) | json_values.map(lambda x: json.dumps(dict(text=x)).encode()))
+def test_json_lines_are_documents_or_refused_by_name(data, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+    try:
+        documents = prepare_text.read_jsonl(path)
+    except prepare_text.DataError as error:
+        assert path.name in str(error) and "\n" not in str(error)
+        return
+    lines = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
+    assert documents == [line["text"] for line in lines]
+
+
+def test_nested_json_line_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 100_000)
+    with pytest.raises(prepare_text.DataError, match="line 1"):
+        prepare_text.read_jsonl(tmp_path / "a.jsonl")
+
+
+@FEW
+@given(header=json_values | st.just({"made": {"device": 3}}), payload=st.binary(max_size=20))
+def test_signed_containers_that_say_anything(header, payload):
+    packed = train_gpt.seal(compress.PREFIX, header, payload)
+    with pytest.raises(compress.CompressError, match="a.pgz"):
+        compress.device_of(packed, "a.pgz")
+
+
+@FEW
+@given(data=st.binary(max_size=60))
+def test_settings_are_pairs_or_refused_by_name(data, tmp_path):
+    path = tmp_path / "config.env"
+    path.write_bytes(data)
+    try:
+        pairs = train_gpt.read_pairs(path)
+    except train_gpt.ConfigError as error:
+        assert str(path) in str(error)
+        return
+    text = "\n".join(data.decode().splitlines())
+    assert all(name in text and value in text for name, value in pairs.items())
+
+
+def test_variables_that_are_no_utf_8_are_refused():
+    with pytest.raises(train_gpt.ConfigError, match="RUN_ID=.*UTF-8"):
+        train_gpt.Config.from_env(dict(RUN_ID="a\udcff", DEVICE="cpu"))
+
+
+# -----------------------------------------------------------------------------
+# The script
+
+
+def test_mutations_are_explained(tmp_path):
+    """The tool itself, without the pictures, which are slow; 10,000 are fuzz.py."""
+    kinds = [name for name in KINDS if not name.startswith("plot")]
+    arguments = ["--mutations", "200", "--jobs", "1", "--failures", tmp_path / "failures"]
+    arguments += ["--kinds", ",".join(kinds)]
+    done = launch(FUZZ, arguments, {}, 1, tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    together = next(line for line in done.stdout.splitlines() if line.startswith("together"))
+    total, refused, equal, legal, unexplained = map(int, together.split()[1:6])
+    assert total >= 200 and refused > 100 and equal and legal and not unexplained
+
+
+SABOTAGE = """
+import argparse, os, pathlib, subprocess, sys, time
+import numpy as np
+import fuzz
+
+def hang(path):
+  while True:
+    time.sleep(0.1)
+
+def deaf(path):
+  try:
+    hang(path)
+  except fuzz.Hang:
+    hang(path)
+
+def memory(path):
+  return np.ones(2**24).sum()
+
+def hidden(path):
+  try:
+    return np.ones(2**40)
+  except MemoryError as error:
+    raise fuzz.run_folder.RunError("file: unreadable") from error
+
+def refuse(words):
+  def read(path):
+    raise fuzz.run_folder.RunError(words)
+  return read
+
+def once_changed(read):
+  return lambda path: read(path) if path.read_bytes() != b"original" else "original"
+
+READERS = dict(exception=lambda path: {}[0], leaves=sys.exit, crash=lambda path: os._exit(0),
+  abort=lambda path: os.abort(), hang=hang, deaf=deaf, memory=memory, hidden=hidden,
+  code=lambda path: str(subprocess.run(["true"])), nameless=refuse("wrong"),
+  misread=lambda path: "other", refused=refuse("file: wrong"),
+  equal=lambda path: "original")
+fuzz.LIMIT_S, fuzz.GRACE_S = 1, 1
+fuzz.FUZZ = ROOT / "tests/stress/fuzz.py"
+KINDS = {name: fuzz.Kind("folder/file", 1, fuzz.mutate.flip, once_changed(read),
+  fuzz.no_meaning) for name, read in READERS.items()}
+base = pathlib.Path("base")
+(base / "folder").mkdir(parents=True)
+(base / "folder/file").write_bytes(b"original")
+options = argparse.Namespace(mutations=1, kinds=[*READERS], seed=0, jobs=2,
+  failures=pathlib.Path("failures"))
+results = fuzz.fuzz(options, base.resolve())
+print("found", sorted((result.kind, result.outcome) for result in results))
+"""
+
+
+def test_whatever_a_reader_does_wrong_is_noticed(tmp_path):
+    (tmp_path / "sabotage.py").write_text(SABOTAGE)
+    done = launch(tmp_path / "sabotage.py", [], {}, 1, tmp_path)
+    assert done.returncode == 0, done.stderr
+    wanted = dict(abort="crash", code="code", crash="crash", deaf="hang", equal="equal")
+    wanted |= dict(exception="exception", hang="hang", hidden="memory", leaves="exception")
+    wanted |= dict(memory="memory", misread="misread", nameless="nameless", refused="refused")
+    assert done.stdout.splitlines()[-1] == f"found {sorted(wanted.items())}"
+    kept = {path.name.split("_")[0] for path in (tmp_path / "failures").glob("*.txt")}
+    assert kept == wanted.keys() - {"equal", "refused"}

@@ -1,0 +1,248 @@
+"""The script alone in an empty folder, with data and nothing else: all a run does, to the bit as in
+the repository. Whatever a run needs of records/ or data/ would be missed here."""
+
+import contextlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import (
+    ROOT,
+    SCRIPT,
+    SHRUNK,
+    Run,
+    clean_environment,
+    cores,
+    error_line,
+    finished_run,
+    launch,
+    train_gpt,
+)
+
+# RECORD=tiny, given as values: a script alone knows no RECORDs.
+TINY = train_gpt.read_record(ROOT / "records/track_cpu/tiny/config.env")
+VALUES = TINY | {name: text for name, text in SHRUNK.items() if name != "RECORD"}
+VALUES |= dict(SAVE_SCORES="1", CHECKPOINT_EVERY="4")
+TTT = dict(TTT_ENABLED="1", TTT_CHUNK_TOKENS="512")
+SMALL = str((SCRIPT.stat().st_size + 130 * 1024) / 2**20)  # MiB: some weights must go
+RUNS = {  # run -> (ranks, variables beside VALUES)
+    "proof": (1, dict(SCORER="documents", CODEC_TOKENS="-1")),
+    "two_ranks": (2, dict(SCORER="documents", CODEC_TOKENS="-1")),
+    "cascade_ttt": (1, TTT | dict(NGRAM_MIXER="cascade", PRE_ENRICH_DIM="16", OVERTONE_INIT="1")),
+    "pruned_lora": (1, TTT | dict(TTT_USE_LORA="1", TARGET_MB=SMALL)),
+}
+SECONDS = re.compile(r"seconds$|tokens_per_s$|_ms$|^eta$")
+NEVER_ALIKE = ("config", "hardware", "note", "peak_memory_mb")
+
+
+def alone_in(folder):
+    """The script in a folder of its own; its path."""
+    folder.mkdir(exist_ok=True)
+    return shutil.copy(SCRIPT, folder / "train_gpt.py")
+
+
+def start(script, env, ranks=1):
+    """To its end, without the repository on the path."""
+    variables = {name: str(text) for name, text in env.items()}
+    return launch(script, [], variables | {"PYTHONPATH": ""}, ranks, script.parent)
+
+
+def lines(run):
+    """The log without what differs from run to run."""
+    found = []
+    for line in run.metrics():
+        if line["key"] not in NEVER_ALIKE:
+            found.append({n: x for n, x in line.items() if not SECONDS.search(n)})
+    return found
+
+
+@pytest.fixture(scope="module")
+def env(dataset):
+    return VALUES | dict(DATA_PATH=str(dataset))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_that_of_the_repository(name, env, tmp_path):
+    """The same artifact, log, scores and stream; all files but the picture."""
+    ranks, changes = RUNS[name]
+    script = alone_in(tmp_path / "alone")
+    done = start(script, env | changes | dict(RUN_ID="x"), ranks)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    alone = Run(script.parent / "runs/x")
+    (tmp_path / "inside").mkdir()
+    inside = finished_run(tmp_path / "inside", "x", ranks, **env | changes)
+    assert alone.artifact == inside.artifact
+    assert lines(alone) == lines(inside)
+    files = {path.name for path in alone.folder.iterdir()}
+    assert files | {"report.png"} == {path.name for path in inside.folder.iterdir()}
+    assert {"log.txt", "metrics.jsonl", "submission.json", "scores.npz", "blocks.npz"} <= files
+    for columns in ("scores.npz", "blocks.npz"):
+        ours, theirs = alone.arrays(columns), inside.arrays(columns)
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    if "stream.bin" in files:
+        assert (alone.folder / "stream.bin").read_bytes() == (
+            inside.folder / "stream.bin"
+        ).read_bytes()
+        assert alone.final("codec")["decoded"] == "ok"
+    assert alone.submission()["val_bpb"] == inside.submission()["val_bpb"] == alone.val_bpb()
+    if name == "pruned_lora":
+        assert any(line.startswith("prune ") and "pruned:0 " not in line for line in alone.lines)
+    if "TTT_ENABLED" in changes:
+        assert (
+            alone.final("ttt_exact")["val_bpb"]
+            != alone.final("int6_sliding_window_exact")["val_bpb"]
+        )
+    assert any(line.startswith("final_ngram_backoff_exact") for line in alone.lines)
+    assert "ngram_gain:9" in "\n".join(alone.lines)
+    no_picture = "records/tools/plot.py is not beside the script: no picture"
+    assert any(no_picture in line for line in alone.lines)
+
+
+def test_killed_and_resumed_it_ends_the_same(env, tmp_path):
+    """SIGKILL after a checkpoint; RESUME=auto; then EVAL_ONLY, DECODE and a second run of its
+    name."""
+    proof = env | RUNS["proof"][1] | dict(CHECKPOINT_EVERY="1", RUN_ID="x")
+    whole = alone_in(tmp_path / "whole")
+    assert start(whole, proof).returncode == 0
+    script = alone_in(tmp_path / "killed")
+    with started(script, proof, "step:3/") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    again = start(script, proof | dict(RESUME="auto"))
+    assert again.returncode == 0 and "\nresumed step:" in again.stdout, again.stderr
+    ended, wanted = Run(script.parent / "runs/x"), Run(whole.parent / "runs/x")
+    assert ended.artifact == wanted.artifact and ended.val_bpb() == wanted.val_bpb()
+
+    refused = error_line(start(script, proof))
+    assert "RUN_ID='x'" in refused and "finished" in refused and "OVERWRITE=1" in refused
+    assert "is finished" in start(script, proof | dict(RESUME="auto")).stdout
+
+    artifact = dict(EVAL_ONLY=str(ended.folder / "artifact.bin"), RUN_ID="y")
+    assert start(script, proof | artifact).returncode == 0
+    assert Run(script.parent / "runs/y").val_bpb() == ended.val_bpb()
+
+    decoded = start(script, dict(DECODE=str(ended.folder)))
+    assert decoded.returncode == 0, decoded.stderr
+    text = np.load(ended.folder / "decoded.npy")
+    (shard,) = train_gpt.find_shards(env["DATA_PATH"], "val")
+    assert np.array_equal(text, train_gpt.read_shard(shard, 512))
+
+
+@contextlib.contextmanager
+def started(script, env, until, cwd=None):
+    """The script as a process that has written a line that begins so."""
+    clean = clean_environment() | env | dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with cores(1):
+        command = [sys.executable, script]
+        process = subprocess.Popen(command, cwd=cwd or script.parent, env=clean, **streams)
+    try:
+        for line in process.stdout:
+            if line.startswith(until):
+                break
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_signal_leaves_a_checkpoint(env, tmp_path):
+    script = alone_in(tmp_path)
+    long = env | dict(ITERATIONS="2000", CHECKPOINT_EVERY="0", RUN_ID="x")
+    with started(script, long, "step:2/") as process:
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "checkpoint written, RESUME=auto goes on" in output
+    assert [*(tmp_path / "runs/x/checkpoint").glob("*.json")]
+
+
+def test_a_misspelt_variable_is_refused_by_name(env, tmp_path):
+    line = error_line(start(alone_in(tmp_path), env | dict(ITERATOINS="9")))
+    assert "ITERATOINS='9'" in line and "did you mean ITERATIONS?" in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_and_dry_run_are_those_of_the_repository(tmp_path):
+    script = alone_in(tmp_path)
+    here, there = (launch(path, ["--help"], {}, 1, tmp_path).stdout for path in (script, SCRIPT))
+    table = here[here.index("Run\n") : here.index("Values of RECORD")]
+    assert table == there[there.index("Run\n") : there.index("Values of RECORD")]
+    values = VALUES | dict(DRY_RUN="1", DEVICE="cpu")
+    here, there = (launch(path, [], values, 1, tmp_path).stdout for path in (script, SCRIPT))
+    for key in ("model_params", "optimizer_group", "byte_budget"):
+        wanted = [line for line in there.splitlines() if line.startswith(key)]
+        assert wanted and [x for x in here.splitlines() if x.startswith(key)] == wanted
+    assert "ITERATIONS:8(env)" in here
+
+
+def test_without_data_the_fix_is_named(tmp_path):
+    line = error_line(start(alone_in(tmp_path), VALUES))
+    assert "no data" in line and "set DATA_PATH" in line
+
+
+# -----------------------------------------------------------------------------
+# With the user's four packages: torch, numpy, sentencepiece, zstandard
+
+OTHERS = [*train_gpt.OPTIONAL_PACKAGES, "huggingface_hub"]
+
+
+@pytest.fixture
+def four(tmp_path):
+    """PYTHONPATH of a Python that has no others."""
+    (tmp_path / "four").mkdir()
+    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in OTHERS)]
+    (tmp_path / "four/sitecustomize.py").write_text("\n".join(lines))
+    return {"PYTHONPATH": str(tmp_path / "four")}
+
+
+def test_four_packages_train_score_and_print_val_bpb(env, four, tmp_path):
+    """What is left out is a line each before step 0; the score is that of all packages."""
+    asked = env | RUNS["proof"][1] | dict(RUN_ID="x", CHECKPOINT_EVERY="2")
+    done = launch(SCRIPT, [], {k: str(v) for k, v in asked.items()} | four, 1, tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:]
+    run = Run(tmp_path / "runs/x")
+    notes = done.stdout[: done.stdout.index("\nstep:1/")]
+    for name, effect in train_gpt.OPTIONAL_PACKAGES.items():
+        assert f"note:package {name} is missing: {effect}" in notes
+    (tmp_path / "all").mkdir()
+    whole = finished_run(tmp_path / "all", "x", **asked)
+    assert (run.val_bpb(), run.artifact) == (whole.val_bpb(), whole.artifact)
+    left_out = {"stream.bin", "report.png", "checkpoint"}
+    files = {path.name for path in run.folder.iterdir()}
+    assert files | left_out == {path.name for path in whole.folder.iterdir()}
+    assert run.submission()["val_bpb"] == run.val_bpb()
+    done = launch(SCRIPT, [], dict(DECODE=str(whole.folder)) | four, 1, tmp_path)
+    assert "package constriction is missing; fix: pip install" in error_line(done)
+
+
+def test_four_packages_prepare_a_text(four, tmp_path):
+    """As the first run does with the embedded one."""
+    (tmp_path / "text.txt").write_text(
+        "It was the best of times, it was the worst of times.\n" * 99
+    )
+    options = ["--input", "text.txt", "--out", "set", "--vocab-size", "300"]
+    done = launch(ROOT / "data/prepare_text.py", options, four, 1, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert train_gpt.find_shards(tmp_path / "set", "train")
+
+
+def test_four_packages_stop_on_a_signal(env, four, tmp_path):
+    with started(SCRIPT, env | four | dict(ITERATIONS="2000"), "step:2/", tmp_path) as process:
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "Traceback" not in output
+    assert "no checkpoint, package safetensors is missing" in output
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "zstandard"])
+def test_a_package_that_nothing_replaces_is_missed_at_once(name, env, four, tmp_path):
+    with open(tmp_path / "four/sitecustomize.py", "a") as file:
+        file.write(f"\nsys.modules[{name!r}] = None")
+    done = launch(SCRIPT, [], {k: str(v) for k, v in env.items()} | four, 1, tmp_path)
+    assert f"package {name} is missing; fix: pip install {name}" in error_line(done)
+    assert not (tmp_path / "runs").exists()
