@@ -37,17 +37,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+import zstandard
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import compress  # noqa: E402
-import evidence  # noqa: E402
-import mutate  # noqa: E402
-import numpy as np  # noqa: E402
-import plot  # noqa: E402
-import run_folder  # noqa: E402
-import torch  # noqa: E402
-import verify  # noqa: E402
-import zstandard  # noqa: E402
-from helpers import (  # noqa: E402
+from helpers import (  # noqa: E402  (it puts the others' folders on the path)
     SHRUNK,
     clean_environment,
     new_trainer,
@@ -56,6 +51,13 @@ from helpers import (  # noqa: E402
     tiny,
     train_gpt,
 )
+
+# isort: split
+import compress  # noqa: E402
+import mutate  # noqa: E402
+import plot  # noqa: E402
+import run_folder  # noqa: E402
+import verify  # noqa: E402
 
 import prepare  # noqa: E402
 import prepare_text  # noqa: E402
@@ -82,8 +84,8 @@ REFUSALS = (
     train_gpt.UserError,
     prepare_text.DataError,
     run_folder.RunError,
-    evidence.Failed,
-    evidence.NotChecked,
+    verify.Failed,
+    verify.NotChecked,
     Refused,
 )
 
@@ -206,7 +208,7 @@ def read_run(path: Path) -> tuple:
     case = verify.Case(path.parent, 0)
     for row in verify.examine(case, CHECKS):
         if row.status == "FAILED":
-            kind = MemoryError if row.reason.startswith("MemoryError") else evidence.Failed
+            kind = MemoryError if row.reason.startswith("MemoryError") else verify.Failed
             raise kind(f"{path} {row.reason}")
     files = (columns(path.with_name(name)) for name in ("blocks.npz", "scores.npz"))
     lines = case.run.lines  # as text: 1 and "1" are one

@@ -417,7 +417,7 @@ def test_a_mixture_that_sees_the_future_fails_causality(folder, monkeypatch):
 
 def test_a_network_that_sees_the_future_fails_causality(folder, monkeypatch):
     """Here by a peek of score_lanes, as a network's would show."""
-    original = verify.evidence.score_lanes
+    original = verify.score_lanes
 
     def peek(case, stream, *more):
         found = original(case, stream, *more)
@@ -492,7 +492,7 @@ def test_another_machine(folder, monkeypatch):
     found = rows(folder, some(*PROOF))
     assert statuses(found) == {"decode"} and "made with torch 1.0" in found["decode"][1]
     reseal(folder, lambda header, words: header["made"].update(device="cuda NVIDIA H100"))
-    monkeypatch.setattr(verify.evidence.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(verify.torch.cuda, "is_available", lambda: False)
     reason = rows(folder, some(*PROOF))["decode"][1]
     assert "cuda NVIDIA H100, which is not here; CODEC_DEVICE=cpu" in reason
 
