@@ -4002,7 +4002,7 @@ def parse_line(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and isinstance(line.get("key"), str) else None
 
 
-def write_submission(folder: Path) -> Path:
+def write_submission(folder: Path, code: Path | None = None) -> Path:
     """submission.json of a finished run folder, whole or not at all: the same folder gives the same
     bytes. -> its path; UserError for what cannot be written, ValueError for a score that is no
     number."""
@@ -4012,22 +4012,23 @@ def write_submission(folder: Path) -> Path:
     for key in FINAL_LINES:
         if not run.last(key):
             raise UserError(f"{folder}/metrics.jsonl: no line {key}")
-    entries = submission(run, folder)
+    entries = submission(run, folder, code)
     content = json.dumps(entries, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path = folder / "submission.json"
     write_atomically(path, content.encode())
     return path
 
 
-def submission(run: RunLog, folder: Path) -> dict[str, Any]:
-    """The contents of submission.json, upstream's keys first."""
+def submission(run: RunLog, folder: Path, code: Path | None = None) -> dict[str, Any]:
+    """The contents of submission.json, upstream's keys first; code: where it is not in the folder"""
     logged = run.last("config")  # NAME: value(origin)
     record = logged.get("RECORD", "").rpartition("(")[0]
     run_id = logged.get("RUN_ID", "").rpartition("(")[0]
     score = score_entries(run)
     # The log is closed by the last stage, and a second call must give the same date.
     finished = datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, UTC)
-    files = dict(code="train_gpt.py", artifact="artifact.bin", tokenizer="tokenizer.model")
+    files = dict(code=code or folder / "train_gpt.py", artifact=folder / "artifact.bin")
+    files["tokenizer"] = folder / "tokenizer.model"
     return {
         "author": os.environ.get("AUTHOR", ""),
         "github_id": os.environ.get("GITHUB_ID", ""),
@@ -4038,7 +4039,7 @@ def submission(run: RunLog, folder: Path) -> dict[str, Any]:
         **score,
         "tokens": run.last("val_text").get("tokens"),
         "bytes": run.last("val_text").get("bytes"),
-        "sha256": {what: sha256((folder / name).read_bytes()) for what, name in files.items()},
+        "sha256": {what: sha256(path.read_bytes()) for what, path in files.items()},
         "stages": run.stages(),
         **other_entries(run),
     }

@@ -110,6 +110,11 @@ class RunFolder(train_gpt.RunLog):
     def name(self) -> str:
         return self.path.resolve().name
 
+    def file(self, name: str) -> Path:
+        """Where a file of the run lies: the seeds of a record share the train_gpt.py above them."""
+        path = self.path / name
+        return path if name != FILES["code"] or path.exists() else self.path.resolve().parent / name
+
     def blocks(self) -> dict[str, np.ndarray]:
         """blocks.npz: sums of logp_model, logp_final (nats) and bytes per 1,024 targets."""
         try:
@@ -128,7 +133,7 @@ class RunFolder(train_gpt.RunLog):
 
 def file_bytes(run: RunFolder, name: str) -> bytes:
     try:
-        return (run.path / name).read_bytes()
+        return run.file(name).read_bytes()
     except OSError as error:
         raise RunError(f"{run.path}: no {name} ({error.strerror})") from None
 
@@ -160,14 +165,14 @@ def submission(run: RunFolder) -> dict[str, Any]:
     logged = run.last("val_text").get("bytes")
     if scored != logged:
         raise RunError(f"{run.path}: blocks.npz is of {scored} bytes, its log says {logged}")
-    return train_gpt.submission(run, run.path)
+    return train_gpt.submission(run, run.path, run.file(FILES["code"]))
 
 
 def write(run: RunFolder) -> Path:
     """submission.json, whole or not at all -> its path; UserError"""
     with blame(run.path):
         submission(run)
-        return train_gpt.write_submission(run.path)
+        return train_gpt.write_submission(run.path, run.file(FILES["code"]))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -258,7 +258,7 @@ class Case:
                 raise NotChecked(f"made with {name} {there}, here is {here}: bits may differ")
         alone = Path(self.exit.enter_context(tempfile.TemporaryDirectory(prefix="verify_")))
         for name in ("train_gpt.py", "artifact.bin", "tokenizer.model", "stream.bin"):
-            shutil.copyfile(self.folder / name, alone / name)
+            shutil.copyfile(self.run.file(name), alone / name)
         require(
             train_gpt.sha256((alone / "train_gpt.py").read_bytes()) == OUR_CODE,
             "train_gpt.py has changed",
