@@ -30,8 +30,10 @@ import tempfile
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -64,7 +66,7 @@ class DataError(ValueError):
 # Reading: files -> documents
 
 
-def input_files(inputs, out):
+def input_files(inputs: Iterable[str | Path], out: Path) -> Iterator[Path]:
     """The files of `inputs`, folders searched in sorted order; hidden ones and `out` left out."""
     for path in map(Path, inputs):
         if not path.exists():
@@ -76,7 +78,7 @@ def input_files(inputs, out):
                 yield file
 
 
-def read_utf8(path):
+def read_utf8(path: Path) -> str:
     """The text of a file, its line ends and byte order mark as they are; .gz and .xz unpacked."""
     unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
     try:
@@ -91,7 +93,7 @@ def read_utf8(path):
         raise DataError(f"{path}: cannot be read ({error}); is it whole and readable?") from None
 
 
-def read_jsonl(path):
+def read_jsonl(path: Path) -> list[str]:
     """The "text" of every line; lines end at \\n only, as U+2028 and the like are text."""
     documents = []
     for number, line in enumerate(read_utf8(path).split("\n"), 1):
@@ -112,19 +114,19 @@ def read_jsonl(path):
 class NoBar(contextlib.nullcontext):
     """What stands in for tqdm."""
 
-    def __enter__(self):
+    def __enter__(self) -> "NoBar":
         return self
 
-    def update(self, count):
+    def update(self, count: int) -> None:
         pass
 
 
-def progress_bar(total, what, unit):
+def progress_bar(total: int, what: str, unit: str) -> Any:
     """On a terminal, where tqdm is installed"""
     return tqdm(total=total, desc=what, unit=unit, disable=None) if tqdm else NoBar()
 
 
-def read_documents(files, separator):
+def read_documents(files: Iterable[Path], separator: str) -> list[str]:
     """All documents of `files` that are not empty, in order; `separator` may be empty."""
     documents, files = [], list(files)
     with progress_bar(len(files), "reading", "file") as progress:
@@ -142,7 +144,9 @@ def read_documents(files, separator):
 # Splitting: documents -> train, validation
 
 
-def split_documents(documents, val_fraction, seed):
+def split_documents(
+    documents: Sequence[str], val_fraction: float, seed: int
+) -> tuple[list[str], list[str]]:
     """Shuffled documents as (train, validation); of a few documents the tail is validation."""
     if len(documents) < FEW_DOCUMENTS:
         return split_tail(documents, val_fraction)
@@ -151,7 +155,7 @@ def split_documents(documents, val_fraction, seed):
     return shuffled[count:], shuffled[:count]
 
 
-def split_tail(documents, val_fraction):
+def split_tail(documents: Sequence[str], val_fraction: float) -> tuple[list[str], list[str]]:
     """Cut the concatenation at a character: the last `val_fraction` of its bytes is validation."""
     text = "".join(documents)
     if len(text) < 2:
@@ -173,12 +177,12 @@ def split_tail(documents, val_fraction):
 # Tokenizer: documents -> SentencePiece model -> token ids
 
 
-def spans(text, limit):
+def spans(text: str, limit: int) -> list[str]:
     """Cut text into spans of at most `limit` characters, before a space where there is one."""
     return re.findall(rf"(?s).{{1,{limit}}}(?= |\Z)|.{{1,{limit}}}", text)
 
 
-def frequent_characters(documents, vocab_size):
+def frequent_characters(documents: Iterable[str], vocab_size: int) -> str:
     """The characters that get a piece of their own; the trainer's own coverage stops at 0.98.
 
     The space is always one: spelt in bytes it would be those of U+2581 and decode to that.
@@ -198,7 +202,7 @@ def frequent_characters(documents, vocab_size):
     return kept
 
 
-def train_tokenizer(documents, vocab_size):
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     """A lossless SentencePiece BPE model (its file's bytes) of at most `vocab_size` pieces."""
     sample, room = [], TRAINER_TEXT_BYTES
     for document in documents:
@@ -233,15 +237,13 @@ def train_tokenizer(documents, vocab_size):
     return model.getvalue()
 
 
-def load_tokenizer(path, vocab_size=None):
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Any:
     """The SentencePiece model in a file, if train_gpt.py can use it."""
     try:
         model = Path(path).read_bytes() or b"empty"  # an empty model would load
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
         pieces, bos = tokenizer.vocab_size(), tokenizer.bos_id()
-        tokenizer.id_to_piece(
-            [*range(pieces)]
-        )  # some damaged models load, but their pieces are no text
+        tokenizer.id_to_piece([*range(pieces)])  # of some damaged models these are no text
     except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise DataError(
             f"--tokenizer {path}: not a SentencePiece model ({error}); give a .model file"
@@ -258,7 +260,7 @@ def load_tokenizer(path, vocab_size=None):
     return tokenizer
 
 
-def encode_documents(tokenizer, documents):
+def encode_documents(tokenizer: Any, documents: Sequence[str]) -> list[list[int]]:
     """Token ids (list of int, no BOS) of each document; a literal U+2581 becomes byte tokens."""
     escaped = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
     byte_fallback = all(map(tokenizer.is_byte, escaped))
@@ -290,7 +292,7 @@ class Split:
     escaped: int = 0  # documents with a literal U+2581
 
 
-def batches(documents, limit=4_000_000):
+def batches(documents: Iterable[str], limit: int = 4_000_000) -> Iterator[list[str]]:
     """Runs of documents of about `limit` characters, as lists of token ids are large."""
     batch, size = [], 0
     for document in documents:
@@ -302,7 +304,7 @@ def batches(documents, limit=4_000_000):
     yield batch
 
 
-def write_split(tokenizer, documents, stem):
+def write_split(tokenizer: Any, documents: Sequence[str], stem: Path) -> Split:
     """Write one side's shards and return its Split; every document is decoded again."""
     split, stream = Split(len(documents)), [np.empty(0, np.uint16)]
     with progress_bar(len(documents), stem.name, "doc") as progress:
@@ -318,7 +320,7 @@ def write_split(tokenizer, documents, stem):
     return split
 
 
-def write_shards(tokens, stem):
+def write_shards(tokens: np.ndarray, stem: Path) -> int:
     """<stem>_000000.bin and so on: 256 int32 (magic, version, count, 0 ...), then uint16."""
     for number, start in enumerate(range(0, len(tokens), SHARD_TOKENS)):
         shard = tokens[start : start + SHARD_TOKENS]
@@ -330,12 +332,19 @@ def write_shards(tokens, stem):
     return len(tokens)
 
 
-def write_dataset(train_docs, val_docs, out, name, vocab_size=None, *, tokenizer=None):
+def write_dataset(
+    train_docs: Sequence[str],
+    val_docs: Sequence[str],
+    out: str | Path,
+    name: str,
+    vocab_size: int | None = None,
+    *,
+    tokenizer: str | Path | None = None,
+) -> tuple[Split, Split]:
     """Write shards, validation text and tokenizer.model to the folder `out`; print the figures.
 
-    train_docs, val_docs: lists of str. tokenizer: the path of a model to reuse; else one of at
-    most `vocab_size` pieces (default 1,024) is trained on train_docs. Returns (train, val) Splits.
-    Raises DataError; `out` is then as it was, or new and empty.
+    tokenizer: the path of a model to reuse; else one of at most `vocab_size` pieces (default 1,024)
+    is trained on train_docs. Raises DataError; `out` is then as it was, or new and empty.
     """
     started, out = time.perf_counter(), Path(out)
     check_target(out, name)
@@ -363,7 +372,7 @@ def write_dataset(train_docs, val_docs, out, name, vocab_size=None, *, tokenizer
     return train, val
 
 
-def check_target(out, name):
+def check_target(out: Path, name: str) -> None:
     """Refuse a confusing name and a folder that cannot be written or holds other data."""
     if not name or "/" in name or "_train_" in f"{name}_" or "_val_" in f"{name}_":
         raise DataError(f"--name {name!r}: give a word without / and without _train or _val")
@@ -375,7 +384,7 @@ def check_target(out, name):
         raise DataError(f"--out {out}: {nearest} is no writable folder; choose another")
 
 
-def move_into_place(work, out, name):
+def move_into_place(work: Path, out: Path, name: str) -> None:
     """Move a finished dataset from `work` to `out`, replacing an earlier one; tokenizer last."""
     model, old_model = work / "tokenizer.model", out / "tokenizer.model"
     if old_model.exists() and old_model.read_bytes() != model.read_bytes():
@@ -388,7 +397,7 @@ def move_into_place(work, out, name):
         os.replace(work / file_name, out / file_name)
 
 
-def print_figures(train, val, tokenizer):
+def print_figures(train: Split, val: Split, tokenizer: Any) -> None:
     """The lines a run ends with: sizes, tokenizer, and whether the text survives the way back."""
     for side, split in (("train", train), ("val", val)):
         print(
@@ -419,11 +428,11 @@ def print_figures(train, val, tokenizer):
 class OneLineParser(argparse.ArgumentParser):
     """Reports a bad argument the way every other bad input is reported."""
 
-    def error(self, message):
+    def error(self, message: str) -> None:
         raise DataError(message)
 
 
-def parse_arguments(arguments):
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The checked command line."""
     summary, _, details = __doc__.partition("\n")
     layout = argparse.RawDescriptionHelpFormatter
@@ -450,7 +459,7 @@ def parse_arguments(arguments):
     return options
 
 
-def prepare(options):
+def prepare(options: argparse.Namespace) -> None:
     """The whole way from files to a dataset."""
     name = options.out.resolve().name if options.name is None else options.name
     check_target(options.out, name)
@@ -462,7 +471,7 @@ def prepare(options):
     write_dataset(train, val, options.out, name, options.vocab_size, tokenizer=options.tokenizer)
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on what is wrong with the input."""
     try:
         prepare(parse_arguments(arguments))

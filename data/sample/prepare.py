@@ -13,6 +13,7 @@ import lzma
 import random
 import re
 import sys
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -31,13 +32,13 @@ SENTENCE_END = r"(?<=[.!?])[\"')\]\u2019\u201d]*\s+"
 BLANK_LINE = r"\n\s*\n"
 
 
-def units(text, boundary):
+def units(text: str, boundary: str) -> list[str]:
     """Cut text after every match of `boundary`; the units put together are the text."""
     ends = [match.end() for match in re.finditer(boundary, text)]
     return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
-def small_units(text, boundary):
+def small_units(text: str, boundary: str) -> Iterator[str]:
     """Units at `boundary`, the large ones cut further, at sentence ends."""
     for unit in units(text, boundary):
         if len(unit.encode()) > LARGE_UNIT_BYTES:
@@ -46,7 +47,7 @@ def small_units(text, boundary):
             yield unit
 
 
-def cut_documents(text, boundary, random_source):
+def cut_documents(text: str, boundary: str, random_source: random.Random) -> list[str]:
     """Documents of 1 to 4 KB: cut at the boundaries nearest to even parts, a little jittered."""
     pieces = list(small_units(text, boundary))
     ends = list(accumulate(len(piece.encode()) for piece in pieces))
@@ -61,12 +62,12 @@ def cut_documents(text, boundary, random_source):
     return [document.strip() for document in documents if document.strip()]
 
 
-def nearest(numbers, wanted):
+def nearest(numbers: Sequence[int], wanted: float) -> int:
     """The one of `numbers` that is closest to `wanted`."""
     return min(numbers, key=lambda number: abs(number - wanted))
 
 
-def sample_documents(path=SAMPLE, seed=SEED):
+def sample_documents(path: Path = SAMPLE, seed: int = SEED) -> tuple[list[str], list[str]]:
     """The sample's text as (train, validation) lists of documents."""
     random_source, documents = random.Random(seed), []
     with lzma.open(path, "rt", encoding="utf-8", newline="\n") as lines:
@@ -80,7 +81,7 @@ def sample_documents(path=SAMPLE, seed=SEED):
     return train, val
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default=DATA / "datasets" / "sample_en", help="dataset folder")
@@ -89,7 +90,7 @@ def main(arguments=None):
         train, val = sample_documents()
         write_dataset(train, val, options.out, "sample_en", VOCAB_SIZE)
     except (DataError, OSError, lzma.LZMAError) as error:
-        print(f"prepare_sample.py: {error}", file=sys.stderr)
+        print(f"prepare.py: {error}", file=sys.stderr)
         return 2
     return 0
 

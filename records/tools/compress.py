@@ -116,7 +116,7 @@ def spell(spelt: Spelling, data: bytes) -> list[int] | None:
     return [spelt.letters[byte] for byte in data] if spelt.letters else None
 
 
-def runs(spelt: Spelling, text: str, finer: int = 0):
+def runs(spelt: Spelling, text: str, finer: int = 0) -> Iterator[tuple[bytes, list[int] | None]]:
     """Yields (bytes, ids) along a text without lone surrogates: ids stand for exactly these bytes;
     None if no tokens do. What the tokenizer alters is tried again in smaller parts."""
     data, (ids,) = text.encode(), encode_documents(spelt.tokenizer, [text])

@@ -1,0 +1,92 @@
+"""What lies where: results in records/, programs in records/tools/, each thing there once."""
+
+import ast
+import re
+from collections import Counter
+
+import pytest
+from helpers import ROOT
+
+TOOLS = sorted((ROOT / "records/tools").glob("*.py"))
+PROGRAMS = [*TOOLS, ROOT / "data/download_fineweb.py", ROOT / "data/prepare_text.py"]
+PROGRAMS += sorted((ROOT / "data/sample").glob("*.py"))
+NAMES = {path.stem for path in PROGRAMS} | {"train_gpt"}
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+LONGEST = 60  # lines of a function
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path):
+    """Modules that a file imports, at its top or anywhere else"""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def test_every_top_level_entry_has_its_room():
+    programs = {path.relative_to(ROOT).parts for path in ROOT.glob("records/**/*.py")}
+    assert {parts[:2] for parts in programs if parts[-1] != "train_gpt.py"} == {
+        ("records", "tools")
+    }
+    assert [path.name for path in ROOT.glob("*.py")] == ["train_gpt.py"]
+    assert [path.name for path in ROOT.glob("tests/test_*.py")] == ["test_smoke.py"]
+
+
+def test_a_record_holds_one_script():
+    folders = Counter(
+        path.relative_to(ROOT).parts[:3] for path in ROOT.glob("records/track_*/**/train_gpt.py")
+    )
+    assert set(folders.values()) <= {1}
+
+
+def test_the_path_of_imports_is_edited_once():
+    """Tools reach the script by run_folder.py, so no file is loaded under two names."""
+    edits = {path.name for path in PROGRAMS if "sys.path" in path.read_text(encoding="utf-8")}
+    assert edits == {"run_folder.py", "prepare.py"}
+    texts = {path.name: path.read_text(encoding="utf-8") for path in [*PROGRAMS, *TESTS]}
+    by_string = re.compile(
+        r"^(?:from|import) (?:runpy|records)\b|spec_from_file_location\(", re.MULTILINE
+    )
+    assert [name for name, text in texts.items() if by_string.search(text)] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["table", "markdown", "write_atomically", "read_pairs", "RunError"]
+)
+def test_defined_once(name):
+    """Table writer, atomic placing, NAME=value, errors"""
+    kinds = ast.FunctionDef, ast.ClassDef
+    found = [
+        path.name
+        for path in [ROOT / "train_gpt.py", *PROGRAMS]
+        for node in tree(path).body
+        if isinstance(node, kinds) and node.name == name
+    ]
+    assert len(found) <= 1, found
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_tests_do_not_import_each_other(path):
+    assert not {module for module in imports(path) if module.startswith("test_")}
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_rules_of_the_programs(path):
+    """Short functions, all annotated, none of them public without a word; no assert for input."""
+    for node in ast.walk(tree(path)):
+        assert not isinstance(node, ast.Assert), f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.FunctionDef):
+            place = f"{path.name}:{node.lineno} {node.name}"
+            assert node.end_lineno - node.lineno < LONGEST, f"{place}: too long"
+            given = [
+                a for a in node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")
+            ]
+            assert node.returns or node.name == "__init__", f"{place}: no type of its result"
+            assert all(argument.annotation for argument in given), f"{place}: no types"
