@@ -4020,7 +4020,7 @@ def write_submission(folder: Path, code: Path | None = None) -> Path:
 
 
 def submission(run: RunLog, folder: Path, code: Path | None = None) -> dict[str, Any]:
-    """The contents of submission.json, upstream's keys first; code: where it is not in the folder"""
+    """The contents of submission.json, upstream's keys first; code: where not in the folder."""
     logged = run.last("config")  # NAME: value(origin)
     record = logged.get("RECORD", "").rpartition("(")[0]
     run_id = logged.get("RUN_ID", "").rpartition("(")[0]

@@ -36,6 +36,7 @@ if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
 import numpy as np
 import torch
 import zstandard
+from run_folder import blame  # puts train_gpt and data/ on the path
 from tqdm import tqdm
 
 import train_gpt
@@ -49,10 +50,6 @@ BLOCK_TOKENS = 1 << 19  # coded on their own: counts take about 3 KB of memory a
 SETTINGS = "eval_seq_len ngram_enabled ngram_mixer ngram_min_order ngram_max_order".split()
 INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, by surrogateescape
 SMALLER = tuple(map(re.compile, (r"(?s)[^\r\n]+|[\r\n]+", r"(?s) ?\S+|\s", r"(?s).")))
-
-
-class CompressError(UserError):
-    """What cannot be compressed, restored or written; the message names it and the fix."""
 
 
 class Spelling(NamedTuple):
@@ -98,7 +95,7 @@ def spelling(path: Path, vocab_size: int) -> Spelling:
     ids = [*range(tokenizer.vocab_size())]
     if len(ids) != vocab_size:
         fix = "give the one the artifact was trained with"
-        raise CompressError(f"{path}: {len(ids)} pieces, the artifact has {vocab_size}; fix: {fix}")
+        raise UserError(f"{path}: {len(ids)} pieces, the artifact has {vocab_size}; fix: {fix}")
     pieces, letters = [], {}
     for i, name in enumerate(map(tokenizer.id_to_piece, ids)):
         silent = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
@@ -223,16 +220,14 @@ class Compressor:
         return b"".join([self.spelt.pieces[i] for i in tokens.tolist()])
 
     def restore(self, packed: bytes, name: str = "the container") -> bytes:
-        """The file; CompressError if `packed`, called `name`, is damaged or of other making."""
+        """The file; UserError if `packed`, called `name`, is damaged or of other making."""
         header, payload = open_container(packed, name)
         with blame(name):
             torch.set_num_threads(min(header["made"]["threads"], THREADS))
             fits(header, self.made(), name)
             data = self.unpack(header, payload)
         if train_gpt.sha256(data) != header["sha256"]:
-            raise CompressError(
-                f"{name}: restores to other bytes; fix: use the machine it was made on"
-            )
+            raise UserError(f"{name}: restores to other bytes; fix: use the machine it was made on")
         return data
 
     def unpack(self, header: dict[str, Any], payload: bytes) -> bytes:
@@ -268,21 +263,8 @@ def defaults() -> dict[str, str]:
     return {name: train_gpt.show(getattr(Config(), name)) for name in SETTINGS}
 
 
-@contextlib.contextmanager
-def blame(name: str) -> Iterator[None]:
-    """CompressError, in one line, for whatever goes wrong with a container that was signed: no list
-    of exceptions holds all that a lie in its header can cause."""
-    try:
-        yield
-    except (UserError, OSError):
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CompressError(f"{name}: damaged ({reason}); fix: get it again") from error
-
-
 def open_container(packed: bytes, name: str) -> tuple[dict[str, Any], bytes]:
-    """-> header, payload; CompressError for anything damaged"""
+    """-> header, payload; UserError for anything damaged"""
     with blame(name):
         return train_gpt.unseal(PREFIX, packed)
 
@@ -294,11 +276,11 @@ def device_of(packed: bytes, name: str) -> str:
 
 
 def fits(header: dict[str, Any], here: dict[str, Any], name: str) -> None:
-    """CompressError, by name, for what a container was made with and is another here."""
+    """UserError, by name, for what a container was made with and is another here."""
     for what, value in here.items():
         if header["made"][what] != value:
             made = header["made"][what]
-            raise CompressError(
+            raise UserError(
                 f"{name}: made with {what} {made}, here it is {value}; fix: use that one"
             )
 
@@ -308,7 +290,7 @@ def fits(header: dict[str, Any], here: dict[str, Any], name: str) -> None:
 
 
 def place(path: Path, data: bytes) -> None:
-    """Write a new file, whole or not at all; CompressError if there is one."""
+    """Write a new file, whole or not at all; UserError if there is one."""
     partial = path.with_name(f".partial{os.getpid()}")
     try:
         partial.write_bytes(data)
@@ -319,8 +301,8 @@ def place(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def exists(path: Path) -> CompressError:
-    return CompressError(f"{path}: exists already; fix: move it away, or --output another name")
+def exists(path: Path) -> UserError:
+    return UserError(f"{path}: exists already; fix: move it away, or --output another name")
 
 
 def figures(what: str, size: int, total: int, more: str = "") -> str:
@@ -345,7 +327,7 @@ def compress_file(options: argparse.Namespace) -> None:
     packed = compressor.compress(data, options.lanes)
     began = time.perf_counter()
     if options.check and compressor.restore(packed.data, str(target)) != data:
-        raise CompressError(f"{target}: does not restore to {options.file}; nothing is written")
+        raise UserError(f"{target}: does not restore to {options.file}; nothing is written")
     speed = f"{packed.tokens / packed.seconds:,.0f} tokens/s"
     speed += (
         f", restored in {time.perf_counter() - began:.1f} s" if options.check else ", unchecked"
@@ -362,7 +344,7 @@ def restore_file(options: argparse.Namespace) -> None:
     """FILE.pgz -> FILE."""
     path, target = options.file, options.output or options.file.with_suffix("")
     if path.suffix != SUFFIX and not options.output:
-        raise CompressError(f"{path}: its name does not end with {SUFFIX}; fix: give --output")
+        raise UserError(f"{path}: its name does not end with {SUFFIX}; fix: give --output")
     if os.path.lexists(target):
         raise exists(target)
     packed = path.read_bytes()

@@ -36,22 +36,20 @@ FINAL_LINES = {
 
 
 class RunError(train_gpt.UserError):
-    """A run folder that is unfinished, incomplete or contradicts itself."""
+    """A file or folder that is damaged, unfinished, incomplete or contradicts itself."""
 
 
 @contextlib.contextmanager
 def blame(path: str | Path) -> Iterator[None]:
-    """RunError, in one line, for whatever goes wrong with the files of a run: they may be
-    anybody's, and no list of exceptions holds all that a wrong one can cause."""
+    """RunError, in one line, for whatever goes wrong with a file or folder: it may be anybody's,
+    and no list of exceptions holds all that a wrong one can cause."""
     try:
         yield
     except (train_gpt.UserError, OSError):
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise RunError(
-            f"{path}: a file in it is damaged ({reason}); fix: get the run again"
-        ) from error
+        raise RunError(f"{path}: damaged ({reason}); fix: get it again") from error
 
 
 def read_columns(data: bytes) -> dict[str, np.ndarray]:

@@ -106,7 +106,7 @@ def measure(compressor, primers, data):
     packed = compressor.compress(data)
     began = time.perf_counter()
     if compressor.restore(packed.data) != data:
-        raise compress.CompressError("a file does not come back")
+        raise compress.UserError("a file does not come back")
     back, blocks = time.perf_counter() - began, packed.header["blocks"]
     row = dict(bytes=len(data), tokens=packed.tokens, pgz=len(packed.data))
     row["header"] = len(packed.data) - sum(size for _, size in blocks)

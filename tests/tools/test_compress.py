@@ -175,18 +175,18 @@ def test_the_same_bytes_twice(compressor):
 def test_one_flipped_bit_is_refused(compressor, place):
     packed = bytearray(compressor.compress(b"some text").data)
     packed[place] ^= 4
-    with pytest.raises(compress.CompressError, match="x.pgz: damaged"):
+    with pytest.raises(compress.UserError, match="x.pgz: damaged"):
         compressor.restore(bytes(packed), "x.pgz")
 
 
 @pytest.mark.parametrize("change", [lambda p: p[:-1], lambda p: p + b"\0", lambda p: b""])
 def test_another_length_is_refused(compressor, change):
-    with pytest.raises(compress.CompressError, match="damaged"):
+    with pytest.raises(compress.UserError, match="damaged"):
         compressor.restore(change(compressor.compress(b"some text").data))
 
 
 def test_another_container_is_refused(compressor):
-    with pytest.raises(compress.CompressError, match="not of this program"):
+    with pytest.raises(compress.UserError, match="not of this program"):
         compressor.restore(train_gpt.seal(train_gpt.STREAM_PREFIX, {}, b""))
 
 
@@ -198,7 +198,7 @@ def test_another_model_is_refused_by_name(compressor, artifacts, tmp_path, what)
         tokenizer = prepare_text.train_tokenizer([SCRIPTS, SOURCE_CODE, CHINESE], 512)
         other.with_name("tokenizer.model").write_bytes(tokenizer)
     packed = compressor.compress(b"some text").data
-    with pytest.raises(compress.CompressError, match=f"made with {what} [0-9a-f]{{64}}, here"):
+    with pytest.raises(compress.UserError, match=f"made with {what} [0-9a-f]{{64}}, here"):
         compress.Compressor(other).restore(packed)
 
 
@@ -206,7 +206,7 @@ def test_another_model_is_refused_by_name(compressor, artifacts, tmp_path, what)
 def test_another_machine_is_refused_by_name(compressor, monkeypatch, what):
     packed, made = compressor.compress(b"some text").data, compressor.made()
     monkeypatch.setattr(compressor, "made", lambda: made | {what: "another"})
-    with pytest.raises(compress.CompressError, match=f"made with {what} .*, here it is another"):
+    with pytest.raises(compress.UserError, match=f"made with {what} .*, here it is another"):
         compressor.restore(packed)
 
 
@@ -226,7 +226,7 @@ def test_other_arithmetic_is_noticed(artifacts, data):
     packed = compressor.compress(data, 6).data
     with torch.no_grad():
         compressor.model.tok_emb.mul_(1.1)
-    with pytest.raises(compress.CompressError, match="restores to other bytes"):
+    with pytest.raises(compress.UserError, match="restores to other bytes"):
         compressor.restore(packed)
 
 
@@ -238,15 +238,13 @@ def test_words_that_no_coder_makes_are_noticed(compressor, monkeypatch):
 
     packed = compressor.compress(b"\xfe" * 300)
     monkeypatch.setattr(train_gpt, "decode", decode)
-    with pytest.raises(compress.CompressError, match="restores to other bytes"):
+    with pytest.raises(compress.UserError, match="restores to other bytes"):
         compressor.restore(packed.data)
 
 
 def test_tokenizer_of_another_size_is_refused(artifacts):
     tokenizer = artifacts["without bytes"].with_name("tokenizer.model")
-    with pytest.raises(
-        compress.CompressError, match="tokenizer.model: .* pieces, the artifact has"
-    ):
+    with pytest.raises(compress.UserError, match="tokenizer.model: .* pieces, the artifact has"):
         compress.Compressor(artifacts["lossless"], tokenizer)
 
 

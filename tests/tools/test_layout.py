@@ -2,10 +2,12 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, clean_environment
 
 TOOLS = sorted((ROOT / "records/tools").glob("*.py"))
 PROGRAMS = [*TOOLS, ROOT / "data/download_fineweb.py", ROOT / "data/prepare_text.py"]
@@ -90,3 +92,14 @@ def test_rules_of_the_programs(path):
             ]
             assert node.returns or node.name == "__init__", f"{place}: no type of its result"
             assert all(argument.annotation for argument in given), f"{place}: no types"
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_help_from_anywhere(path, tmp_path):
+    """As a process of its own: what the tests put on the path of imports does not help it."""
+    command = [sys.executable, path, "--help"]
+    env = clean_environment() | {"PYTHONPATH": ""}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ")
