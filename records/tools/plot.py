@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from run_folder import RunError, RunFolder, blame
 
-from train_gpt import CAP_BYTES, UserError, write_atomically
+from train_gpt import CAP_BYTES, UserError, package, write_atomically
 
 # Okabe and Ito's palette, safe for colour-blind readers; each run also has its own marker.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -204,9 +204,13 @@ def draw_ladder(ax: Any, runs: list[Run]) -> str:
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x")
-    zoom_axis(ax, [score["val_bpb"] for run in runs for score in run.stages.values()])
+    values = [score["val_bpb"] for run in runs for score in run.stages.values()]
+    pad = max(0.12 * (max(values) - min(values)), 0.005 * max(values))
+    ax.set_xlim(min(values) - pad, max(values) + pad)
+    ax.locator_params(axis="x", nbins=5)
+    ax.set_xlabel(f"zoomed in: the axis begins at {min(values) - pad:.2f}, not at 0")
     if single:
-        ladder_columns(ax, [runs[0].stages[name]["val_bpb"] for name in names], names)
+        ladder_columns(ax, {name: runs[0].stages[name]["val_bpb"] for name in names})
     return "bits per byte, lower is better"
 
 
@@ -229,29 +233,18 @@ def stage_label(stage: str, runs: list[Run]) -> str:
     return f"{name}, {kinds.pop()}" if stage == "ngram" and len(kinds) == 1 else name
 
 
-def zoom_axis(ax: Any, values: list[float]) -> None:
-    """Limits around the values, and a label that says that the axis does not begin at 0."""
-    most = max(values)
-    pad = max(0.12 * (most - min(values)), 0.005 * most)
-    least = min(values) - pad
-    ax.set_xlim(least, most + pad)
-    ax.locator_params(axis="x", nbins=5)
-    ax.set_xlabel(f"zoomed in: the axis begins at {least:.2f}, not at 0")
-
-
-def ladder_columns(ax: Any, values: list[float], names: list[str]) -> None:
+def ladder_columns(ax: Any, scores: dict[str, float]) -> None:
     """Value and change of each row, in two columns right of the axes."""
     look = dict(textcoords="offset points", ha="right", annotation_clip=False)
     for x, heading in ((52, "bpb"), (108, "change")):
         ax.annotate(heading, (1, 1), (x, 12), xycoords="axes fraction", color=GREY, size=9, **look)
     look |= dict(xycoords=("axes fraction", "data"), va="center_baseline")
-    for row, (value, name) in enumerate(zip(values, names, strict=True)):
+    changes = ["", *(signed(after - before) for before, after in pairwise(scores.values()))]
+    for row, (name, change) in enumerate(zip(scores, changes, strict=True)):
         weight = "bold" if name == "ngram" else "normal"
-        ax.annotate(f"{value:.4f}", (1, row), (52, 0), weight=weight, **look)
-    for row, (before, after) in enumerate(pairwise(values), 1):
-        text = signed(after - before)
-        colour = WORSE if text.startswith("+") else GREY
-        ax.annotate(text, (1, row), (108, 0), color=colour, **look)
+        ax.annotate(f"{scores[name]:.4f}", (1, row), (52, 0), weight=weight, **look)
+        colour = WORSE if change.startswith("+") else GREY
+        ax.annotate(change, (1, row), (108, 0), color=colour, **look)
 
 
 def draw_gains(ax: Any, runs: list[Run]) -> str:
@@ -280,7 +273,8 @@ def draw_gains(ax: Any, runs: list[Run]) -> str:
 def draw_strip(ax: Any, runs: list[Run]) -> str:
     """Bits saved per byte along the text, from the sums per 1,024 targets."""
     longest = max(run.bytes for run in runs)
-    unit, scale = byte_unit(longest)
+    units = ("MB", 10**6), ("kB", 10**3), ("bytes", 1)
+    unit, scale = next(pair for pair in units if longest >= 2 * pair[1] or pair[1] == 1)
     for run in runs:
         edges, saved = saved_along(run, STRIP_POINTS // len(runs))
         edges = edges / scale
@@ -325,11 +319,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s"
-
-
-def byte_unit(count: int) -> tuple[str, int]:
-    units = ("MB", 10**6), ("kB", 10**3)
-    return next((unit for unit in units if count >= 2 * unit[1]), ("bytes", 1))
 
 
 def facts(run: Run) -> str:
@@ -388,8 +377,8 @@ BETWEEN = 1.35  # the rows
 FOOTER = 0.72
 
 
-def draw(runs: list[Run], figure_class: Any) -> Any:
-    """-> the figure"""
+def draw(runs: list[Run]) -> Any:
+    """-> matplotlib's figure"""
     rows = ROWS if len(runs) == 1 else OVERLAY
     rows = [[panel for panel in row if any(map(panel.has_data, runs))] for row in rows]
     rows = [row for row in rows if row]
@@ -398,7 +387,7 @@ def draw(runs: list[Run], figure_class: Any) -> Any:
     notes = footnotes(runs)
     header = HEADER + 0.22 * ((len({run.colour for run in runs}) - 1) // 3)
     height = header + len(rows) * (PANEL + BETWEEN) - BETWEEN + FOOTER + 0.22 * len(notes)
-    figure = figure_class(figsize=(WIDTH, height), facecolor="white")
+    figure = package("matplotlib.figure").Figure(figsize=(WIDTH, height), facecolor="white")
     page = figure.add_axes([0, 0, 1, 1], xlim=(0, WIDTH), ylim=(height, 0))
     page.axis("off")
     for number, row in enumerate(rows):
@@ -457,18 +446,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, help="default: RUN_DIR/report.png")
     given = parser.parse_args(arguments)
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        print(f"error: no picture: {error}; fix: pip install matplotlib", file=sys.stderr)
-        return 2
     first = Path(given.runs[0])
     beside = first.resolve().parent / "compare.png"
     out = given.out or (beside if len(given.runs) > 1 else first / "report.png")
     try:
-        with rc_context(STYLE), blame(", ".join(given.runs)):
-            figure = draw(load_all(given.runs), Figure)
+        with package("matplotlib").rc_context(STYLE), blame(", ".join(given.runs)):
+            figure = draw(load_all(given.runs))
             # Without the library's version in it the same run gives the same bytes.
             how = dict(dpi=150, format="png", metadata={"Software": None})
             write_atomically(out, lambda partial: figure.savefig(partial, **how))
