@@ -70,7 +70,8 @@ def ranks(run: Result) -> int:
 
 def load_runs(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
     """-> the finished runs by seed, what is wrong with the others"""
-    runs, wrong = [], []
+    runs = []
+    wrong = []
     for path in paths:
         try:
             runs.append(stats.load(path))

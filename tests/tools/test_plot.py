@@ -135,7 +135,8 @@ def test_seeds_of_a_configuration_share_a_colour(tmp_path):
     """The legend has their mean and standard deviation; other settings, and the same seed again,
     have entries of their own."""
     three = [seeded(tmp_path / f"net_{n}", n, bpb) for n, bpb in enumerate((1.5, 1.6, 1.7))]
-    deep, again = seeded(tmp_path / "deep", 0, 1.4, layers=6), seeded(tmp_path / "again", 0, 1.8)
+    deep = seeded(tmp_path / "deep", 0, 1.4, layers=6)
+    again = seeded(tmp_path / "again", 0, 1.8)
     runs = plot.load_all([*map(str, [*three, deep, again])])
     assert [run.colour for run in runs] == [plot.COLOURS[n] for n in (0, 0, 0, 1, 2)]
     assert [run.marker for run in runs] == [plot.MARKERS[n] for n in (0, 0, 0, 1, 2)]

@@ -112,7 +112,9 @@ def test_welch_example():
 @pytest.mark.parametrize("seeds, spreads", [((3, 1), (1, 0)), ((10, 10), (1, 3))])
 def test_wrong_one_time_in_a_hundred(seeds, spreads):
     """Where the truth is exactly the margin, 1 % of all sets of seeds pass."""
-    rng, passed, draws = np.random.default_rng(5), 0, 3000
+    rng = np.random.default_rng(5)
+    passed = 0
+    draws = 3000
     for _ in range(draws):
         ours, theirs = (s * rng.standard_normal(n) for n, s in zip(seeds, spreads, strict=True))
         pair = stats.summarise((ours - 0.005).tolist()), stats.summarise(theirs.tolist())
@@ -157,10 +159,8 @@ def test_statistics_of_each_stage(runs, capsys):
     assert [*found["stages"]] == names
     for stage, shift in dict(ngram=0, documents=0.1).items():
         for name, values in dict(val_loss=np.array(losses), val_bpb=np.array(losses) / 2).items():
-            values, got = (
-                values + shift * (2 if name == "val_loss" else 1),
-                found["stages"][stage][name],
-            )
+            values = values + shift * (2 if name == "val_loss" else 1)
+            got = found["stages"][stage][name]
             assert got["count"] == 3 and got["mean"] == pytest.approx(values.mean())
             assert got["deviation"] == pytest.approx(values.std(ddof=1))
             assert (got["least"], got["most"]) == pytest.approx((values.min(), values.max()))

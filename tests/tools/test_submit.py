@@ -110,15 +110,16 @@ def test_the_folder_runs_and_decodes_on_its_own(made, built, tmp_path):
     """Its README's lines as they stand: the same artifact and scores; the text. One seed:
     seconds."""
     data, runs = made
-    folder, seed = shutil.move(built(runs[1:])[0], tmp_path / "alone"), SEEDS[1]
+    folder = shutil.move(built(runs[1:])[0], tmp_path / "alone")
+    seed = SEEDS[1]
     run, decode = re.findall(r"```bash\n(.*?)```", (folder / "README.md").read_text(), re.S)
     before = {path.name for path in folder.iterdir()}
     shell(folder, run, DATA_PATH=str(data))
     new = {path.name for path in folder.iterdir()} - before
     assert new == {f"rerun_seed{seed}.log", "runs"}
     for name in ("artifact.bin", "train_gpt.py"):
-        again, kept = folder / f"runs/seed_{seed}" / name, folder / f"seed_{seed}" / name
-        assert again.read_bytes() == kept.read_bytes(), name
+        again = (folder / f"runs/seed_{seed}" / name).read_bytes()
+        assert again == (folder / f"seed_{seed}" / name).read_bytes(), name
     lines = [
         [line for line in path.read_text().splitlines() if re.match("final_(ngram_ex|codec)", line)]
         for path in (folder / f"rerun_seed{seed}.log", folder / f"train_seed{seed}.log")
