@@ -13,7 +13,8 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from run_folder import RunError, RunFolder, blame
 
-from train_gpt import CAP_BYTES, UserError, write_atomically
+from train_gpt import CAP_BYTES, UserError, package, write_atomically
 
 # Okabe and Ito's palette, safe for colour-blind readers; each run also has its own marker.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-MARKERS, GLYPHS = "osD^vP", "●■◆▲▼✚"
-ACCENT, WORSE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#6B6B6B"
+MARKERS = "osD^vP"
+GLYPHS = "●■◆▲▼✚"
+ACCENT = "#0072B2"
+WORSE = "#D55E00"
+INK = "#222222"
+GREY = "#6B6B6B"
+LINE = "#B0B0B0"
+DASHES = (0, (4, 3))
 BLANK = dict(facecolor="white", edgecolor="none", pad=1.5)
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -35,7 +42,7 @@ STYLE = {
     "axes.formatter.useoffset": False,
     "axes.formatter.limits": (-6, 9),
     "text.color": INK,
-    "axes.edgecolor": "#B0B0B0",
+    "axes.edgecolor": LINE,
     "axes.labelcolor": GREY,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -54,7 +61,8 @@ STAGES = {
     "ngram_backoff": "n-gram backoff",
     "ngram": "n-gram mixture",
 }
-STRIP_POINTS, LONG_RUN_STEPS = 160, 1000
+STRIP_POINTS = 160
+LONG_RUN_STEPS = 1000
 
 
 class Run(NamedTuple):
@@ -65,8 +73,8 @@ class Run(NamedTuple):
     losses: dict[int, dict[str, Any]]  # step -> log line
     gains: dict[int, dict[str, Any]]  # matched order -> log line
     blocks: dict[str, np.ndarray]  # {} for none
-    colour: str
-    marker: str
+    colour: str = COLOURS[0]
+    marker: str = MARKERS[0]
 
     @property
     def bpb(self) -> float | None:
@@ -77,39 +85,39 @@ class Run(NamedTuple):
         return int(self.blocks["bytes"].sum()) if self.blocks else 0
 
     @property
-    def mixed(self) -> bool:
-        """Whether the final score differs from the model's anywhere."""
-        if not self.bytes:
-            return False
-        return not np.array_equal(self.blocks["logp_final"], self.blocks["logp_model"])
+    def saved(self) -> np.ndarray:
+        """Bits that the final score saves of the model's, in each block"""
+        return (self.blocks["logp_final"] - self.blocks["logp_model"]) / math.log(2)
 
 
-def load(path: str, index: int) -> Run:
+def load(path: str) -> Run:
     folder = RunFolder(path)
     blocks = folder.blocks() if (folder.path / "blocks.npz").exists() else {}
     stages = {k: v for k, v in folder.stages().items() if math.isfinite(v.get("val_bpb", math.nan))}
     gains = {int(line["value"]): line for line in folder.all("ngram_gain")}
     losses = folder.steps("train_loss").items()
     losses = {step: line for step, line in losses if math.isfinite(line["train_loss"])}
-    return Run(folder, stages, losses, gains, blocks, COLOURS[index], MARKERS[index])
+    return Run(folder, stages, losses, gains, blocks)
 
 
-def load_all(paths: list[str]) -> list[Run]:
+def load_all(paths: Sequence[str]) -> list[Run]:
     """A colour for each configuration, whatever its seeds; the same run twice, or a changed script,
     has two."""
-    runs, known, seen = [], [], []
-    for run in (load(path, 0) for path in paths):
+    runs = []
+    numbers = {}  # configuration -> number of its colour
+    seen = Counter()
+    for run in map(load, paths):
         named = (run.folder.path / "config.env").exists()  # else unfinished
         settings = dict(run.folder.settings) if named else {"": str(run.folder.path)}
         seed = settings.pop("SEED", "")
         settings.pop("RUN_ID", None)
-        key = settings, seen.count((settings, seed))
-        seen.append((settings, seed))
-        known += [] if key in known else [key]
-        if len(known) > len(COLOURS):
-            raise RunError(f"{len(known)} configurations: at most {len(COLOURS)} can be told apart")
-        index = known.index(key)
-        runs.append(run._replace(colour=COLOURS[index], marker=MARKERS[index]))
+        same = frozenset(settings.items())
+        number = numbers.setdefault((same, seen[same, seed]), len(numbers))
+        seen[same, seed] += 1
+        if number < len(COLOURS):
+            runs.append(run._replace(colour=COLOURS[number], marker=MARKERS[number]))
+    if len(numbers) > len(COLOURS):
+        raise RunError(f"{len(numbers)} configurations: at most {len(COLOURS)} can be told apart")
     return runs
 
 
@@ -119,64 +127,63 @@ def load_all(paths: list[str]) -> list[Run]:
 
 def draw_loss(ax: Any, runs: list[Run]) -> str:
     """Loss by step, from the log's step lines."""
-    draw_curves(ax, runs, lambda step, _: step)
+    note = draw_curves(ax, runs, lambda step, _: step)
+    circles = ""
     for run in runs:
-        validated = run.folder.steps("val_loss")
-        values = [line["val_loss"] for line in validated.values()]
-        ax.plot(list(validated), values, "o", color=run.colour, mfc="white", ms=4.5)
-    last = max(max(run.losses) for run in runs)
-    ax.set_xlim(0, last * 1.12)
+        if validated := run.folder.steps("val_loss"):
+            values = [line["val_loss"] for line in validated.values()]
+            ax.plot(list(validated), values, "o", color=run.colour, mfc="white", ms=4.5)
+            circles = ", circles: validation"
     ax.set_xlabel("step")
-    ax.grid(axis="y")
     if len(runs) == 1:
         annotate_loss(ax, runs[0])
-    circles = any(run.folder.steps("val_loss") for run in runs)
-    unit = "nats per token" + ", circles: validation" * circles
-    return unit + leave_out_start(ax, runs, last)
-
-
-def draw_curves(ax: Any, runs: list[Run], place: Callable[[int, dict[str, Any]], float]) -> None:
-    """Training losses, x = place(step, log line); thinner from colour to colour, so that none hides
-    another one."""
-    colours = list(dict.fromkeys(run.colour for run in runs))
-    for run in runs:
-        lines = sorted(run.losses.items())
-        x, losses = [place(*line) for line in lines], [line["train_loss"] for _, line in lines]
-        width = 1.8 + 1.2 * (len(colours) - 1 - 2 * colours.index(run.colour)) / len(colours)
-        ax.plot(x, losses, color=run.colour, lw=width)
-        ax.plot(x[-1], losses[-1], run.marker, color=run.colour, ms=6)
+    return f"nats per token{circles}{note}"
 
 
 def draw_loss_by_time(ax: Any, runs: list[Run]) -> str:
     """The same over the seconds of training: runs whose steps cost differently."""
-    longest = max(line["train_time_ms"] for run in runs for line in run.losses.values()) / 1000
-    unit, seconds = ("minutes", 60) if longest >= 300 else ("seconds", 1)
-    draw_curves(ax, runs, lambda _, line: line["train_time_ms"] / 1000 / seconds)
-    ax.set_xlim(0, longest / seconds * 1.12)
+    longest = max(line["train_time_ms"] for run in runs for line in run.losses.values())
+    unit, ms = ("minutes", 60_000) if longest >= 300_000 else ("seconds", 1000)
     ax.set_xlabel(f"{unit} of training")
+    return "nats per token" + draw_curves(ax, runs, lambda _, line: line["train_time_ms"] / ms)
+
+
+def draw_curves(ax: Any, runs: list[Run], place: Callable[[int, dict[str, Any]], float]) -> str:
+    """Training losses, x = place(step, log line); thinner from colour to colour, so that none hides
+    another one. -> what is left out: in a long run the first percent of the steps would flatten the
+    rest of the curve."""
+    colours = list(dict.fromkeys(run.colour for run in runs))
+    last = max(max(run.losses) for run in runs)
+    start = last // 100 if last > LONG_RUN_STEPS else 0
+    end = 0
+    later = []
+    for run in runs:
+        lines = sorted(run.losses.items())
+        x = [place(*line) for line in lines]
+        losses = [line["train_loss"] for _, line in lines]
+        width = 1.8 + 1.2 * (len(colours) - 1 - 2 * colours.index(run.colour)) / len(colours)
+        ax.plot(x, losses, color=run.colour, lw=width)
+        ax.plot(x[-1], losses[-1], run.marker, color=run.colour, ms=6)
+        end = max(end, *x)
+        later += [line["train_loss"] for step, line in lines if step >= start]
+    ax.set_xlim(0, end * 1.12)
     ax.grid(axis="y")
-    return "nats per token" + leave_out_start(ax, runs, max(max(run.losses) for run in runs))
-
-
-def leave_out_start(ax: Any, runs: list[Run], last: int) -> str:
-    """In a long run the first percent of the steps would flatten the rest of the curve."""
-    start = last // 100
-    later = [line["train_loss"] for run in runs for n, line in run.losses.items() if n >= start]
-    if last <= LONG_RUN_STEPS:
+    if not start:
         return ""
-    low, high = min(later), max(later)
-    ax.set_ylim(low - 0.08 * (high - low), high + 0.04 * (high - low))
+    height = max(later) - min(later)
+    ax.set_ylim(min(later) - 0.08 * height, max(later) + 0.04 * height)
     return f", without the first {start:,} steps"
 
 
 def annotate_loss(ax: Any, run: Run) -> None:
     """Last value, where quantisation-aware training begins, and the time it took."""
     step, line = max(run.losses.items())
-    at, place = (step, line["train_loss"]), dict(textcoords="offset points")
-    ax.annotate(f"{at[1]:.3f}", at, (8, 0), va="center", weight="bold", **place)
+    loss = line["train_loss"]
+    place = dict(textcoords="offset points")
+    ax.annotate(f"{loss:.3f}", (step, loss), (8, 0), va="center", weight="bold", **place)
     qat = run.folder.last("late_qat:enabled").get("step")
     if qat is not None:
-        ax.axvline(qat, color=GREY, lw=0.9, ls=(0, (4, 3)))
+        ax.axvline(qat, color=GREY, lw=0.9, ls=DASHES)
         look = dict(color=GREY, size=8.5, va="center", ha="right", bbox=BLANK, **place)
         top = ax.get_xaxis_transform()
         ax.annotate(f"late QAT from step {qat:,}", (qat, 0.94), (-5, 0), xycoords=top, **look)
@@ -197,9 +204,13 @@ def draw_ladder(ax: Any, runs: list[Run]) -> str:
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x")
-    zoom_axis(ax, [score["val_bpb"] for run in runs for score in run.stages.values()])
+    values = [score["val_bpb"] for run in runs for score in run.stages.values()]
+    pad = max(0.12 * (max(values) - min(values)), 0.005 * max(values))
+    ax.set_xlim(min(values) - pad, max(values) + pad)
+    ax.locator_params(axis="x", nbins=5)
+    ax.set_xlabel(f"zoomed in: the axis begins at {min(values) - pad:.2f}, not at 0")
     if single:
-        ladder_columns(ax, [runs[0].stages[name]["val_bpb"] for name in names], names)
+        ladder_columns(ax, {name: runs[0].stages[name]["val_bpb"] for name in names})
     return "bits per byte, lower is better"
 
 
@@ -222,41 +233,34 @@ def stage_label(stage: str, runs: list[Run]) -> str:
     return f"{name}, {kinds.pop()}" if stage == "ngram" and len(kinds) == 1 else name
 
 
-def zoom_axis(ax: Any, values: list[float]) -> None:
-    """Limits around the values, and a label that says that the axis does not begin at 0."""
-    low, high = min(values), max(values)
-    pad = max(0.12 * (high - low), 0.005 * high)
-    ax.set_xlim(low - pad, high + pad)
-    ax.locator_params(axis="x", nbins=5)
-    ax.set_xlabel(f"zoomed in: the axis begins at {low - pad:.2f}, not at 0")
-
-
-def ladder_columns(ax: Any, values: list[float], names: list[str]) -> None:
+def ladder_columns(ax: Any, scores: dict[str, float]) -> None:
     """Value and change of each row, in two columns right of the axes."""
     look = dict(textcoords="offset points", ha="right", annotation_clip=False)
     for x, heading in ((52, "bpb"), (108, "change")):
         ax.annotate(heading, (1, 1), (x, 12), xycoords="axes fraction", color=GREY, size=9, **look)
     look |= dict(xycoords=("axes fraction", "data"), va="center_baseline")
-    for row, (value, name) in enumerate(zip(values, names, strict=True)):
+    changes = ["", *(signed(after - before) for before, after in pairwise(scores.values()))]
+    for row, (name, change) in enumerate(zip(scores, changes, strict=True)):
         weight = "bold" if name == "ngram" else "normal"
-        ax.annotate(f"{value:.4f}", (1, row), (52, 0), weight=weight, **look)
-    for row, (before, after) in enumerate(pairwise(values), 1):
-        text = signed(after - before)
-        colour = WORSE if text.startswith("+") else GREY
-        ax.annotate(text, (1, row), (108, 0), color=colour, **look)
+        ax.annotate(f"{scores[name]:.4f}", (1, row), (52, 0), weight=weight, **look)
+        colour = WORSE if change.startswith("+") else GREY
+        ax.annotate(change, (1, row), (108, 0), color=colour, **look)
 
 
 def draw_gains(ax: Any, runs: list[Run]) -> str:
     """Bits saved by the n-grams, by the longest order whose context had been seen."""
     orders = sorted({order for run in runs for order in run.gains})
-    width, known = 0.74 / len(runs), all(run.bytes for run in runs)
+    width = 0.74 / len(runs)
+    known = all(run.bytes for run in runs)
     for i, run in enumerate(runs):
         at = [orders.index(n) + (i - (len(runs) - 1) / 2) * width for n in run.gains]
         saved = [line["bits_saved"] / (run.bytes if known else 1) for line in run.gains.values()]
-        ax.bar(at, saved, width * 0.94, color=run.colour)
+        bars = ax.bar(at, saved, width * 0.94, color=run.colour)
         if len(runs) == 1:
-            label_bars(ax, at, saved, [line["share"] for line in run.gains.values()])
-    ax.axhline(0, color="#B0B0B0", lw=0.8)
+            shares = [100 * line["share"] for line in run.gains.values()]
+            texts = [f"{share:.0f} %" if share >= 1 else "< 1 %" for share in shares]
+            ax.bar_label(bars, texts, padding=3, color=GREY, size=8.5)
+    ax.axhline(0, color=LINE, lw=0.8)
     ax.margins(y=0.14)
     ax.set_xticks(range(len(orders)), [str(n) if n > 1 else "none" for n in orders])
     ax.tick_params(axis="x", length=0)
@@ -266,44 +270,33 @@ def draw_gains(ax: Any, runs: list[Run]) -> str:
     return ("bits per byte of the whole text" if known else "bits") + total
 
 
-def label_bars(ax: Any, at: list[float], heights: list[float], shares: list[float]) -> None:
-    for x, height, share in zip(at, heights, shares, strict=True):
-        up = 3 if height >= 0 else -3
-        look = dict(va="bottom" if up > 0 else "top", ha="center", color=GREY, size=8.5)
-        text = f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"
-        ax.annotate(text, (x, height), (0, up), textcoords="offset points", **look)
-
-
 def draw_strip(ax: Any, runs: list[Run]) -> str:
     """Bits saved per byte along the text, from the sums per 1,024 targets."""
-    unit, scale = byte_unit(max(run.bytes for run in runs))
+    longest = max(run.bytes for run in runs)
+    units = ("MB", 10**6), ("kB", 10**3), ("bytes", 1)
+    unit, scale = next(pair for pair in units if longest >= 2 * pair[1] or pair[1] == 1)
     for run in runs:
         edges, saved = saved_along(run, STRIP_POINTS // len(runs))
         edges = edges / scale
+        mean = run.saved.sum() / run.bytes
         if len(runs) == 1:
             ax.stairs(saved, edges, fill=True, color=run.colour, alpha=0.3, lw=0)
         ax.stairs(saved, edges, baseline=None, color=run.colour, lw=1.3)
-        ax.plot([0, edges[-1]], [average(run)] * 2, color=run.colour, lw=1, ls=(0, (4, 3)))
-    ax.axhline(0, color="#B0B0B0", lw=0.8)
-    ax.set_xlim(0, max(run.bytes for run in runs) / scale)
+        ax.plot([0, edges[-1]], [mean, mean], color=run.colour, lw=1, ls=DASHES)
+    ax.axhline(0, color=LINE, lw=0.8)
+    ax.set_xlim(0, longest / scale)
     ax.set_xlabel(f"{unit} of text read")
     ax.grid(axis="y")
-    return "bits per byte" + (f", average {average(runs[0]):.4f}" if len(runs) == 1 else "")
+    return "bits per byte" + (f", average {mean:.4f}" if len(runs) == 1 else "")
 
 
 def saved_along(run: Run, points: int) -> tuple[np.ndarray, np.ndarray]:
     """-> (edges in bytes, bits saved per byte between them), in at most so many intervals"""
-    bits = (run.blocks["logp_final"] - run.blocks["logp_model"]) / math.log(2)
+    bits = run.saved
     starts = np.unique(np.linspace(0, len(bits), min(len(bits), points), False, dtype=int))
     sizes = np.add.reduceat(run.blocks["bytes"], starts)
     edges = np.concatenate([[0], np.cumsum(sizes)])
     return edges, np.add.reduceat(bits, starts) / np.maximum(sizes, 1)
-
-
-def average(run: Run) -> float:
-    """Bits saved per byte of the whole text."""
-    nats = (run.blocks["logp_final"] - run.blocks["logp_model"]).sum()
-    return float(nats / math.log(2) / run.bytes)
 
 
 # -----------------------------------------------------------------------------
@@ -328,18 +321,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s"
 
 
-def byte_unit(count: int) -> tuple[str, int]:
-    units = ("MB", 10**6), ("kB", 10**3)
-    return next((unit for unit in units if count >= 2 * unit[1]), ("bytes", 1))
-
-
 def facts(run: Run) -> str:
     """The line under the title: bytes, steps, machine."""
-    size, budget = run.folder.last("final_artifact_bytes"), run.folder.last("final_budget")
     parts = []
-    if size:
+    if size := run.folder.last("final_artifact_bytes"):
         parts.append(f"{size['total']:,} of {CAP_BYTES:,} bytes (weights {size['weights']:,})")
-    if budget:
+    if budget := run.folder.last("final_budget"):
         parts.append(f"evaluated in {duration(budget['eval_seconds'])}")
     return "   \N{MIDDLE DOT}   ".join(parts + [str(run.folder.last("hardware").get("value", ""))])
 
@@ -350,10 +337,9 @@ def footnotes(runs: list[Run]) -> list[str]:
     for run in runs:
         name = f"{run.folder.name()}: " if len(runs) > 1 else ""
         over = run.folder.last("final_artifact_bytes").get("total", 0) - CAP_BYTES
-        pseudo = run.folder.last("final_ngram_pseudo")
         if over > 0:
             notes.append(f"{name}OVER THE CAP by {over:,} bytes, not a valid submission.")
-        if pseudo:
+        if pseudo := run.folder.last("final_ngram_pseudo"):
             notes.append(
                 f"{name}Pseudo score {pseudo['pseudo_bpb']:.4f} of scheme {pseudo.get('scheme')}: "
                 f"its probabilities sum to {pseudo.get('mass_mean', math.nan):.3g} on average, "
@@ -378,15 +364,21 @@ LOSS = Panel("Training loss", draw_loss, lambda run: run.losses)
 BY_TIME = Panel("Training loss by time", draw_loss_by_time, lambda run: run.losses)
 LADDER = Panel("Score, stage by stage", draw_ladder, lambda run: run.stages, 1.6, 1.55)
 GAINS = Panel("Saved by n-grams, by order", draw_gains, lambda run: run.gains)
-STRIP = Panel("Saved along the text", draw_strip, lambda run: run.mixed)
+STRIP = Panel("Saved along the text", draw_strip, lambda run: run.bytes and run.saved.any())
 ROWS = [[LOSS, LADDER], [GAINS, STRIP]]  # of a single run
 OVERLAY = [[LOSS, BY_TIME], [LADDER, GAINS], [STRIP]]
-WIDTH, LEFT, RIGHT, GAP = 12.5, 0.65, 0.35, 0.85
-HEADER, PANEL, BETWEEN, FOOTER = 1.62, 2.75, 1.35, 0.72
+WIDTH = 12.5
+LEFT = 0.65
+RIGHT = 0.35
+GAP = 0.85  # between panels of a row
+HEADER = 1.62
+PANEL = 2.75
+BETWEEN = 1.35  # the rows
+FOOTER = 0.72
 
 
-def draw(runs: list[Run], figure_class: Any) -> Any:
-    """-> the figure"""
+def draw(runs: list[Run]) -> Any:
+    """-> matplotlib's figure"""
     rows = ROWS if len(runs) == 1 else OVERLAY
     rows = [[panel for panel in row if any(map(panel.has_data, runs))] for row in rows]
     rows = [row for row in rows if row]
@@ -395,7 +387,7 @@ def draw(runs: list[Run], figure_class: Any) -> Any:
     notes = footnotes(runs)
     header = HEADER + 0.22 * ((len({run.colour for run in runs}) - 1) // 3)
     height = header + len(rows) * (PANEL + BETWEEN) - BETWEEN + FOOTER + 0.22 * len(notes)
-    figure = figure_class(figsize=(WIDTH, height), facecolor="white")
+    figure = package("matplotlib.figure").Figure(figsize=(WIDTH, height), facecolor="white")
     page = figure.add_axes([0, 0, 1, 1], xlim=(0, WIDTH), ylim=(height, 0))
     page.axis("off")
     for number, row in enumerate(rows):
@@ -408,14 +400,15 @@ def draw(runs: list[Run], figure_class: Any) -> Any:
 
 def draw_row(page: Any, row: list[Panel], top: float, runs: list[Run]) -> None:
     """Panels side by side, each with a title and a line that says what it measures."""
-    height, width = page.get_ylim()[0], (WIDTH - LEFT - RIGHT - GAP * (len(row) - 1)) / len(row)
+    height = page.get_ylim()[0]
+    width = (WIDTH - LEFT - RIGHT - GAP * (len(row) - 1)) / len(row)
     for number, panel in enumerate(row):
         those = list(filter(panel.has_data, runs))
         left = LEFT + number * (width + GAP)
         inner = width - panel.names - (panel.columns if len(those) == 1 else 0)
-        box = [left + panel.names, height - top - PANEL, inner, PANEL]
-        box = [value / (height if i % 2 else WIDTH) for i, value in enumerate(box)]
-        unit = panel.draw(page.figure.add_axes(box), those)
+        corner = (left + panel.names) / WIDTH, (height - top - PANEL) / height
+        axes = page.figure.add_axes([*corner, inner / WIDTH, PANEL / height])
+        unit = panel.draw(axes, those)
         page.text(left, top - 0.38, panel.title, size=12, weight="bold")
         page.text(left, top - 0.17, unit, size=9, color=GREY)
 
@@ -439,7 +432,8 @@ def write_title(page: Any, runs: list[Run]) -> None:
 
 def legend(runs: list[Run]) -> str:
     """Name and score of a configuration; of several seeds their mean and standard deviation."""
-    scores, names = [run.bpb for run in runs if run.bpb], [run.folder.name() for run in runs]
+    scores = [run.bpb for run in runs if run.bpb]
+    names = [run.folder.name() for run in runs]
     if len(runs) == 1:
         return shorten(names[0], 34) + (f"  {scores[0]:.4f}" if scores else "")
     name = f"{shorten(os.path.commonprefix(names) or names[0], 20)}, {len(runs)} seeds"
@@ -447,28 +441,20 @@ def legend(runs: list[Run]) -> str:
     return name + (f"  {statistics.fmean(scores):.4f}{spread}" if scores else "")
 
 
-def save(figure: Any, path: Path) -> None:
-    """Whole or not at all; the same run gives the same bytes."""
-    how = dict(dpi=150, format="png", metadata={"Software": None})
-    write_atomically(path, lambda partial: figure.savefig(partial, **how))
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, help="default: RUN_DIR/report.png")
     given = parser.parse_args(arguments)
+    first = Path(given.runs[0])
+    beside = first.resolve().parent / "compare.png"
+    out = given.out or (beside if len(given.runs) > 1 else first / "report.png")
     try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        print(f"error: no picture: {error}; fix: pip install matplotlib", file=sys.stderr)
-        return 2
-    first, single = Path(given.runs[0]), len(given.runs) == 1
-    out = given.out or (first / "report.png" if single else first.resolve().parent / "compare.png")
-    try:
-        with rc_context(STYLE), blame(", ".join(given.runs)):
-            save(draw(load_all(given.runs), Figure), out)
+        with package("matplotlib").rc_context(STYLE), blame(", ".join(given.runs)):
+            figure = draw(load_all(given.runs))
+            # Without the library's version in it the same run gives the same bytes.
+            how = dict(dpi=150, format="png", metadata={"Software": None})
+            write_atomically(out, lambda partial: figure.savefig(partial, **how))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import io
 import math
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,21 @@ def write(run: RunFolder) -> Path:
     with blame(run.path):
         submission(run)
         return train_gpt.write_submission(run.path, run.file(FILES["code"]))
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table in columns as wide as their widest cell; all but the first `left` to the right."""
+    table = [headings, *rows]
+    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = []
+    for row in (headings, rule, *table[1:]):
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Mean and spread of several seeds of one configuration, and whether they beat a record.
 
-    python records/tools/stats.py runs/own_seed1337 runs/own_seed42 --against 2.7345
+    python records/tools/stats.py runs/own_seed1337 runs/own_seed42 --against 1.8
     python records/tools/stats.py --table                 rewrites the table in records/README.md
 
 --against is a record's val_loss in nats a token, or its submission.json, record folder or run
@@ -27,29 +27,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from run_folder import (
-    FILES,
-    RECORDS,
-    RunError,
-    RunFolder,
-    file_bytes,
-    require_finished,
-)
+import mpmath  # comes along with torch
+from run_folder import FILES, RECORDS, RunError, RunFolder, blame, markdown, submission
 
 from train_gpt import CAP_BYTES, UserError, sha256, write_atomically
 
-IMPROVEMENT_NATS, ALPHA = 0.005, 0.01  # upstream's rule for a new record
+IMPROVEMENT_NATS = 0.005  # upstream's rule for a new record,
+ALPHA = 0.01  # at p below this
 CAP_SECONDS = 600  # of training, and of evaluation
 # Settings that may differ between seeds: none of them changes a result.
 NO_RESULT = {"SEED", "RESUME", "OVERWRITE", "CHECKPOINT_EVERY"}
+OWN = {"SEED", "sha256 of artifact.bin"}  # no two seeds have the same
 CHECKED = (  # what verify.py reads of a folder
     *FILES.values(),
     *("stream.bin", "blocks.npz", "scores.npz", "metrics.jsonl", "log.txt", "config.env"),
     "submission.json",
 )
 MEASURES = ("val_loss", "val_bpb")
-MOST_SEEDS = 100  # looked at for how many would decide
-BEGIN, END = "<!-- records: python records/tools/stats.py --table -->", "<!-- end of records -->"
+BEGIN = "<!-- records: python records/tools/stats.py --table -->"
+END = "<!-- end of records -->"
 
 
 # -----------------------------------------------------------------------------
@@ -60,11 +56,8 @@ class Result(NamedTuple):
     """A finished run folder, as far as statistics need it."""
 
     folder: RunFolder
-    seed: int
-    stages: dict[str, dict[str, Any]]  # final_<stage>_exact lines
-    settings: dict[str, str]  # config.env
-    digests: dict[str, str]  # sha256 of FILES
-    text: tuple[int, int, str]  # targets, bytes, sha256 of the bytes per block
+    claims: dict[str, Any]  # submission.json, made again from the other files
+    traits: dict[str, str]  # the same in all seeds of one configuration, but for OWN
     verification: str = "not verified"
 
     @property
@@ -72,49 +65,53 @@ class Result(NamedTuple):
         return str(self.folder.path)
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of code, weights, total"""
-        return self.folder.last("final_artifact_bytes")
+    def seed(self) -> int:
+        return self.claims["seeds"][0]
 
     @property
-    def budget(self) -> dict[str, float]:
-        """train_seconds, eval_seconds"""
-        return self.folder.last("final_budget")
-
-    @property
-    def steps(self) -> int | None:
-        return max(self.folder.steps("train_loss"), default=None)
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Stage -> the fields of its final_<stage>_exact line"""
+        return self.claims["stages"]
 
 
 def load(path: str | Path) -> Result:
     """RunError for a run that is not finished or whose lines hold no numbers."""
     folder = RunFolder(path)
-    require_finished(folder)
-    for stage, values in (stages := folder.stages()).items():
+    with blame(path):
+        claims = submission(folder)
+    for stage, values in claims["stages"].items():
         for name in MEASURES:
             if not math.isfinite(values.get(name, math.nan)):
                 raise RunError(
                     f"{path}: final_{stage}_exact has {name}:{values.get(name)}, not a number"
                 )
-    settings = folder.config
-    if not settings.get("SEED", "").isdecimal():
-        raise RunError(f"{path}: config.env has no SEED")
-    blocks = folder.blocks()["bytes"].astype("<i8")
-    text = folder.last("val_text").get("tokens", 0), int(blocks.sum()), sha256(blocks.tobytes())
-    digests = {name: sha256(file_bytes(folder, name)) for name in FILES.values()}
-    return Result(folder, int(settings["SEED"]), stages, settings, digests, text)
+    digests = claims["sha256"]
+    blocks = sha256(folder.blocks()["bytes"].astype("<i8").tobytes())
+    traits = {
+        "SEED": folder.config["SEED"],
+        "sha256 of artifact.bin": digests["artifact"][:12],
+        "sha256 of train_gpt.py": digests["code"][:12],
+        "sha256 of tokenizer.model": digests["tokenizer"][:12],
+        **{name: text for name, text in folder.config.items() if name not in NO_RESULT},
+        "the validation text": f"{claims['tokens']} tokens of {claims['bytes']} bytes"
+        f" ({blocks[:12]})",
+    }
+    return Result(folder, claims, traits)
 
 
 def over_budget(run: Result) -> list[str]:
     """What is over a cap. The clock is looked at after each step, so a run that it ended is a
     fraction of a step late; upstream's are, too."""
-    found, total, spent = [], run.sizes["total"], run.budget
+    found = []
+    total = run.claims["bytes_total"]
     if total > CAP_BYTES:
         found.append(f"{total:,} bytes, the cap is {CAP_BYTES:,}")
     stopped = any(line["key"].startswith("stopping_early") for line in run.folder.lines)
-    step = run.folder.steps("train_loss").get(run.steps, {}).get("step_avg_ms", 0) / 1000
-    for name, slack in dict(train_seconds=2 * step if stopped else 0, eval_seconds=0).items():
-        if spent[name] > CAP_SECONDS + slack:
+    step_ms = run.claims["seed_results"][str(run.seed)]["step_avg_ms"] if stopped else None
+    slack = dict(train_seconds=2 * (step_ms or 0) / 1000, eval_seconds=0)
+    spent = run.folder.last("final_budget")
+    for name, late in slack.items():
+        if spent[name] > CAP_SECONDS + late:
             found.append(f"{name} {spent[name]:.1f}, the cap is {CAP_SECONDS}")
     return found
 
@@ -125,44 +122,22 @@ def over_budget(run: Result) -> list[str]:
 
 def differences(runs: Sequence[Result]) -> list[str]:
     """What keeps these runs from being seeds of one configuration; [] for nothing."""
-    found, first = [], runs[0]
-    for run in runs[1:]:
-        for name in ("train_gpt.py", "tokenizer.model"):
-            marks = [other.digests[name][:12] for other in (first, run)]
-            found += difference(f"sha256 of {name}", marks, first, run)
-        for name in sorted((first.settings.keys() | run.settings.keys()) - NO_RESULT):
-            found += difference(
-                name, [r.settings.get(name, "none") for r in (first, run)], first, run
-            )
-        texts = [
-            f"{r.text[0]:,} tokens of {r.text[1]:,} bytes ({r.text[2][:12]})" for r in (first, run)
-        ]
-        found += difference("the validation text", texts, first, run)
-    return found + repeated(runs)
-
-
-def difference(what: str, values: Sequence[Any], first: Result, other: Result) -> list[str]:
-    if values[0] == values[1]:
-        return []
-    return [f"{what} is {values[0]} in {first.name}, {values[1]} in {other.name}"]
-
-
-def repeated(runs: Sequence[Result]) -> list[str]:
-    """A run given twice, or copied under another seed."""
-    found, seeds, artifacts = [], {}, {}
-    for run in runs:
-        other = seeds.setdefault(run.seed, run)
-        twin = artifacts.setdefault(run.digests["artifact.bin"], run)
-        if other is not run:
-            found.append(f"SEED is {run.seed} both in {other.name} and in {run.name}")
-        elif twin is not run:
-            found.append(f"artifact.bin is the same in {twin.name} and in {run.name}")
+    found = []
+    for name in dict.fromkeys(name for run in runs for name in run.traits):
+        having = {}  # value -> names of the runs that have it
+        for run in runs:
+            having.setdefault(run.traits.get(name, "none"), []).append(run.name)
+        if name in OWN:  # else a run is given twice, or copied under another seed
+            having = {value: names for value, names in having.items() if len(names) > 1}
+        if having and (name in OWN or len(having) > 1):
+            parts = [f"{value} in {' and '.join(names)}" for value, names in having.items()]
+            found.append(f"{name} is {', '.join(parts)}")
     return found
 
 
-def load_seeds(paths: Iterable[str | Path], mixed: bool = False) -> list[Result]:
+def seeds_of_one(runs: Iterable[Result], mixed: bool = False) -> list[Result]:
     """The runs, by seed; RunError, unless mixed, where they are not of one configuration."""
-    runs = sorted(map(load, paths), key=lambda run: run.seed)
+    runs = sorted(runs, key=lambda run: run.seed)
     if (wrong := differences(runs)) and not mixed:
         raise RunError(f"not seeds of one configuration: {'; '.join(wrong)}; fix: leave one out")
     return runs
@@ -170,19 +145,6 @@ def load_seeds(paths: Iterable[str | Path], mixed: bool = False) -> list[Result]
 
 # -----------------------------------------------------------------------------
 # Is each of them real?
-
-
-def misfits(folder: RunFolder) -> list[str]:
-    """Files that submission.json names with another sha256, or that it does not name."""
-    try:
-        claims = dict(json.loads(folder.read("submission.json"))["sha256"])
-    except RunError:
-        raise
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{folder.path}: submission.json is unreadable") from None
-    return [
-        name for what, name in FILES.items() if claims.get(what) != sha256(file_bytes(folder, name))
-    ]
 
 
 def marks(folder: Path) -> dict[str, str]:
@@ -210,34 +172,27 @@ def verify(folder: Path) -> None:
     write_atomically(folder / "verify.json", f"{text}\n".encode())
 
 
-def verification(folder: RunFolder) -> str:
+def verification(folder: Path) -> str:
     """The verdict that is kept, or why there is none."""
-    try:
-        wrong = misfits(folder)
-    except RunError as error:
-        return f"not verified: {str(error).removeprefix(f'{folder.path}: ')}"
-    if wrong:
-        return f"not verified: submission.json is of another {' and '.join(wrong)}"
-    path = folder.path / "verify.json"
+    path = folder / "verify.json"
     if not path.exists():
         return "not verified"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        verdict, why, of = kept["verdict"], kept["why"], kept["sha256"]
+        verdict = kept["verdict"]
+        why = "" if verdict == "PROVED" else f" ({kept['why']})"
+        same = kept["sha256"] == marks(folder)
     except (ValueError, KeyError, TypeError):
         return "not verified: verify.json is unreadable"
-    if of != marks(folder.path):
-        return "not verified: verify.json is of other files"
-    return verdict if verdict == "PROVED" else f"{verdict} ({why})"
+    return f"{verdict}{why}" if same else "not verified: verify.json is of other files"
 
 
-def with_verification(runs: Iterable[Result], make: bool) -> list[Result]:
+def with_verification(runs: Sequence[Result], make: bool) -> list[Result]:
     """make: run verify.py first"""
-    runs = list(runs)
     for run in runs if make else ():
         print(f"verifying {run.name}", file=sys.stderr, flush=True)
         verify(run.folder.path)
-    return [run._replace(verification=verification(run.folder)) for run in runs]
+    return [run._replace(verification=verification(run.folder.path)) for run in runs]
 
 
 # -----------------------------------------------------------------------------
@@ -253,38 +208,43 @@ class Summary(NamedTuple):
     least: float
     most: float
 
+    def spread(self, digits: int) -> str:
+        """1.2345 ± 0.0012"""
+        deviation = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{deviation}"
+
 
 def summarise(values: Sequence[float]) -> Summary:
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Summary(len(values), statistics.fmean(values), deviation, min(values), max(values))
 
 
-def by_stage(runs: Iterable[Result]) -> dict[str, dict[str, Summary]]:
+def by_stage(runs: Sequence[Result]) -> dict[str, dict[str, Summary]]:
     """stage -> measure -> Summary, over the runs that have the stage, in the order of the runs"""
-    runs = list(runs)
-    names = dict.fromkeys(stage for run in runs for stage in run.stages)
-    of = {stage: [run.stages[stage] for run in runs if stage in run.stages] for stage in names}
-    return {
-        stage: {name: summarise([values[name] for values in found]) for name in MEASURES}
-        for stage, found in of.items()
-    }
+    found = {}
+    for stage in dict.fromkeys(stage for run in runs for stage in run.stages):
+        lines = [run.stages[stage] for run in runs if stage in run.stages]
+        found[stage] = {name: summarise([line[name] for line in lines]) for name in MEASURES}
+    return found
 
 
 def upper_tail(t: float, degrees: float) -> float:
     """P(T > t) of Student's distribution; degrees > 0 need not be whole (Welch)."""
-    import mpmath  # torch brings it along
-
     if math.isinf(t):
         return float(t < 0)
     half = float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), True)) / 2
     return half if t >= 0 else 1 - half
 
 
-class Baseline(NamedTuple):
-    """What is to be beaten. losses: val_loss of each seed, nats; a single one is taken as exact"""
-
-    name: str
-    losses: list[float]
+def t_test(ours: Summary, theirs: Summary, margin: float) -> tuple[float, float]:
+    """-> t, degrees of freedom, of theirs - ours > margin; theirs may be one exact number. At least
+    one deviation must be above 0."""
+    parts = [
+        (s.deviation**2 / s.count, s.count - 1) for s in (ours, theirs) if s.deviation is not None
+    ]
+    error = sum(variance for variance, _ in parts)
+    degrees = error**2 / sum(variance**2 / count for variance, count in parts)
+    return (theirs.mean - ours.mean - margin) / math.sqrt(error), degrees
 
 
 class Decision(NamedTuple):
@@ -299,20 +259,8 @@ class Decision(NamedTuple):
     reason: str
 
 
-def t_test(ours: Summary, theirs: Summary, margin: float) -> tuple[float, float]:
-    """-> t, degrees of freedom, of theirs - ours > margin; theirs may be one exact number. At least
-    one deviation must be above 0."""
-    parts = [
-        (s.deviation**2 / s.count, s.count - 1) for s in (ours, theirs) if s.deviation is not None
-    ]
-    error = sum(variance for variance, _ in parts)
-    degrees = error**2 / sum(variance**2 / count for variance, count in parts)
-    return (theirs.mean - ours.mean - margin) / math.sqrt(error), degrees
-
-
-def decide(ours: Summary, base: Baseline, margin: float, alpha: float) -> Decision:
-    """Are ours better than the baseline by `margin` nats, at p < alpha?"""
-    theirs = summarise(base.losses)
+def decide(ours: Summary, theirs: Summary) -> Decision:
+    """Are ours better than theirs, by upstream's rule?"""
     test = "one-sample t-test" if theirs.deviation is None else "Welch's t-test"
     gap = theirs.mean - ours.mean
     undecided = Decision(None, test, gap, None, None, None, "")
@@ -321,66 +269,61 @@ def decide(ours: Summary, base: Baseline, margin: float, alpha: float) -> Decisi
         return undecided._replace(reason=reason)
     if ours.deviation == 0 and not theirs.deviation:
         return undecided._replace(reason="the runs cannot decide: their standard deviation is 0")
-    t, degrees = t_test(ours, theirs, margin)
+    t, degrees = t_test(ours, theirs, IMPROVEMENT_NATS)
     p = upper_tail(t, degrees)
-    reason = "" if p < alpha else shortage(ours, theirs, margin, alpha)
-    better = None if p >= alpha and ours.count == 2 and gap > margin else p < alpha
-    return Decision(better, test, gap, t, degrees, p, reason)
+    tested = Decision(p < ALPHA, test, gap, t, degrees, p, "")
+    if gap <= IMPROVEMENT_NATS:
+        return tested._replace(reason=f"the mean itself is not {IMPROVEMENT_NATS:g} lower")
+    if not tested.better and ours.count == 2:
+        return tested._replace(better=None, reason="two runs cannot decide; fix: a third seed")
+    return tested
 
 
-def shortage(ours: Summary, theirs: Summary, margin: float, alpha: float) -> str:
-    """Why p is not low enough, and how many seeds as these would make it so."""
-    if theirs.mean - ours.mean <= margin:
-        return f"the mean itself is not {margin:g} lower, so no more seeds of its kind help"
-    few = f"{('one run', 'two runs')[ours.count - 1]} cannot decide; " if ours.count < 3 else ""
-    for count in range(ours.count + 1, MOST_SEEDS + 1):
-        if upper_tail(*t_test(ours._replace(count=count), theirs, margin)) < alpha:
-            return f"{few}with the same mean and deviation {count} seeds would be enough"
-    return f"{few}with the same mean and deviation {MOST_SEEDS} seeds would not be enough"
+# -----------------------------------------------------------------------------
+# The record to beat
 
 
-def read_baseline(given: Sequence[str], runs: Sequence[Result], mixed: bool) -> Baseline:
-    """A number of nats, or the seeds of submission.json files or of the folders that hold one."""
+def read_baseline(given: Sequence[str], run: Result, mixed: bool) -> list[float]:
+    """val_loss of each seed of submission.json files or of the folders that hold one; or a number
+    of nats."""
     try:
         number = float(given[0])
     except ValueError:
         number = None
-    if number is not None and (len(given) > 1 or not 0 < number < math.inf):
-        raise RunError(
-            f"--against {' '.join(given)}: must be one number of nats above 0, or folders"
-        )
     if number is not None:
-        return Baseline(f"{number:g}", [number])
+        if len(given) > 1 or not 0 < number < math.inf:
+            raise RunError(
+                f"--against {' '.join(given)}: must be one number of nats above 0, or folders"
+            )
+        return [number]
     losses = {}
     for path in map(Path, given):
-        claims = read_submission(path)
-        if (wrong := other_text(claims, runs[0])) and not mixed:
-            raise RunError(f"--against {path}: {wrong}, so nats do not compare; fix: the same text")
-        for seed, loss in seed_losses(path, claims).items():
+        with blame(f"--against {path}"):
+            seeds = read_losses(path, run, mixed)
+        for seed, loss in seeds.items():
             if losses.setdefault(seed, loss) != loss:
                 raise RunError(f"--against {path}: seed {seed} is there twice; fix: leave one out")
-    return Baseline(" ".join(given), list(losses.values()))
+    return list(losses.values())
 
 
-def read_submission(path: Path) -> dict[str, Any]:
-    path = path / "submission.json" if path.is_dir() else path
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise RunError(
-            f"--against {path}: {why}; fix: a number of nats, or a folder with it"
-        ) from None
-    if not isinstance(found, dict):
-        raise RunError(f"--against {path}: not a JSON object; fix: a submission.json")
-    return found
-
-
-def seed_losses(path: Path, claims: dict[str, Any]) -> dict[str, float]:
-    """Seed -> val_loss; "" for a single value without seeds"""
-    seeds = claims.get("seed_results") or {"": claims}
-    losses = {seed: values.get("val_loss") for seed, values in seeds.items()}
-    for seed, loss in losses.items():
+def read_losses(path: Path, run: Result, mixed: bool) -> dict[str, float]:
+    """Seed -> val_loss, "" for a single value without seeds; nats of another text than the run's
+    do not compare, unless mixed."""
+    file = path / "submission.json" if path.is_dir() else path
+    if not file.is_file():
+        raise RunError(f"--against {path}: no submission.json; fix: a number of nats, or a folder")
+    claims = json.loads(file.read_text(encoding="utf-8"))
+    ours = run.claims["tokens"], run.claims["bytes"], run.claims["sha256"]["tokenizer"]
+    theirs = claims.get("tokens"), claims.get("bytes"), claims.get("sha256", {}).get("tokenizer")
+    kinds = "tokens", "bytes", "as the tokenizer's sha256"
+    for kind, here, there in zip(kinds, ours, theirs, strict=True):
+        if there not in (None, here) and not mixed:
+            raise RunError(
+                f"--against {path}: its text has {there} {kind}, not {here}; fix: the same text"
+            )
+    losses = {}
+    for seed, values in (claims.get("seed_results") or {"": claims}).items():
+        losses[seed] = loss = values.get("val_loss")
         if not isinstance(loss, int | float) or not 0 < loss < math.inf:
             where = f"seed {seed}: " * bool(seed)
             raise RunError(
@@ -389,59 +332,33 @@ def seed_losses(path: Path, claims: dict[str, Any]) -> dict[str, float]:
     return losses
 
 
-def other_text(claims: dict[str, Any], run: Result) -> str:
-    """How a submission's text differs from the run's; "" where it is the same or not said"""
-    there = claims.get("tokens"), claims.get("bytes")
-    if None not in there and there != run.text[:2]:
-        here = f"{run.text[0]:,}, {run.text[1]:,}"
-        return f"it is of {there[0]:,} tokens, {there[1]:,} bytes, not {here}"
-    tokenizer = claims.get("sha256", {}).get("tokenizer", run.digests["tokenizer.model"])
-    return "its tokenizer is another" if tokenizer != run.digests["tokenizer.model"] else ""
-
-
 # -----------------------------------------------------------------------------
 # Report
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Markdown in columns as wide as their widest cell; numbers to the right"""
-    widths = [max(3, *(len(row[i]) for row in (head, *rows))) for i in range(len(head))]
-    rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    lines = []
-    for row in (head, rule, *rows):
-        cells = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def stage_table(runs: Sequence[Result]) -> str:
-    def cells(s: Summary, style: str) -> list[str]:
-        deviation = "-" if s.deviation is None else f"{s.deviation:{style}}"
-        return [f"{s.mean:{style}}", deviation, f"{s.least:{style}}", f"{s.most:{style}}"]
-
-    head = ["stage", "runs", "val_loss", "sd", "min", "max", "val_bpb", "sd", "min", "max"]
-    rows = [
-        [stage, str(found["val_loss"].count)]
-        + cells(found["val_loss"], ".5f")
-        + cells(found["val_bpb"], ".5f")
-        for stage, found in by_stage(runs).items()
-    ]
-    return table(head, rows)
+    rows = []
+    for stage, found in by_stage(runs).items():
+        row = [stage, str(found["val_loss"].count)]
+        for name in MEASURES:
+            values = found[name][1:]
+            row += ["-" if value is None else f"{value:.5f}" for value in values]
+        rows.append(row)
+    spread = ["sd", "min", "max"]
+    return markdown(["stage", "runs", "val_loss", *spread, "val_bpb", *spread], rows)
 
 
 def run_table(runs: Sequence[Result]) -> str:
-    head = ["seed", "val_loss", "val_bpb", "bytes", "steps", "training s", "evaluation s", "check"]
     rows = []
     for run in runs:
-        final, spent = run.stages["ngram"], run.budget
-        scores = [f"{final['val_loss']:.5f}", f"{final['val_bpb']:.5f}", f"{run.sizes['total']:,}"]
-        steps = "-" if run.steps is None else f"{run.steps:,}"
-        seconds = [f"{spent[name]:.1f}" for name in ("train_seconds", "eval_seconds")]
-        rows.append([str(run.seed), *scores, steps, *seconds, run.verification])
-    return table(head, rows, left=(0, len(head) - 1))
+        claims = run.claims
+        steps = claims["step_stop"]
+        row = [str(run.seed), run.verification, *(f"{claims[name]:.5f}" for name in MEASURES)]
+        row += [f"{claims['bytes_total']:,}", "-" if steps is None else f"{steps:,}"]
+        row += [f"{claims[name]:.1f}" for name in ("wallclock_seconds", "eval_time_seconds")]
+        rows.append(row)
+    head = ["seed", "check", *MEASURES, "bytes", "steps", "training s", "evaluation s"]
+    return markdown(head, rows, left=2)
 
 
 def remarks(runs: Sequence[Result]) -> list[str]:
@@ -451,7 +368,7 @@ def remarks(runs: Sequence[Result]) -> list[str]:
         f"All within {CAP_BYTES:,} bytes, {CAP_SECONDS} s of training and of scoring."
     ]
     found += [f"Mixed: {what}." for what in differences(runs)]
-    kinds = dict.fromkeys(str(run.folder.last("hardware").get("value")) for run in runs)
+    kinds = dict.fromkeys(str(run.claims["hardware"]) for run in runs)
     if len(kinds) > 1:
         found.append(f"Different hardware: {', '.join(kinds)}.")
     if unproved := [run.name for run in runs if run.verification != "PROVED"]:
@@ -463,49 +380,65 @@ def remarks(runs: Sequence[Result]) -> list[str]:
     return found
 
 
-def describe(decision: Decision, base: Baseline, margin: float, alpha: float) -> str:
+def describe(decision: Decision, name: str, theirs: Summary) -> str:
     """The decision in words"""
-    seeds = len(base.losses)
-    exact = "taken as exact" if seeds == 1 else f"mean of {seeds} seeds"
-    mean = statistics.fmean(base.losses)
+    exact = "taken as exact" if theirs.count == 1 else f"mean of {theirs.count} seeds"
     word = {True: "yes", False: "no", None: "CANNOT BE DECIDED"}[decision.better]
-    claim = (
-        f"At least {margin:g} nats better than {base.name} (val_loss {mean:.5f}, {exact}): {word}"
-    )
     lower = "lower" if decision.gap >= 0 else "higher"
-    facts = [f"the mean is {abs(decision.gap):.5f} {lower}"]
+    facts = [
+        f"At least {IMPROVEMENT_NATS:g} nats better than {name} (val_loss {theirs.mean:.5f}, "
+        f"{exact}): {word}",
+        f"the mean is {abs(decision.gap):.5f} {lower}",
+    ]
     if decision.p is not None:
-        sign = "<" if decision.p < alpha else "not <"
+        sign = "<" if decision.p < ALPHA else "not <"
         facts.append(
             f"{decision.test}: t = {decision.t:.3f}, {decision.degrees:.4g} degrees of freedom, "
-            f"one-sided p = {decision.p:.3g} {sign} {alpha:g}"
+            f"one-sided p = {decision.p:.3g} {sign} {ALPHA:g}"
         )
-    return f"{claim}; {'; '.join(facts + [decision.reason] * bool(decision.reason))}."
+    return "; ".join(facts + [decision.reason] * bool(decision.reason)) + "."
 
 
 def as_json(runs: Sequence[Result]) -> dict[str, Any]:
+    stages = by_stage(runs)
+    copied = (*MEASURES, "bytes_total", "wallclock_seconds", "eval_time_seconds", "sha256")
     return dict(
         seeds=[run.seed for run in runs],
         stages={
             stage: {name: summary._asdict() for name, summary in found.items()}
-            for stage, found in by_stage(runs).items()
+            for stage, found in stages.items()
         },
         runs=[
             dict(
                 folder=run.name,
                 seed=run.seed,
-                **{name: run.stages["ngram"][name] for name in MEASURES},
-                bytes_total=run.sizes["total"],
-                steps=run.steps,
-                **{name: run.budget[name] for name in ("train_seconds", "eval_seconds")},
+                steps=run.claims["step_stop"],
+                **{name: run.claims[name] for name in copied},
                 over_budget=over_budget(run),
                 verification=run.verification,
-                sha256=run.digests,
             )
             for run in runs
         ],
         differences=differences(runs),
     )
+
+
+def report(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """-> Markdown, the same for JSON"""
+    runs = seeds_of_one(map(load, options.runs), options.mixed)
+    losses = options.against and read_baseline(options.against, runs[0], options.mixed)
+    runs = with_verification(runs, options.verify)
+    result = as_json(runs)
+    lines = remarks(runs)
+    if losses:
+        name = " ".join(options.against)
+        theirs = summarise(losses)
+        decision = decide(by_stage(runs)["ngram"]["val_loss"], theirs)
+        lines.insert(0, describe(decision, name, theirs))
+        result["against"] = dict(name=name, losses=losses) | decision._asdict()
+    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}: {', '.join(str(run.seed) for run in runs)}"
+    parts = [seeds, stage_table(runs), run_table(runs), "\n".join(f"- {line}" for line in lines)]
+    return "\n\n".join(parts), result
 
 
 # -----------------------------------------------------------------------------
@@ -521,26 +454,20 @@ def record_row(folder: Path, root: Path) -> list[str]:
     if not path.exists():
         return [link, what, "", "not yet run" if (folder / "config.env").exists() else "", ""]
     found = json.loads(path.read_text(encoding="utf-8"))
-    losses = [values["val_bpb"] for values in found["seed_results"].values()]
-    score = f"{found['val_bpb']:.4f}"
-    score += f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-    return [link, what, str(len(losses)), score, f"{found['bytes_total']:,}"]
-
-
-def record_table(root: Path = RECORDS) -> str:
-    """Every folder of every track, from what lies in it"""
-    folders = sorted(path.parent for path in root.glob("track_*/*/README.md"))
-    head = ["folder", "what", "seeds", "val_bpb", "bytes"]
-    return table(head, [record_row(folder, root) for folder in folders], left=(0, 1))
+    scores = summarise([values["val_bpb"] for values in found["seed_results"].values()])
+    return [link, what, str(scores.count), scores.spread(4), f"{found['bytes_total']:,}"]
 
 
 def with_table(text: str, root: Path = RECORDS) -> str:
-    """The README's text with today's table between its two markers"""
+    """The README's text with today's table, a row a folder of a track, between its two markers"""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise RunError(f"{root / 'README.md'}: no markers {BEGIN} and {END}; fix: put them back")
-    return f"{before}{BEGIN}\n\n{record_table(root)}\n\n{END}{after}"
+    folders = sorted(path.parent for path in root.glob("track_*/*/README.md"))
+    rows = [record_row(folder, root) for folder in folders]
+    table = markdown(["folder", "what", "seeds", "val_bpb", "bytes"], rows, left=2)
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def write_table(root: Path = RECORDS) -> Path:
@@ -553,33 +480,14 @@ def write_table(root: Path = RECORDS) -> Path:
 # Command line
 
 
-def report(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """-> Markdown, the same for JSON"""
-    runs = load_seeds(options.runs, options.mixed)
-    base = options.against and read_baseline(options.against, runs, options.mixed)
-    runs = with_verification(runs, options.verify)
-    seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}: {', '.join(str(run.seed) for run in runs)}"
-    parts, result = [seeds, stage_table(runs), run_table(runs)], as_json(runs)
-    lines = remarks(runs)
-    if base:
-        rule = options.improvement, options.alpha
-        decision = decide(by_stage(runs)["ngram"]["val_loss"], base, *rule)
-        lines.insert(0, describe(decision, base, *rule))
-        result["against"] = base._asdict() | decision._asdict()
-    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in lines)]), result
-
-
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("runs", nargs="*", metavar="RUN_DIR")
     help_text = "val_loss in nats, or a submission.json or folders of the record to beat"
     made.add_argument("--against", nargs="+", metavar="RECORD", help=help_text)
-    made.add_argument("--improvement", type=float, default=IMPROVEMENT_NATS, metavar="NATS")
-    made.add_argument("--alpha", type=float, default=ALPHA, help="p must be below it")
     made.add_argument("--verify", action="store_true", help="run verify.py on each folder")
     made.add_argument("--mixed", action="store_true", help="average runs that differ, and say it")
     made.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
-    made.add_argument("--write", type=Path, metavar="FILE", help="the output into a file, as well")
     made.add_argument("--table", action="store_true", help="rewrite the table in records/README.md")
     return made
 
@@ -591,12 +499,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.table:
             print("wrote", write_table())
-            return 0
-        text, result = report(options)
-        text = json.dumps(result, indent=2, allow_nan=False) if options.json else text
-        print(text)
-        if options.write:
-            write_atomically(options.write, f"{text}\n".encode())
+        else:
+            text, result = report(options)
+            print(json.dumps(result, indent=2, allow_nan=False) if options.json else text)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,9 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import run_folder
 import stats
-from run_folder import RECORDS, ROOT, RunError
+from run_folder import FILES, RECORDS, ROOT, RunError, blame
 from stats import MEASURES, Result
 
 from train_gpt import CAP_BYTES, VARIABLES, UserError, line_fields
@@ -38,32 +37,30 @@ PROOF = [name for name in stats.CHECKED if name != "scores.npz"]
 UPSTREAM_SEEDS = 3
 GITHUB_FILE_BYTES = 100_000_000  # larger files cannot be pushed
 WIDTH = 96
+ABOUT = ("author", "github_id", "name", "blurb", "date", "track")  # told, or of the newest run
+WORST = ("bytes_total", "over_cap", "wallclock_seconds", "eval_time_seconds")  # of all seeds
 
 
 # -----------------------------------------------------------------------------
 # What train_gpt.py needs to be told
 
 
-def own_settings(run: Result) -> dict[str, str]:
-    """Settings of the run that are not train_gpt.py's defaults, seeds and the like left out."""
+def config_env(about: argparse.Namespace, run: Result) -> str:
+    """The run's settings that are not train_gpt.py's defaults, seeds and the like left out. The
+    file also makes the folder a RECORD of a checkout."""
     given = set()
     for line in run.folder.all("config"):
         logged = line_fields(line).items()
         given |= {name for name, text in logged if not str(text).endswith("(default)")}
     names = given & VARIABLES.keys() - stats.NO_RESULT
-    return {name: text for name, text in run.settings.items() if name in names}
-
-
-def record(options: argparse.Namespace, run: Result) -> str:
-    """config.env, which also makes the folder a RECORD of a checkout."""
-    about = " ".join(f"{options.date} {options.name}, seeds of one configuration.".split())
-    lines = [f"# {about}", *(f"{name}={text}" for name, text in own_settings(run).items())]
-    return "\n".join(lines) + "\n"
+    title = " ".join(f"{about.date} {about.name}, seeds of one configuration.".split())
+    lines = [f"{name}={text}" for name, text in run.folder.config.items() if name in names]
+    return "\n".join([f"# {title}", *lines]) + "\n"
 
 
 def ranks(run: Result) -> int:
     """Processes of the run, from its line "8 x NVIDIA H100" """
-    found = re.match(r"(\d+) x ", str(run.folder.last("hardware").get("value")))
+    found = re.match(r"(\d+) x ", str(run.claims["hardware"]))
     return int(found[1]) if found else 1
 
 
@@ -71,55 +68,41 @@ def ranks(run: Result) -> int:
 # What is missing
 
 
-def problems(run: Result) -> list[str]:
-    """Whatever keeps one finished run out of a submission"""
+def load_runs(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
+    """-> the finished runs by seed, what is wrong with the others"""
+    runs = []
+    wrong = []
+    for path in paths:
+        try:
+            runs.append(stats.load(path))
+        except UserError as error:
+            wrong.append(str(error))
+    if not runs:
+        raise RunError("; ".join(wrong))
+    return stats.seeds_of_one(runs), [f"{error} (left out)" for error in wrong]
+
+
+def problems(run: Result, files: Sequence[Path]) -> list[str]:
+    """Whatever keeps one finished run, and these files of it, out of a submission"""
     found = stats.over_budget(run)
     missing = [name for name in PROOF if not (run.folder.path / name).exists()]
     found += [f"no {name}" for name in missing]
     if "submission.json" not in missing:
-        found += [f"submission.json is of another {name}" for name in stats.misfits(run.folder)]
-    if 'ROOT / "config.env"' not in run.folder.read("train_gpt.py"):
-        found.append("its train_gpt.py is too old to run the config.env beside it")
-    if run.steps is None:
+        with blame(run.name):
+            named = dict(json.loads(run.folder.read("submission.json"))["sha256"])
+        for what, digest in run.claims["sha256"].items():
+            if named.get(what) != digest:
+                found.append(f"submission.json is of another {FILES[what]}")
+    if run.claims["step_stop"] is None:
         found.append("no training (EVAL_ONLY)")
     codec = run.folder.last("final_codec")
     if codec.get("decoded") != "ok":
         found.append(f"no proof: final_codec has decoded:{codec.get('decoded')}")
     if run.verification.startswith("FAILED"):
         found.append(f"verify.py says {run.verification}")
-    return found
-
-
-def load_runs(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
-    """-> the finished runs by seed, what is wrong with them and with the others"""
-    runs, wrong = [], []
-    for path in paths:
-        try:
-            runs.append(stats.load(path))
-        except UserError as error:
-            wrong.append(f"{error} (left out)")
-    if not runs:
-        raise RunError("; ".join(wrong).replace(" (left out)", ""))
-    runs.sort(key=lambda run: run.seed)
-    if different := stats.differences(runs):
-        raise RunError(
-            f"not seeds of one configuration: {'; '.join(different)}; fix: leave one out"
-        )
-    return runs, wrong
-
-
-def complaints(options: argparse.Namespace, runs: Sequence[Result], wrong: list[str]) -> list[str]:
-    """Everything that is missing or over a cap, each with its run"""
-    found = wrong + [f"{run.name}: {what}" for run in runs for what in problems(run)]
-    for run in runs:
-        large = [p for p in carried(run, options.scores) if p.stat().st_size > GITHUB_FILE_BYTES]
-        found += [
-            f"{path}: over {GITHUB_FILE_BYTES:,} bytes, too large to be pushed" for path in large
-        ]
-    for name in ("author", "github_id"):
-        if not getattr(options, name):
-            found.append(f"no --{name.replace('_', '-')}")
-    return found
+    large = [path.name for path in files if path.stat().st_size > GITHUB_FILE_BYTES]
+    found += [f"{name}: over {GITHUB_FILE_BYTES:,} bytes, too large to be pushed" for name in large]
+    return [f"{run.name}: {what}" for what in found]
 
 
 def carried(run: Result, scores: bool) -> list[Path]:
@@ -128,52 +111,45 @@ def carried(run: Result, scores: bool) -> list[Path]:
     return [path for name in names if (path := run.folder.path / name).exists()]
 
 
+def remarks(runs: Sequence[Result]) -> list[str]:
+    """What does not keep a submission from being one, but should be known"""
+    few = [f"{len(runs)} seeds, upstream's rule usually takes three"] * (len(runs) < UPSTREAM_SEEDS)
+    return few + [f"{run.name}: {run.verification}" for run in runs if run.verification != "PROVED"]
+
+
 # -----------------------------------------------------------------------------
 # submission.json
 
 
-def combined(options: argparse.Namespace, runs: Sequence[Result]) -> dict[str, Any]:
+def combined(about: argparse.Namespace, runs: Sequence[Result]) -> dict[str, Any]:
     """Upstream's keys over all seeds: scores are means, bytes and seconds those of the worst seed,
     steps the median; deviations have n - 1, null for one seed."""
-    parts, stages = [run_folder.submission(run.folder) for run in runs], stats.by_stage(runs)
-    seeds = {
-        str(run.seed): part["seed_results"][str(run.seed)]
-        for run, part in zip(runs, parts, strict=True)
-    }
-    score = {name: stages["ngram"][name].mean for name in MEASURES}
-    score |= {f"{name}_std": stages["ngram"][name].deviation for name in MEASURES}
-    total = max(run.sizes["total"] for run in runs)
-    steps = [run.steps for run in runs if run.steps is not None]
+    claims = [run.claims for run in runs]
+    worst = {name: max(each[name] for each in claims) for name in WORST}
+    steps = [each["step_stop"] for each in claims if each["step_stop"] is not None]
+    stages = {}
+    for stage, found in stats.by_stage(runs).items():
+        stages[stage] = {name: found[name].mean for name in MEASURES}
+        stages[stage] |= {f"{name}_std": found[name].deviation for name in MEASURES}
+    digests = claims[0]["sha256"]
+    artifacts = {str(run.seed): run.claims["sha256"]["artifact"] for run in runs}
     return {
-        "author": options.author,
-        "github_id": options.github_id,
-        "name": options.name,
-        "blurb": options.blurb or parts[0]["blurb"],
-        "date": options.date,
-        "track": options.track,
-        **score,
-        "bytes_total": total,
-        "bytes_code": runs[0].sizes["code"],
-        "over_cap": total > CAP_BYTES,
+        **{name: getattr(about, name) for name in ABOUT},
+        **stages["ngram"],
+        "bytes_total": worst["bytes_total"],
+        "bytes_code": claims[0]["bytes_code"],
+        "over_cap": worst["over_cap"],
         "seeds": [run.seed for run in runs],
-        "seed_results": seeds,
-        "hardware": parts[0]["hardware"],
-        "pytorch_version": parts[0]["pytorch_version"],
+        "seed_results": dict(pair for each in claims for pair in each["seed_results"].items()),
+        "hardware": claims[0]["hardware"],
+        "pytorch_version": claims[0]["pytorch_version"],
         "step_stop": statistics.median_low(steps) if steps else None,
-        "wallclock_seconds": max(part["wallclock_seconds"] for part in parts),
-        "eval_time_seconds": max(part["eval_time_seconds"] for part in parts),
-        "tokens": parts[0]["tokens"],
-        "bytes": parts[0]["bytes"],
-        "sha256": {
-            "code": runs[0].digests["train_gpt.py"],
-            "artifact": {str(run.seed): run.digests["artifact.bin"] for run in runs},
-            "tokenizer": runs[0].digests["tokenizer.model"],
-        },
-        "stages": {
-            stage: {name: found[name].mean for name in MEASURES}
-            | {f"{name}_std": found[name].deviation for name in MEASURES}
-            for stage, found in stages.items()
-        },
+        "wallclock_seconds": worst["wallclock_seconds"],
+        "eval_time_seconds": worst["eval_time_seconds"],
+        "tokens": claims[0]["tokens"],
+        "bytes": claims[0]["bytes"],
+        "sha256": digests | {"artifact": artifacts},
+        "stages": stages,
     }
 
 
@@ -210,7 +186,7 @@ train_gpt.py alone is what trains, scores, proves and decodes (sha256
 seed_<N>/ is the run folder of that seed. {proof}
 
 ```bash
-{check}
+DECODE=seed_{seed} python train_gpt.py
 ```
 
 turns stream.bin back into the validation tokens, seed_{seed}/decoded.npy, with nothing but
@@ -245,26 +221,21 @@ def proof_note(runs: Sequence[Result]) -> str:
     return f"{least:,} of the text's {total:,} tokens are in its stream.bin:"
 
 
-def spread(summary: stats.Summary) -> str:
-    deviation = "" if summary.deviation is None else f" ± {summary.deviation:.5f}"
-    return f"{summary.mean:.5f}{deviation}"
-
-
-def readme(options: argparse.Namespace, runs: Sequence[Result], wrong: Sequence[str]) -> str:
-    whole, final = combined(options, runs), stats.by_stage(runs)["ngram"]
-    seed = runs[0].seed
-    note = f"**Not a valid submission:** {'; '.join(wrong)}.\n\n" if wrong else ""
+def readme(whole: dict[str, Any], runs: Sequence[Result]) -> str:
+    """README.md, from the contents of submission.json"""
+    scores = stats.by_stage(runs)["ngram"]
+    wrong = whole.get("problems")
     return README.format(
         name=whole["name"],
-        problems=note,
+        problems=f"**Not a valid submission:** {'; '.join(wrong)}.\n\n" if wrong else "",
         blurb=textwrap.fill(whole["blurb"], WIDTH),
-        score=spread(final["val_bpb"]),
-        loss=spread(final["val_loss"]),
+        score=scores["val_bpb"].spread(5),
+        loss=scores["val_loss"].spread(5),
         seeds=f"mean of {len(runs)} seeds, ± standard deviation" if len(runs) > 1 else "one seed",
         runs=stats.run_table(runs),
         stages=stats.stage_table(runs),
         code=whole["bytes_code"],
-        weights=max(run.sizes["weights"] for run in runs),
+        weights=whole["bytes_total"] - whole["bytes_code"],
         total=whole["bytes_total"],
         cap=CAP_BYTES,
         hardware=whole["hardware"],
@@ -272,8 +243,7 @@ def readme(options: argparse.Namespace, runs: Sequence[Result], wrong: Sequence[
         command=command(runs),
         sha=whole["sha256"]["code"],
         proof=proof_note(runs),
-        check=f"DECODE=seed_{seed} python train_gpt.py",
-        seed=seed,
+        seed=runs[0].seed,
     )
 
 
@@ -282,33 +252,34 @@ def readme(options: argparse.Namespace, runs: Sequence[Result], wrong: Sequence[
 
 
 def build(
-    options: argparse.Namespace, runs: Sequence[Result], wrong: Sequence[str], folder: Path
+    about: argparse.Namespace, runs: Sequence[Result], wrong: Sequence[str], folder: Path
 ) -> None:
     """Fill an empty folder."""
     for run in runs:
         (folder / f"seed_{run.seed}").mkdir()
-        for path in carried(run, options.scores):
+        for path in carried(run, about.scores):
             shutil.copyfile(path, folder / f"seed_{run.seed}" / path.name)
         if (log := run.folder.path / "log.txt").exists():
             shutil.copyfile(log, folder / f"train_seed{run.seed}.log")
     shutil.copyfile(runs[0].folder.path / "train_gpt.py", folder / "train_gpt.py")
     shutil.copyfile(ROOT / "requirements.txt", folder / "requirements.txt")
-    (folder / "config.env").write_text(record(options, runs[0]), encoding="utf-8")
-    found = combined(options, runs) | ({"problems": list(wrong)} if wrong else {})
-    text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "submission.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(readme(options, runs, wrong), encoding="utf-8")
+    whole = combined(about, runs) | ({"problems": list(wrong)} if wrong else {})
+    texts = {
+        "config.env": config_env(about, runs[0]),
+        "submission.json": json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "README.md": readme(whole, runs),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
-def place(options: argparse.Namespace) -> Path:
+def place(about: argparse.Namespace) -> Path:
     """The folder to be made; RunError where it is there already"""
-    name = re.sub(r"\W+", "_", options.name).strip("_")
-    if not name or not re.fullmatch(r"\d{4}-\d\d-\d\d", options.date):
-        raise RunError(
-            f"--name {options.name!r} --date {options.date}: must be a name, a YYYY-MM-DD"
-        )
-    path = options.out / f"track_{options.track}" / f"{options.date}_{name}"
-    if path.exists() and not options.overwrite:
+    name = re.sub(r"\W+", "_", about.name).strip("_")
+    if not name or not re.fullmatch(r"\d{4}-\d\d-\d\d", about.date):
+        raise RunError(f"--name {about.name!r} --date {about.date}: must be a name, a YYYY-MM-DD")
+    path = about.out / f"track_{about.track}" / f"{about.date}_{name}"
+    if path.exists() and not about.overwrite:
         raise RunError(f"{path}: is there already; fix: --overwrite or another --name")
     return path
 
@@ -317,19 +288,21 @@ def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
     """-> the new folder, what is wrong with it; RunError where that is not forced"""
     runs, wrong = load_runs(options.runs)
     runs = stats.with_verification(runs, options.verify)
-    newest = max((run_folder.submission(run.folder) for run in runs), key=lambda part: part["date"])
-    options.date = options.date or newest["date"][:10]
-    options.track = options.track or newest["track"]
-    for name in ("author", "github_id"):
-        setattr(options, name, getattr(options, name) or newest[name])
-    wrong, path = complaints(options, runs, wrong), place(options)
-    if wrong and not options.force:
+    newest = max((run.claims for run in runs), key=lambda claims: claims["date"])
+    told = {name: getattr(options, name) or newest[name] for name in ABOUT}
+    about = argparse.Namespace(**vars(options) | told | dict(date=told["date"][:10]))
+    path = place(about)
+    for run in runs:
+        wrong += problems(run, carried(run, about.scores))
+    wrong += [f"no --{n.replace('_', '-')}" for n in ("author", "github_id") if not told[n]]
+    if wrong and not about.force:
         raise RunError(f"no submission: {'; '.join(wrong)}; fix: mend it, or --force")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial_", dir=path.parent) as partial:
-        whole, old = Path(partial, "new"), Path(partial, "old")
+        whole = Path(partial, "new")
+        old = Path(partial, "old")
         whole.mkdir()
-        build(options, runs, wrong, whole)
+        build(about, runs, wrong, whole)
         if path.exists():
             os.replace(path, old)
         try:
@@ -339,12 +312,6 @@ def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
                 os.replace(old, path)
             raise
     return path, wrong + remarks(runs)
-
-
-def remarks(runs: Sequence[Result]) -> list[str]:
-    """What does not keep a submission from being one, but should be known"""
-    few = [f"{len(runs)} seeds, upstream's rule usually takes three"] * (len(runs) < UPSTREAM_SEEDS)
-    return few + [f"{run.name}: {run.verification}" for run in runs if run.verification != "PROVED"]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -454,7 +454,7 @@ REPORT = [
     Fault(
         "stage",
         "a submission carries the score of another stage",
-        "test_records.py -k values_are",
+        "test_run_folder.py -k values_are",
         [
             (
                 "records/tools/run_folder.py",

@@ -1,0 +1,180 @@
+"""plot.py: a picture of one run or of several, of whatever they have."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import plot
+import pytest
+from helpers import ROOT
+from run_folders import (
+    ARTIFACT,
+    BLOCKS,
+    CODE,
+    all_lines,
+    exact,
+    final_lines,
+    line,
+    make_run,
+    step_lines,
+)
+
+
+def draw(*arguments):
+    return plot.main([str(argument) for argument in arguments])
+
+
+def png_size(path):
+    """(width, height) of a PNG in pixels."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 20_000
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return make_run(tmp_path / "given")
+
+
+def test_plot_of_a_whole_run(run_dir):
+    before = {path.name for path in run_dir.iterdir()}
+    assert draw(run_dir) == 0
+    width, height = png_size(run_dir / "report.png")
+    assert width == 1875 and height > 1200
+    assert {path.name for path in run_dir.iterdir()} - before == {"report.png"}
+
+
+def test_the_same_run_gives_the_same_picture(run_dir):
+    draw(run_dir)
+    first = (run_dir / "report.png").read_bytes()
+    draw(run_dir)
+    assert (run_dir / "report.png").read_bytes() == first
+
+
+def shown(*folders):
+    """Titles of the panels that a picture of these folders has."""
+    runs = plot.load_all([*map(str, folders)])
+    page, *panels = plot.draw(runs).axes
+    titles = {panel.title for row in plot.ROWS + plot.OVERLAY for panel in row}
+    found = [text.get_text() for text in page.texts if text.get_text() in titles]
+    assert len(found) == len(panels)
+    return found, [text.get_text() for text in page.texts]
+
+
+def test_panels_without_data_are_left_out(tmp_path):
+    training = make_run(tmp_path / "training", list(step_lines()), gain=0)
+    scored = make_run(tmp_path / "scored", list(final_lines()), gain=0)
+    whole = make_run(tmp_path / "whole")
+    evaluated = make_run(tmp_path / "evaluated", all_lines(training=False))
+    loss, ladder, gains, strip = (panel.title for row in plot.ROWS for panel in row)
+    assert shown(training)[0] == [loss]
+    assert shown(scored)[0] == [ladder]
+    assert shown(evaluated)[0] == [ladder, gains, strip]
+    assert shown(whole)[0] == [loss, ladder, gains, strip]
+    by_time = plot.BY_TIME.title
+    assert shown(training, evaluated)[0] == [loss, by_time, ladder, gains, strip]
+
+
+def test_score_and_bytes_stand_above_and_pseudo_scores_below(run_dir):
+    _, texts = shown(run_dir)
+    assert "1.7123 bits per byte" in texts
+    assert any(f"{len(CODE) + len(ARTIFACT):,} of 16,000,000 bytes" in text for text in texts)
+    assert any("Pseudo score 0.2800 of scheme pr864" in text for text in texts)
+
+
+def test_plot_of_an_eval_only_run(tmp_path):
+    folder = make_run(tmp_path / "eval", all_lines(training=False))
+    assert draw(folder) == 0
+    png_size(folder / "report.png")
+
+
+def test_plot_of_two_runs(run_dir, tmp_path):
+    other = make_run(
+        tmp_path / "a name with $ and $ and more than forty-four characters", gain=-0.1
+    )
+    assert draw(run_dir, other) == 0
+    png_size(tmp_path / "compare.png")
+    assert not (run_dir / "report.png").exists()
+    assert draw(run_dir, other, "--out", tmp_path / "both.png") == 0
+    assert png_size(tmp_path / "both.png") == png_size(tmp_path / "compare.png")
+
+
+def test_plot_of_a_long_and_diverged_run_and_much_text(tmp_path):
+    lines = [*step_lines(9000), line("step", "9000/9000", train_loss=math.nan), *final_lines()]
+    folder = make_run(tmp_path / "long", lines, count=70_000)
+    assert draw(folder) == 0
+    assert "without the first 89 steps" in " ".join(shown(folder)[1])
+
+
+def test_bits_along_the_text_add_up(run_dir):
+    run = plot.load(str(run_dir))
+    for points in (1, 7, 1000):
+        edges, saved = plot.saved_along(run, points)
+        total = (saved * np.diff(edges)).sum() / run.bytes
+        assert len(saved) == min(points, BLOCKS) and edges[-1] == run.bytes
+        assert total == pytest.approx(run.saved.sum() / run.bytes, rel=1e-12)
+
+
+def test_nothing_to_draw(tmp_path, capsys):
+    folder = make_run(tmp_path / "empty", [], gain=0)
+    assert draw(folder) == draw(tmp_path / "nowhere") == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def seeded(folder, seed, bpb, layers=4):
+    """A run of a configuration with another seed and score."""
+    lines = [*step_lines(), exact("ngram", bpb, mixer="none")]
+    make_run(folder, lines)
+    (folder / "config.env").write_text(f"SEED={seed}\nNUM_LAYERS={layers}\n")
+    return folder
+
+
+def test_seeds_of_a_configuration_share_a_colour(tmp_path):
+    """The legend has their mean and standard deviation; other settings, and the same seed again,
+    have entries of their own."""
+    three = [seeded(tmp_path / f"net_{n}", n, bpb) for n, bpb in enumerate((1.5, 1.6, 1.7))]
+    deep = seeded(tmp_path / "deep", 0, 1.4, layers=6)
+    again = seeded(tmp_path / "again", 0, 1.8)
+    runs = plot.load_all([*map(str, [*three, deep, again])])
+    assert [run.colour for run in runs] == [plot.COLOURS[n] for n in (0, 0, 0, 1, 2)]
+    assert [run.marker for run in runs] == [plot.MARKERS[n] for n in (0, 0, 0, 1, 2)]
+    _, texts = shown(*three, deep, again)
+    legend = ["● net_, 3 seeds  1.6000 ± 0.1000", "■ deep  1.4000", "◆ again  1.8000"]
+    assert [text for text in texts if text[0] in plot.GLYPHS] == legend
+
+
+def test_loss_by_step_and_by_time(tmp_path):
+    """Each run's curve at its steps and at its seconds."""
+    paths = [str(seeded(tmp_path / name, 0, 1.5)) for name in "ab"]
+    runs = plot.load_all(paths)
+    _, by_step, by_time, *_ = plot.draw(runs).axes
+    for run, curve, timed in zip(runs, by_step.lines[::2], by_time.lines[::2], strict=False):
+        steps = sorted(run.losses)
+        assert curve.get_xdata().tolist() == steps
+        assert timed.get_xdata().tolist() == [270 * n / 1000 for n in steps]
+        assert timed.get_ydata().tolist() == [run.losses[n]["train_loss"] for n in steps]
+    assert by_time.get_xlabel() == "seconds of training"
+
+
+def test_more_configurations_than_colours(run_dir, capsys):
+    assert draw(*[run_dir] * 7) == 2
+    assert capsys.readouterr().err.startswith("error: 7 configurations: at most 6")
+
+
+def test_without_matplotlib(run_dir, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('No module matplotlib')")
+    command = [sys.executable, ROOT / "records/tools/plot.py", run_dir]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "pip install matplotlib" in done.stderr
+    assert not (run_dir / "report.png").exists()
+
+
+def test_command_line_from_another_directory(run_dir, tmp_path):
+    command = [sys.executable, ROOT / "records/tools/plot.py", run_dir.name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (run_dir / "report.png").exists()
