@@ -71,6 +71,12 @@ def read_columns(data: bytes) -> dict[str, np.ndarray]:
     return columns
 
 
+def locate(folder: Path, name: str) -> Path:
+    """Where a file of a run lies: the seeds of a record share the train_gpt.py above them."""
+    path = folder / name
+    return path if name != FILES["code"] or path.exists() else folder.resolve().parent / name
+
+
 class RunFolder(train_gpt.RunLog):
     """A run's log lines and settings, the latter once they are asked for: while a run starts, its
     folder has none. A line cut off by a kill is passed over."""
@@ -109,9 +115,7 @@ class RunFolder(train_gpt.RunLog):
         return self.path.resolve().name
 
     def file(self, name: str) -> Path:
-        """Where a file of the run lies: the seeds of a record share the train_gpt.py above them."""
-        path = self.path / name
-        return path if name != FILES["code"] or path.exists() else self.path.resolve().parent / name
+        return locate(self.path, name)
 
     def blocks(self) -> dict[str, np.ndarray]:
         """blocks.npz: sums of logp_model, logp_final (nats) and bytes per 1,024 targets."""

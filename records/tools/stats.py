@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mpmath  # comes along with torch
-from run_folder import FILES, RECORDS, RunError, RunFolder, blame, markdown, submission
+from run_folder import FILES, RECORDS, RunError, RunFolder, blame, locate, markdown, submission
 
 from train_gpt import CAP_BYTES, UserError, sha256, write_atomically
 
@@ -151,8 +151,9 @@ def marks(folder: Path) -> dict[str, str]:
     """sha256 of whatever verify.py reads there"""
     found = {}
     for name in CHECKED:
-        if (folder / name).exists():
-            with open(folder / name, "rb") as file:  # scores.npz can be gigabytes
+        path = locate(folder, name)
+        if path.exists():
+            with open(path, "rb") as file:  # scores.npz can be gigabytes
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 

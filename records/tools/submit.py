@@ -85,7 +85,7 @@ def load_runs(paths: Sequence[str]) -> tuple[list[Result], list[str]]:
 def problems(run: Result, files: Sequence[Path]) -> list[str]:
     """Whatever keeps one finished run, and these files of it, out of a submission"""
     found = stats.over_budget(run)
-    missing = [name for name in PROOF if not (run.folder.path / name).exists()]
+    missing = [name for name in PROOF if not run.folder.file(name).exists()]
     found += [f"no {name}" for name in missing]
     if "submission.json" not in missing:
         with blame(run.name):
@@ -106,9 +106,9 @@ def problems(run: Result, files: Sequence[Path]) -> list[str]:
 
 
 def carried(run: Result, scores: bool) -> list[Path]:
-    """Files of a run folder that go into seed_<N>/"""
-    names = PROOF + ["scores.npz"] * scores
-    return [path for name in names if (path := run.folder.path / name).exists()]
+    """Files of a run folder that go into seed_<N>/; the seeds share the script above them"""
+    names = set(PROOF) - {FILES["code"]} | ({"scores.npz"} if scores else set())
+    return [path for name in sorted(names) if (path := run.folder.path / name).exists()]
 
 
 def remarks(runs: Sequence[Result]) -> list[str]:
@@ -261,7 +261,7 @@ def build(
             shutil.copyfile(path, folder / f"seed_{run.seed}" / path.name)
         if (log := run.folder.path / "log.txt").exists():
             shutil.copyfile(log, folder / f"train_seed{run.seed}.log")
-    shutil.copyfile(runs[0].folder.path / "train_gpt.py", folder / "train_gpt.py")
+    shutil.copyfile(runs[0].folder.file(FILES["code"]), folder / FILES["code"])
     shutil.copyfile(ROOT / "requirements.txt", folder / "requirements.txt")
     whole = combined(about, runs) | ({"problems": list(wrong)} if wrong else {})
     texts = {
