@@ -79,22 +79,21 @@ def load(path: str | Path) -> Result:
     folder = RunFolder(path)
     with blame(path):
         claims = submission(folder)
-    for stage, values in claims["stages"].items():
-        for name in MEASURES:
-            if not math.isfinite(values.get(name, math.nan)):
-                raise RunError(
-                    f"{path}: final_{stage}_exact has {name}:{values.get(name)}, not a number"
-                )
+        for stage, values in claims["stages"].items():
+            for name in MEASURES:
+                value = values.get(name)
+                if value is None or not math.isfinite(value):
+                    raise RunError(f"{path}: final_{stage}_exact has {name}:{value}, not a number")
+        blocks = sha256(folder.blocks()["bytes"].astype("<i8").tobytes())
     digests = claims["sha256"]
-    blocks = sha256(folder.blocks()["bytes"].astype("<i8").tobytes())
+    scored = f"{claims['tokens']} tokens of {claims['bytes']} bytes ({blocks[:12]})"
     traits = {
         "SEED": folder.config["SEED"],
         "sha256 of artifact.bin": digests["artifact"][:12],
         "sha256 of train_gpt.py": digests["code"][:12],
         "sha256 of tokenizer.model": digests["tokenizer"][:12],
         **{name: text for name, text in folder.config.items() if name not in NO_RESULT},
-        "the validation text": f"{claims['tokens']} tokens of {claims['bytes']} bytes"
-        f" ({blocks[:12]})",
+        "the validation text": scored,
     }
     return Result(folder, claims, traits)
 
@@ -107,7 +106,8 @@ def over_budget(run: Result) -> list[str]:
     if total > CAP_BYTES:
         found.append(f"{total:,} bytes, the cap is {CAP_BYTES:,}")
     stopped = any(line["key"].startswith("stopping_early") for line in run.folder.lines)
-    step_ms = run.claims["seed_results"][str(run.seed)]["step_avg_ms"] if stopped else None
+    (result,) = run.claims["seed_results"].values()
+    step_ms = result["step_avg_ms"] if stopped else None
     slack = dict(train_seconds=2 * (step_ms or 0) / 1000, eval_seconds=0)
     spent = run.folder.last("final_budget")
     for name, late in slack.items():
@@ -354,12 +354,12 @@ def run_table(runs: Sequence[Result]) -> str:
     for run in runs:
         claims = run.claims
         steps = claims["step_stop"]
-        row = [str(run.seed), run.verification, *(f"{claims[name]:.5f}" for name in MEASURES)]
+        row = [str(run.seed), *(f"{claims[name]:.5f}" for name in MEASURES)]
         row += [f"{claims['bytes_total']:,}", "-" if steps is None else f"{steps:,}"]
         row += [f"{claims[name]:.1f}" for name in ("wallclock_seconds", "eval_time_seconds")]
-        rows.append(row)
-    head = ["seed", "check", *MEASURES, "bytes", "steps", "training s", "evaluation s"]
-    return markdown(head, rows, left=2)
+        rows.append([*row, run.verification])
+    head = ["seed", *MEASURES, "bytes", "steps", "training s", "evaluation s", "check"]
+    return markdown(head, rows)
 
 
 def remarks(runs: Sequence[Result]) -> list[str]:
