@@ -14,9 +14,10 @@ Exit status: 0 all runs ended well; 1 some failed, and the table is of the other
 """
 
 import argparse
+import bisect
 import contextlib
-import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -24,60 +25,60 @@ import platform
 import queue
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from run_folder import RECORDS, ROOT, RunError, RunFolder, markdown
 from stats import summarise
 
-from train_gpt import (
-    ALIASES,
-    ANYWAY,
-    SAMPLE_DATA,
-    VARIABLES,
-    Config,
-    ConfigError,
-    UserError,
-    find_shards,
-    parse_pairs,
-    prepare_sample,
-    sha256,
-    show,
-    write_atomically,
-)
+import prepare_text
+import train_gpt
+from train_gpt import Config, ConfigError, UserError, parse_pairs, sha256, write_atomically
 
 SCRIPT = ROOT / "train_gpt.py"
 CODE = {path: path.read_bytes() for path in (SCRIPT, ROOT / "records/tools/as_written.py")}
-NOT_SETTINGS = ("RUN_ID", "DATA_PATH", "TOKENIZER_PATH")
-MEASURES = {  # measure -> line of metrics.jsonl, its field
-    "step_ms": ("step", "step_avg_ms"),
-    "averaged_bpb": ("averaged", "val_bpb"),
-    "int6_bpb": ("final_int6_roundtrip_exact", "val_bpb"),
-    "sliding_bpb": ("final_int6_sliding_window_exact", "val_bpb"),
-    "ttt_bpb": ("final_ttt_exact", "val_bpb"),
-    "cascade_bpb": ("final_ngram_backoff_exact", "val_bpb"),
-    "val_bpb": ("final_ngram_exact", "val_bpb"),
-    "pseudo_bpb": ("final_ngram_pseudo", "pseudo_bpb"),
-    "mass_mean": ("final_ngram_pseudo", "mass_mean"),
-    "artifact_bytes": ("final_artifact_bytes", "weights"),
-    "total_bytes": ("final_artifact_bytes", "total"),
-}
+PATHS = ("DATA_PATH", "TOKENIZER_PATH")
 Row = dict[str, Any]  # a line of results.jsonl
 
 
+class Measure(NamedTuple):
+    """A field of a line of metrics.jsonl, and how tables show it; no title: they do not."""
+
+    key: str
+    field: str
+    title: str
+    style: str = ".4f"
+
+
+MEASURES = {
+    "steps": Measure("step", "number", "steps", ".0f"),
+    "step_ms": Measure("step", "step_avg_ms", "ms a step", ".0f"),
+    "averaged_bpb": Measure("averaged", "val_bpb", "averaged"),
+    "int6_bpb": Measure("final_int6_roundtrip_exact", "val_bpb", "int6"),
+    "sliding_bpb": Measure("final_int6_sliding_window_exact", "val_bpb", "sliding"),
+    "ttt_bpb": Measure("final_ttt_exact", "val_bpb", "after TTT"),
+    "cascade_bpb": Measure("final_ngram_backoff_exact", "val_bpb", "own cascade, honest"),
+    "val_bpb": Measure("final_ngram_exact", "val_bpb", "**val_bpb**"),
+    "pseudo_bpb": Measure("final_ngram_pseudo", "pseudo_bpb", "as-written pseudo-score"),
+    "mass_mean": Measure("final_ngram_pseudo", "mass_mean", "its mass", ".2f"),
+    "artifact_bytes": Measure("final_artifact_bytes", "weights", "artifact bytes", ",.0f"),
+    "total_bytes": Measure("final_artifact_bytes", "total", ""),
+}
+
+
 # -----------------------------------------------------------------------------
-# One run
+# Runs
 
 
 class Task(NamedTuple):
@@ -88,45 +89,6 @@ class Task(NamedTuple):
 
     def title(self) -> str:
         return " ".join(f"{name} {value}" for name, value in self.labels.items())
-
-
-def as_env(**values: Any) -> dict[str, str]:
-    return {name: str(value) for name, value in values.items()}
-
-
-def digest(task: Task) -> str:
-    """Changes with the labels, the code, every resolved setting and the size of each shard."""
-    cfg = Config.from_env(task.env)
-    settings = {n: show(getattr(cfg, n.lower())) for n in VARIABLES if n not in NOT_SETTINGS}
-    data = sorted((path.name, path.stat().st_size) for path in Path(cfg.data_path).glob("*.bin"))
-    text = json.dumps([task.labels, settings, data], sort_keys=True).encode()
-    code = CODE.values() if cfg.ngram_scheme else [CODE[SCRIPT]]
-    return sha256(b"".join([*code, text]))[:16]
-
-
-def check_code() -> None:
-    """One table, one code."""
-    for path, code in CODE.items():
-        if path.read_bytes() != code:
-            raise UserError(
-                f"{path} was edited meanwhile; fix: start again, finished runs are kept"
-            )
-
-
-def measures(folder: Path) -> dict[str, float]:
-    """What a finished run measured, of MEASURES and "steps"; what it lacks is left out."""
-    run = RunFolder(folder)
-    lines = {name: (run.last(key), field) for name, (key, field) in MEASURES.items()}
-    found = {name: line[field] for name, (line, field) in lines.items() if field in line}
-    return {"steps": max(run.steps("step_avg_ms"))} | found
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-# -----------------------------------------------------------------------------
-# Many runs
 
 
 class Runner:
@@ -174,9 +136,8 @@ class Runner:
         """A pool of threads with equal shares of this process's cores; no run outlives it."""
         cores = my_cores()
         if not 1 <= self.jobs <= len(cores):
-            raise UserError(
-                f"--jobs {self.jobs}: this process has {len(cores)} cores; fix: 1 to that many"
-            )
+            known = f"this process has {len(cores)} cores"
+            raise UserError(f"--jobs {self.jobs}: {known}; fix: 1 to that many")
         shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         for first in range(self.jobs):
             shares.put(cores[first : len(cores) // self.jobs * self.jobs : self.jobs])
@@ -192,7 +153,7 @@ class Runner:
     def execute(self, task: Task) -> Row:
         """Run train_gpt.py once, in a folder that is deleted; RunError where it fails."""
         began = time.perf_counter()
-        ours = {*VARIABLES, *ALIASES, *ANYWAY}  # only the table sets them
+        ours = {*train_gpt.VARIABLES, *train_gpt.ALIASES, *train_gpt.ANYWAY}  # of the table alone
         env = {name: text for name, text in os.environ.items() if name not in ours}
         env |= task.env | {"RUN_ID": "run"}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -206,13 +167,13 @@ class Runner:
                 last = (output.strip().splitlines() or ["no output"])[-1]
                 raise RunError(f"{task.title()}: exit status {process.returncode}: {last}")
             found = measures(Path(cwd) / "runs/run")
-        settings = {name: text for name, text in task.env.items() if name not in NOT_SETTINGS}
+        settings = {name: text for name, text in task.env.items() if name not in PATHS}
         row = dict(labels=task.labels, digest=digest(task), date=now(), env=settings)
         return row | dict(seconds=time.perf_counter() - began, measures=found)
 
-    def facts(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Command, date, machine and times of a table."""
-        return dict(
+    def publish(self, title: str, rows: Sequence[Row], text: str, **results: Any) -> None:
+        """README.md, with the exact command at its top, and results.json."""
+        about = dict(
             command=self.command,
             date=now(),
             hardware=f"{len(my_cores())} cores of {cpu_name()}, {self.jobs} runs at a time",
@@ -222,21 +183,51 @@ class Runner:
             run_minutes=round(sum(row["seconds"] for row in rows) / 60, 1),
             wall_minutes=round((time.perf_counter() - self.began) / 60, 1),
         )
-
-    def publish(self, title: str, rows: Sequence[Row], text: str, **results: Any) -> None:
-        """README.md, the exact command at its top, and results.json; an estimate is [mean,
-        error]."""
-        about = self.facts(rows)
-        top = (
-            f"# {title}\n\n    {about['command']}\n\n{about['date']}; {about['hardware']};\n"
-            f"{about['versions']}, train_gpt.py {about['code']} (sha256). {about['runs']} runs of\n"
-            f"{about['run_minutes']} min together; the command's last call took"
-            f" {about['wall_minutes']} min.\n\n"
-        )
-        write_atomically(self.out / "README.md", f"{top}{text.rstrip()}\n".encode())
+        page = PAGE.format(**about, title=title, text=text.rstrip())
+        write_atomically(self.out / "README.md", page.encode())
         whole = json.dumps(about | results, indent=1, ensure_ascii=False)
         write_atomically(self.out / "results.json", f"{whole}\n".encode())
         print(f"wrote {self.out / 'README.md'} and {self.out / 'results.json'}")
+
+
+PAGE = """# {title}
+
+    {command}
+
+{date}; {hardware};
+{versions}, train_gpt.py {code} (sha256). {runs} runs of
+{run_minutes} min together; the command's last call took {wall_minutes} min.
+
+{text}
+"""
+
+
+def digest(task: Task) -> str:
+    """Changes with the labels, the code, every resolved setting and the size of each shard."""
+    cfg = Config.from_env(task.env)
+    names = [name for name in train_gpt.VARIABLES if name not in ("RUN_ID", *PATHS)]
+    settings = {name: train_gpt.show(getattr(cfg, name.lower())) for name in names}
+    data = sorted((path.name, path.stat().st_size) for path in Path(cfg.data_path).glob("*.bin"))
+    text = json.dumps([task.labels, settings, data], sort_keys=True).encode()
+    code = CODE.values() if cfg.ngram_scheme else [CODE[SCRIPT]]
+    return sha256(b"".join([*code, text]))[:16]
+
+
+def measures(folder: Path) -> dict[str, float]:
+    """What a finished run folder measured, of MEASURES; what it lacks is left out."""
+    run = RunFolder(folder)
+    last = {key: run.last(key) for key in {measure.key for measure in MEASURES.values()}}
+    last["step"] |= {"number": max(run.steps("step_avg_ms"), default=0)}
+    found = {name: last[key].get(field) for name, (key, field, *_) in MEASURES.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def check_code() -> None:
+    """One table, one code."""
+    for path, code in CODE.items():
+        if path.read_bytes() != code:
+            fix = "start again, finished runs are kept"
+            raise UserError(f"{path} was edited meanwhile; fix: {fix}")
 
 
 def read_rows(out: Path) -> dict[str, Row]:
@@ -262,13 +253,17 @@ def pin(shares: queue.SimpleQueue[list[int]]) -> None:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists() and "model name" in (text := info.read_text()):
-        return text.partition("model name")[2].partition(": ")[2].partition("\n")[0]
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 # -----------------------------------------------------------------------------
-# Estimates
+# What both tables are made of
 
 
 class Estimate(NamedTuple):
@@ -278,23 +273,27 @@ class Estimate(NamedTuple):
     error: float | None
 
 
-def estimate(values: Iterable[float | None]) -> Estimate | None:
-    known = [value for value in values if value is not None]
-    if not known:
+def estimate(rows: Iterable[Row], measure: str, base: Iterable[Row] = ()) -> Estimate | None:
+    """Over the seeds of `rows`, or of the difference from `base` over those of both; None for no
+    value."""
+    values = by_seed(rows, measure)
+    if base:
+        before = by_seed(base, measure)
+        values = {seed: values[seed] - before[seed] for seed in values.keys() & before.keys()}
+    if not values:
         return None
-    found = summarise(known)
+    found = summarise([*values.values()])
     return Estimate(found.mean, found.deviation and found.deviation / math.sqrt(found.count))
 
 
-def over_seeds(rows: Iterable[Row], measure: str) -> Estimate | None:
-    return estimate(row["measures"].get(measure) for row in rows)
+def by_seed(rows: Iterable[Row], measure: str) -> dict[int, float]:
+    return {r["labels"]["seed"]: r["measures"][measure] for r in rows if measure in r["measures"]}
 
 
-def difference(rows: Iterable[Row], base: Iterable[Row], measure: str) -> Estimate | None:
-    """Of `measure` from `base`, paired by seed."""
-    before = {row["labels"]["seed"]: row["measures"].get(measure) for row in base}
-    pairs = [(row["measures"].get(measure), before.get(row["labels"]["seed"])) for row in rows]
-    return estimate(a - b for a, b in pairs if a is not None and b is not None)
+def estimates(rows: Iterable[Row], base: Iterable[Row] = ()) -> dict[str, Estimate]:
+    """Of all measures that there are."""
+    found = {measure: estimate(rows, measure, base) for measure in MEASURES}
+    return {measure: value for measure, value in found.items() if value}
 
 
 def cell(found: Estimate | None, style: str = ".4f", error: bool = True) -> str:
@@ -306,28 +305,24 @@ def cell(found: Estimate | None, style: str = ".4f", error: bool = True) -> str:
     return f"{found.mean:{style}}{spread}"
 
 
-def select(rows: Iterable[Row], **labels: Any) -> list[Row]:
-    """Those that have these labels."""
-    return [row for row in rows if labels.items() <= row["labels"].items()]
+def grouped(rows: Iterable[Row], label: str) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["labels"][label], []).append(row)
+    return groups
+
+
+def pairs(text: str) -> dict[str, str]:
+    """NAME=VALUE, separated by spaces."""
+    return parse_pairs(text.split(), text)
+
+
+def as_env(**values: Any) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}
 
 
 # -----------------------------------------------------------------------------
-# Ablation: the table
-
-PUBLISHED_810 = "CLIP_QUANTILES=0.999,0.9999,0.99999,0.999999,0.9999999"
-PRUNED = 0.97  # of the unpruned code and artifact
-# What differs is the model, and there is nothing to prove.
-FIXED = as_env(
-    RECORD="tiny",
-    DEVICE="cpu",
-    NGRAM_ENABLED=0,
-    EVAL_STRIDE=256,
-    SAVE_SCORES=0,
-    SCORER="sliding",
-    CODEC_TOKENS=0,
-)
-SMALLEST = 0.00005  # bpb; less shows as 0.0000
-ABLATED = ("averaged_bpb", "int6_bpb", "artifact_bytes", "step_ms")  # measures
+# Ablation
 
 
 class Switch(NamedTuple):
@@ -336,13 +331,15 @@ class Switch(NamedTuple):
     name: str
     how: str
     words: str
-    variables: str  # NAME=VALUE, separated by spaces
+    variables: str  # pairs; ? stands for the size to prune to
 
     def env(self, total_bytes: float) -> dict[str, str]:
-        """TARGET_MB=? becomes MiB of code and artifact, a little below the unpruned size."""
-        target = str(PRUNED * total_bytes / 2**20)
-        pairs = parse_pairs(self.variables.split(), self.name)
-        return {name: target if text == "?" else text for name, text in pairs.items()}
+        """Its variables; ? becomes MiB, a little below the unpruned code and artifact."""
+        return pairs(self.variables.replace("?", str(PRUNED * total_bytes / 2**20)))
+
+    def task(self, base: dict[str, str], seed: int, total_bytes: float = 0) -> Task:
+        env = base | self.env(total_bytes) | as_env(SEED=seed)
+        return Task(dict(name=self.name, seed=seed), env)
 
     def changes(self, base: dict[str, str]) -> bool:
         """Whether the resolved configuration is another; ConfigError where it does not fit."""
@@ -355,6 +352,13 @@ class Switch(NamedTuple):
             return False
 
 
+PRUNED = 0.97  # of the unpruned code and artifact
+SMALLEST = 0.00005  # bpb; less shows as 0.0000
+# What differs is the model, and there is nothing to prove.
+FIXED = pairs("RECORD=tiny DEVICE=cpu NGRAM_ENABLED=0 EVAL_STRIDE=256 SAVE_SCORES=0")
+FIXED |= pairs("SCORER=sliding CODEC_TOKENS=0")
+PUBLISHED_810 = "CLIP_QUANTILES=0.999,0.9999,0.99999,0.999999,0.9999999"
+BASELINE = Switch("baseline", "", "**baseline**", "")
 SWITCHES = [
     Switch("relu2", "off", "slope of 0.5 below zero in the squared ReLU", "LEAKY_SLOPE=0"),
     Switch("polyglu", "on", "PolyGLU: a learned slope for each neuron", "POLYGLU_ENABLED=1"),
@@ -391,11 +395,8 @@ SWITCHES = [
     Switch("grad_clip", "off", "clip of the gradient", "GRAD_CLIP_NORM=0"),
     Switch("clip_local", "other", "clip on each rank (here there is one)", "CLIP=local"),
 ]
-
-ABLATION_HEADINGS = (
-    *("technique", "change", "variables", "averaged", "int6", "int6 difference"),
-    *("artifact bytes", "ms a step", ""),
-)
+HEADINGS = ("technique", "change", "variables", "averaged", "int6", "int6 difference")
+HEADINGS += ("artifact bytes", "ms a step", "")
 ABLATION_NOTES = """`tiny` with one thing changed: {steps} steps, seeds 1 to {seeds}, scored on the
 first {tokens:,} tokens of the validation text.
 Averaged: bits per byte of the averaged weights before quantisation; int6: of the artifact re-read.
@@ -413,14 +414,10 @@ disturbed seed, each run on its share of the cores.
 """
 
 
-# -----------------------------------------------------------------------------
-# Ablation: its runs and what is written
-
-
 def ablate(options: argparse.Namespace, runner: Runner) -> None:
     """What each technique is worth on two CPU cores: `tiny` with one thing changed at a time.
 
-    All of it takes about 40 minutes on two idle cores; a few switches, a few minutes:
+    All of it takes about 40 minutes on two idle cores; a few switches take a few:
 
         python records/tools/experiments.py ablation --only relu2,xsa_off --seeds 2 --steps 60
 
@@ -429,20 +426,19 @@ def ablate(options: argparse.Namespace, runner: Runner) -> None:
     """
     given = FIXED | schedule_of_steps(options.steps) | overrides(options.set)
     source = Path(Config.from_env(given).data_path)
-    prepare_sample(source)  # before several runs would at the same time
+    train_gpt.prepare_sample(source)  # before several runs would at the same time
     with tempfile.TemporaryDirectory(prefix="ablation_") as data:
         base = given | {"DATA_PATH": cut_validation(source, Path(data), options.val_tokens)}
         chosen = choose_switches(options.only, base)
-        seeds = range(1, options.seeds + 1)
-        plain = [Task(dict(name="baseline", seed=n), base | as_env(SEED=n)) for n in seeds]
+        plain = [BASELINE.task(base, seed) for seed in range(1, options.seeds + 1)]
         baseline = runner.make(plain, "int6_bpb")  # first, as pruning needs its sizes
         if not baseline:
             raise UserError("no run of the baseline ended well, see above")
-        wanted = [switched(switch, base, row) for row in baseline for switch in chosen]
-        runner.make(wanted, "int6_bpb")
-        fitting = [switch for switch in SWITCHES if switch.fits(base)]  # of earlier calls, too
-        table = [switched(switch, base, row) for switch in fitting for row in baseline]
-        write_ablation(options, runner, baseline + runner.finished(table))
+        sizes = by_seed(baseline, "total_bytes")
+        runner.make([s.task(base, *run) for run in sizes.items() for s in chosen], "int6_bpb")
+        known = [switch for switch in SWITCHES if switch.fits(base)]  # of earlier calls, too
+        rows = runner.finished(s.task(base, *run) for s in known for run in sizes.items())
+    write_ablation(options, runner, baseline + rows)
 
 
 def schedule_of_steps(steps: int) -> dict[str, str]:
@@ -460,83 +456,62 @@ def schedule_of_steps(steps: int) -> dict[str, str]:
 def cut_validation(source: Path, folder: Path, tokens: int) -> str:
     """A dataset in `folder` with links to that of `source`, but the first `tokens` validation
     tokens alone -> its path; four passes over all of it would take longer than the training."""
-    val = find_shards(source, "val")
+    val = train_gpt.find_shards(source, "val")
     for path in source.iterdir():
         if path not in val and not path.name.endswith(".jsonl"):
             (folder / path.name).symlink_to(path.resolve())
-    header = np.fromfile(val[0], "<i4", 256)
-    header[2] = min(header[2], tokens)
-    stream = np.fromfile(val[0], "<u2", header[2], offset=header.nbytes)
-    (folder / val[0].name).write_bytes(header.tobytes() + stream.tobytes())
+    stream = train_gpt.read_shard(val[0], vocab_size=2**16)
+    prepare_text.write_shards(stream[:tokens], folder / val[0].name.removesuffix("_000000.bin"))
     return str(folder)
 
 
 def choose_switches(names: Sequence[str] | None, base: dict[str, str]) -> list[Switch]:
-    """The switches of these names, None for all; UserError where one is unknown or idle."""
-    known = [switch.name for switch in SWITCHES]
-    if unknown := set(names or ()) - set(known):
+    """Those of these names, None for all; UserError for what is none or changes nothing."""
+    known = {switch.name: switch for switch in SWITCHES}
+    if unknown := set(names or ()) - known.keys():
         raise UserError(f"--only {','.join(unknown)}: not a switch; fix: one of {', '.join(known)}")
     chosen = [switch for switch in SWITCHES if names is None or switch.name in names]
-    if idle := [switch.name for switch in chosen if not switch.changes(base)]:
-        raise UserError(
-            f"{', '.join(idle)}: changes nothing in this configuration; fix: see --only"
-        )
+    if idle := ", ".join(switch.name for switch in chosen if not switch.changes(base)):
+        raise UserError(f"{idle}: changes nothing in this configuration; fix: see --only")
     return chosen
-
-
-def switched(switch: Switch, base: dict[str, str], baseline: Row) -> Task:
-    """A run of `switch` with the seed of this run of the baseline."""
-    seed = baseline["labels"]["seed"]
-    env = base | switch.env(baseline["measures"]["total_bytes"]) | as_env(SEED=seed)
-    return Task(dict(name=switch.name, seed=seed), env)
 
 
 def write_ablation(options: argparse.Namespace, runner: Runner, rows: Sequence[Row]) -> None:
     """The table, sorted by effect, and everything behind it."""
-    baseline = select(rows, name="baseline")
-    found = {name: select(rows, name=name) for name in (switch.name for switch in SWITCHES)}
-    effect = {name: difference(group, baseline, "int6_bpb") for name, group in found.items()}
-    shown = sorted((s for s in SWITCHES if effect[s.name]), key=lambda s: -effect[s.name].mean)
-    lines = [baseline_row(baseline)]
-    lines += [switch_row(switch, found[switch.name], baseline) for switch in shown]
+    groups = grouped(rows, "name")
+    baseline = groups["baseline"]
+    changes = {name: estimates(group, baseline) for name, group in groups.items()}
+    shown = [switch for switch in SWITCHES if switch.name in groups]
+    shown.sort(key=lambda switch: -changes[switch.name]["int6_bpb"].mean)
+    lines = [table_row(switch, groups[switch.name], baseline) for switch in (BASELINE, *shown)]
     text = ABLATION_NOTES.format(
         steps=options.steps,
         seeds=options.seeds,
         tokens=options.val_tokens,
-        table=markdown(ABLATION_HEADINGS, lines, left=3),
+        table=markdown(HEADINGS, lines, left=3),
     )
     results = {
-        name: {measure: over_seeds(group, measure) for measure in ABLATED}
-        | {f"{measure}_difference": difference(group, baseline, measure) for measure in ABLATED}
-        for name, group in ({"baseline": baseline} | found).items()
-        if group
+        name: estimates(group) | {f"{key}_difference": e for key, e in changes[name].items()}
+        for name, group in groups.items()
     }
     variables = {switch.name: switch.variables for switch in shown}
     runner.publish("Ablation", rows, text, variables=variables, results=results)
 
 
-def baseline_row(rows: Sequence[Row]) -> list[str]:
-    return [
-        *("**baseline**", "", ""),
-        cell(over_seeds(rows, "averaged_bpb")),
-        cell(over_seeds(rows, "int6_bpb")),
-        "",
-        cell(over_seeds(rows, "artifact_bytes"), ",.0f"),
-        f"{least_ms(rows):.0f}",
-        "",
-    ]
-
-
-def switch_row(switch: Switch, rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
-    change = difference(rows, baseline, "int6_bpb")
+def table_row(switch: Switch, rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
+    """What was measured; for a switch, size and time as differences from the baseline."""
+    scores = [cell(estimate(rows, measure)) for measure in ("averaged_bpb", "int6_bpb")]
+    if switch is BASELINE:
+        size = cell(estimate(rows, "artifact_bytes"), ",.0f")
+        return [switch.words, "", "", *scores, "", size, f"{least_ms(rows):.0f}", ""]
+    change = estimate(rows, "int6_bpb", baseline)
     return [
         switch.words,
         switch.how,
         f"`{switch.variables.replace('?', f'{PRUNED}*size')}`",
-        cell(over_seeds(rows, "averaged_bpb")),
-        cell(over_seeds(rows, "int6_bpb")),
+        *scores,
         cell(change, "+.4f"),
-        cell(difference(rows, baseline, "artifact_bytes"), "+,.0f", error=False),
+        cell(estimate(rows, "artifact_bytes", baseline), "+,.0f", error=False),
         f"{least_ms(rows) - least_ms(baseline):+.0f}",
         remark(switch, change),
     ]
@@ -544,67 +519,36 @@ def switch_row(switch: Switch, rows: Sequence[Row], baseline: Sequence[Row]) -> 
 
 def least_ms(rows: Sequence[Row]) -> float:
     """Milliseconds a step of the run that was disturbed least."""
-    return min(row["measures"]["step_ms"] for row in rows)
+    return min(by_seed(rows, "step_ms").values())
 
 
-def remark(switch: Switch, change: Estimate | None) -> str:
+def remark(switch: Switch, change: Estimate) -> str:
     """Whether the technique helps or hurts by more than two standard errors."""
-    if change is None or change.error is None:
-        return ""
-    if abs(change.mean) <= max(2 * change.error, SMALLEST):
+    if change.error is None or abs(change.mean) <= max(2 * change.error, SMALLEST):
         return ""
     helps = change.mean > 0 if switch.how == "off" else change.mean < 0
     return "helps" if helps else "**hurts** at this scale; stays switchable"
 
 
 # -----------------------------------------------------------------------------
-# Tournament: the table
+# Tournament
 
 CONFIGS = ["own", "pr864", "pr810", "pr1026", "pr993", "pr808"]
 NEVER = 1_000_000  # steps
-SHRINK = as_env(  # sizes and rates of `tiny`, the same for all
-    DEVICE="cpu",
-    NUM_LAYERS=4,
-    MODEL_DIM=128,
-    NUM_HEADS=4,
-    NUM_KV_HEADS=2,
-    BIGRAM_DIM=32,
-    VE_DIM=32,
-    TRAIN_SEQ_LEN=256,
-    TRAIN_BATCH_TOKENS=2048,
-    MUON_MOMENTUM=0.95,
-    MUON_MOMENTUM_WARMUP_START=0.85,
-    WARMUP_STEPS=2,  # untimed; the first steps are slow and would bend the rate's fall
-    EVAL_STRIDE=128,
-    TRAIN_LOG_EVERY=10,
-    SCORER="sliding",  # all by the five's scorer
-    CODEC_TOKENS=0,
-)
+# Sizes and rates of `tiny`, the same for all, and the five's scorer. The steps of the warm-up are
+# untimed: the first ones are slow and would bend the rate's fall.
+SHRINK = pairs("DEVICE=cpu NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 BIGRAM_DIM=32")
+SHRINK |= pairs("VE_DIM=32 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=2048 MUON_MOMENTUM=0.95")
+SHRINK |= pairs("MUON_MOMENTUM_WARMUP_START=0.85 WARMUP_STEPS=2 EVAL_STRIDE=128")
+SHRINK |= pairs("TRAIN_LOG_EVERY=10 SCORER=sliding CODEC_TOKENS=0")
 TOKENS_SHRINK = 1024  # of the 62 M validation tokens, about: loads of hashed tables stay
-CALIBRATION = as_env(  # a short run for the time of a step, which the schedules need
-    ITERATIONS=12,
-    MAX_WALLCLOCK_SECONDS=0,
-    VAL_LOSS_EVERY=0,
-    NGRAM_ENABLED=0,
-    NGRAM_SCHEME="",
-    TTT_ENABLED=0,
-    EVAL_STRIDE=SHRINK["TRAIN_SEQ_LEN"],
-)
-
-COLUMNS = (  # title, measure, style
-    ("steps", "steps", ".0f"),
-    ("ms a step", "step_ms", ".0f"),
-    ("averaged", "averaged_bpb", ".4f"),
-    ("int6", "int6_bpb", ".4f"),
-    ("sliding", "sliding_bpb", ".4f"),
-    ("after TTT", "ttt_bpb", ".4f"),
-    ("own cascade, honest", "cascade_bpb", ".4f"),
-    ("**val_bpb**", "val_bpb", ".4f"),
-    ("as-written pseudo-score", "pseudo_bpb", ".4f"),
-    ("its mass", "mass_mean", ".2f"),
-    ("artifact bytes", "artifact_bytes", ",.0f"),
-)
+# A short run for the time of a step, which the schedules need.
+CALIBRATION = pairs("ITERATIONS=12 MAX_WALLCLOCK_SECONDS=0 VAL_LOSS_EVERY=0 NGRAM_ENABLED=0")
+CALIBRATION |= pairs("NGRAM_SCHEME= TTT_ENABLED=0")
 SPREAD = ("step_ms", "val_bpb")  # shown with their standard errors; the first tells a busy machine
+PYTHON = ROOT / f"data/datasets/python_{platform.python_version()}"
+PYTHON_BYTES = 4_000_000
+LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 TOURNAMENT_NOTES = """Each configuration trains for {seconds} s on an equal share of the cores, with
 seeds 1 to {seeds}, and is scored as in a real run: all but the pseudo-score is of the artifact
 re-read, and normalised; ± is the standard error over seeds. "Own cascade" is the configuration's
@@ -629,61 +573,10 @@ twice. The order of models so small tells little about the order at full size.
 """
 
 
-# -----------------------------------------------------------------------------
-# Tournament: its texts
-
-PYTHON = ROOT / f"data/datasets/python_{platform.python_version()}"
-PYTHON_BYTES = 4_000_000
-LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
-
-
-def text_folder(name: str) -> Path:
-    """The dataset of a text, prepared where that is still to do."""
-    folder = {"sample": SAMPLE_DATA, "python": PYTHON}.get(name, Path(name).resolve())
-    prepare_sample(folder)  # before several runs would at the same time
-    if folder == PYTHON and not (folder / "tokenizer.model").exists():
-        prepare_python(folder)
-    if not list(folder.glob("*_val_*.bin")):
-        raise UserError(f"--texts {name}: no dataset; fix: sample, python or a dataset folder")
-    return folder
-
-
-def prepare_python(folder: Path) -> None:
-    """A dataset of a few MB of the standard library, a document for each file."""
-    with tempfile.TemporaryDirectory(prefix="python_") as made:
-        source = Path(made) / "python.jsonl"
-        documents = standard_library(Path(sysconfig.get_paths()["stdlib"]))
-        lines = [json.dumps({"text": text}) + "\n" for text in documents]
-        source.write_text("".join(lines), encoding="utf-8")
-        script = ROOT / "data/prepare_text.py"
-        command = [sys.executable, script, "--input", source, "--out", folder]
-        subprocess.run([*command, "--val-fraction", "0.06"], check=True)
-
-
-def standard_library(root: Path) -> Iterator[str]:
-    """Python sources, in the order of their paths' hashes, until PYTHON_BYTES are full."""
-    paths = [path.relative_to(root) for path in root.rglob("*.py")]
-    paths = [
-        p.as_posix() for p in paths if not LEFT_OUT & set(p.parts) and "sysconfig" not in p.name
-    ]
-    left = PYTHON_BYTES
-    for path in sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest()):
-        content = (root / path).read_bytes()
-        left -= len(content)
-        if left < 0:
-            return
-        if text := content.decode("utf-8", errors="ignore"):
-            yield text
-
-
-# -----------------------------------------------------------------------------
-# Tournament: its runs and what is written
-
-
 def play(options: argparse.Namespace, runner: Runner) -> None:
     """Our configuration against the five published ones, shrunk alike, on two texts.
 
-    All of it takes about 25 minutes on two idle cores. The five alone, in one:
+    All of it takes about 25 minutes on two idle cores; the five alone, on one text, take five:
 
         python records/tools/experiments.py tournament --texts sample --seeds 1 --seconds 15 \\
             --configs pr864,pr810,pr1026,pr993,pr808 --out /tmp/five
@@ -694,22 +587,47 @@ def play(options: argparse.Namespace, runner: Runner) -> None:
     folders = {text: str(text_folder(text)) for text in options.texts}
     changes = overrides(options.set)
     sizes = {config: shrunk(config, changes) for config in options.configs}
-    first = folders[options.texts[0]]
-    short = [
-        Task(dict(name=f"step of {config}", seed=0), size | CALIBRATION | {"DATA_PATH": first})
-        for config, size in sizes.items()
-    ]
-    timed = runner.make(short, "step_ms")
-    step_ms = {row["labels"]["name"]: row["measures"]["step_ms"] for row in timed}
+    short = []
+    for config, size in sizes.items():
+        env = size | CALIBRATION | {"EVAL_STRIDE": size["TRAIN_SEQ_LEN"]}
+        env |= {"DATA_PATH": folders[options.texts[0]]}
+        short.append(Task(dict(name=f"step of {config}", seed=0), env))
+    timed = grouped(runner.make(short, "step_ms"), "name")
     tasks = []
     for seed in range(1, options.seeds + 1):
         for text, folder in folders.items():
             for config, size in sizes.items():
-                if found := step_ms.get(f"step of {config}"):
-                    plan = schedule_of_seconds(options.seconds, found)
+                for row in timed.get(f"step of {config}", []):
+                    plan = schedule_of_seconds(options.seconds, row["measures"]["step_ms"])
                     env = plan | size | as_env(DATA_PATH=folder, SEED=seed)
                     tasks.append(Task(dict(name=config, text=text, seed=seed), env))
     write_tournament(options, runner, runner.make(tasks, "val_bpb"))
+
+
+def text_folder(name: str) -> Path:
+    """The dataset of a text, prepared where that is still to do."""
+    folder = {"sample": train_gpt.SAMPLE_DATA, "python": PYTHON}.get(name, Path(name).resolve())
+    train_gpt.prepare_sample(folder)  # before several runs would at the same time
+    if folder == PYTHON and not (folder / "tokenizer.model").exists():
+        prepare_python(folder)
+    if not list(folder.glob("*_val_*.bin")):
+        raise UserError(f"--texts {name}: no dataset; fix: sample, python or a dataset folder")
+    return folder
+
+
+def prepare_python(folder: Path) -> None:
+    """A dataset of PYTHON_BYTES of the standard library, a document for each file, in the order of
+    the hashes of their paths."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path.relative_to(library) for path in library.rglob("*.py")]
+    kept = [p for p in paths if not LEFT_OUT & {*p.parts} and "sysconfig" not in p.name]
+    kept.sort(key=lambda path: sha256(path.as_posix().encode()))
+    contents = [(library / path).read_bytes() for path in kept]
+    ends = [*itertools.accumulate(map(len, contents))]
+    chosen = contents[: bisect.bisect(ends, PYTHON_BYTES)]
+    documents = [*filter(None, (content.decode("utf-8", errors="ignore") for content in chosen))]
+    train, val = prepare_text.split_documents(documents, val_fraction=0.06, seed=1337)
+    prepare_text.write_dataset(train, val, folder, folder.name)
 
 
 def shrunk(config: str, changes: dict[str, str]) -> dict[str, str]:
@@ -717,7 +635,6 @@ def shrunk(config: str, changes: dict[str, str]) -> dict[str, str]:
     base = {"RECORD": config} | SHRINK | changes
     full = Config.from_env({"RECORD": config, "DEVICE": "cpu"})
     layers = int(base["NUM_LAYERS"])
-    width = int(base["MODEL_DIM"]) / full.model_dim
     ratio = layers / full.num_layers
     last = sorted(i % full.num_layers - full.num_layers for i in full.ve_layers)
     middle = sorted({round(i % full.num_layers * ratio) for i in full.depth_recurrence})
@@ -725,7 +642,7 @@ def shrunk(config: str, changes: dict[str, str]) -> dict[str, str]:
         VE_LAYERS=",".join(str(max(-layers, i)) for i in last),
         DEPTH_RECURRENCE=",".join(map(str, middle)),
         XSA_LAST_N=round(full.xsa_last_n * ratio) or min(1, full.xsa_last_n),
-        PRE_ENRICH_DIM=round(full.pre_enrich_dim * width),
+        PRE_ENRICH_DIM=round(full.pre_enrich_dim * int(base["MODEL_DIM"]) / full.model_dim),
         NGRAM_BUCKETS=max(1, full.ngram_buckets // TOKENS_SHRINK),
         NGRAM_CHUNK_TOKENS=min(full.ngram_chunk_tokens, 64),
     )
@@ -751,23 +668,19 @@ def schedule_of_seconds(seconds: int, step_ms: float) -> dict[str, str]:
 
 def write_tournament(options: argparse.Namespace, runner: Runner, rows: Sequence[Row]) -> None:
     """Ranks over all texts, a table for each text, and everything behind them."""
-    texts = [text for text in options.texts if select(rows, text=text)]
-    shrink = " ".join(f"{name}={text}" for name, text in (SHRINK | overrides(options.set)).items())
+    groups = {text: grouped(here, "name") for text, here in grouped(rows, "text").items()}
+    sizes = " ".join(f"{name}={text}" for name, text in (SHRINK | overrides(options.set)).items())
     text = TOURNAMENT_NOTES.format(
         seconds=options.seconds,
         seeds=options.seeds,
         cut=TOKENS_SHRINK,
-        shrink=textwrap.indent(textwrap.fill(shrink, 90), "    "),
-        ranks=rank_table(rows, texts),
-        tables="\n\n".join(f"## {text}\n\n{text_table(select(rows, text=text))}" for text in texts),
+        shrink=textwrap.indent(textwrap.fill(sizes, 90), "    "),
+        ranks=rank_table(ranks(rows), groups),
+        tables="\n\n".join(f"## {text}\n\n{text_table(found)}" for text, found in groups.items()),
     )
     results = {
-        text: {
-            config: {measure: over_seeds(group, measure) for _, measure, _ in COLUMNS}
-            for config in options.configs
-            if (group := select(rows, name=config, text=text))
-        }
-        for text in texts
+        text: {config: estimates(found[config]) for config in options.configs if config in found}
+        for text, found in groups.items()
     }
     title = f"Tournament of {', '.join(options.configs)}"
     runner.publish(title, rows, text, ranks=ranks(rows), results=results)
@@ -776,44 +689,49 @@ def write_tournament(options: argparse.Namespace, runner: Runner, rows: Sequence
 def ranks(rows: Sequence[Row]) -> dict[str, list[int]]:
     """config -> its rank by val_bpb for each text and seed, 1 for the best."""
     found: dict[str, list[int]] = {}
-    for place in sorted({(row["labels"]["text"], row["labels"]["seed"]) for row in rows}):
-        here = select(rows, text=place[0], seed=place[1])
-        here.sort(key=lambda row: row["measures"]["val_bpb"])
-        for rank, row in enumerate(here, 1):
-            found.setdefault(row["labels"]["name"], []).append(rank)
+    for _, here in sorted(grouped(rows, "text").items()):
+        for _, rivals in sorted(grouped(here, "seed").items()):
+            rivals.sort(key=lambda row: row["measures"]["val_bpb"])
+            for rank, row in enumerate(rivals, 1):
+                found.setdefault(row["labels"]["name"], []).append(rank)
     return found
 
 
-def rank_table(rows: Sequence[Row], texts: Sequence[str]) -> str:
-    means = {config: np.mean(places) for config, places in ranks(rows).items()}
+def rank_table(places: dict[str, list[int]], groups: dict[str, dict[str, list[Row]]]) -> str:
+    """Mean rank and val_bpb by text, the best configuration first."""
+    means = {config: statistics.fmean(ranks) for config, ranks in places.items()}
     lines = []
     for config in sorted(means, key=means.get):
-        scores = [over_seeds(select(rows, name=config, text=text), "val_bpb") for text in texts]
+        scores = [estimate(found.get(config, []), "val_bpb") for found in groups.values()]
         lines.append([config, f"{means[config]:.2f}", *map(cell, scores)])
-    return markdown(["configuration", "mean rank", *(f"val_bpb, {t}" for t in texts)], lines)
+    return markdown(["configuration", "mean rank", *(f"val_bpb, {t}" for t in groups)], lines)
 
 
-def text_table(rows: Sequence[Row]) -> str:
+def text_table(groups: dict[str, list[Row]]) -> str:
     """All measures on one text, the best val_bpb first; columns without any value left out."""
-    groups = {name: select(rows, name=name) for name in (row["labels"]["name"] for row in rows)}
-    scores = {name: over_seeds(group, "val_bpb").mean for name, group in groups.items()}
-    shown = [column for column in COLUMNS if any(column[1] in row["measures"] for row in rows)]
+    found = {config: estimates(rows) for config, rows in groups.items()}
+    shown = {
+        name: measure
+        for name, measure in MEASURES.items()
+        if measure.title and any(name in values for values in found.values())
+    }
     lines = []
-    for name in sorted(groups, key=scores.get):
-        found = [(over_seeds(groups[name], m), style, m in SPREAD) for _, m, style in shown]
-        lines.append([name, *(cell(*values) for values in found)])
-    return markdown(["configuration", *(title for title, _, _ in shown)], lines)
+    for config, values in sorted(found.items(), key=lambda item: item[1]["val_bpb"].mean):
+        cells = [cell(values.get(n), m.style, error=n in SPREAD) for n, m in shown.items()]
+        lines.append([config, *cells])
+    return markdown(["configuration", *(measure.title for measure in shown.values())], lines)
 
 
 # -----------------------------------------------------------------------------
 # Command line
 
+EXPERIMENTS = {"ablation": ablate, "tournament": play}
 
-def overrides(pairs: Sequence[str]) -> dict[str, str]:
+
+def overrides(given: Sequence[str]) -> dict[str, str]:
     """--set's NAME=VALUE pairs; a path is meant from here, but runs start elsewhere."""
-    given = parse_pairs(pairs, "--set")
-    paths = {name: Path(given[name]) for name in ("DATA_PATH", "TOKENIZER_PATH") if name in given}
-    return given | {name: str(path.resolve()) for name, path in paths.items()}
+    found = parse_pairs(given, "--set")
+    return found | {name: str(Path(found[name]).resolve()) for name in PATHS if name in found}
 
 
 def positive(text: str) -> int:
@@ -826,49 +744,46 @@ def listed(text: str) -> list[str]:
     return text.split(",")
 
 
-def parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = made.add_subparsers(required=True, metavar="EXPERIMENT")
-
-    def experiment(name: str, make: Callable[..., None]) -> Callable[..., Any]:
-        """A subcommand, and the options that both have."""
-        text = inspect.getdoc(make)
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    add = {}
+    for name, experiment in EXPERIMENTS.items():
+        text = inspect.getdoc(experiment)
         summary = text.partition("\n")[0]
-        sub = commands.add_parser(name, help=summary, description=text, formatter_class=raw)
-        sub.set_defaults(make=make)
-        add = sub.add_argument
-        add("--seeds", type=positive, default=3, help="SEED=1 to this; default 3")
-        add(
-            "--jobs", type=int, default=len(my_cores()), help="runs side by side; default all cores"
-        )
-        add("--out", type=Path, default=RECORDS / "track_cpu" / name, help="folder of the table")
-        about = "variables of every run, such as MODEL_DIM=64 DATA_PATH=data/datasets/notes"
-        add("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help=about)
-        return add
-
-    add = experiment("ablation", ablate)
-    names = ", ".join(switch.name for switch in SWITCHES)
-    add("--only", type=listed, metavar="NAME,...", help=f"of {names}; default all")
-    add("--steps", type=positive, default=130, help="of a run; default 130")
-    add("--val-tokens", type=positive, default=20_000, help="of the validation text; default 20000")
-    add = experiment("tournament", play)
-    about = f"RECORDs; default {','.join(CONFIGS)}"
-    add("--configs", type=listed, default=CONFIGS, metavar="NAME,...", help=about)
-    about = "default sample,python"
-    add("--texts", type=listed, default=["sample", "python"], metavar="TEXT,...", help=about)
-    add("--seconds", type=positive, default=20, help="of training; default 20")
-    return made
+        made = commands.add_parser(name, help=summary, description=text, formatter_class=layout)
+        add[name] = made.add_argument
+        add[name]("--seeds", type=positive, default=3, help="SEED=1 to this; default 3")
+        text = "runs side by side; default one a core"
+        add[name]("--jobs", type=int, default=len(my_cores()), help=text)
+        text = f"folder of the table; default records/track_cpu/{name}"
+        add[name]("--out", type=Path, default=RECORDS / "track_cpu" / name, help=text)
+        text = "variables of every run, such as MODEL_DIM=64 DATA_PATH=data/datasets/notes"
+        options = dict(nargs="*", action="extend", default=[], metavar="NAME=VALUE")
+        add[name]("--set", help=text, **options)
+    text = f"of {', '.join(switch.name for switch in SWITCHES)}; default all"
+    add["ablation"]("--only", type=listed, metavar="NAME,...", help=text)
+    add["ablation"]("--steps", type=positive, default=130, help="of a run; default 130")
+    text = "of the validation text; default 20000"
+    add["ablation"]("--val-tokens", type=positive, default=20_000, help=text)
+    text = f"RECORDs; default {','.join(CONFIGS)}"
+    add["tournament"]("--configs", type=listed, default=CONFIGS, metavar="NAME,...", help=text)
+    texts = ["sample", "python"]
+    text = "default sample,python"
+    add["tournament"]("--texts", type=listed, default=texts, metavar="TEXT,...", help=text)
+    add["tournament"]("--seconds", type=positive, default=20, help="of training; default 20")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     runner = Runner(options.out, options.jobs, arguments)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs, too
     try:
-        options.make(options, runner)
-    except (UserError, OSError, subprocess.CalledProcessError) as error:
+        EXPERIMENTS[options.experiment](options, runner)
+    except (UserError, prepare_text.DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
