@@ -91,6 +91,18 @@ class Task(NamedTuple):
         return " ".join(f"{name} {value}" for name, value in self.labels.items())
 
 
+PAGE = """# {title}
+
+    {command}
+
+{date}; {hardware};
+{versions}, train_gpt.py {code} (sha256). {runs} runs of
+{run_minutes} min together; the command's last call took {wall_minutes} min.
+
+{text}
+"""
+
+
 class Runner:
     """Makes the runs of a table, several side by side, and publishes what they measured."""
 
@@ -190,18 +202,6 @@ class Runner:
         print(f"wrote {self.out / 'README.md'} and {self.out / 'results.json'}")
 
 
-PAGE = """# {title}
-
-    {command}
-
-{date}; {hardware};
-{versions}, train_gpt.py {code} (sha256). {runs} runs of
-{run_minutes} min together; the command's last call took {wall_minutes} min.
-
-{text}
-"""
-
-
 def digest(task: Task) -> str:
     """Changes with the labels, the code, every resolved setting and the size of each shard."""
     cfg = Config.from_env(task.env)
@@ -273,9 +273,8 @@ class Estimate(NamedTuple):
     error: float | None
 
 
-def estimate(rows: Iterable[Row], measure: str, base: Iterable[Row] = ()) -> Estimate | None:
-    """Over the seeds of `rows`, or of the difference from `base` over those of both; None for no
-    value."""
+def estimate(rows: Sequence[Row], measure: str, base: Sequence[Row] = ()) -> Estimate | None:
+    """Of `measure`, or of its difference from `base`, paired by seed; None where there is none."""
     values = by_seed(rows, measure)
     if base:
         before = by_seed(base, measure)
@@ -290,7 +289,7 @@ def by_seed(rows: Iterable[Row], measure: str) -> dict[int, float]:
     return {r["labels"]["seed"]: r["measures"][measure] for r in rows if measure in r["measures"]}
 
 
-def estimates(rows: Iterable[Row], base: Iterable[Row] = ()) -> dict[str, Estimate]:
+def estimates(rows: Sequence[Row], base: Sequence[Row] = ()) -> dict[str, Estimate]:
     """Of all measures that there are."""
     found = {measure: estimate(rows, measure, base) for measure in MEASURES}
     return {measure: value for measure, value in found.items() if value}
@@ -306,6 +305,7 @@ def cell(found: Estimate | None, style: str = ".4f", error: bool = True) -> str:
 
 
 def grouped(rows: Iterable[Row], label: str) -> dict[Any, list[Row]]:
+    """Label's value -> its rows."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["labels"][label], []).append(row)
@@ -417,7 +417,7 @@ disturbed seed, each run on its share of the cores.
 def ablate(options: argparse.Namespace, runner: Runner) -> None:
     """What each technique is worth on two CPU cores: `tiny` with one thing changed at a time.
 
-    All of it takes about 40 minutes on two idle cores; a few switches take a few:
+    All of it takes about 40 minutes on two idle cores; a few switches take a few minutes:
 
         python records/tools/experiments.py ablation --only relu2,xsa_off --seeds 2 --steps 60
 
@@ -534,6 +534,7 @@ def remark(switch: Switch, change: Estimate) -> str:
 # Tournament
 
 CONFIGS = ["own", "pr864", "pr810", "pr1026", "pr993", "pr808"]
+TEXTS = ["sample", "python"]
 NEVER = 1_000_000  # steps
 # Sizes and rates of `tiny`, the same for all, and the five's scorer. The steps of the warm-up are
 # untimed: the first ones are slow and would bend the rate's fall.
@@ -745,23 +746,24 @@ def listed(text: str) -> list[str]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    both = argparse.ArgumentParser(add_help=False)
+    both.add_argument("--seeds", type=positive, default=3, help="SEED=1 to this; default 3")
+    text = "runs side by side; default one a core"
+    both.add_argument("--jobs", type=int, default=len(my_cores()), help=text)
+    text = "folder of the table; default the experiment's in records/track_cpu"
+    both.add_argument("--out", type=Path, help=text)
+    text = "variables of every run, such as MODEL_DIM=64 DATA_PATH=data/datasets/notes"
+    several = dict(nargs="*", action="extend", default=[])
+    both.add_argument("--set", metavar="NAME=VALUE", help=text, **several)
+
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
     add = {}
     for name, experiment in EXPERIMENTS.items():
         text = inspect.getdoc(experiment)
-        summary = text.partition("\n")[0]
-        made = commands.add_parser(name, help=summary, description=text, formatter_class=layout)
-        add[name] = made.add_argument
-        add[name]("--seeds", type=positive, default=3, help="SEED=1 to this; default 3")
-        text = "runs side by side; default one a core"
-        add[name]("--jobs", type=int, default=len(my_cores()), help=text)
-        text = f"folder of the table; default records/track_cpu/{name}"
-        add[name]("--out", type=Path, default=RECORDS / "track_cpu" / name, help=text)
-        text = "variables of every run, such as MODEL_DIM=64 DATA_PATH=data/datasets/notes"
-        options = dict(nargs="*", action="extend", default=[], metavar="NAME=VALUE")
-        add[name]("--set", help=text, **options)
+        about = dict(help=text.partition("\n")[0], description=text, formatter_class=layout)
+        add[name] = commands.add_parser(name, parents=[both], **about).add_argument
     text = f"of {', '.join(switch.name for switch in SWITCHES)}; default all"
     add["ablation"]("--only", type=listed, metavar="NAME,...", help=text)
     add["ablation"]("--steps", type=positive, default=130, help="of a run; default 130")
@@ -769,11 +771,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add["ablation"]("--val-tokens", type=positive, default=20_000, help=text)
     text = f"RECORDs; default {','.join(CONFIGS)}"
     add["tournament"]("--configs", type=listed, default=CONFIGS, metavar="NAME,...", help=text)
-    texts = ["sample", "python"]
-    text = "default sample,python"
-    add["tournament"]("--texts", type=listed, default=texts, metavar="TEXT,...", help=text)
+    text = f"default {','.join(TEXTS)}"
+    add["tournament"]("--texts", type=listed, default=TEXTS, metavar="TEXT,...", help=text)
     add["tournament"]("--seconds", type=positive, default=20, help="of training; default 20")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.out = options.out or RECORDS / "track_cpu" / options.experiment
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
