@@ -657,13 +657,19 @@ def read_pairs(path: Path) -> dict[str, str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as wrong:
         raise ConfigError(f"{path}: not UTF-8 ({wrong}); fix: get it again") from None
+    return parse_pairs(lines, str(path))
+
+
+def parse_pairs(lines: Iterable[str], source: str) -> dict[str, str]:
+    """NAME=value lines -> values by name; empty lines and comments say nothing. ConfigError names
+    `source`, where they are from."""
     pairs = {}
     for line in lines:
         name, equals, value = line.partition("=")
         if not line.strip() or line.startswith("#"):
             continue
         if not equals:
-            raise ConfigError(f"{path}: {line!r} is not NAME=value")
+            raise ConfigError(f"{source}: {line!r} is not NAME=value")
         pairs[name] = value.strip()
     return pairs
 

@@ -1,4 +1,4 @@
-"""ablate.py and tournament.py: what they run, what they remember, what they make of it."""
+"""experiments.py: what it runs, what it remembers, what it makes of it."""
 
 import json
 import math
@@ -10,13 +10,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import ablate
+import experiments
 import numpy as np
 import pytest
-import runs
-import tournament
+from experiments import SWITCHES, Estimate, Row, estimate
 from helpers import ROOT, launch, train_gpt
-from runs import Estimate, Row
+from run_folder import markdown
 
 # Stands in for train_gpt.py: its files and lines in a few milliseconds.
 FAKE = """
@@ -25,8 +24,9 @@ from pathlib import Path
 
 env = os.environ
 call = {name: env[name] for name in env if name.isupper()} | {"PID": os.getpid()}
-with open(env["FAKE_LOG"], "a") as log:
-    log.write(json.dumps(call | {"CORES": sorted(os.sched_getaffinity(0))}) + "\\n")
+call["CORES"] = sorted(os.sched_getaffinity(0))
+with open(env["FAKE_LOG"], "ab", buffering=0) as log:  # whole lines, as two runs write at a time
+    log.write(json.dumps(call).encode() + b"\\n")
 time.sleep(float(env.get("FAKE_SECONDS", 0)))
 seed, relu2, decay = int(env.get("SEED", 0)), env.get("LEAKY_SLOPE") == "0", "MUON_WD" in env
 if env.get("FAKE_FAILS") == env.get("XSA_LAST_N", "none"):
@@ -48,7 +48,7 @@ folder.mkdir(parents=True)
 """
 SMALL = "NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=1 XSA_LAST_N=1 VE_DIM=8".split()
 SMALL += "TRAIN_SEQ_LEN=32 EVAL_STRIDE=32 TRAIN_BATCH_TOKENS=64 BIGRAM_VOCAB_SIZE=64".split()
-BASE = ablate.FIXED | ablate.schedule(100)
+BASE = experiments.FIXED | experiments.schedule_of_steps(100)
 
 
 @pytest.fixture
@@ -56,22 +56,29 @@ def fake(tmp_path, monkeypatch):
     """FAKE in the place of the script -> function that lists its calls so far."""
     script, log = tmp_path / "train_gpt.py", tmp_path / "calls.jsonl"
     script.write_text(FAKE)
-    monkeypatch.setattr(runs, "SCRIPT", script)
-    monkeypatch.setattr(runs, "CODE", {script: script.read_bytes()})
+    monkeypatch.setattr(experiments, "SCRIPT", script)
+    monkeypatch.setattr(experiments, "CODE", {script: script.read_bytes()})
     monkeypatch.setenv("FAKE_LOG", str(log))
-    return lambda: list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
+
+    def calls():
+        text = log.read_text() if log.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a line may be half written
+        return list(map(json.loads, whole.splitlines()))
+
+    return calls
 
 
 def ablation(out, dataset, *arguments):
     where = ["--out", str(out), "--set", f"DATA_PATH={dataset}"]
-    return ablate.main([*arguments, *where])
+    return experiments.main(["ablation", *arguments, *where])
 
 
 def table_rows(out):
     """First cell -> the other cells of the tables in a README.md."""
     lines = (out / "README.md").read_text(encoding="utf-8").splitlines()
-    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    return {row[0]: row[1:] for row in cells}
+    tables = [line.strip("|").split("|") for line in lines if line.startswith("| ")]
+    rows = [[cell.strip() for cell in row] for row in tables]
+    return {row[0]: row[1:] for row in rows if set(row[0]) != {"-"}}
 
 
 def row(name, seed, **measures) -> Row:
@@ -88,7 +95,7 @@ def test_ablation_end_to_end(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     size = ["--steps", "4", "--seeds", "1", "--val-tokens", "500", "--jobs", "1"]
     assert ablation(tmp_path, dataset, *size, "--only", "relu2", "--set", *SMALL) == 0
-    done = list(runs.read_rows(tmp_path).values())
+    done = list(experiments.read_rows(tmp_path).values())
     assert [r["labels"]["name"] for r in done] == ["baseline", "relu2"]
     assert done[1]["env"]["LEAKY_SLOPE"] == "0" and "LEAKY_SLOPE" not in done[0]["env"]
     plain, relu2 = (r["measures"] for r in done)
@@ -97,7 +104,7 @@ def test_ablation_end_to_end(dataset, tmp_path, monkeypatch):
     assert plain["steps"] == 4 and plain["step_ms"] > 0
     assert plain["artifact_bytes"] < plain["total_bytes"] < 300_000
     change = relu2["int6_bpb"] - plain["int6_bpb"]
-    assert table_rows(tmp_path)[ablate.SWITCHES[0].words][4] == f"{change:+.4f}"
+    assert table_rows(tmp_path)[SWITCHES[0].words][4] == f"{change:+.4f}"
     assert not any((tmp_path / "temporary").iterdir())
 
 
@@ -105,28 +112,28 @@ def test_ablation_end_to_end(dataset, tmp_path, monkeypatch):
 # Switches and configurations
 
 
-@pytest.mark.parametrize("switch", ablate.SWITCHES, ids=lambda switch: switch.name)
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.name)
 def test_switch_resolves_and_changes_the_configuration(switch):
-    env = BASE | ablate.pruning(switch.env(), 800_000)
+    env = BASE | switch.env(800_000)
     assert train_gpt.Config.from_env(env) != train_gpt.Config.from_env(BASE)
-    assert ablate.changed(switch, BASE)
-    assert {*switch.env()} <= {*train_gpt.VARIABLES}
+    assert switch.changes(BASE) and switch.fits(BASE)
+    assert {*switch.env(800_000)} <= {*train_gpt.VARIABLES}
 
 
 def test_switches_differ():
     """No two of them are the same configuration, and names and words are their own."""
-    cfgs = [train_gpt.Config.from_env(BASE | ablate.pruning(s.env(), 8e5)) for s in ablate.SWITCHES]
+    cfgs = [train_gpt.Config.from_env(BASE | s.env(8e5)) for s in SWITCHES]
     assert all(a != b for i, a in enumerate(cfgs) for b in cfgs[:i])
     for field in ("name", "words", "variables"):
-        assert len({getattr(s, field) for s in ablate.SWITCHES}) == len(ablate.SWITCHES)
+        assert len({getattr(s, field) for s in SWITCHES}) == len(SWITCHES)
 
 
 def test_on_and_off_are_seen_from_tiny():
     """A technique that a switch takes out is in `tiny`; one that it adds is not."""
     plain = train_gpt.Config.from_env(BASE)
-    for switch in ablate.SWITCHES:
+    for switch in SWITCHES:
         if switch.how in ("on", "off") and switch.name != "relu2":
-            (name, text), *_ = switch.env().items()
+            (name, text), *_ = switch.env(8e5).items()
             assert bool(getattr(plain, name.lower())) == (switch.how == "off"), switch.name
             assert (text == "0") == (switch.how == "off"), switch.name
 
@@ -141,17 +148,17 @@ def test_switch_without_effect_is_refused(fake, dataset, tmp_path, capsys):
 def test_schedule_is_that_of_tiny():
     assert all(
         str(getattr(train_gpt.Config.from_env({"RECORD": "tiny"}), name.lower())) == text
-        for name, text in ablate.schedule(800).items()
+        for name, text in experiments.schedule_of_steps(800).items()
         if name != "VAL_LOSS_EVERY"
     )
 
 
-@pytest.mark.parametrize("name", tournament.CONFIGS)
+@pytest.mark.parametrize("name", experiments.CONFIGS)
 def test_shrunk_configuration(name):
     """It resolves; layers stay in their places, and nothing else of the RECORD is lost."""
     given = {"RECORD": name, "DEVICE": "cpu"}
     full = train_gpt.Config.from_env(given)
-    plan = tournament.schedule(20, 250.0) | tournament.shrunk(name, {})
+    plan = experiments.schedule_of_seconds(20, 250.0) | experiments.shrunk(name, {})
     small = train_gpt.Config.from_env(plan)
     assert small.model_dim == 128 and small.max_wallclock_seconds == 20
     assert small.ve_layers == (-2, -1)
@@ -164,14 +171,14 @@ def test_shrunk_configuration(name):
 
 
 def test_deeper_shrunk_configuration():
-    six = train_gpt.Config.from_env(tournament.shrunk("pr808", {"NUM_LAYERS": "6"}))
+    six = train_gpt.Config.from_env(experiments.shrunk("pr808", {"NUM_LAYERS": "6"}))
     assert (six.depth_recurrence, six.ve_layers, six.xsa_last_n) == ((2, 3), (-2, -1), 2)
 
 
 @pytest.mark.parametrize("step_ms", [80.0, 250.0, 900.0])
 def test_rate_falls_over_the_last_half(step_ms):
     """By the script's own rule, at the speed that was measured; EMA forgets the first weights."""
-    env = tournament.schedule(20, step_ms) | tournament.shrunk("pr864", {})
+    env = experiments.schedule_of_seconds(20, step_ms) | experiments.shrunk("pr864", {})
     cfg, times = train_gpt.Config.from_env(env), np.arange(1, 20_000 / step_ms) * step_ms / 1000
     factors = [train_gpt.lr_factor(i, t, cfg) for i, t in enumerate(times, 1)]
     assert np.mean(np.less(factors, 1)) == pytest.approx(0.5, abs=0.05)
@@ -192,11 +199,11 @@ def test_done_runs_are_not_made_again(fake, dataset, tmp_path):
     path.write_text("\n".join([*lines[:5], lines[5][:40]]))
     assert ablation(tmp_path, dataset, "--only", "lzma", "--seeds", "2") == 0
     assert ["COMPRESSOR" in call for call in fake()[6:]] == [True, True]
-    words = {switch.name: switch.words for switch in ablate.SWITCHES}
+    words = {switch.name: switch.words for switch in SWITCHES}
     assert {*table_rows(tmp_path)} > {words[name] for name in ("relu2", "muon_wd", "lzma")}
     assert ablation(tmp_path, dataset, "--only", "relu2,muon_wd", "--seeds", "2") == 0
     assert len(fake()) == 9 and fake()[8]["SEED"] == str(cut["seed"])
-    labels = [tuple(row["labels"].values()) for row in runs.read_rows(tmp_path).values()]
+    labels = [tuple(row["labels"].values()) for row in experiments.read_rows(tmp_path).values()]
     assert len(set(labels)) == 8 == len(path.read_text().splitlines())
 
 
@@ -204,14 +211,14 @@ def test_a_killed_ablation_goes_on(fake, dataset, tmp_path, monkeypatch):
     """SIGTERM ends its runs as well; what was done stays."""
     monkeypatch.setenv("FAKE_SECONDS", "0.4")
     arguments = ["--only", "relu2,muon_wd,lzma", "--seeds", "3"]
-    given = [*arguments, "--out", str(tmp_path), "--set", f"DATA_PATH={dataset}"]
+    given = ["ablation", *arguments, "--out", str(tmp_path), "--set", f"DATA_PATH={dataset}"]
     driver = tmp_path / "driver.py"
     driver.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'records/tools')!r})\n"
-        "from pathlib import Path\nimport ablate, runs\n"
-        f"runs.SCRIPT = Path({str(runs.SCRIPT)!r})\n"
-        "runs.CODE = {runs.SCRIPT: runs.SCRIPT.read_bytes()}\n"
-        f"sys.exit(ablate.main({given!r}))\n"
+        "from pathlib import Path\nimport experiments\n"
+        f"experiments.SCRIPT = Path({str(experiments.SCRIPT)!r})\n"
+        "experiments.CODE = {experiments.SCRIPT: experiments.SCRIPT.read_bytes()}\n"
+        f"sys.exit(experiments.main({given!r}))\n"
     )
     with subprocess.Popen([sys.executable, driver], stdout=subprocess.PIPE) as process:
         while len(fake()) < 6:
@@ -220,11 +227,11 @@ def test_a_killed_ablation_goes_on(fake, dataset, tmp_path, monkeypatch):
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 143
     assert not any(Path(f"/proc/{call['PID']}").exists() for call in fake())
-    done, begun = len(runs.read_rows(tmp_path)), len(fake())
+    done, begun = len(experiments.read_rows(tmp_path)), len(fake())
     assert 3 <= done < 12
     monkeypatch.setenv("FAKE_SECONDS", "0")
     assert ablation(tmp_path, dataset, *arguments) == 0
-    assert len(fake()) - begun == 12 - done and len(runs.read_rows(tmp_path)) == 12
+    assert len(fake()) - begun == 12 - done and len(experiments.read_rows(tmp_path)) == 12
 
 
 def test_other_code_or_settings_or_data_are_other_runs(fake, dataset, tmp_path, monkeypatch):
@@ -233,28 +240,28 @@ def test_other_code_or_settings_or_data_are_other_runs(fake, dataset, tmp_path, 
         before = len(fake())
         assert ablation(out, dataset, *only, *more) == 0
         assert len(fake()) == before + 2
-    runs.SCRIPT.write_text(FAKE + "# a comment\n")
-    monkeypatch.setattr(runs, "CODE", {runs.SCRIPT: runs.SCRIPT.read_bytes()})
+    experiments.SCRIPT.write_text(FAKE + "# a comment\n")
+    monkeypatch.setattr(experiments, "CODE", {experiments.SCRIPT: experiments.SCRIPT.read_bytes()})
     assert ablation(out, dataset, *only) == 0
     assert len(fake()) == before + 4
 
 
 def test_code_that_changes_meanwhile_ends_the_table(fake, dataset, tmp_path, capsys):
-    runs.SCRIPT.write_text(FAKE + "# a comment\n")
+    experiments.SCRIPT.write_text(FAKE + "# a comment\n")
     assert ablation(tmp_path, dataset, "--only", "relu2", "--jobs", "1") == 2
     assert "edited meanwhile" in capsys.readouterr().err
-    assert runs.read_rows(tmp_path) == {} and len(fake()) <= 2
+    assert experiments.read_rows(tmp_path) == {} and len(fake()) <= 2
 
 
 def test_runs_have_cores_of_their_own(fake, dataset, tmp_path):
     """Equal shares that do not overlap; this process keeps all of them."""
-    mine = runs.my_cores()
+    mine = experiments.my_cores()
     jobs = min(2, len(mine))
     assert ablation(tmp_path, dataset, "--only", "relu2,lzma", "--jobs", str(jobs)) == 0
     shares = {tuple(call["CORES"]) for call in fake()}
     assert 1 <= len(shares) <= jobs and all(len(s) == len(mine) // jobs for s in shares)
     assert len(shares) == 1 or not set.intersection(*map(set, shares))
-    assert runs.my_cores() == mine
+    assert experiments.my_cores() == mine
 
 
 def test_more_jobs_than_cores_are_refused(fake, dataset, tmp_path, capsys):
@@ -278,9 +285,9 @@ def test_a_failing_run_leaves_the_others(fake, dataset, tmp_path, monkeypatch, c
     assert ablation(tmp_path, dataset, "--only", "xsa_off,relu2", "--seeds", "2") == 1
     printed = capsys.readouterr().out
     assert printed.count("failed: name xsa_off seed") == 2 and "as it was told" in printed
-    done = {row["labels"]["name"] for row in runs.read_rows(tmp_path).values()}
+    done = {row["labels"]["name"] for row in experiments.read_rows(tmp_path).values()}
     assert done == {"baseline", "relu2"}
-    assert [*table_rows(tmp_path)][2:] == ["**baseline**", ablate.SWITCHES[0].words]
+    assert [*table_rows(tmp_path)][1:] == ["**baseline**", SWITCHES[0].words]
 
 
 @pytest.mark.parametrize("arguments", [["--only", "relu3"], ["--set", "ADAM_WD"]])
@@ -296,7 +303,7 @@ def test_cut_validation(dataset, tmp_path):
     for tokens in (100, 10**9):
         folder = tmp_path / str(tokens)
         folder.mkdir()
-        assert ablate.cut_validation(dataset, folder, tokens) == str(folder)
+        assert experiments.cut_validation(dataset, folder, tokens) == str(folder)
         (cut,) = train_gpt.find_shards(folder, "val")
         assert train_gpt.read_shard(cut, 512).tolist() == whole[:tokens].tolist()
         (train,) = train_gpt.find_shards(folder, "train")
@@ -314,23 +321,35 @@ def test_estimates_equal_numpy():
         rows = [row("a", seed, bpb=x) for seed, x in enumerate(a)]
         base = [row("b", seed, bpb=x) for seed, x in enumerate(b)]
         for found, values in (
-            (runs.over_seeds(rows, "bpb"), a),
-            (runs.difference(rows, base[::-1], "bpb"), a - b),
+            (estimate(rows, "bpb"), a),
+            (estimate(rows, "bpb", base[::-1]), a - b),
         ):
             assert found.mean == pytest.approx(values.mean(), rel=1e-12)
             error = values.std(ddof=1) / math.sqrt(count)
             assert found.error == pytest.approx(error, rel=1e-9)
 
 
+def test_markdown():
+    """Columns as wide as their widest cell; `left` of them begin at the left."""
+    table = markdown(["name", "", "bpb"], [["a ± b", "x", "1.5"], ["c", "yz", "12.25"]], left=2)
+    assert table.splitlines() == [
+        "| name  |     |   bpb |",
+        "| ----- | --- | ----: |",
+        "| a ± b | x   |   1.5 |",
+        "| c     | yz  | 12.25 |",
+    ]
+    assert markdown(["a", "b"], []) == "| a   |   b |\n| --- | --: |"
+
+
 def test_estimates_of_little():
     """One seed has no error; seeds without a partner, or a measure, do not count."""
     rows = [row("a", 1, bpb=3.0), row("a", 2, bpb=9.0), row("a", 3)]
     base = [row("b", 1, bpb=2.0), row("b", 3, bpb=1.0)]
-    assert runs.difference(rows, base, "bpb") == Estimate(1.0, None)
-    assert runs.estimate([]) is runs.over_seeds(rows, "none") is None
-    assert runs.cell(Estimate(1.0, None)) == "1.0000" and runs.cell(None) == "-"
-    assert runs.cell(Estimate(-1234.5, 6.7), "+,.0f") == "-1,234 ± 7"
-    assert runs.cell(Estimate(1.23456, 0.1), error=False) == "1.2346"
+    assert estimate(rows, "bpb", base) == Estimate(1.0, None)
+    assert estimate([], "bpb") is estimate(rows, "none") is estimate(rows[1:2], "bpb", base) is None
+    assert experiments.cell(Estimate(1.0, None)) == "1.0000" and experiments.cell(None) == "-"
+    assert experiments.cell(Estimate(-1234.5, 6.7), "+,.0f") == "-1,234 ± 7"
+    assert experiments.cell(Estimate(1.23456, 0.1), error=False) == "1.2346"
 
 
 @pytest.mark.parametrize(
@@ -347,7 +366,7 @@ def test_estimates_of_little():
     ],
 )
 def test_remarks(how, mean, error, words):
-    found = ablate.remark(ablate.Switch("a", how, "", ""), Estimate(mean, error))
+    found = experiments.remark(experiments.Switch("a", how, "", ""), Estimate(mean, error))
     assert words in found and bool(words) == bool(found)
 
 
@@ -355,17 +374,17 @@ def test_ablation_table(fake, dataset, tmp_path):
     """Sorted by effect, worst first; the command, the machine, the runs' own numbers."""
     assert ablation(tmp_path, dataset, "--only", "relu2,lzma,muon_wd", "--steps", "40") == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    command = "    python records/tools/ablate.py --only relu2,lzma,muon_wd --steps 40 --out "
-    assert text.splitlines()[2].startswith(command)
+    command = "    python records/tools/experiments.py ablation --only relu2,lzma,muon_wd "
+    assert text.splitlines()[2].startswith(f"{command}--steps 40 --out ")
     assert "torch" in text and "cores" in text and " min" in text
-    words = {switch.name: switch.words for switch in ablate.SWITCHES}
+    words = {switch.name: switch.words for switch in SWITCHES}
     rows, order = table_rows(tmp_path), ["**baseline**"]
     order += [words[name] for name in ("muon_wd", "lzma", "relu2")]
-    assert [*rows][2:] == order
+    assert [*rows][1:] == order
     plain = ["2.4567 ± 0.2333", "2.4667 ± 0.2333", "", "600,020 ± 6", "101"]
     assert rows["**baseline**"][2:7] == plain
     assert rows[words["muon_wd"]][4:] == ["+0.3000 ± 0.0000", "+0", "+0", "helps"]
-    assert rows[words["lzma"]][4:] == ["+0.0000 ± 0.0000", "+0", "+0"]
+    assert rows[words["lzma"]][4:] == ["+0.0000 ± 0.0000", "+0", "+0", ""]
     assert rows[words["relu2"]][4] == "-0.2020 ± 0.0006" and "hurts" in rows[words["relu2"]][-1]
     results = json.loads((tmp_path / "results.json").read_text())
     bpb = [2 + 0.1 * seed**2 for seed in (1, 2, 3)]
@@ -387,7 +406,7 @@ def test_pruning_aims_below_the_same_seed(fake, dataset, tmp_path):
 
 
 def play(out, *arguments):
-    return tournament.main([*arguments, "--out", str(out)])
+    return experiments.main(["tournament", *arguments, "--out", str(out)])
 
 
 def test_tournament_tables(fake, dataset, tmp_path):
@@ -403,8 +422,8 @@ def test_tournament_tables(fake, dataset, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["ranks"] == {"tiny": [1] * 4, "pr864": [2] * 4, "pr1026": [3] * 4}
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert re.search(r"\| tiny \| 1.00 \| 2.2900 ± 0.1500 \|", text)
-    assert "after TTT" not in text and "| 900.00 |" in text
+    assert re.search(r"\| tiny +\| +1.00 \| +2.2900 ± 0.1500 \|", text)
+    assert "after TTT" not in text and "|   900.00 |" in text
     assert play(tmp_path, *given) == 0 and len(fake()) == len(calls)
 
 
@@ -414,14 +433,14 @@ def test_ranks_are_within_text_and_seed():
 
     rows = [scored("a", "x", 1, 2.0), scored("b", "x", 1, 3.0), scored("a", "y", 1, 5.0)]
     rows += [scored("b", "y", 1, 4.0), scored("b", "y", 2, 1.0), scored("a", "y", 2, 2.0)]
-    assert tournament.ranks(rows) == {"a": [1, 2, 2], "b": [2, 1, 1]}
+    assert experiments.ranks(rows) == {"a": [1, 2, 2], "b": [2, 1, 1]}
 
 
 def test_python_text_is_the_same_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(tournament, "PYTHON_BYTES", 200_000)
+    monkeypatch.setattr(experiments, "PYTHON_BYTES", 200_000)
     shards = []
     for name in "ab":
-        tournament.prepare_python(tmp_path / name)
+        experiments.prepare_python(tmp_path / name)
         shards += [[path.read_bytes() for path in sorted((tmp_path / name).glob("*.bin"))]]
     assert shards[0] == shards[1] and len(shards[0]) == 2
     assert all(len(shard) > 10_000 for shard in shards[0])
@@ -433,7 +452,10 @@ def test_text_that_is_no_dataset_is_refused(fake, tmp_path, capsys):
     assert str(tmp_path) in error and error.count("\n") == 1 and fake() == []
 
 
-@pytest.mark.parametrize("name", ["ablate", "tournament"])
-def test_scripts_start_from_another_folder(name, tmp_path):
-    done = launch(ROOT / f"records/tools/{name}.py", ["--help"], {}, 1, tmp_path)
-    assert done.returncode == 0 and "--jobs" in done.stdout and done.stderr == ""
+@pytest.mark.parametrize("name", ["ablation", "tournament"])
+def test_help_is_given_in_another_folder(name, tmp_path):
+    """What it does, how long it takes, an example; all in one command that starts anywhere."""
+    done = launch(ROOT / "records/tools/experiments.py", [name, "--help"], {}, 1, tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    for words in ("--jobs", "minutes", f"python records/tools/experiments.py {name} --"):
+        assert words in done.stdout
