@@ -192,22 +192,6 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int =
     return "\n".join(lines)
 
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table in columns as wide as their widest cell: the first `left` columns begin at the left,
-    the others, which hold numbers, end at the right."""
-    rows = list(rows)
-    columns = zip(headings, *rows, strict=True)
-    widths = [max(3, *map(len, column)) for column in columns]  # a rule has three characters
-    aligned = [str.ljust] * left + [str.rjust] * (len(widths) - left)
-    rule = ["-" * width for width in widths[:left]]
-    rule += ["-" * (width - 1) + ":" for width in widths[left:]]
-    lines = []
-    for row in (headings, rule, *rows):
-        cells = [align(*cell) for align, *cell in zip(aligned, row, widths, strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")

@@ -117,9 +117,9 @@ def test_the_folder_runs_and_decodes_on_its_own(made, built, tmp_path):
     shell(folder, run, DATA_PATH=str(data))
     new = {path.name for path in folder.iterdir()} - before
     assert new == {f"rerun_seed{seed}.log", "runs"}
-    for name in ("artifact.bin", "train_gpt.py"):
+    for name, there in {"artifact.bin": f"seed_{seed}", "train_gpt.py": ""}.items():
         again = (folder / f"runs/seed_{seed}" / name).read_bytes()
-        assert again == (folder / f"seed_{seed}" / name).read_bytes(), name
+        assert again == (folder / there / name).read_bytes(), name
     lines = [
         [line for line in path.read_text().splitlines() if re.match("final_(ngram_ex|codec)", line)]
         for path in (folder / f"rerun_seed{seed}.log", folder / f"train_seed{seed}.log")
@@ -147,6 +147,7 @@ def test_layout_and_claims(made, built):
     parts = [read(path) for path in made[1]]
     date = max(part["date"] for part in parts)[:10]
     assert folder.parent.name == "track_cpu" and folder.name == f"{date}_{FOLDER}"
+    assert len(list(folder.rglob("train_gpt.py"))) == 1
     names = {path.name for path in folder.iterdir()}
     assert names == {
         *("README.md", "submission.json", "train_gpt.py", "config.env", "requirements.txt"),
@@ -306,7 +307,7 @@ def test_over_the_cap(made, refused, built, monkeypatch):
 def test_a_damaged_submission_is_named(text, runs, refused):
     (runs[1] / "submission.json").write_text(text)
     error = refused(runs, "--force")
-    assert f"{runs[1]}: a file in it is damaged" in error
+    assert f"{runs[1]}: damaged" in error
 
 
 def test_an_author_is_needed(made, refused, built, monkeypatch):
@@ -326,8 +327,7 @@ def test_a_failed_check_is_no_submission(runs, refused):
 def test_files_that_cannot_be_pushed(made, refused, monkeypatch):
     monkeypatch.setattr(submit, "GITHUB_FILE_BYTES", 100_000)
     error = refused(made[1])
-    for name in ("artifact.bin", "train_gpt.py"):
-        assert error.count(f"{name}: over 100,000 bytes, too large to be pushed") == 2
+    assert error.count("artifact.bin: over 100,000 bytes, too large to be pushed") == 2
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
