@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
+import huggingface_hub
 import numpy as np
 import pytest
 import sentencepiece
@@ -28,11 +29,8 @@ REPO, COMMIT = "someone/export", "c0ffee" * 6 + "c0de"
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it all again " * 30
 MODEL = model_of(TEXT, 300, byte_fallback=True)
 SHARD_TOKENS = 40_000
+KEPT = 10 << 20  # bytes: huggingface_hub writes so many at a time
 FOLDER = "datasets/fineweb10B_sp1024"
-BYTE_JSON = dict(
-    config=dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_offset=4, byte_count=256),
-    tokenizer_type="pure_byte",
-)
 
 
 # -----------------------------------------------------------------------------
@@ -67,6 +65,20 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound")
         paths = parse_qs(body)["paths"]
         self.answer_json([self.hub.entry(path) for path in paths if path in self.hub.files])
+
+    def do_HEAD(self):
+        """What huggingface_hub asks before a file: where it lies, its digest and size."""
+        self.hub.tokens[self.path] = self.headers["Authorization"]
+        name = unquote(self.path).removeprefix(f"/datasets/{REPO}/resolve/{COMMIT}/")
+        self.hub.requests.append(("HEAD", self.path, None))
+        if name not in self.hub.files or name in self.hub.gone:
+            return self.refuse(404, "EntryNotFound")
+        entry = self.hub.entry(name)
+        told = dict(X_Repo_Commit=COMMIT, ETag=f'"{entry["oid"]}"')
+        if not self.hub.in_lfs(name):
+            return self.reply(200, Content_Length=entry["size"], **told)
+        told |= dict(X_Linked_ETag=f'"{entry["lfs"]["oid"]}"', X_Linked_Size=entry["size"])
+        self.reply(302, Location=f"{self.hub.cdn}/cdn/{name}", **told)
 
     def do_GET(self):
         self.hub.requests.append(("GET", self.path, self.headers["Range"]))
@@ -156,11 +168,16 @@ class FakeHub(ThreadingHTTPServer):
 
     def fetched(self):
         """How often each file was asked for, by its name."""
-        paths = [path.rpartition("/")[2] for _, path, _ in self.requests if "/resolve/" in path]
+        places = "/resolve/", "/cdn/"
+        asked = [
+            path for how, path, _ in self.requests if how == "GET" if any(p in path for p in places)
+        ]
+        paths = [path.rpartition("/")[2] for path in asked]
         return {name: paths.count(name) for name in paths}
 
     def ranges_of(self, name):
-        return [r for _, path, r in self.requests if "/resolve/" in path and path.endswith(name)]
+        """What was asked of the storage: None for all of it"""
+        return [r for how, path, r in self.requests if how == "GET" and path.endswith(name)]
 
 
 def shard(number, path, vocab_size=300):
@@ -198,13 +215,12 @@ def published(tmp_path_factory):
     """Path below datasets/ -> bytes of a small export."""
     work = tmp_path_factory.mktemp("export") / "shard.bin"
     files = {"manifest.json": manifest()}
-    for variant, size in (("sp1024", 300), ("sp4096", 300), ("byte260", 260)):
+    for variant, size in (("sp1024", 300), ("sp4096", 300)):
         for i, name in enumerate(["val_000000", *(f"train_{n:06d}" for n in range(3))]):
             files[f"datasets/fineweb10B_{variant}/fineweb_{name}.bin"] = shard(i, work, size)
     for vocab in (1024, 4096):
         files[f"tokenizers/fineweb_{vocab}_bpe.model"] = MODEL
         files[f"tokenizers/fineweb_{vocab}_bpe.vocab"] = b"<pad>\t0\n<s>\t0\n"
-    files["tokenizers/fineweb_pure_byte_260.json"] = BYTE_JSON
     return files
 
 
@@ -218,6 +234,9 @@ def hub(published, monkeypatch):
     for name, text in environment(server).items():
         monkeypatch.setenv(name, text)
     monkeypatch.setattr(download_fineweb, "PAUSE_SECONDS", (0, 0, 0, 0, 0))
+    fast = types.SimpleNamespace(**vars(time) | dict(sleep=lambda seconds: None))
+    monkeypatch.setattr(huggingface_hub.file_download, "time", fast)
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # kept at a cut
     yield server
     server.go_on.set()
     server.shutdown()
@@ -258,7 +277,7 @@ def final_names(out):
     return sorted(
         path.relative_to(out).as_posix()
         for path in out.rglob("*")
-        if path.is_file() and not path.name.startswith(".")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(out).parts)
     )
 
 
@@ -272,7 +291,7 @@ def assert_complete(out, hub, variant="sp1024", train=3):
     for name in wanted:
         assert (out / name).read_bytes() == hub.files[f"datasets/{name}"], name
     assert set(final_names(out)) == wanted | {f"{folder}/tokenizer.model"}
-    assert not list(out.rglob("*.partial"))
+    assert not list(out.glob(".download*"))
 
 
 # -----------------------------------------------------------------------------
@@ -334,9 +353,9 @@ def test_validation_only(hub, get):
     assert_complete(done.out, hub, train=0)
 
 
-@pytest.mark.parametrize("variant", ["sp4096", "byte260"])
-def test_other_variants_bring_their_tokenizer(hub, get, variant):
+def test_another_variant_brings_its_tokenizer(hub, get):
     """DATA_PATH, which the last line gives, is all that train_gpt.py needs."""
+    variant = "sp4096"
     done = get("--variant", variant, "1")
     assert_complete(done.out, hub, variant, train=1)
     folder = done.out / f"datasets/fineweb10B_{variant}"
@@ -345,32 +364,13 @@ def test_other_variants_bring_their_tokenizer(hub, get, variant):
     assert Path(cfg.tokenizer_path) == folder / "tokenizer.model"
     vocab = len(train_gpt.token_bytes(cfg.tokenizer_path, 0).base_bytes)
     assert train_gpt.read_shard(folder / "fineweb_train_000000.bin", vocab)[0] == 1
-    assert vocab == 260 or variant != "byte260"
 
 
-def test_byte260_counts_every_byte(tmp_path):
-    """The ids of upstream (4 + byte), each one byte; specials none; spaces, U+2581 and all."""
-    model = tmp_path / "tokenizer.model"
-    model.write_bytes(download_fineweb.byte_model())
-    text = " two  spaces \u2581 caf\xe9 \u6f22\u5b57 \U0001f600\r\n\t\0 end "
-    ids = np.array([4 + byte for byte in text.encode()])
-    tables = train_gpt.token_bytes(model, 260)
-    before = np.concatenate([[1], ids[:-1]])
-    assert tables.count(ids, before).tolist() == [1] * len(text.encode())
-    assert tables.base_bytes[:4].tolist() == [0, 0, 0, 0]
-    assert tables.base_bytes[4:].tolist() == [1] * 256
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    assert tokenizer.encode(text) == ids.tolist() and tokenizer.decode(ids.tolist()) == text
-    specials = tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()
-    assert specials == (0, 1, 2, 3)
-
-
-def test_byte260_of_another_layout_is_refused(hub, get):
-    other = BYTE_JSON | dict(config=BYTE_JSON["config"] | dict(byte_offset=3))
-    hub.add("tokenizers/fineweb_pure_byte_260.json", other)
-    done = get("--variant", "byte260", "0")
-    assert "byte_offset" in refusal(done)
-    assert not list(done.out.rglob("tokenizer.model"))
+def test_byte260_is_not_offered(hub, get):
+    """It is published without a SentencePiece model."""
+    line = refusal(get("--variant", "byte260", "0"))
+    assert "--variant byte260: published without a SentencePiece model" in line
+    assert hub.requests == []
 
 
 # -----------------------------------------------------------------------------
@@ -379,25 +379,25 @@ def test_byte260_of_another_layout_is_refused(hub, get):
 
 def test_cut_connections_go_on_where_they_stopped(hub, get):
     name = f"datasets/{FOLDER}/fineweb_train_000000.bin"
-    hub.cuts[name] = [30_000, 1, 0, 0, 20_000, 0, 0, 0, 0]  # never more than five in a row without
+    hub.cuts[name] = [30_000, 1, 0, 0, 20_000, 0, 0, 0, 0]
     done = get("1")
     assert_complete(done.out, hub, train=1)
     asked = hub.ranges_of("fineweb_train_000000.bin")
-    starts = [0, 30_000, *[30_001] * 3, *[50_001] * 5]
+    starts = [0, *[30_000] * 4, *[50_000] * 5]
     assert asked == [f"bytes={start}-" if start else None for start in starts]
-    assert done.stdout.count("again in") == 9
 
 
-def test_connections_that_bring_nothing_end_and_a_later_run_goes_on(hub, get):
+def test_connections_that_bring_nothing_end_and_a_later_run_fetches_that_file(hub, get):
     name = f"datasets/{FOLDER}/fineweb_train_000000.bin"
-    hub.cuts[name] = [50_000, *[0] * 5]
+    hub.cuts[name] = [50_000, *[0] * 99]
     done = get("1")
     assert "fineweb_train_000000.bin: no connection" in refusal(done)
+    hub.cuts.clear()
     assert FOLDER + "/fineweb_train_000000.bin" not in final_names(done.out)
     assert not list(done.out.rglob("tokenizer.model"))
     hub.requests.clear()
     assert get("1").status == 0
-    assert hub.ranges_of("fineweb_train_000000.bin") == ["bytes=50000-"]
+    assert hub.fetched() == {"fineweb_train_000000.bin": 1}
     assert_complete(done.out, hub, train=1)
 
 
@@ -407,28 +407,14 @@ def test_a_server_without_ranges_starts_again(hub, get):
     assert_complete(get("0").out, hub, train=0)
 
 
-def test_a_damaged_part_is_fetched_from_the_start(hub, get):
-    name = f"datasets/{FOLDER}/fineweb_val_000000.bin"
-    hub.cuts[name] = [50_000, *[0] * 5]
+def test_what_a_kill_left_is_not_taken_for_a_file(hub, get):
+    """huggingface_hub would take a whole file in its folder as it is."""
     out = get("0").out
-    (part,) = out.rglob("*val*.partial")
-    part.write_bytes(b"\0" * part.stat().st_size)
-    hub.requests.clear()
-    done = get("0")
-    assert_complete(out, hub, train=0)
-    assert hub.ranges_of("fineweb_val_000000.bin") == ["bytes=50000-", None]
-    assert "from the start again" in done.stdout
-
-
-def test_a_part_of_another_version_is_not_continued(hub, get, tmp_path):
-    name = f"{FOLDER}/fineweb_val_000000.bin"
-    hub.cuts[f"datasets/{name}"] = [50_000, *[0] * 5]
-    get("0")
-    hub.requests.clear()
-    hub.add(name, shard(9, tmp_path / "shard.bin"))
-    done = get("0")
-    assert hub.ranges_of("fineweb_val_000000.bin") == [None]
-    assert_complete(done.out, hub, train=0)
+    name = f"datasets/{FOLDER}/fineweb_train_000000.bin"
+    left = out / ".download" / name
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"\0" * len(hub.files[name]))
+    assert_complete(get("1").out, hub, train=1)
 
 
 def test_server_errors_pass(hub, get):
@@ -467,18 +453,18 @@ def test_no_network(hub, get, monkeypatch):
 def test_ctrl_c_keeps_what_came_and_names_nothing(hub, tmp_path):
     """While one connection is silent and another file is whole."""
     name = f"datasets/{FOLDER}/fineweb_train_000000.bin"
-    hub.cuts[name] = [50_000]
+    hub.add(name.removeprefix("datasets/"), large_shard(tmp_path / "large.bin"))
+    hub.cuts[name] = [KEPT + 50_000]
     hub.go_on.clear()
     out = tmp_path / "some" / "data"
     out.parent.mkdir()
     running = process(hub, out, "1")
-    part = until(lambda: [p for p in out.rglob("*train*.partial") if p.stat().st_size == 50_000])
+    until(lambda: [p for p in out.rglob("*.incomplete") if p.stat().st_size == KEPT])
     until(lambda: len(final_names(out)) == 4)  # manifest, tokenizer, its list, validation
     running.send_signal(signal.SIGINT)
     stdout, stderr = running.communicate(timeout=10)  # not the 20 s that the server waits
     assert running.returncode == 130
     assert stderr.splitlines() == ["interrupted; the same command again goes on from here"]
-    assert part[0].stat().st_size == 50_000
     assert [n for n in final_names(out) if n.endswith(".bin")] == [
         f"{FOLDER}/fineweb_val_000000.bin"
     ]
@@ -487,8 +473,11 @@ def test_ctrl_c_keeps_what_came_and_names_nothing(hub, tmp_path):
     hub.requests.clear()
     assert process(hub, out, "1").communicate(timeout=60)[1] == ""
     assert hub.fetched() == {"fineweb_train_000000.bin": 1}
-    assert hub.ranges_of("fineweb_train_000000.bin") == ["bytes=50000-"]
     assert_complete(out, hub, train=1)
+
+
+def large_shard(path):
+    return write_shard(path, np.full(KEPT, 5)).read_bytes()
 
 
 def until(condition, seconds=20):
@@ -503,14 +492,15 @@ def until(condition, seconds=20):
 
 def test_two_downloads_do_not_write_one_file(hub, get, tmp_path):
     name = f"datasets/{FOLDER}/fineweb_val_000000.bin"
-    hub.cuts[name] = [50_000]
+    hub.add(name.removeprefix("datasets/"), large_shard(tmp_path / "large.bin"))
+    hub.cuts[name] = [KEPT + 1]
     hub.go_on.clear()
     (tmp_path / "x").mkdir()
     first = process(hub, tmp_path / "x" / ".." / "data", "0")
-    until(lambda: [p for p in (tmp_path / "data").rglob("*val*.partial") if p.stat().st_size])
+    until(lambda: [p for p in (tmp_path / "data").rglob("*.incomplete") if p.stat().st_size])
     assert "another download" in refusal(get("0"))
     hub.go_on.set()
-    assert first.communicate(timeout=60)[1] == "" and first.returncode == 0
+    assert "another" not in first.communicate(timeout=60)[1] and first.returncode == 0
     assert_complete(tmp_path / "data", hub, train=0)
 
 
@@ -527,7 +517,7 @@ def test_wrong_bytes_are_refused(hub, get):
     line = refusal(done)
     assert name in line and "sha256" in line and REPO in line
     assert name not in final_names(done.out) and not list(done.out.rglob("tokenizer.model"))
-    assert not list(done.out.rglob("*train_000001*.partial"))  # the next run begins anew
+    assert not list(done.out.rglob("*.incomplete"))  # the next run begins anew
     hub.served.clear()
     assert_complete(get("2").out, hub, train=2)
 
@@ -539,7 +529,7 @@ def test_wrong_size_is_refused(hub, get, change):
     hub.served[f"datasets/{name}"] = data[:change] if change < 0 else data + b"\0\0"
     done = get("0")
     line = refusal(done)
-    assert name in line and f"{len(data) + change:,} bytes instead of {len(data):,}" in line
+    assert name in line and f"of size {len(data)} but has size {len(data) + change};" in line
     assert name not in final_names(done.out)
 
 
@@ -547,7 +537,7 @@ def test_too_many_bytes_of_a_length_not_told_are_refused(hub, get):
     name = f"datasets/{FOLDER}/fineweb_val_000000.bin"
     hub.encoding = "until the end"
     hub.served[name] = hub.files[name] + b"x" * 100_000
-    assert "wrong size" in refusal(get("0"))
+    assert "of size 81024 but has size 181024;" in refusal(get("0"))
     del hub.served[name]
     assert_complete(get("0").out, hub, train=0)
 
@@ -643,7 +633,7 @@ def test_refused_by_the_hub(hub, get, statuses, wanted):
         (["--repo", "someone/else"], ["someone/else", "no such dataset repository"]),
         (["--repo", "a/b/c"], ["a/b/c", "owner/name"]),
         (["--revision", "nowhere"], ["--revision nowhere"]),
-        (["--variant", "sp2048"], ["--variant sp2048", "byte260, sp1024, sp4096"]),
+        (["--variant", "sp2048"], ["--variant sp2048", "those: sp1024, sp4096"]),
         (["--variant", "../x"], ["--variant ../x"]),
         (["--train-shards", "4"], ["--train-shards 4", "has 3", "--train-shards 3"]),
         (["--train-shards", "-1"], ["--train-shards -1"]),
@@ -727,10 +717,10 @@ def test_no_space_is_said_before_the_first_shard(hub, get, monkeypatch):
 
 
 def test_a_full_disk_is_one_line(hub, get, monkeypatch):
-    def full(number):
+    def full(*paths):
         raise OSError(28, "No space left on device", "some/file")
 
-    monkeypatch.setattr(download_fineweb.os, "fsync", full)
+    monkeypatch.setattr(download_fineweb.os, "replace", full)
     assert "some/file: No space left on device" in refusal(get("0"))
 
 
