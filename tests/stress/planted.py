@@ -122,7 +122,7 @@ RUNTIME = [
     Fault(
         "signal",
         "a second signal is collected like the first",
-        "test_resume.py -k second_signal",
+        "test_checkpoint.py -k second_signal",
         script("for $each in $before: signal.signal($each, signal.SIG_DFL)", "pass"),
     ),
 ]
@@ -273,7 +273,7 @@ CHECKPOINT = [
     Fault(
         "adam",
         "AdamW's state is not in a checkpoint",
-        "test_resume.py -k next_step_needs",
+        "test_checkpoint.py -k next_step_needs",
         [
             *moved(
                 "checkpoint",
@@ -286,7 +286,7 @@ CHECKPOINT = [
     Fault(
         "only_one",
         "one checkpoint is kept, not two",
-        "test_resume.py -k last_two",
+        "test_checkpoint.py -k last_two",
         [
             *moved("checkpoint", "sorted($earlier)[-2:]", "sorted($earlier)[-1:]"),
             *script("KEPT_CHECKPOINTS = 2", "KEPT_CHECKPOINTS = 1"),
@@ -295,7 +295,7 @@ CHECKPOINT = [
     Fault(
         "torn",
         "a checkpoint that its sha256 does not fit is taken",
-        "test_resume.py -k passed_over",
+        "test_checkpoint.py -k passed_over",
         moved("checkpoint", '!= $entry["sha256"]', 'is $entry["sha256"]'),
     ),
 ]

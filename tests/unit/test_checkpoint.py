@@ -32,7 +32,7 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from resume_worker import (
+from checkpoint_worker import (
     STEPS,
     Killed,
     configuration,
@@ -636,7 +636,7 @@ def test_other_shards_are_refused(killed, go_on, fast, tmp_path):
     assert f"SHARDS=1 of {size} bytes, " in text and f"not 2 of {more} bytes, " in text
 
 
-def test_resume_without_a_run_begins(fast, tmp_path, go_on, monkeypatch):
+def test_checkpoint_without_a_run_begins(fast, tmp_path, go_on, monkeypatch):
     """Nothing there, and a run that died before its first checkpoint."""
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -693,9 +693,9 @@ def test_a_signal_from_outside(fast, tmp_path):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Results of resume_worker.py's two ranks, and their folder."""
+    """Results of checkpoint_worker.py's two ranks, and their folder."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = launch(ROOT / "tests/unit/resume_worker.py", [folder], {}, 2, folder)
+    done = launch(ROOT / "tests/unit/checkpoint_worker.py", [folder], {}, 2, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"results_rank{r}.json").read_text()) for r in (0, 1)], folder
 
