@@ -2,11 +2,13 @@
 the repository. Whatever a run needs of records/ or data/ would be missed here."""
 
 import contextlib
+import importlib.util
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -246,3 +248,55 @@ def test_a_package_that_nothing_replaces_is_missed_at_once(name, env, four, tmp_
     done = launch(SCRIPT, [], {k: str(v) for k, v in env.items()} | four, 1, tmp_path)
     assert f"package {name} is missing; fix: pip install {name}" in error_line(done)
     assert not (tmp_path / "runs").exists()
+
+
+# -----------------------------------------------------------------------------
+# Settings, as a module beside nothing
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """The script in a folder of its own."""
+    shutil.copy(SCRIPT, tmp_path)
+    return tmp_path / "train_gpt.py"
+
+
+@pytest.fixture
+def script_alone(alone, monkeypatch):
+    """That script as a module."""
+    spec = importlib.util.spec_from_file_location("script_alone", alone)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "script_alone", script)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_script_alone_resolves(script_alone):
+    """No records/: the defaults, what the environment says, siblings' names, and why."""
+    given = dict(SEED="7", VE_LAYERS="1,2", DEVICE="cpu", USE_EMA="0")
+    cfg = script_alone.Config.from_env(given)
+    kept = {name: "env" for name in ("SEED", "VE_LAYERS", "DEVICE", "EMA_ENABLED")}
+    paths = dict(RECORD="default", DATA_PATH="default", TOKENIZER_PATH="default")
+    assert cfg.origin == kept | paths
+    assert (cfg.record, cfg.run_id) == ("", "own_seed7")
+    assert cfg.notes[0] == "USE_EMA is read as EMA_ENABLED=0" and "defaults" in cfg.notes[1]
+    places = dict(data_path=cfg.data_path, tokenizer_path=cfg.tokenizer_path, run_id=cfg.run_id)
+    given = dict(seed=7, ve_layers=(1, 2), device="cpu", ema_enabled=False)
+    assert cfg == script_alone.Config(**given, **places)
+    assert script_alone.count_parameters(replace(cfg, vocab_size=1024)) == 26_993_756
+
+
+@pytest.mark.parametrize("given", [dict(ITERATOINS="9"), dict(TIE_EMBEDDINGS="0")])
+def test_script_alone_refuses_as_beside_its_records(given, script_alone):
+    with pytest.raises(script_alone.ConfigError) as caught:
+        script_alone.Config.from_env(given | dict(DEVICE="cpu"))
+    with pytest.raises(train_gpt.ConfigError) as beside:
+        train_gpt.Config.from_env(given | dict(DEVICE="cpu", RECORD="tiny"))
+    assert str(caught.value) == str(beside.value)
+
+
+def test_script_alone_knows_no_record(alone):
+    done = launch(alone, [], dict(RECORD="tiny", DEVICE="cpu"), 1, alone.parent)
+    line = error_line(done)
+    assert "no records/ beside train_gpt.py" in line and "fix" in line
+    assert not (alone.parent / "runs").exists()

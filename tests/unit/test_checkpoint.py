@@ -17,6 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoint_worker import (
+    STEPS,
+    Killed,
+    configuration,
+    died,
+    finite,
+    new_trainer,
+    spoiled,
+    state,
+    train,
+)
 from helpers import (
     ROOT,
     SCRIPT,
@@ -32,17 +43,6 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from checkpoint_worker import (
-    STEPS,
-    Killed,
-    configuration,
-    died,
-    finite,
-    new_trainer,
-    spoiled,
-    state,
-    train,
-)
 
 # -----------------------------------------------------------------------------
 # The Trainer
@@ -188,27 +188,6 @@ def test_a_signal_in_the_last_validation_counts(tmp_path):
     assert (trainer.folder / f"step_{STEPS:08}.json").exists()
 
 
-@pytest.fixture
-def handlers():
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield lambda: {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_a_second_signal_ends_at_once_and_handlers_come_back(rt, handlers):
-    signal.signal(signal.SIGTERM, mine := lambda *_: None)
-    before = handlers()
-    with contextlib.suppress(KeyError), rt.signals() as came:
-        assert came == []
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert came == [signal.SIGTERM]
-        assert set(handlers().values()) == {signal.SIG_DFL}
-        raise KeyError  # an end by an exception counts, too
-    assert handlers() == before and before[signal.SIGTERM] is mine
-
-
 def test_ranks_wait_until_the_checkpoint_is_written(tmp_path, monkeypatch):
     """Where one rank ends, torchrun ends the others: rank 0 would still be writing."""
     events, cfg = [], configuration(checkpoint_every="4")
@@ -327,27 +306,6 @@ def test_order_on_the_disk(tmp_path, monkeypatch):
     for name in names:
         wanted += [f"flush .partial_{name}", f"name {name}", "flush checkpoint"]
     assert events == [*wanted, "unlink step_00000001.json", "unlink step_00000001.safetensors"]
-
-
-@pytest.mark.parametrize("name", ["write", "fsync", "replace"])
-def test_failed_writing_leaves_nothing_behind(name, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    (path := tmp_path / "file").write_bytes(b"old")
-    with monkeypatch.context() as patch, pytest.raises(train_gpt.UserError, match="disk full; fix"):
-        if name == "write":
-
-            def write(partial):
-                partial.write_bytes(b"ha")
-                fail()
-        else:
-            patch.setattr(os, name, fail)
-            write = b"new"
-        train_gpt.write_atomically(path, write)
-    assert files(tmp_path) == {Path("file"): b"old"}
-    train_gpt.write_atomically(path, b"new")
-    assert files(tmp_path) == {Path("file"): b"new"}
 
 
 # -----------------------------------------------------------------------------

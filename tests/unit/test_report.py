@@ -1,5 +1,8 @@
-"""Bad input through the command line: one clear line, a non-zero exit, no traceback."""
+"""The report and main: bad input ends in one line; the score is that of the artifact on disk."""
 
+import hashlib
+import json
+import math
 import shutil
 
 import numpy as np
@@ -7,6 +10,8 @@ import pytest
 import torch
 from helpers import (
     SHRUNK,
+    Run,
+    check_scores,
     cores,
     error_line,
     random_stream,
@@ -16,6 +21,8 @@ from helpers import (
     train_gpt,
     write_shard,
 )
+
+import prepare_text
 
 GOOD = random_stream(3000, 512)
 
@@ -161,3 +168,184 @@ def test_a_process_ends_in_one_line_too(name, wrong, data, tmp_path):
 def test_unwritable_place(dataset, tmp_path, refusal):
     (tmp_path / "runs").write_text("a file where the run folders go")
     assert "runs" in refusal(variables(dataset))
+
+
+# -----------------------------------------------------------------------------
+# What the score is of
+
+SHORT = SHRUNK | dict(ITERATIONS="4", WARMUP_STEPS="0", TRAIN_BATCH_TOKENS="256")
+
+
+@pytest.fixture(scope="module")
+def base(dataset, tmp_path_factory):
+    """A finished short run on the small dataset."""
+    return run_here(tmp_path_factory.mktemp("base"), "base", **SHORT, DATA_PATH=str(dataset))
+
+
+def test_score_is_that_of_the_artifact_on_disk(base, dataset):
+    """Some targets again, from artifact.bin alone, one at a time."""
+    model, columns = (
+        train_gpt.load_artifact(base.folder / "artifact.bin"),
+        base.arrays("scores.npz"),
+    )
+    stream = np.concatenate([[train_gpt.BOS], columns["token"]])
+    for t in (0, 1, 15, 16, 63, 64, 65, 500, len(columns["token"]) - 1):
+        start = max(0, t // 16 * 16 + 16 - 64)  # EVAL_STRIDE 16, windows of 64
+        ids = torch.from_numpy(stream[start : t + 1]).long().unsqueeze(0)
+        logits = model.logits(model.hidden(ids))[0, -1].double()
+        wanted = logits.log_softmax(-1)[stream[t + 1]].item()
+        assert columns["logp_model"][t] == pytest.approx(wanted, abs=2e-5)
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_averaged_line_is_of_the_weights_before_quantisation(base, dataset, tmp_path):
+    """Windows side by side; scores_ema.npz holds the scores of the same weights."""
+    env = SHORT | dict(VAL_LOSS_EVERY="4", EVAL_STRIDE="64", DATA_PATH=str(dataset))
+    run = run_here(tmp_path, "x", **env, NGRAM_SCHEME="pr864", PSEUDO_WEIGHTS="ema")
+    (line,) = [row for row in run.metrics() if row["key"] == "averaged"]
+    columns = run.arrays("scores_ema.npz")
+    assert line["val_loss"] == pytest.approx(-columns["logp_model"].mean(), rel=1e-9)
+    wanted = train_gpt.bits_per_byte(columns["logp_model"], columns["bytes"])
+    assert line["val_bpb"] == pytest.approx(wanted, rel=1e-9)
+    quantised = run.val_bpb("int6_roundtrip_exact")
+    assert run.artifact == base.artifact and abs(line["val_bpb"] - quantised) > 1e-7
+    assert not any(row["key"] == "averaged" for row in base.metrics())
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_pruned_artifact_of_a_run(base, dataset, tmp_path):
+    """Code and artifact keep to TARGET_MB, and the scores are those of what is left."""
+    total = int(base.final("artifact_bytes")["total"]) - 800
+    env = SHORT | dict(TARGET_MB=str(total / 2**20), DATA_PATH=str(dataset))
+    run = run_here(tmp_path, "small", **env)
+    (line,) = [line for line in run.lines if line.startswith("prune ")]
+    figures = dict(pair.split(":") for pair in line.split()[1:])
+    assert list(figures) == ["candidates", "pruned", "bytes", "seconds"]
+    assert 0 < int(figures["pruned"]) < int(figures["candidates"])
+    assert total - 800 < int(run.final("artifact_bytes")["total"]) <= total
+    assert len(run.artifact) > int(figures["bytes"]) > len(run.artifact) - 5000
+    assert run.val_bpb("int6_roundtrip_exact") != base.val_bpb("int6_roundtrip_exact")
+    assert not any(line.startswith("prune") for line in base.lines)
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_validation_text_does_not_steer_the_artifact(base, dataset, tmp_path):
+    """No choice of weights by validation: another text, the same artifact."""
+    data = tmp_path / "set"
+    shutil.copytree(dataset, data)
+    (path,) = data.glob("*_val_*.bin")
+    write_shard(path, random_stream(700, 512))
+    other = run_here(tmp_path, "other", **SHORT, DATA_PATH=str(data), VAL_LOSS_EVERY="2")
+    assert other.artifact == base.artifact and other.val_bpb() != base.val_bpb()
+
+
+def test_artifact_over_the_cap_is_loud(base, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "CAP_BYTES", 1000)
+    run = run_here(tmp_path, "large", **SHORT, DATA_PATH=str(dataset))
+    (line,) = [line for line in run.lines if "OVER THE CAP" in line]
+    total = int(run.final("artifact_bytes")["total"])
+    assert str(total) in line and run.submission()["bytes_total"] == total
+    assert not any("OVER THE CAP" in line for line in base.lines)
+
+
+def test_eval_only_into_its_own_folder_keeps_the_artifact(base, dataset, tmp_path):
+    """An unfinished folder is cleared, but never of the artifact that is to be scored."""
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "artifact.bin").write_bytes(base.artifact)
+    env = SHORT | dict(EVAL_ONLY=str(folder / "artifact.bin"), DATA_PATH=str(dataset))
+    run = run_here(tmp_path, "mine", **env)
+    assert run.artifact == base.artifact and run.val_bpb() == base.val_bpb()
+    again = run_here(tmp_path, "mine", **env, OVERWRITE="1")
+    assert again.artifact == base.artifact
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_eval_only_does_not_ask_for_a_training_batch(base, dataset, tmp_path):
+    env = SHORT | dict(EVAL_ONLY=str(base.folder / "artifact.bin"), DATA_PATH=str(dataset))
+    assert (
+        run_here(tmp_path, "odd", **env | dict(TRAIN_BATCH_TOKENS="7")).val_bpb() == base.val_bpb()
+    )
+
+
+def test_eval_only_checks_the_stored_window(base, dataset, tmp_path):
+    """The stride fits the variables' window, but not the artifact's 64 tokens."""
+    env = SHORT | dict(EVAL_ONLY=str(base.folder / "artifact.bin"), DATA_PATH=str(dataset))
+    with pytest.raises(train_gpt.ConfigError, match="EVAL_STRIDE=128"):
+        run_here(tmp_path, "wide", **env | dict(TRAIN_SEQ_LEN="128", EVAL_STRIDE="128"))
+
+
+def test_unfinished_folder_is_cleared(dataset, tmp_path):
+    folder = tmp_path / "runs" / "half"
+    folder.mkdir(parents=True)
+    for name in ("log.txt", "scores.npz", "artifact.bin", "blocks.npz"):
+        (folder / name).write_text("of a run that was killed")
+    (folder / "notes.txt").write_text("mine")
+    run = run_here(tmp_path, "half", **SHORT, DATA_PATH=str(dataset), SAVE_SCORES="0")
+    assert not (folder / "scores.npz").exists() and "killed" not in "\n".join(run.lines)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_base_run_is_reproducible(base, dataset, tmp_path):
+    again = run_here(tmp_path, "again", **SHORT, DATA_PATH=str(dataset))
+    digests = [hashlib.sha256(run.artifact).hexdigest() for run in (base, again)]
+    assert digests[0] == digests[1] and isinstance(again, Run)
+
+
+# -----------------------------------------------------------------------------
+# Other texts
+
+
+TEXTS = {
+    "chinese": "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。寒来暑往，秋收冬藏。闰余成岁，律吕调阳。\n"
+    * 40,
+    "ten_scripts_and_emoji": (
+        "Hello, world. Привет, мир. Γειά σου, κόσμε. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया। "
+        "สวัสดีชาวโลก こんにちは世界。カタカナ 안녕하세요 세계 բարեւ աշխարհ გამარჯობა მსოფლიო "
+        "👋🏽🌍 👩‍👩‍👧‍👦 🇺🇳 e\u0301\u200d\ufeff\u2028\U0010ffff\n"
+    )
+    * 20,
+    "source_code": "def f(x):\n\tif x > 10_000:\n\t\treturn {'a': x}  # why\r\n    else:\n" * 60,
+    "crlf": "first line\r\nsecond line\r\n\r\n" * 60,
+    "shorter_than_a_window": "A text of a few words, no more.",
+}
+
+
+BRIEF = SHORT | dict(ITERATIONS="2", SCORER="documents")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_main_job_on_other_texts(name, tmp_path, capsys):
+    (tmp_path / "in.txt").write_bytes(TEXTS[name].encode())
+    data = tmp_path / "set"
+    arguments = ["--input", str(tmp_path / "in.txt"), "--out", str(data), "--val-fraction", "0.3"]
+    assert prepare_text.main(arguments) == 0
+    run = run_here(tmp_path, "text", **BRIEF, DATA_PATH=str(data))
+    check_scores(run, data)
+    assert TEXTS[name].encode().endswith(validation_text(data).encode())
+
+
+def validation_text(data):
+    (source,) = data.glob("*_val.jsonl")
+    lines = source.read_text(encoding="utf-8").split("\n")
+    return "".join(json.loads(line)["text"] for line in lines if line)
+
+
+def test_random_tokens_cost_ten_bits(vocab_1024, tmp_path):
+    """No distribution is short on uniform tokens; the bound is the expected least code length
+    minus four standard errors. Caches that add up to more than one go far below."""
+    data = tmp_path / "noise"
+    data.mkdir()
+    (data / "tokenizer.model").write_bytes(vocab_1024.read_bytes())
+    write_shard(data / "noise_train_000000.bin", random_stream(20_000, 1024, seed=1))
+    tokens = np.random.default_rng(2).integers(1, 1024, 20_001)  # BOS among them: documents
+    tokens[0] = train_gpt.BOS
+    stream = write_shard(data / "noise_val_000000.bin", tokens)
+    env = BRIEF | dict(ITERATIONS="8")
+    run = run_here(tmp_path, "noise", **env, DATA_PATH=str(data))
+    columns = run.arrays("scores.npz")
+    assert len(columns["token"]) == len(train_gpt.read_shard(stream, 1024)) - 1
+    for name in ("logp_model", "logp_final"):
+        bits = -columns[name] / math.log(2)
+        assert bits.mean() > math.log2(1023) - 4 * bits.std() / math.sqrt(len(bits)), name
