@@ -82,13 +82,16 @@ SHRUNK = dict(
     SCORER="sliding",  # faster on two long documents; test_smoke's runs score documents
     CODEC_TOKENS="0",
 )
-# The same in processes, one dataset, some tests: name -> (ranks, variables beside SHRUNK)
+# Whole runs on one dataset that several tests read: name -> (ranks, each a process, or 0: in the
+# test's own process; variables beside SHRUNK). eval_*: the artifact of "one" scored again.
 PROOF = dict(SCORER="documents", CODEC_TOKENS="-1")
 SMOKE_RUNS = {
     "one": (1, PROOF | dict(VAL_LOSS_EVERY="5")),
-    "again": (1, dict(VAL_LOSS_EVERY="0")),
-    "other_seed": (1, dict(SEED="7")),
+    "again": (0, dict(VAL_LOSS_EVERY="0")),
+    "other_seed": (0, dict(SEED="7")),
     "two_ranks": (2, PROOF),
+    "eval_1": (0, dict(SCORER="documents")),
+    "eval_2": (2, dict(SCORER="documents")),
 }
 
 

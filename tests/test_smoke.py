@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -72,7 +73,9 @@ def test_all_tokens_are_proved(name, runs, dataset):
     assert not (run.folder / "decoded.npy").exists()
 
 
-def test_stdout_is_the_log(run):
+@pytest.mark.parametrize("name", ["one", "two_ranks", "eval_2"])
+def test_stdout_is_the_log(name, runs):
+    run = runs[name]
     output = (run.folder.parents[1] / f"{run.folder.name}.stdout").read_text(encoding="utf-8")
     assert [line for line in output.splitlines() if line in set(run.lines)] == run.lines
 
@@ -139,10 +142,17 @@ def test_stages_are_not_idle(runs):
 
 def test_a_seed_is_an_artifact(runs):
     """Validation on the way does not matter; the seed does."""
-    digests = {n: hashlib.sha256(runs[n].artifact).hexdigest() for n in SMOKE_RUNS}
+    names = "one", "again", "other_seed"
+    digests = {n: hashlib.sha256(runs[n].artifact).hexdigest() for n in names}
     assert digests["one"] == digests["again"] != digests["other_seed"]
-    sliding = {n: runs[n].val_bpb("int6_sliding_window_exact") for n in SMOKE_RUNS}
+    sliding = {n: runs[n].val_bpb("int6_sliding_window_exact") for n in names}
     assert sliding["one"] == sliding["again"] != sliding["other_seed"]
+
+
+def matched_orders(run):
+    """[(longest order that knew the context, targets)]"""
+    gains = [row for row in run.metrics() if row["key"] == "ngram_gain"]
+    return [(row["value"], row["positions"]) for row in gains]
 
 
 def test_ranks_do_not_change_the_score(runs):
@@ -154,6 +164,8 @@ def test_ranks_do_not_change_the_score(runs):
             assert gap <= 1e-5, name
         assert a.val_bpb() == pytest.approx(b.val_bpb(), abs=1e-6)
         assert a.final("int6_sliding_window_exact") == b.final("int6_sliding_window_exact")
+        assert matched_orders(a) == matched_orders(b) != []
+    assert runs["one"].val_bpb() == runs["eval_1"].val_bpb()  # lanes of one shape: no digit moves
 
 
 def test_training_on_two_ranks_is_the_same_training(runs):
@@ -170,7 +182,9 @@ def test_finished_folder_is_refused(runs, dataset):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_overwrite_runs_again(dataset, tmp_path):
-    env = SHRUNK | dict(DATA_PATH=str(dataset), ITERATIONS="1")
-    first = run_here(tmp_path, "same", **env)
-    assert run_here(tmp_path, "same", **env, OVERWRITE="1", SEED="5").artifact != first.artifact
+@pytest.mark.usefixtures("no_picture")
+def test_overwrite_runs_again(runs, dataset, tmp_path):
+    first = runs["again"]
+    shutil.copytree(first.folder, tmp_path / "runs/again")
+    env = SHRUNK | dict(DATA_PATH=str(dataset), ITERATIONS="1", OVERWRITE="1")
+    assert run_here(tmp_path, "again", **env).artifact != first.artifact

@@ -1,6 +1,5 @@
 """Quantiser, container and QAT: the grid is the best one, and only whole artifacts load."""
 
-import ast
 import copy
 import dataclasses
 import hashlib
@@ -419,22 +418,6 @@ def test_signed_bomb_with_a_consistent_header(good, load_bytes):
     refused(load_bytes, signed(header, payload))
     frame = zstandard.ZstdCompressor().compressobj(size=header["size"])
     refused(load_bytes, signed(header, frame.compress(bytes(10**6)) + frame.flush(1)))
-
-
-def test_nothing_in_the_script_can_run_stored_code():
-    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"))
-    banned = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {alias.name.split(".")[0] for alias in node.names}
-            names.add((getattr(node, "module", "") or "").split(".")[0])
-            assert not names & banned
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in {"eval", "exec", "compile", "__import__"}
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}
-        if isinstance(node, ast.keyword):
-            assert node.arg != "allow_pickle"
 
 
 # -----------------------------------------------------------------------------

@@ -634,17 +634,6 @@ def started(env, cwd, ranks=1, until="step:2/"):
 LONG = dict(ITERATIONS="400", TRAIN_LOG_EVERY="1", CHECKPOINT_EVERY="0")
 
 
-def test_a_signal_from_outside(fast, tmp_path):
-    """SIGTERM to the process; how it goes on is tested above."""
-    with started(fast | LONG, tmp_path) as (process, _):
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
-    assert process.returncode == 143 and "Traceback" not in output
-    assert "checkpoint written, RESUME=auto goes on" in output
-    (path,) = (tmp_path / "runs/x/checkpoint").glob("*.json")
-    assert train_gpt.read_checkpoint(path)[0].step >= 2
-
-
 # -----------------------------------------------------------------------------
 # Two ranks
 

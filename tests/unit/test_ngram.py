@@ -641,18 +641,3 @@ def test_model_alone(smoke_run, again, env):
     stage = "int6_sliding_window_exact"
     assert run.val_bpb() == run.val_bpb(stage) == smoke_run("one").val_bpb(stage)
     assert float(run.final("ngram_exact")["mass_error"]) < 1e-9
-
-
-def test_ranks_report_the_same_digits(smoke_run):
-    """One artifact on one and two ranks of one thread each: no digit of what windows score moves,
-    nor one of a count; lanes of another shape round differently."""
-    one, two = smoke_run("eval_1"), smoke_run("eval_2")
-    stage = "int6_sliding_window_exact"
-    assert one.final(stage) == two.final(stage) == smoke_run("one").final(stage)
-    for stage in ("documents_exact", "ngram_backoff_exact", "ngram_exact"):
-        assert one.val_bpb(stage) == smoke_run("one").val_bpb(stage)
-        assert one.val_bpb(stage) == pytest.approx(two.val_bpb(stage), abs=1e-6)
-    a, b, c = (
-        [(r["value"], r["positions"]) for r in gain_lines(x)] for x in (one, two, smoke_run("one"))
-    )
-    assert a == b == c

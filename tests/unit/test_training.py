@@ -182,22 +182,3 @@ def test_logged_loss_is_that_of_the_batch(trainer, monkeypatch):
     run.run(no_validation)
     (loss,) = [line[2]["train_loss"] for line in lines if "train_loss" in line[2]]
     assert loss == pytest.approx(wanted, rel=1e-5)
-
-
-# -----------------------------------------------------------------------------
-# Runtime
-
-
-def test_files_appear_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "x.npz"
-    path.write_bytes(b"old")
-
-    def fail(partial):
-        partial.write_bytes(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(train_gpt.UserError, match="x.npz: disk full; fix"):
-        train_gpt.write_atomically(path, fail)
-    assert path.read_bytes() == b"old" and len([*tmp_path.iterdir()]) == 1
-    train_gpt.write_atomically(path, lambda partial: partial.write_bytes(b"new"))
-    assert path.read_bytes() == b"new"
