@@ -144,11 +144,11 @@ def test_round_trip_of_every_prefix():
 
 
 @pytest.mark.parametrize("mixer", ["blend", "none"])
-def test_round_trip_of_10_000_repeats(mixer):
+def test_round_trip_of_4_000_repeats(mixer):
     """In 40 documents. Counts make them cheap; the model alone does not."""
-    stream = np.tile(stream_of(*[5, 9] * 125), 40)[:10_001]
+    stream = np.tile(stream_of(*[5, 9] * 50), 40)[:4_001]
     size = round_trip(stream, ngram_mixer=mixer, eval_lanes=40)
-    assert (size > 2000) == (mixer == "none")
+    assert (size > 1000) == (mixer == "none")
 
 
 @pytest.mark.slow

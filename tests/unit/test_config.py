@@ -1,6 +1,8 @@
 """Configuration: environment > RECORD > defaults, checked, named, and nothing else read."""
 
+import contextlib
 import dataclasses
+import io
 import re
 import subprocess
 import sys
@@ -539,11 +541,11 @@ STARTS = [sum(WIDTHS[:n]) + n * len(train_gpt.HELP_GAP) for n in range(4)]
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("help")
-    done = run_script({}, cwd=folder, arguments=["--help"])
-    assert done.returncode == 0 and done.stderr == "" and list(folder.iterdir()) == []
-    return done.stdout.splitlines()
+def page():
+    """As lines; the process that prints it is in test_alone.py."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train_gpt.print_help()
+    return printed.getvalue().splitlines()
 
 
 def columns(line):

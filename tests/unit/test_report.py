@@ -283,7 +283,7 @@ def often(name):
     return pytest.param(name, marks=[] if fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(often, TEXTS))
+@pytest.mark.parametrize("name", [often(name) for name in TEXTS])
 @pytest.mark.usefixtures("no_picture")
 def test_main_job_on_other_texts(name, tmp_path, capsys):
     (tmp_path / "in.txt").write_bytes(TEXTS[name].encode())
@@ -301,22 +301,22 @@ def validation_text(data):
     return "".join(json.loads(line)["text"] for line in lines if line)
 
 
-@pytest.mark.parametrize("size", [4000, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("no_picture")
-def test_random_tokens_cost_ten_bits(size, vocab_1024, tmp_path):
+def test_random_tokens_cost_ten_bits(vocab_1024, tmp_path):
     """No distribution is short on uniform tokens; the bound is the expected least code length
-    minus four standard errors. Caches that add up to more than one go far below."""
+    minus four standard errors. Caches that add up to more than one go far below. What begins a
+    document, each 40th token, is no matter of chance and does not count."""
     data = tmp_path / "noise"
     data.mkdir()
     (data / "tokenizer.model").write_bytes(vocab_1024.read_bytes())
-    write_shard(data / "noise_train_000000.bin", random_stream(size, 1024, seed=1))
-    tokens = np.random.default_rng(2).integers(1, 1024, size + 1)  # BOS among them: documents
-    tokens[0] = train_gpt.BOS
+    write_shard(data / "noise_train_000000.bin", random_stream(6000, 1024, seed=1))
+    tokens = random_stream(6000, 1024, seed=2)
+    tokens[::40] = train_gpt.BOS
     stream = write_shard(data / "noise_val_000000.bin", tokens)
     env = BRIEF | dict(ITERATIONS="8")
     run = run_here(tmp_path, "noise", **env, DATA_PATH=str(data))
     columns = run.arrays("scores.npz")
     assert len(columns["token"]) == len(train_gpt.read_shard(stream, 1024)) - 1
     for name in ("logp_model", "logp_final"):
-        bits = -columns[name] / math.log(2)
-        assert bits.mean() > math.log2(1023) - 4 * bits.std() / math.sqrt(len(bits)), name
+        bits = -columns[name][columns["token"] != train_gpt.BOS] / math.log(2)
+        assert bits.mean() > math.log2(1022) - 4 * bits.std() / math.sqrt(len(bits)), name
