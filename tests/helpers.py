@@ -4,8 +4,10 @@ import contextlib
 import fcntl
 import io
 import json
+import math
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +82,17 @@ SHRUNK = dict(
     SCORER="sliding",  # faster on two long documents; test_smoke's runs score documents
     CODEC_TOKENS="0",
 )
+# Whole runs on one dataset that several tests read: name -> (ranks, each a process, or 0: in the
+# test's own process; variables beside SHRUNK). eval_*: the artifact of "one" scored again.
+PROOF = dict(SCORER="documents", CODEC_TOKENS="-1")
+SMOKE_RUNS = {
+    "one": (1, PROOF | dict(VAL_LOSS_EVERY="5")),
+    "again": (0, dict(VAL_LOSS_EVERY="0")),
+    "other_seed": (0, dict(SEED="7")),
+    "two_ranks": (2, PROOF),
+    "eval_1": (0, dict(SCORER="documents")),
+    "eval_2": (2, dict(SCORER="documents")),
+}
 
 
 def tiny(**changes):
@@ -202,6 +215,15 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
     return path
 
 
+START = len(train_gpt.ARTIFACT_PREFIX) + 4  # of an artifact's header: magic, version, length
+
+
+def opened(data):
+    """An artifact's bytes -> (header, compressed payload)"""
+    length = struct.unpack("<I", data[START - 4 : START])[0]
+    return json.loads(data[START : START + length]), data[START + length : -32]
+
+
 # -----------------------------------------------------------------------------
 # The script as a process
 
@@ -319,3 +341,34 @@ def error_line(done):
     assert "Traceback" not in done.stderr, done.stderr
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+# -----------------------------------------------------------------------------
+# Runs that are read by more than one file
+
+
+def validation(dataset):
+    """(tokens, UTF-8 bytes) of a dataset's validation side, read without the script."""
+    (shard,) = dataset.glob("*_val_*.bin")
+    (source,) = dataset.glob("*_val.jsonl")
+    lines = source.read_text(encoding="utf-8").split("\n")
+    texts = [json.loads(line)["text"] for line in lines if line]
+    return np.fromfile(shard, "<u2", offset=1024), sum(len(text.encode()) for text in texts)
+
+
+def check_scores(run, dataset):
+    """Every target once, the text's own bytes, and the printed figures from the columns."""
+    (tokens, text_bytes), columns = validation(dataset), run.arrays("scores.npz")
+    assert columns["position"].tolist() == list(range(1, len(tokens)))
+    assert columns["token"].tolist() == tokens[1:].tolist()
+    assert columns["bytes"].sum() == text_bytes
+    assert {columns[name].dtype for name in ("position", "token", "bytes")} <= {
+        np.dtype(kind) for kind in ("u2", "i4", "i8")
+    }
+    for name, stage in (("logp_final", "ngram_exact"), ("logp_model", "documents_exact")):
+        log_prob, line = columns[name], run.final(stage)
+        assert log_prob.dtype == np.float64 and (log_prob < 0).all()
+        assert math.isclose(float(line["val_loss"]), -log_prob.mean(), rel_tol=1e-12)
+        bits = -log_prob.sum() / math.log(2)
+        assert math.isclose(float(line["val_bpb"]), bits / text_bytes, rel_tol=1e-12)
+    assert (columns["entropy"] > 0).all() and columns["entropy"].max() < math.log(1024)

@@ -4,26 +4,22 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from helpers import (
+    PROOF,
     SCRIPT,
     SHRUNK,
-    Run,
+    SMOKE_RUNS,
+    check_scores,
     error_line,
-    finished_run,
-    random_stream,
     run_here,
     run_script,
-    shared_folder,
     train_gpt,
-    worker_number,
-    write_shard,
+    validation,
 )
-from test_data import CHINESE, SCRIPTS, SOURCE_CODE
-
-import prepare_text
 
 FINAL_LINES = """int6_roundtrip_exact int6_sliding_window_exact documents_exact ttt_exact
  ngram_backoff_exact ngram_exact ngram_pseudo codec artifact_bytes budget""".split()
@@ -31,66 +27,11 @@ ALWAYS = """int6_roundtrip_exact int6_sliding_window_exact documents_exact ngram
  ngram_exact artifact_bytes budget""".split()
 FILES = """log.txt metrics.jsonl artifact.bin train_gpt.py tokenizer.model config.env
  submission.json report.png blocks.npz scores.npz""".split()
-PROOF = dict(SCORER="documents", CODEC_TOKENS="-1")
-RUNS = {  # run -> (ranks, variables beside SHRUNK)
-    "one": (1, PROOF | dict(VAL_LOSS_EVERY="5")),
-    "again": (1, dict(VAL_LOSS_EVERY="0")),
-    "other_seed": (1, dict(SEED="7")),
-    "two_ranks": (2, PROOF),
-}
-
-
-ORDERS = (  # in which xdist's even and odd workers set out, so that they meet halfway
-    ["one", "again", "eval_1", "other_seed", "two_ranks", "eval_2"],
-    ["two_ranks", "other_seed", "again", "one", "eval_2", "eval_1"],
-)
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory, dataset):
-    """name -> Run: RUNS, and the artifact of "one" scored again on one and two ranks."""
-    finished = {}
-    for name in ORDERS[worker_number() % 2]:
-        with shared_folder(tmp_path_factory, f"smoke_{name}") as (cwd, empty):
-            if empty:
-                ranks, env = RUNS.get(name) or (int(name[-1]), dict(SCORER="documents"))
-                if name not in RUNS:
-                    env |= dict(EVAL_ONLY=str(finished["one"].folder / "artifact.bin"))
-                finished_run(cwd, name, ranks, **SHRUNK | env, DATA_PATH=str(dataset))
-        finished[name] = Run(cwd / "runs" / name)
-    return finished
 
 
 @pytest.fixture(params=["one", "two_ranks", "eval_1", "eval_2"])
 def run(request, runs):
     return runs[request.param]
-
-
-def validation(dataset):
-    """(tokens, UTF-8 bytes) of a dataset's validation side, read without the script."""
-    (shard,) = dataset.glob("*_val_*.bin")
-    (source,) = dataset.glob("*_val.jsonl")
-    lines = source.read_text(encoding="utf-8").split("\n")
-    texts = [json.loads(line)["text"] for line in lines if line]
-    return np.fromfile(shard, "<u2", offset=1024), sum(len(text.encode()) for text in texts)
-
-
-def check_scores(run, dataset):
-    """Every target once, the text's own bytes, and the printed figures from the columns."""
-    (tokens, text_bytes), columns = validation(dataset), run.arrays("scores.npz")
-    assert columns["position"].tolist() == list(range(1, len(tokens)))
-    assert columns["token"].tolist() == tokens[1:].tolist()
-    assert columns["bytes"].sum() == text_bytes
-    assert {columns[name].dtype for name in ("position", "token", "bytes")} <= {
-        np.dtype(kind) for kind in ("u2", "i4", "i8")
-    }
-    for name, stage in (("logp_final", "ngram_exact"), ("logp_model", "documents_exact")):
-        log_prob, line = columns[name], run.final(stage)
-        assert log_prob.dtype == np.float64 and (log_prob < 0).all()
-        assert float(line["val_loss"]) == pytest.approx(-log_prob.mean(), rel=1e-12)
-        bits = -log_prob.sum() / math.log(2)
-        assert float(line["val_bpb"]) == pytest.approx(bits / text_bytes, rel=1e-12)
-    assert (columns["entropy"] > 0).all() and columns["entropy"].max() < math.log(1024)
 
 
 def proves(run):
@@ -126,11 +67,15 @@ def test_all_tokens_are_proved(name, runs, dataset):
     header, words = train_gpt.unseal(
         train_gpt.STREAM_PREFIX, (run.folder / "stream.bin").read_bytes()
     )
-    assert len(words) == coded and train_gpt.CodingPlan(*header["shape"]).groups == RUNS[name][0]
+    assert (
+        len(words) == coded and train_gpt.CodingPlan(*header["shape"]).groups == SMOKE_RUNS[name][0]
+    )
     assert not (run.folder / "decoded.npy").exists()
 
 
-def test_stdout_is_the_log(run):
+@pytest.mark.parametrize("name", ["one", "two_ranks", "eval_2"])
+def test_stdout_is_the_log(name, runs):
+    run = runs[name]
     output = (run.folder.parents[1] / f"{run.folder.name}.stdout").read_text(encoding="utf-8")
     assert [line for line in output.splitlines() if line in set(run.lines)] == run.lines
 
@@ -197,10 +142,17 @@ def test_stages_are_not_idle(runs):
 
 def test_a_seed_is_an_artifact(runs):
     """Validation on the way does not matter; the seed does."""
-    digests = {n: hashlib.sha256(runs[n].artifact).hexdigest() for n in RUNS}
+    names = "one", "again", "other_seed"
+    digests = {n: hashlib.sha256(runs[n].artifact).hexdigest() for n in names}
     assert digests["one"] == digests["again"] != digests["other_seed"]
-    sliding = {n: runs[n].val_bpb("int6_sliding_window_exact") for n in RUNS}
+    sliding = {n: runs[n].val_bpb("int6_sliding_window_exact") for n in names}
     assert sliding["one"] == sliding["again"] != sliding["other_seed"]
+
+
+def matched_orders(run):
+    """[(longest order that knew the context, targets)]"""
+    gains = [row for row in run.metrics() if row["key"] == "ngram_gain"]
+    return [(row["value"], row["positions"]) for row in gains]
 
 
 def test_ranks_do_not_change_the_score(runs):
@@ -212,6 +164,8 @@ def test_ranks_do_not_change_the_score(runs):
             assert gap <= 1e-5, name
         assert a.val_bpb() == pytest.approx(b.val_bpb(), abs=1e-6)
         assert a.final("int6_sliding_window_exact") == b.final("int6_sliding_window_exact")
+        assert matched_orders(a) == matched_orders(b) != []
+    assert runs["one"].val_bpb() == runs["eval_1"].val_bpb()  # lanes of one shape: no digit moves
 
 
 def test_training_on_two_ranks_is_the_same_training(runs):
@@ -228,56 +182,9 @@ def test_finished_folder_is_refused(runs, dataset):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_overwrite_runs_again(dataset, tmp_path):
-    env = SHRUNK | dict(DATA_PATH=str(dataset), ITERATIONS="1")
-    first = run_here(tmp_path, "same", **env)
-    assert run_here(tmp_path, "same", **env, OVERWRITE="1", SEED="5").artifact != first.artifact
-
-
-# -----------------------------------------------------------------------------
-# Other texts
-
-TEXTS = {
-    "chinese": CHINESE,
-    "ten_scripts_and_emoji": SCRIPTS,
-    "source_code": SOURCE_CODE,
-    "crlf": "first line\r\nsecond line\r\n\r\n" * 60,
-    "shorter_than_a_window": "A text of a few words, no more.",
-}
-SHORT = SHRUNK | dict(ITERATIONS="2", WARMUP_STEPS="0", TRAIN_BATCH_TOKENS="256")
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_main_job_on_other_texts(name, tmp_path, capsys):
-    (tmp_path / "in.txt").write_bytes(TEXTS[name].encode())
-    data = tmp_path / "set"
-    arguments = ["--input", str(tmp_path / "in.txt"), "--out", str(data), "--val-fraction", "0.3"]
-    assert prepare_text.main(arguments) == 0
-    run = run_here(tmp_path, "text", **SHORT | dict(SCORER="documents"), DATA_PATH=str(data))
-    check_scores(run, data)
-    assert TEXTS[name].encode().endswith(validation_text(data).encode())
-
-
-def validation_text(data):
-    (source,) = data.glob("*_val.jsonl")
-    lines = source.read_text(encoding="utf-8").split("\n")
-    return "".join(json.loads(line)["text"] for line in lines if line)
-
-
-def test_random_tokens_cost_ten_bits(vocab_1024, tmp_path):
-    """No distribution is short on uniform tokens; the bound is the expected least code length
-    minus four standard errors. Caches that add up to more than one go far below."""
-    data = tmp_path / "noise"
-    data.mkdir()
-    (data / "tokenizer.model").write_bytes(vocab_1024.read_bytes())
-    write_shard(data / "noise_train_000000.bin", random_stream(20_000, 1024, seed=1))
-    tokens = np.random.default_rng(2).integers(1, 1024, 20_001)  # BOS among them: documents
-    tokens[0] = train_gpt.BOS
-    stream = write_shard(data / "noise_val_000000.bin", tokens)
-    env = SHORT | dict(SCORER="documents", ITERATIONS="8")
-    run = run_here(tmp_path, "noise", **env, DATA_PATH=str(data))
-    columns = run.arrays("scores.npz")
-    assert len(columns["token"]) == len(train_gpt.read_shard(stream, 1024)) - 1
-    for name in ("logp_model", "logp_final"):
-        bits = -columns[name] / math.log(2)
-        assert bits.mean() > math.log2(1023) - 4 * bits.std() / math.sqrt(len(bits)), name
+@pytest.mark.usefixtures("no_picture")
+def test_overwrite_runs_again(runs, dataset, tmp_path):
+    first = runs["again"]
+    shutil.copytree(first.folder, tmp_path / "runs/again")
+    env = SHRUNK | dict(DATA_PATH=str(dataset), ITERATIONS="1", OVERWRITE="1")
+    assert run_here(tmp_path, "again", **env).artifact != first.artifact

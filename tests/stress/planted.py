@@ -116,13 +116,13 @@ RUNTIME = [
     Fault(
         "atomic",
         "a file is written where it shall appear",
-        "test_disk.py -k failed_write",
+        "test_runtime.py -k failed_write",
         script('$path.with_name(f".partial_{$path.name}")', "$path"),
     ),
     Fault(
         "signal",
         "a second signal is collected like the first",
-        "test_resume.py -k second_signal",
+        "test_runtime.py -k second_signal",
         script("for $each in $before: signal.signal($each, signal.SIG_DFL)", "pass"),
     ),
 ]
@@ -232,13 +232,13 @@ AVERAGES = [
     Fault(
         "ema",
         "the warm-up of the moving average is off by one",
-        "test_optim.py -k averages",
+        "test_averages.py -k plain_loops",
         script("(1 + $step) / (10 + $step) if", "(1 + $step) / (11 + $step) if"),
     ),
     Fault(
         "swa",
         "snapshots are taken at high rates, not at low ones",
-        "test_optim.py -k averages",
+        "test_averages.py -k plain_loops",
         [
             *script("$factor < 0.2", "$factor > 0.2"),
             *script("$factor < SWA_BELOW", "$factor > SWA_BELOW"),
@@ -273,7 +273,7 @@ CHECKPOINT = [
     Fault(
         "adam",
         "AdamW's state is not in a checkpoint",
-        "test_resume.py -k next_step_needs",
+        "test_checkpoint.py -k next_step_needs",
         [
             *moved(
                 "checkpoint",
@@ -286,7 +286,7 @@ CHECKPOINT = [
     Fault(
         "only_one",
         "one checkpoint is kept, not two",
-        "test_resume.py -k last_two",
+        "test_checkpoint.py -k last_two",
         [
             *moved("checkpoint", "sorted($earlier)[-2:]", "sorted($earlier)[-1:]"),
             *script("KEPT_CHECKPOINTS = 2", "KEPT_CHECKPOINTS = 1"),
@@ -295,7 +295,7 @@ CHECKPOINT = [
     Fault(
         "torn",
         "a checkpoint that its sha256 does not fit is taken",
-        "test_resume.py -k passed_over",
+        "test_checkpoint.py -k passed_over",
         moved("checkpoint", '!= $entry["sha256"]', 'is $entry["sha256"]'),
     ),
 ]
@@ -445,7 +445,7 @@ REPORT = [
     Fault(
         "over_cap",
         "an artifact over the cap is passed over in silence",
-        "test_training.py -k over_the_cap",
+        "test_report.py -k over_the_cap",
         [
             *script("if $code + $weights > CAP_BYTES:", "if $code > $weights + CAP_BYTES:"),
             *script("if total > CAP_BYTES:", "if code > total + CAP_BYTES:"),

@@ -2,11 +2,14 @@
 the repository. Whatever a run needs of records/ or data/ would be missed here."""
 
 import contextlib
+import importlib.util
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,26 +17,27 @@ from helpers import (
     ROOT,
     SCRIPT,
     SHRUNK,
+    SMOKE_RUNS,
     Run,
     clean_environment,
     cores,
     error_line,
-    finished_run,
     launch,
+    run_here,
     train_gpt,
 )
 
 # RECORD=tiny, given as values: a script alone knows no RECORDs.
 TINY = train_gpt.read_record(ROOT / "records/track_cpu/tiny/config.env")
 VALUES = TINY | {name: text for name, text in SHRUNK.items() if name != "RECORD"}
-VALUES |= dict(SAVE_SCORES="1", CHECKPOINT_EVERY="4")
+VALUES |= dict(SAVE_SCORES="1")
 TTT = dict(TTT_ENABLED="1", TTT_CHUNK_TOKENS="512")
 SMALL = str((SCRIPT.stat().st_size + 130 * 1024) / 2**20)  # MiB: some weights must go
-RUNS = {  # run -> (ranks, variables beside VALUES)
-    "proof": (1, dict(SCORER="documents", CODEC_TOKENS="-1")),
-    "two_ranks": (2, dict(SCORER="documents", CODEC_TOKENS="-1")),
-    "cascade_ttt": (1, TTT | dict(NGRAM_MIXER="cascade", PRE_ENRICH_DIM="16", OVERTONE_INIT="1")),
-    "pruned_lora": (1, TTT | dict(TTT_USE_LORA="1", TARGET_MB=SMALL)),
+OTHERS = {  # name -> variables beside VALUES
+    "all": TTT
+    | dict(TTT_USE_LORA="1", TARGET_MB=SMALL, NGRAM_MIXER="cascade", PRE_ENRICH_DIM="16"),
+    "cascade_ttt": TTT | dict(NGRAM_MIXER="cascade", PRE_ENRICH_DIM="16", OVERTONE_INIT="1"),
+    "pruned_lora": TTT | dict(TTT_USE_LORA="1", TARGET_MB=SMALL),
 }
 SECONDS = re.compile(r"seconds$|tokens_per_s$|_ms$|^eta$")
 NEVER_ALIKE = ("config", "hardware", "note", "peak_memory_mb")
@@ -65,16 +69,8 @@ def env(dataset):
     return VALUES | dict(DATA_PATH=str(dataset))
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_that_of_the_repository(name, env, tmp_path):
+def check_same(alone, inside):
     """The same artifact, log, scores and stream; all files but the picture."""
-    ranks, changes = RUNS[name]
-    script = alone_in(tmp_path / "alone")
-    done = start(script, env | changes | dict(RUN_ID="x"), ranks)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    alone = Run(script.parent / "runs/x")
-    (tmp_path / "inside").mkdir()
-    inside = finished_run(tmp_path / "inside", "x", ranks, **env | changes)
     assert alone.artifact == inside.artifact
     assert lines(alone) == lines(inside)
     files = {path.name for path in alone.folder.iterdir()}
@@ -84,53 +80,62 @@ def test_a_run_is_that_of_the_repository(name, env, tmp_path):
         ours, theirs = alone.arrays(columns), inside.arrays(columns)
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
-    if "stream.bin" in files:
-        assert (alone.folder / "stream.bin").read_bytes() == (
-            inside.folder / "stream.bin"
-        ).read_bytes()
-        assert alone.final("codec")["decoded"] == "ok"
     assert alone.submission()["val_bpb"] == inside.submission()["val_bpb"] == alone.val_bpb()
-    if name == "pruned_lora":
-        assert any(line.startswith("prune ") and "pruned:0 " not in line for line in alone.lines)
-    if "TTT_ENABLED" in changes:
-        assert (
-            alone.final("ttt_exact")["val_bpb"]
-            != alone.final("int6_sliding_window_exact")["val_bpb"]
-        )
     assert any(line.startswith("final_ngram_backoff_exact") for line in alone.lines)
     assert "ngram_gain:9" in "\n".join(alone.lines)
     no_picture = "records/tools/plot.py is not beside the script: no picture"
     assert any(no_picture in line for line in alone.lines)
 
 
-def test_killed_and_resumed_it_ends_the_same(env, tmp_path):
-    """SIGKILL after a checkpoint; RESUME=auto; then EVAL_ONLY, DECODE and a second run of its
-    name."""
-    proof = env | RUNS["proof"][1] | dict(CHECKPOINT_EVERY="1", RUN_ID="x")
-    whole = alone_in(tmp_path / "whole")
-    assert start(whole, proof).returncode == 0
+@pytest.mark.parametrize("name", ["one", pytest.param("two_ranks", marks=pytest.mark.slow)])
+def test_a_run_is_that_of_the_repository(name, smoke_run, env, tmp_path):
+    """With a stream that is proved by a process of its own."""
+    (ranks, changes), script = SMOKE_RUNS[name], alone_in(tmp_path)
+    done = start(script, env | changes | dict(RUN_ID="x"), ranks)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    alone, inside = Run(tmp_path / "runs/x"), smoke_run(name)
+    check_same(alone, inside)
+    streams = [(run.folder / "stream.bin").read_bytes() for run in (alone, inside)]
+    assert streams[0] == streams[1] and alone.final("codec")["decoded"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "name", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS if n != "all")]
+)
+def test_other_switches_are_those_of_the_repository(name, env, tmp_path):
+    """Test-time training, the published backoff, pruning."""
+    changes, script = OTHERS[name], alone_in(tmp_path / "alone")
+    done = start(script, env | changes | dict(RUN_ID="x"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    (tmp_path / "inside").mkdir()
+    alone = Run(script.parent / "runs/x")
+    check_same(alone, run_here(tmp_path / "inside", "x", **env | changes))
+    if "TARGET_MB" in changes:
+        assert any(line.startswith("prune ") and "pruned:0 " not in line for line in alone.lines)
+    assert alone.val_bpb("ttt_exact") != alone.val_bpb("int6_sliding_window_exact")
+
+
+def test_killed_and_resumed_it_ends_the_same(smoke_run, env, tmp_path):
+    """SIGKILL after a checkpoint; RESUME=auto; then a second run of its name, and EVAL_ONLY."""
+    plain = env | dict(SCORER="documents", CHECKPOINT_EVERY="1", RUN_ID="x")
     script = alone_in(tmp_path / "killed")
-    with started(script, proof, "step:3/") as process:
+    with started(script, plain, "step:3/") as process:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
-    again = start(script, proof | dict(RESUME="auto"))
+    again = start(script, plain | dict(RESUME="auto"))
     assert again.returncode == 0 and "\nresumed step:" in again.stdout, again.stderr
-    ended, wanted = Run(script.parent / "runs/x"), Run(whole.parent / "runs/x")
+    ended, wanted = Run(script.parent / "runs/x"), smoke_run("one")
     assert ended.artifact == wanted.artifact and ended.val_bpb() == wanted.val_bpb()
 
-    refused = error_line(start(script, proof))
+    refused = error_line(start(script, plain))
     assert "RUN_ID='x'" in refused and "finished" in refused and "OVERWRITE=1" in refused
-    assert "is finished" in start(script, proof | dict(RESUME="auto")).stdout
 
-    artifact = dict(EVAL_ONLY=str(ended.folder / "artifact.bin"), RUN_ID="y")
-    assert start(script, proof | artifact).returncode == 0
-    assert Run(script.parent / "runs/y").val_bpb() == ended.val_bpb()
-
-    decoded = start(script, dict(DECODE=str(ended.folder)))
-    assert decoded.returncode == 0, decoded.stderr
-    text = np.load(ended.folder / "decoded.npy")
-    (shard,) = train_gpt.find_shards(env["DATA_PATH"], "val")
-    assert np.array_equal(text, train_gpt.read_shard(shard, 512))
+    scored = plain | dict(
+        EVAL_ONLY=str(ended.folder / "artifact.bin"), NGRAM_ENABLED="0", RUN_ID="y"
+    )
+    assert start(script, scored).returncode == 0
+    stage = "documents_exact"
+    assert Run(script.parent / "runs/y").val_bpb(stage) == ended.val_bpb(stage)
 
 
 @contextlib.contextmanager
@@ -158,22 +163,23 @@ def test_a_signal_leaves_a_checkpoint(env, tmp_path):
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 143 and "checkpoint written, RESUME=auto goes on" in output
-    assert [*(tmp_path / "runs/x/checkpoint").glob("*.json")]
+    (path,) = (tmp_path / "runs/x/checkpoint").glob("*.json")
+    assert train_gpt.read_checkpoint(path)[0].step >= 2
 
 
-def test_a_misspelt_variable_is_refused_by_name(env, tmp_path):
-    line = error_line(start(alone_in(tmp_path), env | dict(ITERATOINS="9")))
-    assert "ITERATOINS='9'" in line and "did you mean ITERATIONS?" in line
-    assert not (tmp_path / "runs").exists()
-
-
-def test_help_and_dry_run_are_those_of_the_repository(tmp_path):
+def test_help_and_dry_run_are_those_of_the_repository(tmp_path, capsys):
     script = alone_in(tmp_path)
-    here, there = (launch(path, ["--help"], {}, 1, tmp_path).stdout for path in (script, SCRIPT))
+    done = launch(script, ["--help"], {}, 1, tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and [*tmp_path.iterdir()] == [Path(script)]
+    here = done.stdout
+    train_gpt.print_help()
+    there = capsys.readouterr().out
     table = here[here.index("Run\n") : here.index("Values of RECORD")]
     assert table == there[there.index("Run\n") : there.index("Values of RECORD")]
     values = VALUES | dict(DRY_RUN="1", DEVICE="cpu")
-    here, there = (launch(path, [], values, 1, tmp_path).stdout for path in (script, SCRIPT))
+    here = launch(script, [], values, 1, tmp_path).stdout
+    train_gpt.run(train_gpt.Config.from_env(values))
+    there = capsys.readouterr().out
     for key in ("model_params", "optimizer_group", "byte_budget"):
         wanted = [line for line in there.splitlines() if line.startswith(key)]
         assert wanted and [x for x in here.splitlines() if x.startswith(key)] == wanted
@@ -188,31 +194,30 @@ def test_without_data_the_fix_is_named(tmp_path):
 # -----------------------------------------------------------------------------
 # With the user's four packages: torch, numpy, sentencepiece, zstandard
 
-OTHERS = [*train_gpt.OPTIONAL_PACKAGES, "huggingface_hub"]
+ABSENT = [*train_gpt.OPTIONAL_PACKAGES, "huggingface_hub"]
 
 
 @pytest.fixture
 def four(tmp_path):
     """PYTHONPATH of a Python that has no others."""
     (tmp_path / "four").mkdir()
-    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in OTHERS)]
+    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in ABSENT)]
     (tmp_path / "four/sitecustomize.py").write_text("\n".join(lines))
     return {"PYTHONPATH": str(tmp_path / "four")}
 
 
-def test_four_packages_train_score_and_print_val_bpb(env, four, tmp_path):
+def test_four_packages_train_score_and_print_val_bpb(smoke_run, env, four, tmp_path):
     """What is left out is a line each before step 0; the score is that of all packages."""
-    asked = env | RUNS["proof"][1] | dict(RUN_ID="x", CHECKPOINT_EVERY="2")
+    asked = env | SMOKE_RUNS["one"][1] | dict(RUN_ID="x", CHECKPOINT_EVERY="2")
     done = launch(SCRIPT, [], {k: str(v) for k, v in asked.items()} | four, 1, tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr[-3000:]
     run = Run(tmp_path / "runs/x")
     notes = done.stdout[: done.stdout.index("\nstep:1/")]
     for name, effect in train_gpt.OPTIONAL_PACKAGES.items():
         assert f"note:package {name} is missing: {effect}" in notes
-    (tmp_path / "all").mkdir()
-    whole = finished_run(tmp_path / "all", "x", **asked)
+    whole = smoke_run("one")
     assert (run.val_bpb(), run.artifact) == (whole.val_bpb(), whole.artifact)
-    left_out = {"stream.bin", "report.png", "checkpoint"}
+    left_out = {"stream.bin", "report.png"}
     files = {path.name for path in run.folder.iterdir()}
     assert files | left_out == {path.name for path in whole.folder.iterdir()}
     assert run.submission()["val_bpb"] == run.val_bpb()
@@ -246,3 +251,46 @@ def test_a_package_that_nothing_replaces_is_missed_at_once(name, env, four, tmp_
     done = launch(SCRIPT, [], {k: str(v) for k, v in env.items()} | four, 1, tmp_path)
     assert f"package {name} is missing; fix: pip install {name}" in error_line(done)
     assert not (tmp_path / "runs").exists()
+
+
+# -----------------------------------------------------------------------------
+# Settings, as a module beside nothing
+
+
+@pytest.fixture
+def script_alone(tmp_path, monkeypatch):
+    """That script as a module."""
+    spec = importlib.util.spec_from_file_location("script_alone", alone_in(tmp_path))
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "script_alone", script)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_script_alone_resolves(script_alone):
+    """No records/: the defaults, what the environment says, siblings' names, and why."""
+    given = dict(SEED="7", VE_LAYERS="1,2", DEVICE="cpu", USE_EMA="0")
+    cfg = script_alone.Config.from_env(given)
+    kept = {name: "env" for name in ("SEED", "VE_LAYERS", "DEVICE", "EMA_ENABLED")}
+    paths = dict(RECORD="default", DATA_PATH="default", TOKENIZER_PATH="default")
+    assert cfg.origin == kept | paths
+    assert (cfg.record, cfg.run_id) == ("", "own_seed7")
+    assert cfg.notes[0] == "USE_EMA is read as EMA_ENABLED=0" and "defaults" in cfg.notes[1]
+    places = dict(data_path=cfg.data_path, tokenizer_path=cfg.tokenizer_path, run_id=cfg.run_id)
+    given = dict(seed=7, ve_layers=(1, 2), device="cpu", ema_enabled=False)
+    assert cfg == script_alone.Config(**given, **places)
+    assert script_alone.count_parameters(replace(cfg, vocab_size=1024)) == 26_993_756
+
+
+@pytest.mark.parametrize("given", [dict(ITERATOINS="9"), dict(TIE_EMBEDDINGS="0")])
+def test_script_alone_refuses_as_beside_its_records(given, script_alone):
+    with pytest.raises(script_alone.ConfigError) as caught:
+        script_alone.Config.from_env(given | dict(DEVICE="cpu"))
+    with pytest.raises(train_gpt.ConfigError) as beside:
+        train_gpt.Config.from_env(given | dict(DEVICE="cpu", RECORD="tiny"))
+    assert str(caught.value) == str(beside.value)
+
+
+def test_script_alone_knows_no_record(script_alone):
+    with pytest.raises(script_alone.ConfigError, match="no records/ beside train_gpt.py.*fix"):
+        script_alone.Config.from_env(dict(RECORD="tiny", DEVICE="cpu"))

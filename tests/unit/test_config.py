@@ -1,20 +1,19 @@
 """Configuration: environment > RECORD > defaults, checked, named, and nothing else read."""
 
+import contextlib
 import dataclasses
-import importlib.util
+import io
 import re
-import shutil
+import subprocess
 import sys
-from dataclasses import replace
+from typing import get_args
 
 import pytest
 from helpers import (
     ALIASES,
     ROOT,
-    SCRIPT,
     TINY,
     error_line,
-    launch,
     run_script,
     tiny,
     train_gpt,
@@ -309,53 +308,7 @@ def test_translations_that_cannot_be_are_named(given):
 
 
 # -----------------------------------------------------------------------------
-# The script without its neighbours
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """The script in a folder of its own."""
-    shutil.copy(SCRIPT, tmp_path)
-    return tmp_path / "train_gpt.py"
-
-
-@pytest.fixture
-def script_alone(alone, monkeypatch):
-    """That script as a module."""
-    spec = importlib.util.spec_from_file_location("script_alone", alone)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "script_alone", script)
-    spec.loader.exec_module(script)
-    return script
-
-
-def test_script_alone_resolves(script_alone):
-    """No records/: the defaults, what the environment says, siblings' names, and why."""
-    given = dict(SEED="7", VE_LAYERS="1,2", DEVICE="cpu", USE_EMA="0")
-    cfg = script_alone.Config.from_env(given)
-    kept = {name: "env" for name in ("SEED", "VE_LAYERS", "DEVICE", "EMA_ENABLED")}
-    paths = dict(RECORD="default", DATA_PATH="default", TOKENIZER_PATH="default")
-    assert cfg.origin == kept | paths
-    assert (cfg.record, cfg.run_id) == ("", "own_seed7")
-    assert cfg.notes[0] == "USE_EMA is read as EMA_ENABLED=0" and "defaults" in cfg.notes[1]
-    places = dict(data_path=cfg.data_path, tokenizer_path=cfg.tokenizer_path, run_id=cfg.run_id)
-    given = dict(seed=7, ve_layers=(1, 2), device="cpu", ema_enabled=False)
-    assert cfg == script_alone.Config(**given, **places)
-    assert script_alone.count_parameters(replace(cfg, vocab_size=1024)) == 26_993_756
-
-
-@pytest.mark.parametrize("given", [dict(ITERATOINS="9"), dict(TIE_EMBEDDINGS="0")])
-def test_script_alone_refuses_as_beside_its_records(given, script_alone):
-    with pytest.raises(script_alone.ConfigError) as caught:
-        script_alone.Config.from_env(given | dict(DEVICE="cpu"))
-    assert str(caught.value) == refused(**given)
-
-
-def test_script_alone_knows_no_record(alone):
-    done = launch(alone, [], dict(RECORD="tiny", DEVICE="cpu"), 1, alone.parent)
-    line = error_line(done)
-    assert "no records/ beside train_gpt.py" in line and "fix" in line
-    assert not (alone.parent / "runs").exists()
+# A config.env beside the script
 
 
 def test_a_config_beside_the_script_is_its_default(add_record, tmp_path):
@@ -548,39 +501,7 @@ def test_defaults_are_checked_too():
 
 
 # -----------------------------------------------------------------------------
-# DRY_RUN and --help
-
-PR864 = dict(NUM_LAYERS=11, VALUE_RESIDUAL=1, GATED_ATTENTION=1, VE_ENABLED=0)
-
-
-def dry_run(**variables):
-    """Standard output of a dry run in an empty folder of nothing."""
-    done = run_script(dict(DRY_RUN=1, DEVICE="cpu") | variables, cwd="/")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture
-def defaults_record(add_record):
-    """-> function that resolves variables over the defaults instead of `tiny`."""
-    add_record("defaults", "# nothing\n")
-    return lambda **v: Config.from_env(
-        dict(DEVICE="cpu", RECORD="defaults") | {name: str(value) for name, value in v.items()}
-    )
-
-
-@pytest.mark.parametrize(
-    ("count", "variables"),
-    [
-        (26_744_007, PR864 | dict(BIGRAM_VOCAB_SIZE=1024)),
-        (26_809_543, PR864 | dict(BIGRAM_VOCAB_SIZE=1536)),
-        (26_928_220, dict(BIGRAM_VOCAB_SIZE=1536)),  # #1026
-        (26_993_756, {}),  # #993 = the defaults
-    ],
-)
-def test_parameter_counts_are_the_published_ones(count, variables, defaults_record):
-    cfg = defaults_record(**variables, VOCAB_SIZE=1024)
-    assert train_gpt.count_parameters(cfg) == count
+# DRY_RUN
 
 
 def test_counted_parameters_are_the_model_s():
@@ -604,24 +525,157 @@ def test_dry_run_needs_no_data_and_no_tokenizer(tmp_path):
     assert "cap:16000000" in done.stdout
 
 
-def test_dry_run_of_a_published_system(tmp_path):
-    """The counts again as a user sees them, with a RECORD that does not exist yet spelt out."""
-    text = "MLP_MULT=3.0 TRAIN_SEQ_LEN=2048 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 BIGRAM_DIM=128"
-    variables = dict(pair.split("=") for pair in text.split()) | PR864
-    variables |= dict(BIGRAM_VOCAB_SIZE=1024, TRAIN_BATCH_TOKENS=786432, RECORD="tiny")
-    done = run_script(variables | dict(DRY_RUN=1, DEVICE="cpu"), cwd=tmp_path)
-    assert "model_params:26744007" in done.stdout.split()
-
-
-def test_help_lists_every_variable(tmp_path):
-    done = run_script({}, cwd=tmp_path, arguments=["--help"])
-    assert done.returncode == 0 and list(tmp_path.iterdir()) == []
-    first_words = {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
-    assert first_words >= set(train_gpt.VARIABLES)
-    assert "torchrun" in done.stdout and "TRAIN_BATCH_TOKENS" in done.stdout
-
-
 def test_misspelt_name_stops_the_process_first(tmp_path):
     line = error_line(run_script(dict(ITERATION=5), cwd=tmp_path))
     assert "ITERATION" in line and "ITERATIONS" in line
     assert list(tmp_path.iterdir()) == []
+
+
+# -----------------------------------------------------------------------------
+# --help: every variable once, in columns that a pager and grep can use
+
+
+VARIABLES = train_gpt.VARIABLES
+WIDTHS = train_gpt.HELP_WIDTHS
+STARTS = [sum(WIDTHS[:n]) + n * len(train_gpt.HELP_GAP) for n in range(4)]
+
+
+@pytest.fixture(scope="module")
+def page():
+    """As lines; the process that prints it is in test_alone.py."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train_gpt.print_help()
+    return printed.getvalue().splitlines()
+
+
+def columns(line):
+    """name, type, default and meaning of a line of the table"""
+    ends = [*STARTS[1:], None]
+    return [line[start:end].strip() for start, end in zip(STARTS, ends, strict=True)]
+
+
+def rows(page):
+    """Variable -> its four columns, lines that go on below joined; in the order of the page."""
+    table, name = {}, None
+    for line in page[page.index("Run") : page.index("Values of RECORD, their beginning is enough")]:
+        if re.match(r"[A-Z][A-Z0-9_]+(?=  |$)", line):
+            name = line.split()[0]
+            assert name not in table
+            table[name] = columns(line)
+        elif line.startswith(" "):
+            below = columns(line)
+            table[name] = [f"{a} {b}".strip() for a, b in zip(table[name], below, strict=True)]
+    return table
+
+
+def test_every_variable_has_one_row(page):
+    table = rows(page)
+    assert sorted(table) == sorted(VARIABLES)
+    assert all(name == cells[0] and all(cells) for name, cells in table.items())
+    words = [line.split()[0] for line in page if line[:1].strip()]
+    assert [words.count(name) for name in VARIABLES] == [1] * len(VARIABLES)
+
+
+def test_columns_are_aligned_within_100(page):
+    assert max(map(len, page)) <= 100
+    start, end = page.index("Run"), page.index("Values of RECORD, their beginning is enough")
+    titles = {"Run", "Data", "Model", "Artifact", "Training", "Scoring", "N-gram"}
+    lines = [line for line in page[start:end] if line]
+    assert titles <= {*lines} and all(line == line.rstrip() for line in lines)
+    for line in lines:
+        if line.startswith(" ") or line.split()[0] in VARIABLES:
+            cells, padded = columns(line), line.ljust(100)
+            for cell, start in zip(cells[1:], STARTS[1:], strict=True):
+                assert padded[start - 2 : start] == "  ", line
+                assert not cell or not padded[start].isspace(), line
+
+
+def test_defaults_and_choices_are_the_scripts(page):
+    """A default pasted into the environment gives that default; each choice is named."""
+    for name, (_, _, default, meaning) in rows(page).items():
+        field = VARIABLES[name]
+        if field.default not in ("", ()):
+            assert ", " not in default or len(default) > WIDTHS[2]
+            assert train_gpt.parse(name, default.replace(" ", "")) == field.default
+        if isinstance(field.default, str) and get_args(field.type):
+            choices = [choice for choice in get_args(field.type) if choice]
+            assert meaning.startswith("|".join(choices) + ": ")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("SEED", "int"),
+        ("DRY_RUN", "0|1"),
+        ("RUN_ID", "text"),
+        ("DEVICE", "choice"),
+        ("MODEL_DIM", "int >= 1"),
+        ("CODEC_TOKENS", "int >= -1"),
+        ("NUM_LAYERS", "2 to 999"),
+        ("TRAIN_SEQ_LEN", "1 to 1048576"),
+        ("MLP_MULT", "float > 0"),
+        ("SMEAR_INIT", "any float"),
+        ("MATRIX_LR", "float"),
+        ("BETA1", "0 to 0.999999"),
+        ("SWA_WEIGHT", "0 to 1"),
+        ("VE_LAYERS", "ints"),
+        ("CLIP_QUANTILES", "floats"),
+    ],
+)
+def test_type_and_bounds(name, kind, page):
+    assert rows(page)[name][1] == kind
+
+
+def test_bounds_are_those_that_are_enforced(page):
+    """The numbers named are accepted, the next ones beyond are not."""
+    for name, (_, kind, _, _) in rows(page).items():
+        found = re.fullmatch(r"(?:(\w+) )?(?:>= (-?\d+)|(\S+) to (\S+))", kind)
+        if found:
+            least, most = found[2] or found[3], found[4]
+            train_gpt.parse(name, least)
+            beyond = [str(int(least) - 1)] + (
+                [str(float(most) + 1).removesuffix(".0")] if most else []
+            )
+            for text in beyond:
+                with pytest.raises(train_gpt.ConfigError):
+                    train_gpt.parse(name, text)
+
+
+def test_meanings_are_the_table_s_and_stand_alone(page):
+    """No sentence but that of the setting's own line; none is a mere word."""
+    for name, (_, _, _, meaning) in rows(page).items():
+        assert meaning.endswith(train_gpt.SETTINGS[name].meaning), name
+        assert len(train_gpt.SETTINGS[name].meaning.split()) >= 2, name
+
+
+def test_groups_are_together_and_in_the_table_s_order(page):
+    titles = list(dict.fromkeys(setting.group for setting in train_gpt.SETTINGS.values()))
+    assert [line for line in page if line in titles] == titles
+
+
+def test_every_record_is_named(page):
+    start = page.index("Values of RECORD, their beginning is enough")
+    named = [
+        line.split()[0] for line in page[start:] if re.match(r"  \S+ ", line) and "=" not in line
+    ]
+    folders = {path.parent.name for path in ROOT.glob("records/*/*/config.env")}
+    assert sorted(named) == sorted(folders) == named
+
+
+def test_examples_are_valid(page, dataset):
+    """Each example's variables make a Config."""
+    lines = [line.split() for line in page[page.index("Examples") + 1 :]]
+    assert len(lines) >= 3 and all(words[-1] == "train_gpt.py" for words in lines)
+    for words in lines:
+        pairs = dict(word.split("=") for word in words if "=" in word and not word.startswith("--"))
+        assert pairs and train_gpt.Config.from_env(pairs | dict(DEVICE="cpu"))
+
+
+def test_a_reader_may_stop_early(tmp_path):
+    """As `| head` does: no complaint, status 0."""
+    code = "import train_gpt; train_gpt.print_help()"
+    command = [sys.executable, "-c", code]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 0

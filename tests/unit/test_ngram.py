@@ -6,38 +6,43 @@ import sysconfig
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from as_written import backoff_match
-from helpers import SHRUNK, SilentRuntime, perturbed, random_stream, run_here, tiny, train_gpt
+from helpers import perturbed, random_stream, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_smoke import runs
+from oracles import (
+    CFG,
+    ORDERS,
+    bits,
+    cascade,
+    filled_store,
+    mixed,
+    mixed_by,
+    mixture,
+    oracle,
+    scored_by,
+    uniform,
+)
 
 import prepare
 from train_gpt import (
     Backoff,
     Blend,
-    CodingOrder,
     CountStore,
     Mixture,
     Scores,
     backoff_alpha,
     make_mixer,
-    mix,
-    mix_ngrams,
     ngram_counts,
 )
 
 VOCABULARIES = (2, 256, 1024, 8192, 65535)
 IMPLEMENTATIONS = ["numba", "torch", *(["cuda"] if torch.cuda.is_available() else [])]
-ORDERS = (*range(1, 10), *train_gpt.LONG_ORDERS)
-CFG = tiny()  # with #864's cascade
 PAIR_BITS = 5  # what the pair of gate and model lost at most was 3 bits, on all of these texts
-__all__ = ["runs"]  # test_smoke's processes, not run again
 
 
 def counted(tokens, vocab_size, max_order, implementation="numba", key_bits=63):
@@ -50,20 +55,6 @@ def counted(tokens, vocab_size, max_order, implementation="numba", key_bits=63):
     assert [order for order, *_ in rows] == list(range(1, max_order + 1))
     assert {column.dtype for _, *row in rows for column in row} == {np.dtype(np.int32)}
     return np.array([row for _, *row in rows])
-
-
-def oracle(tokens, max_order):
-    """Context tuple -> {token: count}, updated after every token: the definition itself."""
-    tokens, tables = [int(x) for x in tokens], defaultdict(dict)
-    out = np.zeros((max_order, 4, len(tokens)), np.int64)
-    for t, token in enumerate(tokens):
-        for order in range(1, min(max_order, t + 1) + 1):
-            table = tables[tuple(tokens[t - order + 1 : t])]
-            n, c = sum(table.values()), table.get(token, 0)
-            singles = sum(count == 1 for count in table.values())
-            out[order - 1, :, t] = n, c, len(table), singles
-            table[token] = c + 1
-    return out
 
 
 @st.composite
@@ -295,11 +286,6 @@ def scored_text(name, size):
     return tokens, scored_by(rows, tokens[:-1], tokens[1:]), rows
 
 
-def scored_by(rows, state, targets):
-    entropy = -(rows * np.log(rows)).sum(1)
-    return Scores(np.log(rows[state, targets]), entropy[state])
-
-
 def draws(size, vocab_size=64, seed=0):
     """-> tokens drawn from rows of known, varying entropy, and their Scores: nothing is better."""
     rng = np.random.default_rng(seed)
@@ -308,48 +294,6 @@ def draws(size, vocab_size=64, seed=0):
     state = rng.integers(0, len(rows), size)
     drawn = (rng.random((size, 1)) > rows.cumsum(1)[state]).sum(1).clip(0, vocab_size - 1)
     return np.append(0, drawn), scored_by(rows, state, drawn)
-
-
-def uniform(size, vocab_size):
-    """Scores of a model that knows nothing."""
-    nats = np.full(size, math.log(vocab_size))
-    return Scores(-nats, nats)
-
-
-def filled_store(tokens, vocab_size, orders=ORDERS):
-    return CountStore(orders).collect(ngram_counts(tokens, vocab_size, max(orders)))
-
-
-def mixed_by(name, tokens, scores, vocab_size, cfg=CFG):
-    mixer = make_mixer(name, cfg, "cpu")
-    return mix(mixer, filled_store(tokens, vocab_size, mixer.orders), scores, None)
-
-
-def cascade(tokens, scores, vocab_size, cfg=CFG):
-    """log p of the published backoff."""
-    return mixed_by("cascade", tokens, scores, vocab_size, cfg)
-
-
-def mixture(tokens, scores, vocab_size):
-    """log p of the learned mixture."""
-    return mixed_by("blend", tokens, scores, vocab_size)
-
-
-def mixed(tokens, scores, **changes):
-    """log p by mix_ngrams, and what it logs of each stage: name -> values"""
-    cfg, stages = tiny(**dict(vocab_size=256) | changes), {}
-    report = SimpleNamespace(
-        cfg=cfg,
-        rt=SilentRuntime(),
-        score=lambda stage, log_prob, **more: stages.update(
-            {stage: more | dict(log_prob=log_prob.copy())}
-        ),
-    )
-    return mix_ngrams(scores, CodingOrder(tokens, slice(None)), report), stages
-
-
-def bits(log_prob):
-    return -log_prob.mean() / math.log(2)
 
 
 def lost_bits(log_prob, scores):
@@ -642,15 +586,8 @@ def gain_lines(run):
     return [row for row in run.metrics() if row["key"] == "ngram_gain"]
 
 
-@pytest.fixture
-def again(runs, dataset, tmp_path):
-    """Score test_smoke's artifact again, under other settings -> Run"""
-    known = dict(DATA_PATH=str(dataset), EVAL_ONLY=str(runs["one"].folder / "artifact.bin"))
-    return functools.partial(run_here, tmp_path, "again", **SHRUNK, **known)
-
-
-def test_lines_of_the_mixture(runs):
-    run = runs["one"]
+def test_lines_of_the_mixture(smoke_run):
+    run = smoke_run("one")
     line, backoff = run.final("ngram_exact"), run.final("ngram_backoff_exact")
     assert run.val_bpb() < run.val_bpb("documents_exact")
     assert line["mixer"] == "blend" and line["orders"] == backoff["orders"] == "2-9"
@@ -659,8 +596,8 @@ def test_lines_of_the_mixture(runs):
     assert run.val_bpb() < run.val_bpb("int6_sliding_window_exact")
 
 
-def test_gain_lines_add_up(runs):
-    gains, columns = gain_lines(runs["again"]), runs["again"].arrays("scores.npz")
+def test_gain_lines_add_up(smoke_run):
+    gains, columns = gain_lines(smoke_run("again")), smoke_run("again").arrays("scores.npz")
     targets = len(columns["token"])
     assert sum(row["positions"] for row in gains) == targets
     assert sum(row["share"] for row in gains) == pytest.approx(1, abs=1e-9)
@@ -673,8 +610,8 @@ def test_gain_lines_add_up(runs):
     assert [row["positions"] for row in gains] == [(matched == k).sum() for k in orders]
 
 
-def test_backoff_line_is_the_backoff(runs):
-    run = runs["again"]  # by sliding windows
+def test_backoff_line_is_the_backoff(smoke_run):
+    run = smoke_run("again")  # by sliding windows
     columns = run.arrays("scores.npz")
     tokens = np.append(train_gpt.BOS, columns["token"])
     scores = Scores(columns["logp_model"], columns["entropy"])
@@ -685,37 +622,22 @@ def test_backoff_line_is_the_backoff(runs):
 
 
 @pytest.mark.usefixtures("no_picture")
-def test_backoff_alone(runs, again):
+def test_backoff_alone(smoke_run, again):
     run = again(NGRAM_MIXER="cascade", NGRAM_MAX_ORDER="4", NGRAM_MIN_COUNT="1")
     line = run.final("ngram_exact")
     assert line["mixer"] == "cascade" and line["orders"] == "2-4"
     assert float(line["mass_error"]) < 1e-9
     assert run.val_bpb() == run.val_bpb("ngram_backoff_exact")
-    assert run.val_bpb() != runs["one"].val_bpb("ngram_backoff_exact")
+    assert run.val_bpb() != smoke_run("one").val_bpb("ngram_backoff_exact")
     assert gain_lines(run)
 
 
 @pytest.mark.parametrize("env", [{"NGRAM_MIXER": "none"}, {"NGRAM_ENABLED": "0"}])
 @pytest.mark.usefixtures("no_picture")
-def test_model_alone(runs, again, env):
+def test_model_alone(smoke_run, again, env):
     run = again(**env)
     assert not gain_lines(run) and not any("backoff" in line.split()[0] for line in run.lines)
     assert run.final("ngram_exact")["mixer"] == "none"
     stage = "int6_sliding_window_exact"
-    assert run.val_bpb() == run.val_bpb(stage) == runs["one"].val_bpb(stage)
+    assert run.val_bpb() == run.val_bpb(stage) == smoke_run("one").val_bpb(stage)
     assert float(run.final("ngram_exact")["mass_error"]) < 1e-9
-
-
-def test_ranks_report_the_same_digits(runs):
-    """One artifact on one and two ranks of one thread each: no digit of what windows score moves,
-    nor one of a count; lanes of another shape round differently."""
-    one, two = runs["eval_1"], runs["eval_2"]
-    stage = "int6_sliding_window_exact"
-    assert one.final(stage) == two.final(stage) == runs["one"].final(stage)
-    for stage in ("documents_exact", "ngram_backoff_exact", "ngram_exact"):
-        assert one.val_bpb(stage) == runs["one"].val_bpb(stage)
-        assert one.val_bpb(stage) == pytest.approx(two.val_bpb(stage), abs=1e-6)
-    a, b, c = (
-        [(r["value"], r["positions"]) for r in gain_lines(x)] for x in (one, two, runs["one"])
-    )
-    assert a == b == c

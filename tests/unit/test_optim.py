@@ -1,6 +1,5 @@
 """Newton-Schulz, Muon, AdamW, schedules, clipping, averages; and two ranks against one."""
 
-import json
 import math
 import re
 from types import SimpleNamespace
@@ -9,24 +8,18 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    ROOT,
     fixed_steps,
-    launch,
     new_trainer,
     perturbed,
     random_ids,
     random_stream,
-    shared_folder,
     tiny,
     train_gpt,
     write_shard,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-SIBLINGS = dict(  # 2-D Muon parameters, one matrix for two ranks, and the group without decay
-    bigram_kind="linear", pre_enrich_dim=24, polyglu_enabled=True, depth_recurrence=(1, 2)
-)
+from ranks_worker import ODD, SIBLINGS, STREAM
 
 # -----------------------------------------------------------------------------
 # Newton-Schulz
@@ -329,107 +322,8 @@ def test_what_is_not_finite_changes_no_weight(rt, clip, where):
 # Averages
 
 
-def averaged(cfg, steps=12):
-    """Averages over a walk of weights -> (result, walk from before the first step on, factors)"""
-    model = perturbed(cfg)
-    averages = train_gpt.Averages(model, cfg)
-    walk = [{n: w.detach().clone().double() for n, w in model.named_parameters()}]
-    factors = [1 - step / steps for step in range(steps)]
-    for step, factor in enumerate(factors):
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.add_(torch.randn_like(weight))
-        averages.update(step, factor)
-        walk.append({n: w.detach().clone().double() for n, w in model.named_parameters()})
-    return averages.final(), walk, factors
-
-
-def plain_ema(cfg, walk, name):
-    """[e_0, e_1, ...]: the mean before the first step and after each."""
-    means = [walk[0][name]]
-    for step, weights in enumerate(walk[1:]):
-        decay = min(cfg.ema_decay, (1 + step) / (10 + step)) if cfg.ema_warmup else cfg.ema_decay
-        means.append(decay * means[-1] + (1 - decay) * weights[name])
-    return means
-
-
-def plain_swa(cfg, walk, factors, name, means):
-    """Mean of the snapshots, None where there are none."""
-    source = means if cfg.swa_source == "ema" else [weights[name] for weights in walk]
-    taken = [
-        source[step + 1]
-        for step, factor in enumerate(factors)
-        if factor < 0.2 and (step + 1) % cfg.swa_every == 0
-    ]
-    return torch.stack(taken).mean(0) if taken else None
-
-
-@pytest.mark.parametrize("warmup", [True, False])
-@pytest.mark.parametrize("every", [1, 2, 50])
-@pytest.mark.parametrize("source", ["raw", "ema"])
-@pytest.mark.parametrize("on", ["both", "ema", "swa", "none"])
-def test_averages_are_plain_loops(on, source, every, warmup):
-    cfg = tiny(
-        ema_enabled=on in ("both", "ema"),
-        swa_enabled=on in ("both", "swa"),
-        swa_source=source,
-        swa_every=every,
-        swa_weight=0.3,
-        ema_warmup=warmup,
-        ema_decay=0.8,
-    )
-    final, walk, factors = averaged(cfg)
-    for name in ("tok_emb", "kv_bank", "ve_scale"):
-        means = plain_ema(cfg, walk, name)
-        ema = means[-1] if cfg.ema_enabled else None
-        mean = means if cfg.ema_enabled else [weights[name] for weights in walk]
-        swa = plain_swa(cfg, walk, factors, name, mean) if cfg.swa_enabled else None
-        if ema is not None and swa is not None:
-            wanted = 0.7 * ema + 0.3 * swa
-        else:
-            wanted = next((w for w in (ema, swa) if w is not None), walk[-1][name])
-        assert final[name].dtype == torch.float32
-        torch.testing.assert_close(final[name].double(), wanted, rtol=1e-5, atol=1e-5)
-
-
 # -----------------------------------------------------------------------------
 # Ranks and micro-batches
-
-
-STREAM = random_stream(5000, 64, seed=4)
-ODD = dict(num_layers=3)  # banks of 3 and 6 matrices, so that two ranks need padding
-# chunks of four sequences in batches of three, so that a rank has two, one or none
-TTT = dict(ttt_enabled=True, scorer="sliding", ttt_chunk_tokens=64, ttt_batch_seqs=3, ttt_lr=0.05)
-CAPPED = dict(max_wallclock_seconds=1.5, iterations=10**6, warmdown_iters=10**6)
-JOBS = {  # what two ranks do: name -> (steps, changes to the configuration); steps 0: to the cap,
-    # "ttt": no training but scores that learn
-    "odd": (3, ODD),
-    "micro": (3, dict(grad_accum_steps=2, train_batch_tokens=128)),
-    "local": (2, dict(clip="local", grad_clip_norm=0.05)),
-    "siblings": (3, SIBLINGS),
-    "ttt_sgd": ("ttt", TTT),
-    "ttt_lora": ("ttt", TTT | dict(ttt_use_lora=True)),
-    "capped": (0, CAPPED | dict(swa_every=3, train_log_every=10**6)),
-}
-
-
-@pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory):
-    """job -> [weights of rank 0, of rank 1]; what rank 0 printed; one launch for all."""
-    with shared_folder(tmp_path_factory, "two_ranks") as (folder, empty):
-        if empty:
-            write_shard(folder / "stream_train_000000.bin", STREAM)
-            worker = ROOT / "tests/unit/ranks_worker.py"
-            done = launch(worker, [folder, json.dumps(JOBS)], {}, 2, folder)
-            assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-            (folder / "stdout").write_text(done.stdout)
-    found = {
-        name: [dict(np.load(folder / f"{name}_rank{rank}.npz")) for rank in range(2)]
-        for name in JOBS
-    }
-    left = [json.loads((folder / f"threads_rank{rank}.json").read_text()) for rank in range(2)]
-    largest = [json.loads((folder / f"largest_rank{rank}.json").read_text()) for rank in range(2)]
-    return found | dict(threads=left, largest=largest, stdout=(folder / "stdout").read_text())
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The window scorer: every target once, from the past alone, whatever the batches and ranks."""
+"""The window scorer: every target once, from the past alone, whatever the batches and ranks; and
+the whole honest score of documents by an oracle."""
 
 import math
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ import torch
 from helpers import enrichment_change, perturbed, random_stream, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import LONG, honest_score, scored_documents
 from torch import nn
 
+BOS = train_gpt.BOS
 VOCAB = 37
 
 
@@ -301,3 +304,51 @@ def test_validation_score_is_the_scorer_s(dataset, rt):
     assert values["val_loss"] == pytest.approx(-log_prob.mean(), rel=1e-14)
     bits = -log_prob.sum() / math.log(2)
     assert values["val_bpb"] == pytest.approx(bits / text.bytes.sum(), rel=1e-14)
+
+
+# -----------------------------------------------------------------------------
+# The whole honest score once more, by oracles.py
+
+
+def text_with_repeats(seed):
+    """Documents that quote each other, some empty, some longer than the window"""
+    rng, parts = np.random.default_rng(seed), []
+    phrases = [rng.integers(2, 64, rng.integers(3, 30)) for _ in range(6)]
+    for _ in range(14):
+        parts.append([BOS])
+        parts += [phrases[i] for i in rng.integers(0, 6, rng.integers(0, 6))]
+        parts.append(rng.integers(2, 64, rng.integers(0, 8)))
+    return np.concatenate(parts).astype(np.uint16)
+
+
+def furthest(cfg, stream, orders):
+    model = perturbed(cfg).eval().requires_grad_(False)
+    scores, final, _ = scored_documents(model, cfg, stream)
+    arguments = scores.log_prob.tolist(), scores.entropy.tolist(), cfg.eval_lanes, orders
+    wanted = honest_score(stream.tolist(), *arguments)
+    assert abs(wanted - scores.log_prob).mean() > 0.05  # the counts say something
+    return abs(final - wanted).max()
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 5, 32])
+def test_score_of_a_short_text_is_the_oracle_s(lanes):
+    cfg, orders = tiny(eval_lanes=lanes), (*range(1, 10), *LONG)
+    assert furthest(cfg, text_with_repeats(seed=lanes), orders) <= 1e-6
+
+
+def test_configured_orders_are_the_oracle_s():
+    cfg = tiny(ngram_min_order=3, ngram_max_order=5)
+    stream = np.append(text_with_repeats(seed=9), np.uint16(BOS))  # ends in a BOS
+    assert furthest(cfg, stream, (1, 3, 4, 5, *LONG)) <= 1e-6
+
+
+def test_a_run_s_score_is_the_oracle_s(smoke_run):
+    """Of scores.npz alone: the text, what the model said, and the printed val_bpb."""
+    for name in ("one", "two_ranks"):
+        run, columns = smoke_run(name), smoke_run(name).arrays("scores.npz")
+        stream = [BOS, *columns["token"].tolist()]
+        said = columns["logp_model"].tolist(), columns["entropy"].tolist()
+        wanted = honest_score(stream, *said, 32, (*range(1, 10), *LONG))
+        assert abs(columns["logp_final"] - wanted).max() <= 1e-6, name
+        bpb = -wanted.sum() / math.log(2) / columns["bytes"].sum()
+        assert run.val_bpb() == pytest.approx(bpb, abs=1e-6)

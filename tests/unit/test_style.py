@@ -206,7 +206,8 @@ def test_ruff_is_content(arguments):
 # -----------------------------------------------------------------------------
 # Nothing that is read is ever executed
 
-UNSAFE_MODULES = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}
+UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal"}
+UNSAFE_MODULES |= {"shelve"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"}
 UNSAFE_CALLS |= {"yaml.load", "yaml.unsafe_load", "torch.jit.load", "torch.hub.load"}
 UNSAFE_KEYWORDS = {"allow_pickle", "shell"}  # anything but False
@@ -270,6 +271,7 @@ from pickle import loads
 import pickle as p
 import marshal
 import shelve
+import cloudpickle
 import torch; torch.load("x")
 import torch as t; t.load("x", weights_only=True)
 from torch import load; load("x")

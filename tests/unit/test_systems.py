@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SCRIPT, SHRUNK, run_here, train_gpt
-from test_ngram import bits, mixed, oracle, uniform
+from oracles import bits, mixed, oracle, uniform
 
 Config = train_gpt.Config
 

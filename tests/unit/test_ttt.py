@@ -15,11 +15,8 @@ from helpers import (
     train_gpt,
     trained,
 )
-from test_ngram import again, cascade, mixture
-from test_optim import STREAM, TTT, two_ranks
-from test_smoke import runs
-
-__all__ = ["again", "runs", "two_ranks"]  # other files' processes, not run again
+from oracles import cascade, mixture
+from ranks_worker import STREAM, TTT
 
 KINDS = [dict(ttt_lr=0.05), dict(ttt_use_lora=True, ttt_lora_rank=4)]
 CHUNK, WINDOW, STRIDE = 32, 16, 4
@@ -281,9 +278,9 @@ def test_learning_helps_on_another_style(changes, reader):
 
 @pytest.mark.parametrize("lora", ["0", "1"])
 @pytest.mark.usefixtures("no_picture")
-def test_lines_of_a_run(lora, runs, again):
+def test_lines_of_a_run(lora, smoke_run, again):
     """Its own line after the sliding one, whose scores it replaces in the mixture and the files."""
-    plain = runs["one"]
+    plain = smoke_run("one")
     run = again(
         SCORER="sliding", TTT_ENABLED="1", TTT_USE_LORA=lora, TTT_CHUNK_TOKENS="512", TTT_EPOCHS="1"
     )

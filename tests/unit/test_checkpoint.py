@@ -17,6 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoint_worker import (
+    STEPS,
+    Killed,
+    configuration,
+    died,
+    finite,
+    new_trainer,
+    spoiled,
+    state,
+    train,
+)
 from helpers import (
     ROOT,
     SCRIPT,
@@ -32,17 +43,6 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from resume_worker import (
-    STEPS,
-    Killed,
-    configuration,
-    died,
-    finite,
-    new_trainer,
-    spoiled,
-    state,
-    train,
-)
 
 # -----------------------------------------------------------------------------
 # The Trainer
@@ -188,27 +188,6 @@ def test_a_signal_in_the_last_validation_counts(tmp_path):
     assert (trainer.folder / f"step_{STEPS:08}.json").exists()
 
 
-@pytest.fixture
-def handlers():
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield lambda: {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_a_second_signal_ends_at_once_and_handlers_come_back(rt, handlers):
-    signal.signal(signal.SIGTERM, mine := lambda *_: None)
-    before = handlers()
-    with contextlib.suppress(KeyError), rt.signals() as came:
-        assert came == []
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert came == [signal.SIGTERM]
-        assert set(handlers().values()) == {signal.SIG_DFL}
-        raise KeyError  # an end by an exception counts, too
-    assert handlers() == before and before[signal.SIGTERM] is mine
-
-
 def test_ranks_wait_until_the_checkpoint_is_written(tmp_path, monkeypatch):
     """Where one rank ends, torchrun ends the others: rank 0 would still be writing."""
     events, cfg = [], configuration(checkpoint_every="4")
@@ -327,27 +306,6 @@ def test_order_on_the_disk(tmp_path, monkeypatch):
     for name in names:
         wanted += [f"flush .partial_{name}", f"name {name}", "flush checkpoint"]
     assert events == [*wanted, "unlink step_00000001.json", "unlink step_00000001.safetensors"]
-
-
-@pytest.mark.parametrize("name", ["write", "fsync", "replace"])
-def test_failed_writing_leaves_nothing_behind(name, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    (path := tmp_path / "file").write_bytes(b"old")
-    with monkeypatch.context() as patch, pytest.raises(train_gpt.UserError, match="disk full; fix"):
-        if name == "write":
-
-            def write(partial):
-                partial.write_bytes(b"ha")
-                fail()
-        else:
-            patch.setattr(os, name, fail)
-            write = b"new"
-        train_gpt.write_atomically(path, write)
-    assert files(tmp_path) == {Path("file"): b"old"}
-    train_gpt.write_atomically(path, b"new")
-    assert files(tmp_path) == {Path("file"): b"new"}
 
 
 # -----------------------------------------------------------------------------
@@ -636,7 +594,7 @@ def test_other_shards_are_refused(killed, go_on, fast, tmp_path):
     assert f"SHARDS=1 of {size} bytes, " in text and f"not 2 of {more} bytes, " in text
 
 
-def test_resume_without_a_run_begins(fast, tmp_path, go_on, monkeypatch):
+def test_checkpoint_without_a_run_begins(fast, tmp_path, go_on, monkeypatch):
     """Nothing there, and a run that died before its first checkpoint."""
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -676,26 +634,15 @@ def started(env, cwd, ranks=1, until="step:2/"):
 LONG = dict(ITERATIONS="400", TRAIN_LOG_EVERY="1", CHECKPOINT_EVERY="0")
 
 
-def test_a_signal_from_outside(fast, tmp_path):
-    """SIGTERM to the process; how it goes on is tested above."""
-    with started(fast | LONG, tmp_path) as (process, _):
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
-    assert process.returncode == 143 and "Traceback" not in output
-    assert "checkpoint written, RESUME=auto goes on" in output
-    (path,) = (tmp_path / "runs/x/checkpoint").glob("*.json")
-    assert train_gpt.read_checkpoint(path)[0].step >= 2
-
-
 # -----------------------------------------------------------------------------
 # Two ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Results of resume_worker.py's two ranks, and their folder."""
+    """Results of checkpoint_worker.py's two ranks, and their folder."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = launch(ROOT / "tests/unit/resume_worker.py", [folder], {}, 2, folder)
+    done = launch(ROOT / "tests/unit/checkpoint_worker.py", [folder], {}, 2, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"results_rank{r}.json").read_text()) for r in (0, 1)], folder
 

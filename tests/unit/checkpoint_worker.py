@@ -1,6 +1,6 @@
-"""Trainings that are cut off and go on, for test_resume.py; on two ranks as torchrun's script:
+"""Trainings that are cut off and go on, for test_checkpoint.py; on two ranks as torchrun's script:
 
-resume_worker.py FOLDER  # leaves results_rank<r>.json there
+checkpoint_worker.py FOLDER  # leaves results_rank<r>.json there
 """
 
 import contextlib

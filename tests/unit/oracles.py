@@ -1,9 +1,10 @@
-"""The whole honest score of a short text once more, by plain loops over dictionaries.
+"""Oracles: what several unit tests compare the script with.
 
-An oracle in the sense of a test: from the text and the model's log-probabilities it recomputes the
-order of coding, the counts, the gate and its learning, and with them log p of each target, without
-any function of train_gpt.py. What it follows is written in spec/validity.md (documents as lanes)
-and in the docstrings of Blend.
+honest_score is the whole score of a short text once more, by plain loops over dictionaries: from
+the text and the model's log-probabilities it recomputes the order of coding, the counts, the gate
+and its learning, and with them log p of each target, without any function of train_gpt.py. What it
+follows is written in spec/validity.md (documents as lanes) and in the docstrings of Blend. `oracle`
+counts by the definition. The rest is the script's own mixtures, on any tokens and Scores.
 """
 
 import math
@@ -11,19 +12,17 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
-from helpers import SilentRuntime, perturbed, tiny, train_gpt
-from test_smoke import runs
+from helpers import SilentRuntime, tiny, train_gpt
 
-__all__ = ["runs"]  # test_smoke's processes, not run again
+from train_gpt import CodingOrder, CountStore, Scores, make_mixer, mix, mix_ngrams, ngram_counts
 
 BOS = 1
 HIDDEN, RATE, FIRST_CHUNK, LARGEST_CHUNK = 32, 5e-3, 32, 4096
 LONG = (12, 16, 24)
 
 # -----------------------------------------------------------------------------
-# The oracle
+# The honest score
 
 
 def coding_order(stream, lanes):
@@ -166,59 +165,77 @@ def honest_score(stream, log_prob, entropy, lanes, orders):
 
 
 # -----------------------------------------------------------------------------
-# What the script says
+# Counts, and the script's mixtures
+
+ORDERS = (*range(1, 10), *train_gpt.LONG_ORDERS)
+CFG = tiny()  # with #864's cascade
 
 
-def script_s(cfg, stream):
-    """-> the model's Scores in the text's order, log p by the mixture"""
-    model, rt = perturbed(cfg).eval().requires_grad_(False), train_gpt.Runtime(cfg)
-    scores, order = train_gpt.score_documents(model, rt, cfg, stream)
+def oracle(tokens, max_order):
+    """Context tuple -> {token: count}, updated after every token: the definition itself."""
+    tokens, tables = [int(x) for x in tokens], defaultdict(dict)
+    out = np.zeros((max_order, 4, len(tokens)), np.int64)
+    for t, token in enumerate(tokens):
+        for order in range(1, min(max_order, t + 1) + 1):
+            table = tables[tuple(tokens[t - order + 1 : t])]
+            n, c = sum(table.values()), table.get(token, 0)
+            singles = sum(count == 1 for count in table.values())
+            out[order - 1, :, t] = n, c, len(table), singles
+            table[token] = c + 1
+    return out
+
+
+def scored_by(rows, state, targets):
+    entropy = -(rows * np.log(rows)).sum(1)
+    return Scores(np.log(rows[state, targets]), entropy[state])
+
+
+def uniform(size, vocab_size):
+    """Scores of a model that knows nothing."""
+    nats = np.full(size, math.log(vocab_size))
+    return Scores(-nats, nats)
+
+
+def filled_store(tokens, vocab_size, orders=ORDERS):
+    return CountStore(orders).collect(ngram_counts(tokens, vocab_size, max(orders)))
+
+
+def mixed_by(name, tokens, scores, vocab_size, cfg=CFG):
+    mixer = make_mixer(name, cfg, "cpu")
+    return mix(mixer, filled_store(tokens, vocab_size, mixer.orders), scores, None)
+
+
+def cascade(tokens, scores, vocab_size, cfg=CFG):
+    """log p of the published backoff."""
+    return mixed_by("cascade", tokens, scores, vocab_size, cfg)
+
+
+def mixture(tokens, scores, vocab_size):
+    """log p of the learned mixture."""
+    return mixed_by("blend", tokens, scores, vocab_size)
+
+
+def mixed(tokens, scores, **changes):
+    """log p by mix_ngrams, and what it logs of each stage: name -> values"""
+    cfg, stages = tiny(**dict(vocab_size=256) | changes), {}
     report = SimpleNamespace(
         cfg=cfg,
         rt=SilentRuntime(),
-        score=lambda *_, **__: None,
+        score=lambda stage, log_prob, **more: stages.update(
+            {stage: more | dict(log_prob=log_prob.copy())}
+        ),
     )
-    return scores, train_gpt.mix_ngrams(scores, order, report)
+    return mix_ngrams(scores, CodingOrder(tokens, slice(None)), report), stages
 
 
-def text_with_repeats(seed):
-    """Documents that quote each other, some empty, some longer than the window"""
-    rng, parts = np.random.default_rng(seed), []
-    phrases = [rng.integers(2, 64, rng.integers(3, 30)) for _ in range(6)]
-    for _ in range(14):
-        parts.append([BOS])
-        parts += [phrases[i] for i in rng.integers(0, 6, rng.integers(0, 6))]
-        parts.append(rng.integers(2, 64, rng.integers(0, 8)))
-    return np.concatenate(parts).astype(np.uint16)
+def bits(log_prob):
+    return -log_prob.mean() / math.log(2)
 
 
-def furthest(cfg, stream, orders):
-    scores, final = script_s(cfg, stream)
-    arguments = scores.log_prob.tolist(), scores.entropy.tolist(), cfg.eval_lanes, orders
-    wanted = honest_score(stream.tolist(), *arguments)
-    assert abs(wanted - scores.log_prob).mean() > 0.05  # the counts say something
-    return abs(final - wanted).max()
-
-
-@pytest.mark.parametrize("lanes", [1, 3, 5, 32])
-def test_score_of_a_short_text_is_the_oracle_s(lanes):
-    cfg, orders = tiny(eval_lanes=lanes), (*range(1, 10), *LONG)
-    assert furthest(cfg, text_with_repeats(seed=lanes), orders) <= 1e-6
-
-
-def test_configured_orders_are_the_oracle_s():
-    cfg = tiny(ngram_min_order=3, ngram_max_order=5)
-    stream = np.append(text_with_repeats(seed=9), np.uint16(BOS))  # ends in a BOS
-    assert furthest(cfg, stream, (1, 3, 4, 5, *LONG)) <= 1e-6
-
-
-def test_a_run_s_score_is_the_oracle_s(runs):
-    """Of scores.npz alone: the text, what the model said, and the printed val_bpb."""
-    for name in ("one", "eval_1", "two_ranks"):
-        run, columns = runs[name], runs[name].arrays("scores.npz")
-        stream = [BOS, *columns["token"].tolist()]
-        said = columns["logp_model"].tolist(), columns["entropy"].tolist()
-        wanted = honest_score(stream, *said, 32, (*range(1, 10), *LONG))
-        assert abs(columns["logp_final"] - wanted).max() <= 1e-6, name
-        bpb = -wanted.sum() / math.log(2) / columns["bytes"].sum()
-        assert run.val_bpb() == pytest.approx(bpb, abs=1e-6)
+def scored_documents(model, cfg, stream):
+    """-> Scores of the documents, log p by the configured mixture, CodingOrder"""
+    scores, order = train_gpt.score_documents(model, train_gpt.Runtime(cfg), cfg, stream)
+    if cfg.mixer == "none":
+        return scores, scores.log_prob, order
+    report = SimpleNamespace(cfg=cfg, rt=SilentRuntime(), score=lambda *_, **__: None)
+    return scores, mix_ngrams(scores, order, report), order

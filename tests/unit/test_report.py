@@ -1,0 +1,322 @@
+"""The report and main: bad input ends in one line; the score is that of the artifact on disk."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    SHRUNK,
+    check_scores,
+    cores,
+    error_line,
+    random_stream,
+    run_here,
+    run_script,
+    tiny,
+    train_gpt,
+    write_shard,
+)
+
+import prepare_text
+
+GOOD = random_stream(3000, 512)
+
+
+@pytest.fixture
+def data(dataset, tmp_path):
+    """-> function that makes a dataset folder whose shards are wrong as asked for."""
+
+    def make(train=None, val=None):
+        folder = tmp_path / "set"
+        folder.mkdir()
+        shutil.copy(dataset / "tokenizer.model", folder)
+        for split, wrong in (("train", train), ("val", val)):
+            path = folder / f"x_{split}_000000.bin"
+            write_shard(path, **dict(tokens=GOOD) | (wrong or {}))
+        return folder
+
+    return make
+
+
+def variables(folder, **more):
+    """The shrunk run on a folder, with these changes; a change to None takes a variable out."""
+    env = SHRUNK | dict(DATA_PATH=str(folder), RUN_ID="bad") | more
+    return {name: str(value) for name, value in env.items() if value is not None}
+
+
+def message(env, folder, monkeypatch, capsys):
+    """The error line of main() in this process, for the many cases."""
+    for name, text in env.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["train_gpt.py"])
+    with cores(1), pytest.raises(SystemExit) as caught:
+        train_gpt.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """-> function: the line with which main() refuses variables."""
+    return lambda env: message(env, tmp_path, monkeypatch, capsys)
+
+
+SHARDS = {  # what is wrong with a shard -> (how, words of the message)
+    "magic": (dict(magic=1), ["magic 1"]),
+    "version": (dict(version=7), ["version 7"]),
+    "length": (dict(count=2999), ["length"]),
+    "token": (dict(tokens=np.append(GOOD, 512)), ["token 512", "vocabulary 512"]),
+    "no tokens": (dict(tokens=[]), ["0 tokens"]),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("name", SHARDS)
+def test_broken_shard(name, split, data, tmp_path, refusal):
+    how, words = SHARDS[name]
+    line = refusal(variables(data(**{split: how})))
+    assert f"x_{split}_000000.bin" in line and all(word in line for word in words)
+    assert not (tmp_path / "runs/bad/submission.json").exists()
+
+
+WRONG = {  # what is wrong with the variables -> (changes, words of the message)
+    "missing data folder": (dict(DATA_PATH="nowhere"), ["DATA_PATH", "nowhere"]),
+    "tokenizer of another size": (dict(VOCAB_SIZE=1024), ["VOCAB_SIZE=1024", "512"]),
+    "missing tokenizer": (dict(TOKENIZER_PATH="none.model"), ["TOKENIZER_PATH", "none.model"]),
+    "batch not divisible": (dict(TRAIN_BATCH_TOKENS=500), ["TRAIN_BATCH_TOKENS=500", "64"]),
+    "no number": (dict(ITERATIONS="many"), ["ITERATIONS='many'", "int"]),
+    "missing artifact": (dict(EVAL_ONLY="none.bin"), ["none.bin"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_variable(name, dataset, refusal):
+    changes, words = WRONG[name]
+    line = refusal(variables(dataset, **changes))
+    assert all(word in line for word in words), line
+    assert "fix" in line or "must be" in line or "did you mean" in line
+
+
+def test_no_cuda_device(dataset, refusal):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert "DEVICE=cuda" in refusal(variables(dataset, DEVICE="cuda"))
+
+
+def test_damaged_artifact(dataset, tmp_path, refusal):
+    (tmp_path / "a.bin").write_bytes(b"PGOLFGPT" + bytes(500))
+    line = refusal(variables(dataset, EVAL_ONLY=tmp_path / "a.bin"))
+    assert "a.bin" in line and "sha256" in line
+
+
+def test_artifact_of_another_tokenizer(dataset, tmp_path, refusal):
+    cfg = tiny(vocab_size=64)
+    weights = dict(train_gpt.GPT(cfg).initialise().named_parameters())
+    (tmp_path / "a.bin").write_bytes(train_gpt.pack_artifact(weights, cfg))
+    line = refusal(variables(dataset, EVAL_ONLY=tmp_path / "a.bin"))
+    assert "64" in line and "512" in line
+
+
+def test_folder_without_validation(data, refusal):
+    folder = data()
+    (folder / "x_val_000000.bin").unlink()
+    line = refusal(variables(folder))
+    assert "DATA_PATH" in line and "_val_" in line
+
+
+def test_folder_without_training(data, refusal):
+    folder = data()
+    (folder / "x_train_000000.bin").unlink()
+    line = refusal(variables(folder))
+    assert "DATA_PATH" in line and "_train_" in line
+
+
+def test_data_path_is_a_file(data, refusal):
+    assert "DATA_PATH" in refusal(variables(data() / "x_val_000000.bin"))
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_one_token_is_enough(data, tmp_path):
+    """Short is not wrong: the loader goes round and round."""
+    folder = data(train=dict(tokens=[7]), val=dict(tokens=[9]))
+    env = variables(folder, ITERATIONS=1, WARMUP_STEPS=0, TRAIN_BATCH_TOKENS=64, RUN_ID=None)
+    run = run_here(tmp_path, "one", **env)
+    assert len(run.arrays("scores.npz")["token"]) == 1
+
+
+def test_a_process_ends_in_one_line_too(data, tmp_path):
+    env = variables(data(val=dict(magic=1)))
+    assert "magic" in error_line(run_script(env, cwd=tmp_path))
+
+
+# -----------------------------------------------------------------------------
+# What the score is of
+
+SHORT = SHRUNK | dict(ITERATIONS="4", WARMUP_STEPS="0", TRAIN_BATCH_TOKENS="256")
+
+
+@pytest.fixture(scope="module")
+def base(dataset, tmp_path_factory):
+    """A finished short run on the small dataset."""
+    return run_here(tmp_path_factory.mktemp("base"), "base", **SHORT, DATA_PATH=str(dataset))
+
+
+def test_score_is_that_of_the_artifact_on_disk(base, dataset):
+    """Some targets again, from artifact.bin alone, one at a time."""
+    model, columns = (
+        train_gpt.load_artifact(base.folder / "artifact.bin"),
+        base.arrays("scores.npz"),
+    )
+    stream = np.concatenate([[train_gpt.BOS], columns["token"]])
+    for t in (0, 1, 15, 16, 63, 64, 65, 500, len(columns["token"]) - 1):
+        start = max(0, t // 16 * 16 + 16 - 64)  # EVAL_STRIDE 16, windows of 64
+        ids = torch.from_numpy(stream[start : t + 1]).long().unsqueeze(0)
+        logits = model.logits(model.hidden(ids))[0, -1].double()
+        wanted = logits.log_softmax(-1)[stream[t + 1]].item()
+        assert columns["logp_model"][t] == pytest.approx(wanted, abs=2e-5)
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_averaged_line_is_of_the_weights_before_quantisation(base, dataset, tmp_path):
+    """Windows side by side; scores_ema.npz holds the scores of the same weights."""
+    env = SHORT | dict(VAL_LOSS_EVERY="4", EVAL_STRIDE="64", DATA_PATH=str(dataset))
+    run = run_here(tmp_path, "x", **env, NGRAM_SCHEME="pr864", PSEUDO_WEIGHTS="ema")
+    (line,) = [row for row in run.metrics() if row["key"] == "averaged"]
+    columns = run.arrays("scores_ema.npz")
+    assert line["val_loss"] == pytest.approx(-columns["logp_model"].mean(), rel=1e-9)
+    wanted = train_gpt.bits_per_byte(columns["logp_model"], columns["bytes"])
+    assert line["val_bpb"] == pytest.approx(wanted, rel=1e-9)
+    quantised = run.val_bpb("int6_roundtrip_exact")
+    assert run.artifact == base.artifact and abs(line["val_bpb"] - quantised) > 1e-7
+    assert not any(row["key"] == "averaged" for row in base.metrics())
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_pruned_artifact_of_a_run(base, dataset, tmp_path):
+    """Code and artifact keep to TARGET_MB, and the scores are those of what is left."""
+    total = int(base.final("artifact_bytes")["total"]) - 800
+    env = SHORT | dict(TARGET_MB=str(total / 2**20), DATA_PATH=str(dataset))
+    run = run_here(tmp_path, "small", **env)
+    (line,) = [line for line in run.lines if line.startswith("prune ")]
+    figures = dict(pair.split(":") for pair in line.split()[1:])
+    assert list(figures) == ["candidates", "pruned", "bytes", "seconds"]
+    assert 0 < int(figures["pruned"]) < int(figures["candidates"])
+    assert total - 800 < int(run.final("artifact_bytes")["total"]) <= total
+    assert len(run.artifact) > int(figures["bytes"]) > len(run.artifact) - 5000
+    assert run.val_bpb("int6_roundtrip_exact") != base.val_bpb("int6_roundtrip_exact")
+    assert not any(line.startswith("prune") for line in base.lines)
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_validation_text_does_not_steer_the_artifact(base, dataset, tmp_path):
+    """No choice of weights by validation: another text, the same artifact."""
+    data = tmp_path / "set"
+    shutil.copytree(dataset, data)
+    (path,) = data.glob("*_val_*.bin")
+    write_shard(path, random_stream(700, 512))
+    other = run_here(tmp_path, "other", **SHORT, DATA_PATH=str(data), VAL_LOSS_EVERY="2")
+    assert other.artifact == base.artifact and other.val_bpb() != base.val_bpb()
+
+
+def test_artifact_over_the_cap_is_loud(base, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "CAP_BYTES", 1000)
+    run = run_here(tmp_path, "large", **SHORT, DATA_PATH=str(dataset))
+    (line,) = [line for line in run.lines if "OVER THE CAP" in line]
+    total = int(run.final("artifact_bytes")["total"])
+    assert str(total) in line and run.submission()["bytes_total"] == total
+    assert not any("OVER THE CAP" in line for line in base.lines)
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_eval_only_into_its_own_folder_keeps_the_artifact(base, dataset, tmp_path):
+    """An unfinished folder is cleared, and a finished one, but never of the artifact that is to be
+    scored; a batch that fits no training is not asked about."""
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "artifact.bin").write_bytes(base.artifact)
+    env = SHORT | dict(EVAL_ONLY=str(folder / "artifact.bin"), DATA_PATH=str(dataset))
+    run = run_here(tmp_path, "mine", **env)
+    assert run.artifact == base.artifact and run.val_bpb() == base.val_bpb()
+    (folder / "submission.json").write_text("{}")
+    env |= dict(TRAIN_BATCH_TOKENS="7", OVERWRITE="1")
+    again = run_here(tmp_path, "mine", **env)
+    assert again.artifact == base.artifact
+
+
+def test_eval_only_checks_the_stored_window(base, dataset, tmp_path):
+    """The stride fits the variables' window, but not the artifact's 64 tokens."""
+    env = SHORT | dict(EVAL_ONLY=str(base.folder / "artifact.bin"), DATA_PATH=str(dataset))
+    with pytest.raises(train_gpt.ConfigError, match="EVAL_STRIDE=128"):
+        run_here(tmp_path, "wide", **env | dict(TRAIN_SEQ_LEN="128", EVAL_STRIDE="128"))
+
+
+# -----------------------------------------------------------------------------
+# Other texts
+
+
+TEXTS = {
+    "chinese": "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。寒来暑往，秋收冬藏。闰余成岁，律吕调阳。\n"
+    * 40,
+    "ten_scripts_and_emoji": (
+        "Hello, world. Привет, мир. Γειά σου, κόσμε. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया। "
+        "สวัสดีชาวโลก こんにちは世界。カタカナ 안녕하세요 세계 բարեւ աշխարհ გამარჯობა მსოფლიო "
+        "👋🏽🌍 👩‍👩‍👧‍👦 🇺🇳 e\u0301\u200d\ufeff\u2028\U0010ffff\n"
+    )
+    * 20,
+    "source_code": "def f(x):\n\tif x > 10_000:\n\t\treturn {'a': x}  # why\r\n    else:\n" * 60,
+    "crlf": "first line\r\nsecond line\r\n\r\n" * 60,
+    "shorter_than_a_window": "A text of a few words, no more.",
+}
+
+
+BRIEF = SHORT | dict(ITERATIONS="2", SCORER="documents")
+
+
+def often(name):
+    """The kinds that each release is tried on; the others are slow."""
+    fast = name in ("ten_scripts_and_emoji", "shorter_than_a_window")
+    return pytest.param(name, marks=[] if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [often(name) for name in TEXTS])
+@pytest.mark.usefixtures("no_picture")
+def test_main_job_on_other_texts(name, tmp_path, capsys):
+    (tmp_path / "in.txt").write_bytes(TEXTS[name].encode())
+    data = tmp_path / "set"
+    arguments = ["--input", str(tmp_path / "in.txt"), "--out", str(data), "--val-fraction", "0.3"]
+    assert prepare_text.main(arguments) == 0
+    run = run_here(tmp_path, "text", **BRIEF, DATA_PATH=str(data))
+    check_scores(run, data)
+    assert TEXTS[name].encode().endswith(validation_text(data).encode())
+
+
+def validation_text(data):
+    (source,) = data.glob("*_val.jsonl")
+    lines = source.read_text(encoding="utf-8").split("\n")
+    return "".join(json.loads(line)["text"] for line in lines if line)
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_random_tokens_cost_ten_bits(vocab_1024, tmp_path):
+    """No distribution is short on uniform tokens; the bound is the expected least code length
+    minus four standard errors. Caches that add up to more than one go far below. What begins a
+    document, each 40th token, is no matter of chance and does not count."""
+    data = tmp_path / "noise"
+    data.mkdir()
+    (data / "tokenizer.model").write_bytes(vocab_1024.read_bytes())
+    write_shard(data / "noise_train_000000.bin", random_stream(6000, 1024, seed=1))
+    tokens = random_stream(6000, 1024, seed=2)
+    tokens[::40] = train_gpt.BOS
+    stream = write_shard(data / "noise_val_000000.bin", tokens)
+    env = BRIEF | dict(ITERATIONS="8")
+    run = run_here(tmp_path, "noise", **env, DATA_PATH=str(data))
+    columns = run.arrays("scores.npz")
+    assert len(columns["token"]) == len(train_gpt.read_shard(stream, 1024)) - 1
+    for name in ("logp_model", "logp_final"):
+        bits = -columns[name][columns["token"] != train_gpt.BOS] / math.log(2)
+        assert bits.mean() > math.log2(1022) - 4 * bits.std() / math.sqrt(len(bits)), name
