@@ -327,7 +327,7 @@ def side_by_side(work: Callable[[RemoteFile], Any], files: Sequence[RemoteFile])
 
 @contextlib.contextmanager
 def staging_folder(out: Path) -> Iterator[Path]:
-    """.download/, of one process at a time; empty at first, as what a kill left may be half a file."""
+    """.download/, of one process at a time; what a kill left there may be half a file and goes."""
     out.mkdir(parents=True, exist_ok=True)
     staging = out / STAGING
     with open(out / f"{STAGING}.lock", "w") as lock:
