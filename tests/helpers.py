@@ -29,6 +29,17 @@ ALIASES = {  # whose value is ours as it stands
     if not alias.values and not alias.plus
 }
 
+# Texts that English tokenizers and careless readers get wrong.
+CHINESE = "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。寒来暑往，秋收冬藏。闰余成岁，律吕调阳。\n" * 40
+SCRIPTS = (
+    "Hello, world. Привет, мир. Γειά σου, κόσμε. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया। "
+    "สวัสดีชาวโลก こんにちは世界。カタカナ 안녕하세요 세계 բարեւ աշխարհ გამარჯობა მსოფლიო "
+    "👋🏽🌍 👩‍👩‍👧‍👦 🇺🇳 e\u0301\u200d\ufeff\u2028\U0010ffff\n"
+) * 20
+SOURCE_CODE = (
+    "def f(x):\n\tif x > 10_000:\n\t\treturn {'a': x}  # why\r\n    else:\n        pass\n" * 60
+)
+
 # Every architecture switch on, small enough for loops.
 TINY = dict(
     device="cpu",

@@ -198,7 +198,7 @@ def test_mutations_are_explained(tmp_path):
 SABOTAGE = """
 import argparse, os, pathlib, subprocess, sys, time
 import numpy as np
-import fuzz
+import helpers, fuzz
 
 def hang(path):
   while True:

@@ -12,10 +12,20 @@ import numpy as np
 import pytest
 import torch
 import tqdm
-from helpers import ROOT, clean_environment, cores, model_of, perturbed, tiny, train_gpt
+from helpers import (
+    CHINESE,
+    ROOT,
+    SCRIPTS,
+    SOURCE_CODE,
+    clean_environment,
+    cores,
+    model_of,
+    perturbed,
+    tiny,
+    train_gpt,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import CHINESE, SCRIPTS, SOURCE_CODE
 
 import prepare_text
 

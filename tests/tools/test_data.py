@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import sentencepiece
-from helpers import ROOT, model_of
+from helpers import CHINESE, ROOT, SCRIPTS, SOURCE_CODE, model_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,15 +21,6 @@ import rebuild
 
 DATA = ROOT / "data"
 
-CHINESE = "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。寒来暑往，秋收冬藏。闰余成岁，律吕调阳。\n" * 40
-SCRIPTS = (
-    "Hello, world. Привет, мир. Γειά σου, κόσμε. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया। "
-    "สวัสดีชาวโลก こんにちは世界。カタカナ 안녕하세요 세계 բարեւ աշխարհ გამარჯობა მსოფლიო "
-    "👋🏽🌍 👩‍👩‍👧‍👦 🇺🇳 e\u0301\u200d\ufeff\u2028\U0010ffff\n"
-) * 20
-SOURCE_CODE = (
-    "def f(x):\n\tif x > 10_000:\n\t\treturn {'a': x}  # why\r\n    else:\n        pass\n" * 60
-)
 TRAPS = "<s></s><pad><unk><0x0A><0xE2>\0\0 ⁇ \u2585 \x1f\x7f \t\r\n\r\n  two  spaces  \u3000\xa0"
 TEXTS = {
     "chinese": CHINESE,

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    CHINESE,
+    SCRIPTS,
     SHRUNK,
+    SOURCE_CODE,
     check_scores,
     cores,
     error_line,
@@ -260,15 +263,9 @@ def test_eval_only_checks_the_stored_window(base, dataset, tmp_path):
 
 
 TEXTS = {
-    "chinese": "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。寒来暑往，秋收冬藏。闰余成岁，律吕调阳。\n"
-    * 40,
-    "ten_scripts_and_emoji": (
-        "Hello, world. Привет, мир. Γειά σου, κόσμε. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया। "
-        "สวัสดีชาวโลก こんにちは世界。カタカナ 안녕하세요 세계 բարեւ աշխարհ გამარჯობა მსოფლიო "
-        "👋🏽🌍 👩‍👩‍👧‍👦 🇺🇳 e\u0301\u200d\ufeff\u2028\U0010ffff\n"
-    )
-    * 20,
-    "source_code": "def f(x):\n\tif x > 10_000:\n\t\treturn {'a': x}  # why\r\n    else:\n" * 60,
+    "chinese": CHINESE,
+    "ten_scripts_and_emoji": SCRIPTS,
+    "source_code": SOURCE_CODE,
     "crlf": "first line\r\nsecond line\r\n\r\n" * 60,
     "shorter_than_a_window": "A text of a few words, no more.",
 }
