@@ -7,66 +7,63 @@
 Into the data folder (--out, by default this file's, where train_gpt.py looks) go manifest.json,
 datasets/fineweb10B_<variant>/fineweb_{train,val}_<6 digits>.bin and tokenizers/. A copy of the
 tokenizer, tokenizer.model, lies beside the shards, so DATA_PATH alone selects a variant; it is
-written last. byte260 is not offered: it is published without a SentencePiece model.
+written last. byte260 is published without a SentencePiece model; one that spells bytes is made.
 
-huggingface_hub fetches into .download/ in the data folder, and goes on in the middle of a file when
-a connection breaks. A file leaves that folder, under its name, once its size, the hub's sha256 (or
-git id) and a shard's header are found right. After an error or a kill the same command fetches what
-is missing, a file at least (200 MB); more shards may be asked for later. MATCHED_FINEWEB_REPO_ID,
-MATCHED_FINEWEB_REMOTE_ROOT_PREFIX and the hub's own variables (HF_ENDPOINT, HF_TOKEN) are read.
-Exit status: 0, 2 after an error, 130 after Ctrl-C.
+A file gets its name only after its size and the hub's sha256 (or git id) are found right. The same
+command again goes on where it was cut, in the middle of a file too, and skips what is whole; more
+shards may be asked for later. Everything is stored once: the hub's cache is not used.
+MATCHED_FINEWEB_REPO_ID, MATCHED_FINEWEB_REMOTE_ROOT_PREFIX and the hub's own variables
+(HF_ENDPOINT, HF_TOKEN) are read. Exit status: 0, 2 after an error, 130 after Ctrl-C.
 """
 
 import argparse
-import contextlib
 import fcntl
-import functools
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
-import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 try:
-    from httpx2 import (
-        HTTPError,
-        InvalidURL,
-        UnsupportedProtocol,
-    )  # what huggingface_hub is built on
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from huggingface_hub.hf_api import RepoFile
+    import sentencepiece
+    from httpx2 import HTTPError, InvalidURL, NetworkError, RemoteProtocolError, TimeoutException
+    from huggingface_hub import HfApi, errors, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers, logging
+    from huggingface_hub.utils.sha import git_hash
+    from tqdm import tqdm
 except ModuleNotFoundError as missing:
     fix = "pip install -r requirements.txt"
     print(f"error: {missing.name}: not installed; fix: {fix}", file=sys.stderr)
     sys.exit(2)
 
 HERE = Path(__file__).resolve().parent
-REPO, PREFIX = "willdepueoai/parameter-golf", "datasets"
-DEFAULT_VARIANT, DEFAULT_TRAIN_SHARDS = "sp1024", 80
-DATASET, VARIANT = "fineweb10B_", r"sp\d+"
-SHARD_HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION = 1024, 20240520, 1
-STAGING = ".download"  # in the data folder: what is not yet checked
+REPO = "willdepueoai/parameter-golf"
+DATASET = "fineweb10B_"  # and the variant
 CONNECTIONS = 4  # files side by side; one connection rarely fills a line
-PATHS_A_REQUEST = 100
-PAUSE_SECONDS = (1, 2, 4, 8, 16)  # between attempts
+TIMEOUT_SECONDS = 30  # for the list of files; the hub's HF_HUB_DOWNLOAD_TIMEOUT holds for a file
+PAUSE_SECONDS = (1, 4, 16)  # between attempts, each of which is several of the library's
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
+TRANSIENT = (NetworkError, RemoteProtocolError, TimeoutException)
 AGAIN = "the same command again goes on from here"
+ACCESS = "check --repo (MATCHED_FINEWEB_REPO_ID); if it is private or gated, set HF_TOKEN"
+FIXES = [  # of what the library raises; the first that fits
+    (errors.OfflineModeIsEnabled, "unset HF_HUB_OFFLINE"),
+    (errors.HFValidationError, "give --repo as owner/name"),
+    (errors.RevisionNotFoundError, "give --revision a branch, tag or commit"),
+    (errors.RepositoryNotFoundError, ACCESS),
+    (errors.HfHubHTTPError, f"set HF_TOKEN if access is refused (401, 403), else later; {AGAIN}"),
+    (HTTPError, f"check the network, the proxy and HF_ENDPOINT; {AGAIN}"),
+    (Exception, "check HF_ENDPOINT and the proxy, this is no answer of a hub"),
+]
 
 
 class DownloadError(Exception):
@@ -77,301 +74,226 @@ class DownloadError(Exception):
 # The hub: what is there, and its bytes
 
 
-class RemoteFile(NamedTuple):
+@dataclass(frozen=True)
+class RemoteFile:
     """A file at a commit of the repository and where it belongs here."""
 
-    path: str  # in the repository
+    url: str
     target: Path
     size: int  # bytes
-    digest: str  # sha256 of a file in LFS, else git's id of the blob
-    in_lfs: bool
+    sha256: str | None  # of a file in LFS
+    git_id: str  # of any other
 
-    @classmethod
-    def of(cls, info: RepoFile, target: Path) -> "RemoteFile":
-        """From the hub's listing"""
-        if info.lfs:
-            return cls(info.path, target, info.lfs.size, info.lfs.sha256, True)
-        return cls(info.path, target, info.size, info.blob_id, False)
+    @property
+    def part(self) -> Path:
+        """Where it grows; another version grows elsewhere. train_gpt.has_fineweb knows the name."""
+        digest = self.sha256 or self.git_id
+        return self.target.with_name(f".{self.target.name}.{digest[:12]}.partial")
+
+    def problem(self, path: Path) -> str:
+        """What is wrong with a copy of it, "" for nothing."""
+        if (size := path.stat().st_size) != self.size:
+            return f"{size:,} bytes instead of {self.size:,}"
+        if not self.sha256:
+            return "" if git_hash(path.read_bytes()) == self.git_id else "another git id"
+        with open(path, "rb") as copy:
+            found = hashlib.file_digest(copy, "sha256").hexdigest()
+        return "" if found == self.sha256 else f"sha256 {found[:12]}..., not {self.sha256[:12]}..."
 
 
 class Hub:
     """One dataset repository at one commit, so that files of two versions never mix."""
 
-    def __init__(self, repo: str, revision: str = "main") -> None:
+    def __init__(self, repo: str, revision: str):
+        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None)
         self.repo = repo
-        self.revision = revision
-        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-        self.revision = self.patiently(
-            lambda: self.api.dataset_info(repo, revision=revision), repo
-        ).sha
+        self.where = f"{self.api.endpoint}/datasets/{repo} at {revision}"
+        options = dict(revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
+        info = self.patiently("list of files", lambda: self.api.dataset_info(repo, **options))
+        self.commit = info.sha
+        self.listing = {entry.rfilename: entry for entry in info.siblings or []}
 
-    def patiently(self, request: Callable[[], Any], what: str) -> Any:
-        """The answer to a request, asked again while the connection or the server fails."""
+    def file(self, path: str, target: Path) -> RemoteFile:
+        """DownloadError if the repository lacks it."""
+        if path not in self.listing:
+            fix = "check --repo, --prefix and --revision, or ask for fewer --train-shards"
+            raise DownloadError(f"{path}: not in {self.where}; fix: {fix}")
+        entry = self.listing[path]
+        places = dict(repo_type="dataset", revision=self.commit, endpoint=self.api.endpoint)
+        url = hf_hub_url(self.repo, path, **places)
+        sha256 = entry.lfs.sha256 if entry.lfs else None
+        return RemoteFile(url, target, (entry.lfs or entry).size, sha256, entry.blob_id)
+
+    def patiently(self, what: str, request: Callable[[], Any]) -> Any:
+        """The library's answer to a request, made again where that may help; DownloadError."""
+        library_errors = (HTTPError, InvalidURL, errors.OfflineModeIsEnabled)
+        page_errors = (ValueError, KeyError, TypeError)  # a web page where JSON should be
         for pause in (*PAUSE_SECONDS, None):
             try:
                 return request()
-            except (HTTPError, InvalidURL, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-                if pause is None or not passes(error):
-                    raise DownloadError(self.explain(error, what)) from None
-                print(f"note: {what}: {reason(error)}; again in {pause} s", flush=True)
+            except (*library_errors, *page_errors) as error:
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                why = f"{type(error).__name__}, {f'status {status}' if status else error}"
+                may_pass = isinstance(error, TRANSIENT) or status in TRANSIENT_STATUS
+                if pause is None or not may_pass:
+                    fix = next(fix for kind, fix in FIXES if isinstance(error, kind))
+                    raise DownloadError(f"{what} of {self.where}: {why}; fix: {fix}") from None
+                say(f"note: {what}: {why}; again in {pause} s")
                 time.sleep(pause)
-            except HFValidationError:
-                fix = "give owner/name"
-                raise DownloadError(
-                    f"--repo {self.repo}: no repository's name; fix: {fix}"
-                ) from None
-            except (ValueError, KeyError, TypeError) as error:  # a web page where JSON should be
-                found = f"no answer of a hub ({type(error).__name__})"
-                fix = "check HF_ENDPOINT and the proxy"
-                raise DownloadError(f"{self.api.endpoint}: {found}; fix: {fix}") from None
-
-    def explain(self, error: Exception, what: str) -> str:
-        """One line: what failed and what to do about it."""
-        error = cause(error)
-        where = f"{self.api.endpoint}/datasets/{self.repo}"
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if isinstance(error, OfflineModeIsEnabled):
-            return f"HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE')}: no download; fix: unset it"
-        if isinstance(error, RevisionNotFoundError):
-            return f"--revision {self.revision}: not in {where}; fix: a branch, tag or commit of it"
-        if isinstance(error, GatedRepoError) or status == 403:
-            return f"{where}: access refused (403); fix: ask for access there, and set HF_TOKEN"
-        if isinstance(error, RepositoryNotFoundError) or status == 401:
-            fix = "check --repo (MATCHED_FINEWEB_REPO_ID); if it is private, set HF_TOKEN"
-            return f"{where}: no such dataset repository, or not for you ({status}); fix: {fix}"
-        if status == 404:
-            found = f"{what}: not in {where} at {self.revision[:12]} (404)"
-            return f"{found}; fix: check --repo, --prefix"
-        if status is not None:
-            return f"{what}: {where} answers {status}; fix: try later, {AGAIN}"
-        fix = f"check the network, the proxy and HF_ENDPOINT; {AGAIN}"
-        return f"{what}: no connection to {self.api.endpoint} ({reason(error)}); fix: {fix}"
-
-    def look_up(self, targets: dict[str, Path]) -> list[RemoteFile]:
-        """Sizes and digests of {path in the repository: path here}; DownloadError if one lacks."""
-        paths = list(targets)
-        found = {}
-        for start in range(0, len(paths), PATHS_A_REQUEST):
-            some = paths[start : start + PATHS_A_REQUEST]
-            options = dict(paths=some, revision=self.revision, repo_type="dataset")
-            ask = functools.partial(self.api.get_paths_info, self.repo, **options)
-            answer = self.patiently(ask, some[0])
-            found |= {info.path: info for info in answer if isinstance(info, RepoFile)}
-        if missing := [path for path in paths if path not in found]:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            where = f"{self.api.endpoint}/datasets/{self.repo} at {self.revision[:12]}"
-            fix = "check --repo, --prefix and --revision, or ask for fewer --train-shards"
-            raise DownloadError(f"{missing[0]}{more}: not in {where}; fix: {fix}")
-        return [RemoteFile.of(found[path], target) for path, target in targets.items()]
-
-    def fetch(self, file: RemoteFile, staging: Path) -> None:
-        """Bring one file under its final name: whole and as published, or DownloadError."""
-        options = dict(repo_type="dataset", revision=self.revision, endpoint=self.api.endpoint)
-        bring = functools.partial(hf_hub_download, self.repo, file.path, **options)
-        try:
-            path = Path(self.patiently(lambda: bring(local_dir=staging), file.path))
-            wrong = problem(path, file)
-        except OSError as error:
-            if "Consistency check failed" not in str(error):  # huggingface_hub's, of the size
-                raise
-            wrong = " ".join(str(error).split()).partition(" (")[0]
-        if wrong:
-            fix = f"again later; if it stays, the copy in {self.repo} is wrong"
-            raise DownloadError(f"{file.path} of {self.repo}: {wrong}; fix: {fix}")
-        file.target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, file.target)
 
 
-def cause(error: Exception) -> Exception:
-    """What huggingface_hub wraps where it found neither the hub nor a file here"""
-    inner = error.__cause__
-    return inner if isinstance(error, LocalEntryNotFoundError) and inner else error
-
-
-def passes(error: Exception) -> bool:
-    """Whether the same request may succeed in a while."""
-    error = cause(error)
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in TRANSIENT_STATUS
-    return isinstance(error, HTTPError) and not isinstance(error, UnsupportedProtocol)
-
-
-def reason(error: Exception) -> str:
-    error = cause(error)
-    if isinstance(error, HfHubHTTPError):
-        return f"status {error.response.status_code}"
-    return " ".join(str(error).split()) or type(error).__name__
+def say(line: str) -> None:
+    """Above the progress bars; at once in a log file, too."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 # -----------------------------------------------------------------------------
 # The manifest: variant -> files
 
 
-def plan(manifest: Any, variant: str, train_shards: int, prefix: str) -> dict[str, str]:
+def plan(manifest: bytes, variant: str, train_shards: int, prefix: str) -> dict[str, str]:
     """{path in the repository: path in the data folder}: tokenizer, validation, train shards."""
-    with reading_manifest():
-        datasets = {entry["name"]: entry for entry in manifest["datasets"]}
-        tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
-    if DATASET + variant not in datasets:
-        known = (name.removeprefix(DATASET) for name in sorted(datasets))
-        known = ", ".join(name for name in known if re.fullmatch(VARIANT, name)) or "none"
-        raise DownloadError(
-            f"--variant {variant}: not in manifest.json; fix: one of those: {known}"
-        )
-    with reading_manifest():
-        entry = datasets[DATASET + variant]
-        published, val_shards = (int(entry["stats"][f"files_{side}"]) for side in ("train", "val"))
-        tokenizer = tokenizers[entry["tokenizer_name"]]
-        if not 1 <= val_shards < 10**6:
-            raise ValueError(f"files_val is {val_shards}")
-        if not str(tokenizer["model_path"]).endswith(".model"):
-            raise ValueError(f"model_path of {entry['tokenizer_name']} is no .model")
-    if train_shards > published:
-        fix = f"--train-shards {published} or fewer"
-        raise DownloadError(f"--train-shards {train_shards}: {variant} has {published}; fix: {fix}")
-    files = tokenizer_files(tokenizer, prefix)
-    for split, count in (("val", val_shards), ("train", train_shards)):
-        for number in range(count):
-            path = f"datasets/{DATASET}{variant}/fineweb_{split}_{number:06d}.bin"
-            files[join(prefix, path)] = path
-    return files
-
-
-@contextlib.contextmanager
-def reading_manifest() -> Iterator[None]:
-    """What may be wrong with another's JSON, as one line."""
     try:
-        yield
+        content = json.loads(manifest)
+        datasets = {entry["name"]: entry for entry in content["datasets"]}
+        tokenizers = {entry["name"]: entry for entry in content["tokenizers"]}
+        if DATASET + variant not in datasets:
+            known = ", ".join(sorted(datasets)).replace(DATASET, "")
+            fix = f"one of those: {known or 'none'}"
+            raise DownloadError(f"--variant {variant}: not in manifest.json; fix: {fix}")
+        dataset = datasets[DATASET + variant]
+        counts = {split: int(dataset["stats"][f"files_{split}"]) for split in ("val", "train")}
+        tokenizer = tokenizers[dataset["tokenizer_name"]]
+        key = "path" if variant == "byte260" else "model_path"
+        paths = [PurePosixPath(tokenizer[key])]
+        if tokenizer.get("vocab_path"):
+            paths.append(PurePosixPath(tokenizer["vocab_path"]))
+        if not 1 <= counts["val"] < 10**6:
+            raise ValueError(f"files_val is {counts['val']}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         fix = "check --repo and --prefix; it must be an export of the challenge"
         raise DownloadError(f"manifest.json: not as published ({what}); fix: {fix}") from None
-
-
-def tokenizer_files(tokenizer: dict, prefix: str) -> dict[str, str]:
-    """The tokenizer's files always go to tokenizers/, so that no manifest can replace a program."""
-    files = {}
-    for key in ("model_path", "vocab_path"):
-        if path := tokenizer.get(key):
-            path = inside(path, f"manifest.json, {key}")
-            files[join(prefix, path)] = f"tokenizers/{PurePosixPath(path).name}"
+    if train_shards > counts["train"]:
+        found = f"{variant} has {counts['train']}"
+        fix = f"--train-shards {counts['train']} or fewer"
+        raise DownloadError(f"--train-shards {train_shards}: {found}; fix: {fix}")
+    # Always to tokenizers/, so that no manifest can replace a program in data/.
+    files = {str(PurePosixPath(prefix, path)): f"tokenizers/{path.name}" for path in paths}
+    for split, count in (counts | dict(train=train_shards)).items():
+        for number in range(count):
+            path = f"datasets/{DATASET}{variant}/fineweb_{split}_{number:06d}.bin"
+            files[str(PurePosixPath(prefix, path))] = path
     return files
 
 
-def inside(path: Any, what: str) -> str:
-    """A relative path that stays below its folder, or DownloadError."""
-    parts = path.split("/") if isinstance(path, str) else [""]
-    if set(parts) & {"", ".", ".."} or re.search(r"[\\:\0-\x1f]", path):
-        fix = "do not trust this repository; check --repo and --prefix"
-        raise DownloadError(f"{what}: {path!r} is no plain path inside the export; fix: {fix}")
-    return path
+# -----------------------------------------------------------------------------
+# Files: hub -> part -> checked -> final name
 
 
-def join(*parts: str) -> str:
-    return "/".join(part for part in parts if part)
+def bring(hub: Hub, file: RemoteFile) -> bool:
+    """Have one file whole under its final name -> whether it had to be fetched."""
+    if file.target.exists():
+        wrong = file.problem(file.target)
+        if not wrong:
+            return False
+        say(f"note: {file.target.name}: {wrong}; fetched again")
+        file.target.unlink()
+    file.target.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.part, "ab") as part:
+        try:
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fix = "wait for it, or end it"
+            raise DownloadError(f"{file.target}: another download is at it; fix: {fix}") from None
+        fill(hub, file, part)
+        os.fsync(part.fileno())
+        os.replace(file.part, file.target)
+    for older in file.target.parent.glob(f".{file.target.name}.*.partial"):
+        older.unlink()  # of a version that is no longer published
+    return True
+
+
+def fill(hub: Hub, file: RemoteFile, part: io.BufferedWriter) -> None:
+    """Append to the part what is missing until the whole is right; DownloadError.
+
+    hf_hub_download would throw a cut file away (huggingface_hub 2.4.0 gives each process a
+    temporary file of its own); the function below it goes on where the part ends.
+    """
+    name = file.target.name
+
+    def transfer() -> None:
+        if (size := part.tell()) < file.size:
+            headers = build_hf_headers()
+            http_get(file.url, part, resume_size=size, headers=headers, displayed_filename=name)
+
+    while True:
+        kept = part.tell()
+        hub.patiently(name, transfer)
+        part.flush()
+        wrong = file.problem(file.part)
+        if not wrong:
+            return
+        part.seek(0)
+        part.truncate()
+        if not kept:
+            fix = f"again later; if it stays, the copy in {hub.repo} is wrong"
+            raise DownloadError(f"{file.url}: {wrong}; fix: {fix}")
+        # What a crash left may be damaged.
+        say(f"note: {name}: {wrong} after going on at {kept:,}; from the start again")
+
+
+def bring_all(hub: Hub, files: list[RemoteFile], out: Path) -> int:
+    """Bring every file to its place, if the disk can hold them -> how many had to be fetched."""
+    here = [path for file in files for path in (file.target, file.part) if path.exists()]
+    needed = sum(file.size for file in files) - sum(path.stat().st_size for path in here)
+    if needed > (free := shutil.disk_usage(out).free):
+        fix = "free some, fewer --train-shards, or --out on another disk"
+        raise DownloadError(f"--out {out}: {needed:,} bytes needed, {free:,} free; fix: {fix}")
+    fetched = 0
+    pool = ThreadPoolExecutor(CONNECTIONS)
+    try:
+        results = pool.map(lambda file: bring(hub, file), files)
+        for count, (file, was_missing) in enumerate(zip(files, results, strict=True), 1):
+            fetched += was_missing
+            say(f"{file.target.name}: {file.size:,} bytes, verified ({count}/{len(files)})")
+    finally:  # files on their way are finished, but not after Ctrl-C
+        interrupted = isinstance(sys.exception(), KeyboardInterrupt)
+        pool.shutdown(wait=not interrupted, cancel_futures=True)
+    return fetched
 
 
 # -----------------------------------------------------------------------------
-# Files: hub -> .download/ -> checked -> final name
+# Tokenizers
 
 
-def problem(path: Path, file: RemoteFile) -> str:
-    """What is wrong with a copy of the file, "" for nothing"""
-    size = path.stat().st_size
-    if size != file.size:
-        return f"size {size:,} instead of {file.size:,}"
-    name = "sha256" if file.in_lfs else "git id"
-    digest = hashlib.sha256() if file.in_lfs else hashlib.sha1(b"blob %d\0" % size)
-    with open(path, "rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != file.digest:
-        return f"{name} {digest.hexdigest()[:12]}... instead of {file.digest[:12]}..."
-    return shard_problem(path) if file.target.suffix == ".bin" else ""
+def byte_model(description: Path) -> bytes:
+    """A SentencePiece model of byte260: 4 specials, then byte b as id 4 + b, and no other piece.
 
-
-def shard_problem(path: Path) -> str:
-    """What train_gpt.read_shard would refuse."""
-    size = path.stat().st_size
-    with open(path, "rb") as shard:
-        header = shard.read(SHARD_HEADER_BYTES)
-    magic, version, count = struct.unpack("<3i", header[:12]) if len(header) > 11 else (0, 0, 0)
-    if (magic, version, size) == (SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES + 2 * count):
-        return "" if count > 0 else "no tokens"
-    return f"no token shard (magic {magic}, version {version}, {count} tokens in {size:,} bytes)"
-
-
-def is_here(file: RemoteFile) -> bool:
-    """As the hub has it; a damaged one loses its name at once."""
-    if not file.target.exists():
-        return False
-    if wrong := problem(file.target, file):
-        print(f"note: {file.target.name}: {wrong}; fetched again", flush=True)
-        file.target.unlink()
-    return not wrong
-
-
-def side_by_side(work: Callable[[RemoteFile], Any], files: Sequence[RemoteFile]) -> Iterator:
-    """(file, result) as they end; after the first failure or Ctrl-C no other begins."""
-    pool = ThreadPoolExecutor(CONNECTIONS)
+    The trainer leaves no room for a piece beside those. It insists on writing spaces as U+2581,
+    which would cost three bytes; a normalizer's part says otherwise. Concatenated protocol buffers
+    are merged by whoever reads them, and the later value of a field holds.
+    """
+    ids = dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3)
+    fix = "another --repo; its ids would be counted wrongly"
     try:
-        futures = {pool.submit(work, file): file for file in files}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    finally:
-        pool.shutdown(wait=sys.exc_info()[0] is not KeyboardInterrupt, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def staging_folder(out: Path) -> Iterator[Path]:
-    """.download/, of one process at a time; what a kill left there may be half a file and goes."""
-    out.mkdir(parents=True, exist_ok=True)
-    staging = out / STAGING
-    with open(out / f"{STAGING}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fix = "wait for it, or end it"
-            raise DownloadError(f"--out {out}: another download is at it; fix: {fix}") from None
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            Path(lock.name).unlink()
-
-
-def check_space(files: Sequence[RemoteFile], out: Path) -> None:
-    """DownloadError before the first byte if the disk cannot hold what is still missing."""
-    needed = sum(file.size for file in files)
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        fix = "free some, fewer --train-shards, or --out on another disk"
-        raise DownloadError(f"--out {out}: {needed:,} bytes needed, {free:,} free; fix: {fix}")
-
-
-def fetch_all(hub: Hub, files: Sequence[RemoteFile], out: Path, staging: Path) -> int:
-    """Bring every file to its place -> how many had to be fetched."""
-    here = dict(side_by_side(is_here, files))
-    missing = [file for file in files if not here[file]]
-    check_space(missing, out)
-    fetched = side_by_side(lambda file: hub.fetch(file, staging), missing)
-    for count, (file, _) in enumerate(fetched, 1):
-        line = f"{file.target.name}: {file.size:,} bytes, verified ({count}/{len(missing)})"
-        print(line, flush=True)
-    return len(missing)
-
-
-def place_tokenizer(files: Sequence[RemoteFile], folder: Path) -> None:
-    """tokenizer.model beside the shards, where train_gpt.py looks first."""
-    (model,) = [file.target for file in files if file.target.suffix == ".model"]
-    part = folder / ".tokenizer.model.partial"
-    shutil.copyfile(model, part)
-    os.replace(part, folder / "tokenizer.model")
+        config = dict(json.loads(description.read_bytes())["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise DownloadError(f"{description}: not the known byte260 ({found}); fix: {fix}") from None
+    for name, value in (ids | dict(byte_offset=4, byte_count=256)).items():
+        if (found := config.get(name, value)) != value:
+            raise DownloadError(f"{description}: {name} is {found}, not {value}; fix: {fix}")
+    kind = dict(model_type="char", vocab_size=4 + 256, byte_fallback=True)
+    plain = dict(add_dummy_prefix=False, remove_extra_whitespaces=False)
+    options = ids | kind | plain | dict(normalization_rule_name="identity", minloglevel=2)
+    model = io.BytesIO()
+    text = iter(["a"])  # it wants some
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=text, model_writer=model, **options)
+    data = model.getvalue()
+    spaces = sentencepiece.SentencePieceNormalizer(model_proto=data, escape_whitespaces=False)
+    return data + spaces.serialized_model_proto()
 
 
 # -----------------------------------------------------------------------------
@@ -381,7 +303,7 @@ def place_tokenizer(files: Sequence[RemoteFile], folder: Path) -> None:
 class OneLineParser(argparse.ArgumentParser):
     """Reports a bad argument the way every other error is reported."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise DownloadError(f"command line: {message}; fix: see --help")
 
 
@@ -390,69 +312,55 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     summary, _, details = __doc__.partition("\n")
     layout = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=summary, epilog=details, formatter_class=layout)
-    add, env = parser.add_argument, os.environ.get
+    add = parser.add_argument
+    env = os.environ.get
     add("shards", nargs="?", type=int, metavar="N", help="the same as --train-shards N")
-    add("--variant", default=DEFAULT_VARIANT, help="spN; default sp1024")
+    add("--variant", default="sp1024", help="spN or byte260; default sp1024")
     add("--train-shards", type=int, metavar="N", help="of 100,000,000 tokens each; default 80")
     add("--out", type=Path, default=HERE, help="data folder; default: the repository's data/")
     add("--repo", default=env("MATCHED_FINEWEB_REPO_ID") or REPO, help=f"default {REPO}")
-    prefix = env("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", PREFIX)
-    add("--prefix", default=prefix, help=f"the export's folder in it; default {PREFIX}")
+    prefix = env("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets")
+    add("--prefix", default=prefix, help="the export's folder in it; default datasets")
     add("--revision", default="main", help="branch, tag or commit; default main")
     options = parser.parse_args(arguments)
-    if options.shards is not None and options.train_shards not in (None, options.shards):
+    given = {options.shards, options.train_shards} - {None}
+    if len(given) > 1:
         parser.error(f"{options.shards} and --train-shards {options.train_shards}")
-    given = [n for n in (options.shards, options.train_shards) if n is not None]
-    options.train_shards = given[0] if given else DEFAULT_TRAIN_SHARDS
-    if not 0 <= options.train_shards < 10**6:
-        raise DownloadError(
-            f"--train-shards {options.train_shards}: too few or many; fix: 0 or more"
-        )
-    if not re.fullmatch(VARIANT, options.variant):
-        why = "published without a SentencePiece model, which train_gpt.py needs"
-        why = why if options.variant == "byte260" else "unknown"
-        raise DownloadError(f"--variant {options.variant}: {why}; fix: sp1024 or another spN")
+    options.train_shards = given.pop() if given else 80
+    if options.train_shards < 0:
+        parser.error(f"--train-shards {options.train_shards} is below 0")
+    if not re.fullmatch(r"sp\d+|byte260", options.variant):
+        parser.error(f"--variant {options.variant} is neither sp1024, another spN nor byte260")
     options.prefix = options.prefix.strip("/")
-    if options.prefix:
-        inside(options.prefix, "--prefix")
     return options
 
 
 def download(options: argparse.Namespace) -> None:
-    """Manifest, files, tokenizer.model."""
+    """Manifest, files and, last, tokenizer.model beside the shards, where train_gpt.py looks."""
     out = options.out
+    variant = options.variant
     hub = Hub(options.repo, options.revision)
-    manifest = hub.look_up({join(options.prefix, "manifest.json"): out / "manifest.json"})
-    with staging_folder(out) as staging:
-        fetch_all(hub, manifest, out, staging)
-        with reading_manifest():
-            published = json.loads((out / "manifest.json").read_bytes())
-        planned = plan(published, options.variant, options.train_shards, options.prefix)
-        files = hub.look_up({path: out / target for path, target in planned.items()})
-        size = sum(file.size for file in files)
-        what = f"{options.variant}, {len(files)} files, {size:,} bytes"
-        print(f"{hub.repo} at {hub.revision[:12]}: {what}", flush=True)
-        fetched = fetch_all(hub, files, out, staging)
-    folder = out / "datasets" / f"{DATASET}{options.variant}"
-    place_tokenizer(files, folder)
-    print(f"{fetched} files fetched, {len(files) - fetched} were here and whole")
-    report(folder)
-
-
-def report(folder: Path) -> None:
-    """What lies there, and how train_gpt.py is told."""
-    for split in ("train", "val"):
-        shards = list(folder.glob(f"fineweb_{split}_*.bin"))
-        tokens = sum((path.stat().st_size - SHARD_HEADER_BYTES) // 2 for path in shards)
-        print(f"{split} shards:{len(shards)} tokens:{tokens}")
-    if folder.resolve() == HERE / "datasets" / f"{DATASET}{DEFAULT_VARIANT}":
-        print(f"wrote {folder}; train_gpt.py looks there by itself")
-    else:
-        print(f"wrote {folder}; to use it: DATA_PATH={folder} python train_gpt.py")
+    path = str(PurePosixPath(options.prefix, "manifest.json"))
+    manifest = hub.file(path, out / "manifest.json")
+    bring(hub, manifest)
+    paths = plan(manifest.target.read_bytes(), variant, options.train_shards, options.prefix)
+    files = [hub.file(path, out / target) for path, target in paths.items()]
+    size = sum(file.size for file in files)
+    say(f"{hub.repo} at {hub.commit[:12]}: {variant}, {len(files)} files, {size:,} bytes")
+    fetched = bring_all(hub, files, out)
+    tokenizer = files[0].target  # plan's first
+    folder = out / "datasets" / f"{DATASET}{variant}"
+    model = byte_model(tokenizer) if variant == "byte260" else tokenizer.read_bytes()
+    part = folder / ".tokenizer.model.partial"
+    part.write_bytes(model)
+    os.replace(part, folder / "tokenizer.model")
+    say(f"{fetched} files fetched, {len(files) - fetched} were here and whole")
+    say(f"wrote {folder}; to use it: DATA_PATH={folder} python train_gpt.py")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0; 2 after one line on what is wrong; 130 after Ctrl-C."""
+    logging.set_verbosity_error()  # its warnings are several lines each, with signed addresses
     try:
         download(parse_arguments(arguments))
     except KeyboardInterrupt:
@@ -473,7 +381,5 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     if status == 130:
-        os._exit(
-            status
-        )  # without waiting for a connection that says nothing; parts stay as they are
+        os._exit(status)  # without waiting for a silent connection; parts stay as they are
     sys.exit(status)

@@ -1,7 +1,7 @@
 """Set compress.py beside general compressors and beside PPMd that knows the training text.
 
     pip install pyppmd==1.3.1
-    python tests/stress/bench_compress.py --artifact runs/doc/artifact.bin
+    python tests/stress/bench_compress.py --artifact runs/tiny_seed1337/artifact.bin
 
 Writes results.json and README.md into --out, which is this folder by default. The artifact must be
 one of `tiny` on the embedded text, whose training side is the text that the others are primed with.

@@ -233,8 +233,8 @@ READERS = dict(exception=lambda path: {}[0], leaves=sys.exit, crash=lambda path:
   misread=lambda path: "other", refused=refuse("file: wrong"),
   equal=lambda path: "original")
 fuzz.LIMIT_S, fuzz.GRACE_S = 1, 1
-fuzz.FUZZ = ROOT / "tests/stress/fuzz.py"
-KINDS = {name: fuzz.Kind("folder/file", 1, fuzz.mutate.flip, once_changed(read),
+
+fuzz.KINDS = {name: fuzz.Kind("folder/file", 1, fuzz.mutate.flip, once_changed(read),
   fuzz.no_meaning) for name, read in READERS.items()}
 base = pathlib.Path("base")
 (base / "folder").mkdir(parents=True)
