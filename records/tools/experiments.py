@@ -39,7 +39,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from run_folder import RECORDS, ROOT, RunError, RunFolder, markdown
+from run_folder import RECORDS, ROOT, RunError, RunFolder, blame, markdown
 from stats import summarise
 
 import prepare_text
@@ -237,7 +237,8 @@ def read_rows(out: Path) -> dict[str, Row]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         write_atomically(path, whole.encode())
-    return {row["digest"]: row for row in map(json.loads, whole.splitlines())}
+    with blame(path):
+        return {row["digest"]: row for row in map(json.loads, whole.splitlines())}
 
 
 def my_cores() -> list[int]:
@@ -635,7 +636,8 @@ def shrunk(config: str, changes: dict[str, str]) -> dict[str, str]:
     """Variables of a RECORD at small size: what names layers or follows a size is scaled."""
     base = {"RECORD": config} | SHRINK | changes
     full = Config.from_env({"RECORD": config, "DEVICE": "cpu"})
-    layers = int(base["NUM_LAYERS"])
+    layers = train_gpt.parse("NUM_LAYERS", base["NUM_LAYERS"])
+    width = train_gpt.parse("MODEL_DIM", base["MODEL_DIM"])
     ratio = layers / full.num_layers
     last = sorted(i % full.num_layers - full.num_layers for i in full.ve_layers)
     middle = sorted({round(i % full.num_layers * ratio) for i in full.depth_recurrence})
@@ -643,7 +645,7 @@ def shrunk(config: str, changes: dict[str, str]) -> dict[str, str]:
         VE_LAYERS=",".join(str(max(-layers, i)) for i in last),
         DEPTH_RECURRENCE=",".join(map(str, middle)),
         XSA_LAST_N=round(full.xsa_last_n * ratio) or min(1, full.xsa_last_n),
-        PRE_ENRICH_DIM=round(full.pre_enrich_dim * int(base["MODEL_DIM"]) / full.model_dim),
+        PRE_ENRICH_DIM=round(full.pre_enrich_dim * width / full.model_dim),
         NGRAM_BUCKETS=max(1, full.ngram_buckets // TOKENS_SHRINK),
         NGRAM_CHUNK_TOKENS=min(full.ngram_chunk_tokens, 64),
     )
@@ -732,6 +734,9 @@ EXPERIMENTS = {"ablation": ablate, "tournament": play}
 def overrides(given: Sequence[str]) -> dict[str, str]:
     """--set's NAME=VALUE pairs; a path is meant from here, but runs start elsewhere."""
     found = parse_pairs(given, "--set")
+    for name in ("RECORD", "SEED", "RUN_ID", "DECODE", "DRY_RUN", "EVAL_ONLY"):
+        if name in found:
+            raise UserError(f"--set {name}={found[name]}: each run has its own; fix: leave it out")
     return found | {name: str(Path(found[name]).resolve()) for name in PATHS if name in found}
 
 
@@ -742,7 +747,9 @@ def positive(text: str) -> int:
 
 
 def listed(text: str) -> list[str]:
-    return text.split(",")
+    if "" in (names := text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: has an empty name")
+    return names
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

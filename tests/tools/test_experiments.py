@@ -459,3 +459,31 @@ def test_help_is_given_in_another_folder(name, tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     for words in ("--jobs", "minutes", f"python records/tools/experiments.py {name} --"):
         assert words in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "NUM_LAYERS=abc"], "NUM_LAYERS='abc'"),
+        (["--set", "RECORD=own"], "--set RECORD=own: each run has its own"),
+        (["--set", "SEED=3"], "--set SEED=3: each run has its own"),
+    ],
+)
+def test_settings_that_no_tournament_can_use(arguments, words, dataset, tmp_path, capsys):
+    given = ["tournament", "--texts", str(dataset), "--out", str(tmp_path), *arguments]
+    assert experiments.main(given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+@pytest.mark.parametrize("line", ["not json", "{}", "[]"])
+def test_a_damaged_line_of_results_is_named(line, tmp_path):
+    (tmp_path / "results.jsonl").write_text(line + "\n")
+    with pytest.raises(train_gpt.UserError, match="results.jsonl: damaged"):
+        experiments.read_rows(tmp_path)
+
+
+def test_an_empty_name_is_no_configuration(capsys):
+    with pytest.raises(SystemExit):
+        experiments.main(["tournament", "--configs", "own,"])
+    assert "has an empty name" in capsys.readouterr().err
