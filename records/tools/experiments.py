@@ -96,7 +96,7 @@ PAGE = """# {title}
     {command}
 
 {date}; {hardware};
-{versions}, train_gpt.py {code} (sha256). {runs} runs of
+{versions}, train_gpt.py {code} (sha256) on {commit}. {runs} runs of
 {run_minutes} min together; the command's last call took {wall_minutes} min.
 
 {text}
@@ -191,6 +191,7 @@ class Runner:
             hardware=f"{len(my_cores())} cores of {cpu_name()}, {self.jobs} runs at a time",
             versions=f"Python {platform.python_version()}, torch {version('torch')}",
             code=sha256(CODE[SCRIPT])[:16],
+            commit=commit(),
             runs=len(rows),
             run_minutes=round(sum(row["seconds"] for row in rows) / 60, 1),
             wall_minutes=round((time.perf_counter() - self.began) / 60, 1),
@@ -239,6 +240,16 @@ def read_rows(out: Path) -> dict[str, Row]:
         write_atomically(path, whole.encode())
     with blame(path):
         return {row["digest"]: row for row in map(json.loads, whole.splitlines())}
+
+
+def commit() -> str:
+    """The commit checked out here, so that a table says of which it is"""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=9"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git
+        return "no commit"
+    return f"commit {found.stdout.strip()}" if found.returncode == 0 else "no commit"
 
 
 def my_cores() -> list[int]:
