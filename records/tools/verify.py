@@ -10,7 +10,8 @@ checkout; all other checks are computed by this checkout. Blocks and positions t
 again are drawn by the seed, which the folder's author cannot know; without one a fresh seed.
 
 The text is that of DATA_PATH and TOKENIZER_PATH, else of the DATA_PATH that the run was given if
-that folder is here, else the embedded text or FineWeb, as RECORD says. The table names it.
+that folder is here and not beside the run's, else the embedded text or FineWeb, as RECORD says; the
+tokenizer is never the one that the run names. The table names the text.
 
 Exit status: 0 PROVED: no check failed, and every check marked * held, the decode of the whole text
 among them; 1 FAILED: a check failed; 3 CONSISTENT, NOT PROVED: none failed, but one marked * could
@@ -56,6 +57,7 @@ MASS_LIMIT = 1e-9  # float64 sums over the vocabulary stay below 1e-12
 MIXTURE_LIMIT = 1e-6  # nats at a target; 0 on one machine
 SLACK_BYTES = 16  # of the coder's last words
 UNSIGNED = {"author", "github_id", "name", "date", "sha256"}  # of submission.json: not in the log
+PATHS = ("DATA_PATH", "TOKENIZER_PATH")
 STATUSES = ("ok", "FAILED", "not checked")
 LOSSY_PROBE = " a  \ufb01\tb\r\n\n \uff21"  # what a normalising tokenizer changes
 CHECKS: dict[str, tuple[Callable, tuple[str, ...], bool]] = {}  # function, needs, essential
@@ -102,6 +104,10 @@ class Case:
             require(frame.getbuffer() == data, f"{name} is damaged beside its columns")
         return found
 
+    def holds(self, path: Path) -> bool:
+        """Whether a path lies in the folder or beside it: what its author may have put there"""
+        return self.folder.resolve().parent in [path.resolve(), *path.resolve().parents]
+
     @cached_property
     def claims(self) -> dict[str, Any]:
         return json.loads(self.run.read("submission.json"))
@@ -123,11 +129,12 @@ class Case:
         given = {}
         if unknown := pairs.keys() - train_gpt.VARIABLES.keys():
             raise Failed(f"config.env: {sorted(unknown)[0]} is no variable of this train_gpt.py")
-        for name in ("DATA_PATH", "TOKENIZER_PATH"):
-            logged = self.run.last("config").get(name, "")
-            logged = logged.removesuffix("(env)") if logged.endswith("(env)") else ""
-            if path := os.environ.get(name) or (Path(logged).exists() and logged):
-                given[name] = path
+        logged = self.run.last("config").get("DATA_PATH", "")
+        logged = Path(logged.removesuffix("(env)")) if logged.endswith("(env)") else None
+        if logged and logged.is_dir() and not self.holds(logged):
+            given["DATA_PATH"] = str(logged)
+        # Never a logged tokenizer: bytes, and so every score, would be its author's choice.
+        given |= {name: os.environ[name] for name in PATHS if os.environ.get(name)}
         paths = given | train_gpt.default_paths(given, self.run.settings.get("RECORD", ""))
         values = {name.lower(): train_gpt.parse(name, text) for name, text in pairs.items()}
         values |= {name.lower(): str(path) for name, path in paths.items()}

@@ -543,3 +543,30 @@ def test_more_tokens_than_there_are_mean_all(data, tmp_path, monkeypatch):
     codec = done["codec"]
     assert codec["proved_tokens"] == codec["total_tokens"] == done["tokens"]
     assert codec["decoded"] == "ok"
+
+
+def logged(folder, **paths):
+    """The log says that the run was given these"""
+    log = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in log.splitlines()]
+    for line in lines:
+        if line["key"] == "config":
+            line |= {name: f"{path}(env)" for name, path in paths.items()}
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+
+
+def test_the_log_does_not_choose_the_tokenizer(folder, data):
+    """With longer pieces every byte counts for less: such a run was once PROVED."""
+    other = shutil.copy(data / "tokenizer.model", folder.parent / "longer.model")
+    logged(folder, TOKENIZER_PATH=other)
+    assert verify.Case(folder, 0).cfg.tokenizer_path == str(data / "tokenizer.model")
+
+
+def test_the_log_does_not_choose_a_text_that_comes_with_the_run(folder, data, monkeypatch):
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    text = shutil.copytree(data, folder / "text")
+    logged(folder, DATA_PATH=text)
+    assert verify.Case(folder, 0).cfg.data_path != str(text)
+    monkeypatch.setenv("DATA_PATH", str(text))  # whoever checks may name it
+    assert verify.Case(folder, 0).cfg.data_path == str(text)
