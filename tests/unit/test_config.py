@@ -161,7 +161,8 @@ def test_help_names_a_record_without_a_comment(add_record, capsys):
     add_record("track/damaged", "")
     (train_gpt.ROOT / "records/track/damaged/config.env").write_bytes(b"# \xff. \n")
     train_gpt.print_help()
-    assert re.search(r"^  mine    .*track/mine$", capsys.readouterr().out, re.M)
+    folder = train_gpt.ROOT / "records/track/mine"
+    assert f"mine{folder}" in "".join(capsys.readouterr().out.split())  # a long path is wrapped
 
 
 @pytest.mark.parametrize(
