@@ -171,7 +171,14 @@ def plan(manifest: bytes, variant: str, train_shards: int, prefix: str) -> dict[
             paths.append(PurePosixPath(tokenizer["vocab_path"]))
         if not 1 <= counts["val"] < 10**6:
             raise ValueError(f"files_val is {counts['val']}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         what = f"{type(error).__name__}: {error}"
         fix = "check --repo and --prefix; it must be an export of the challenge"
         raise DownloadError(f"manifest.json: not as published ({what}); fix: {fix}") from None

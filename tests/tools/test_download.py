@@ -721,6 +721,10 @@ def test_a_manifest_cannot_replace_a_program(hub, get):
         ),
         dict(datasets=[dict(manifest()["datasets"][0], stats=dict(files_train=1, files_val=0))]),
         dict(tokenizers=[dict(name="tok_sp1024", path="tokenizers/x.json")]),
+        dict(
+            datasets=[dict(manifest()["datasets"][0], stats=dict(files_train=1e999, files_val=1))]
+        ),
+        dict(datasets=[dict(name=5), dict(name="x")]),
     ],
 )
 def test_other_manifests_are_refused(hub, get, change):
