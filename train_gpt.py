@@ -66,6 +66,7 @@ if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
 import bisect
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -75,12 +76,15 @@ import itertools
 import json
 import lzma
 import math
+import operator
 import platform
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1113,24 +1117,89 @@ def load_tqdm() -> Any:
     return tqdm
 
 
+# Memory.
+
+
+class LackOfMemory(UserError):
+    """What was asked for does not fit into this machine."""
+
+
+def available_memory() -> int | None:
+    return None
+
+
+def require_memory(needed: int, what: str, device: Any = "cpu") -> None:
+    """LackOfMemory, before anything is allocated, where `needed` bytes are not there."""
+    free = available_memory()
+    if torch.device(device).type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    if free is not None and needed > free:
+        fix = "smaller ones, or a larger machine"
+        raise LackOfMemory(f"{what}: {needed:,} bytes of memory, {free:,} are free; fix: {fix}")
+
+
 # Files.
+
+MOST_BYTES = 2**24  # of a file that is read whole, where nothing else is said
+MOST_ARTIFACT_BYTES = 2**31  # of weights that numpy can hold; caps are told, not enforced
+MOST_STREAM_BYTES = 2**30
+PARTIAL = ".partial_"  # how files begin that are not whole yet
+USER_MASK = os.umask(0o077)  # of rights that new files do not get; it can only be set
+os.umask(USER_MASK)
+
+
+def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a file that anybody may have put there, read once. OSError for a link, for a
+    pipe or device, which might never end, and for more than `most` bytes."""
+    careful = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # not all are everywhere
+    flags = functools.reduce(operator.or_, [getattr(os, name, 0) for name in careful])
+    try:
+        file = os.open(path, os.O_RDONLY | flags)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "is a link", str(path)) from None
+    with open(file, "rb") as opened:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        content = opened.read(most + 1) if status.st_size <= most else b""
+    if max(status.st_size, len(content)) > most:
+        size = max(status.st_size, len(content))
+        raise OSError(errno.EFBIG, f"has {size:,} bytes, at most {most:,} are read", str(path))
+    return content
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> None:
     """The bytes, or what content(path) writes, appear whole or not at all, whatever dies: they are
-    written beside it, flushed to the disk and renamed. UserError where that fails."""
-    partial = path.with_name(f".partial_{path.name}")
+    written beside it, into a new file, never through a link, flushed to the disk and renamed.
+    UserError where that fails."""
+    partial = None
     try:
+        file, name = tempfile.mkstemp(f"_{path.name}", PARTIAL, path.parent)
+        os.close(file)
+        partial = Path(name)
         if callable(content):
             content(partial)
         else:
             partial.write_bytes(content)
+        partial.chmod(0o666 & ~USER_MASK)
         flush_to_disk(partial)
         os.replace(partial, path)
         flush_to_disk(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: {error}; fix: make room there") from error
+        fix = "make room there" if path.parent.is_dir() else f"mkdir {path.parent}"
+        raise UserError(f"{path}: {error}; fix: {fix}") from error
+    finally:
+        if partial:
+            partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """What writers that were killed left."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        path.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -1231,8 +1300,8 @@ def keep_sources(rt: Runtime, cfg: Config) -> None:
     write_atomically(rt.folder / "train_gpt.py", CODE.read_bytes())
     names = [name for name in VARIABLES if name not in PER_RUN]
     lines = [f"{name}={show(getattr(cfg, name.lower()))}\n" for name in names]
-    (rt.folder / "config.env").write_text("".join(lines), encoding="utf-8")
-    shutil.copyfile(cfg.tokenizer_path, rt.folder / "tokenizer.model")
+    write_atomically(rt.folder / "config.env", "".join(lines).encode())
+    write_atomically(rt.folder / "tokenizer.model", Path(cfg.tokenizer_path).read_bytes())
 
 
 # -----------------------------------------------------------------------------
@@ -1587,13 +1656,7 @@ class LaneCache(Context):
         head = cfg.model_dim // cfg.num_heads
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         shape = calls, 2, count, cfg.num_kv_heads, window, head
-        try:
-            self.caches = torch.zeros(shape, dtype=dtype, device=device)
-        except (RuntimeError, MemoryError) as error:
-            need = (
-                f"{count} lanes of {window} tokens need {math.prod(shape) * dtype.itemsize:,} bytes"
-            )
-            raise UserError(f"{need} ({error}); fix: a smaller EVAL_LANES or window") from error
+        self.caches = torch.zeros(shape, dtype=dtype, device=device)
         self.slots = torch.arange(window, device=device)
 
     def begin(self, positions: Tensor) -> None:
@@ -2313,7 +2376,7 @@ def decompress(content: bytes, how: str, size: int) -> bytes:
 
 
 def decompress_lzma(content: bytes, size: int) -> bytes:
-    stream = lzma.LZMADecompressor()
+    stream = lzma.LZMADecompressor(memlimit=2**27)
     try:
         payload = stream.decompress(content, size + 1)
     except (lzma.LZMAError, EOFError) as error:
@@ -2326,7 +2389,8 @@ def decompress_zstd(content: bytes, size: int) -> bytes:
     try:
         if zstd.frame_content_size(content) != size:
             return b""
-        return zstd.ZstdDecompressor().decompress(content, allow_extra_data=False)
+        unpacker = zstd.ZstdDecompressor(max_window_size=2**27)
+        return unpacker.decompress(content, allow_extra_data=False)
     except (zstd.ZstdError, MemoryError) as error:
         raise ArtifactError(f"the payload is no zstd frame: {error}") from error
 
@@ -2425,11 +2489,15 @@ def stored_values(header: Any, field_names: Iterable[str]) -> dict[str, Any]:
 def read_artifact(path: str | Path, content: bytes) -> tuple[Config, np.ndarray]:
     """-> model configuration, payload of payload_type; ArtifactError."""
     try:
-        header, packed = unseal(ARTIFACT_PREFIX, content or Path(path).read_bytes())
+        content = content or read_regular(path, MOST_ARTIFACT_BYTES)
+        header, packed = unseal(ARTIFACT_PREFIX, content)
         cfg = Config(**stored_values(header["model"], MODEL_FIELDS), eval_stride=1).check()
         if not cfg.vocab_size or header != artifact_header(cfg):  # what would be written
             raise ArtifactError("its header does not describe its model")
+        require_memory(header["size"] + 8 * count_parameters(cfg), "its weights")
         payload = decompress(packed, cfg.compressor, header["size"])
+    except LackOfMemory:
+        raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ArtifactError(
             f"{path}: unreadable ({error}); fix: train or download it anew"
@@ -2492,6 +2560,10 @@ class WindowScorer:
         self.length = cfg.window
         self.adapters = adapters or dict
         self.forward = rt.compile(self.score_rows)
+        # Roundtrip windows keep this of every input: activations, distributions in float64.
+        each = 24 * model.cfg.vocab_size + 16 * model.cfg.model_dim
+        what = f"EVAL_BATCH_SEQS={self.batch} windows of {self.length} tokens (EVAL_SEQ_LEN)"
+        require_memory(self.batch * self.length * each, what, rt.device)
 
     def predict(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """inputs (B, T), positions to score (B, S) -> predict's (B, S, V) and (B, S)."""
@@ -2622,6 +2694,10 @@ def run_lanes(
         lane 1   d     e     BOS   f     g     h     its BOS ends the second; it takes the third
     """
     group_size = plan.lanes // plan.groups
+    if model:
+        lanes = len(groups) * group_size
+        what = f"{lanes} lanes (EVAL_LANES) of {plan.window} tokens (EVAL_SEQ_LEN)"
+        require_memory(lane_bytes(model, lanes, plan.window), what, rt.device)
     passes = [lane_pass(model, rt, group_size, plan.window) for _ in groups if group_size]
     ids = np.full(plan.lanes, BOS)
     places = np.zeros(plan.lanes, int)
@@ -2647,6 +2723,15 @@ def run_lanes(
             documents[lane] = waiting
             waiting += 1
     return steps
+
+
+def lane_bytes(model: GPT, lanes: int, window: int) -> int:
+    """What lanes hold at least: keys, values and float64 distributions."""
+    cfg = model.cfg
+    calls = cfg.num_layers + len({*cfg.depth_recurrence})
+    kept = 2 * calls * cfg.model_dim // cfg.num_heads * cfg.num_kv_heads * window
+    number = 2 if model.tok_emb.is_cuda else 4
+    return lanes * (number * kept + 24 * cfg.vocab_size)
 
 
 def lane_pass(model: GPT, rt: Runtime, count: int, window: int) -> Callable:
@@ -3419,6 +3504,8 @@ class Coded(NamedTuple):
     text: np.ndarray  # uint16, a BOS before each document
     targets: int  # coded
     mass_error: float  # largest of any distribution
+    nats: float  # what they cost: -log p of each, summed up
+    model_nats: float  # the same by the network alone
 
 
 # (integers of the lanes at work (lanes, V), who they are) -> their tokens (lanes,)
@@ -3439,14 +3526,18 @@ def run_codec(
     mixture = Mixture(rt, cfg, min(plan.lanes, plan.documents))
     texts: dict[int, list[int]] = {}
     spent = 0.0
+    nats = np.zeros(2)
 
     def choose_tokens(outputs: list[Tensor], step: LaneStep) -> np.ndarray:
         nonlocal spent
-        integers = coder_integers(mixture.distributions(outputs, step.lanes))
+        p = mixture.distributions(outputs, step.lanes)
+        integers = coder_integers(p)
         tokens = pick_tokens(integers, step)
         mixture.learn(tokens)
-        chosen = integers[range(len(tokens)), tokens] + 1
+        places = range(len(tokens)), tokens
+        chosen = integers[places] + 1
         spent -= np.log2(chosen / (1 << PRECISION)).sum()
+        nats[:] -= np.log(p[places]).sum(), mixture.log_probs[places].sum()
         if spent > most_bits:
             raise StreamError("words of another text")
         for document, token in zip(step.documents, tokens.tolist(), strict=True):
@@ -3459,7 +3550,8 @@ def run_codec(
         ended = document < plan.documents - 1 and text[-1] == BOS  # by the next one's BOS
         tokens += text[:-1] if ended else text
     coded = sum(len(step.lanes) for step in steps)
-    return Coded(np.array(tokens or [BOS], np.uint16), coded, mixture.mass_error)
+    text = np.array(tokens or [BOS], np.uint16)
+    return Coded(text, coded, mixture.mass_error, *nats.tolist())
 
 
 def range_coder() -> tuple[Any, Any]:
@@ -3503,15 +3595,15 @@ def decode(model: GPT, rt: Runtime, cfg: Config, words: bytes, plan: CodingPlan)
     return run_codec(model, rt, cfg, plan, pick_tokens, most_bits=32 * len(numbers) + 64)
 
 
-def fingerprint(rt: Runtime, artifact: Path, code: Path = CODE) -> dict[str, Any]:
+def fingerprint(rt: Runtime, code: bytes, artifact: bytes) -> dict[str, Any]:
     """Whatever a bit of a probability can depend on: versions, device, threads, code, artifact."""
     kind = torch.cuda.get_device_name() if rt.cuda else torch.backends.cpu.get_cpu_capability()
     versions = ("torch", "numpy", "constriction")
     found: dict[str, Any] = {name: importlib.metadata.version(name) for name in versions}
     found["device"] = f"{rt.device.type} {kind}"
     found["threads"] = torch.get_num_threads()
-    found["code"] = sha256(code.read_bytes())
-    found["artifact"] = sha256(artifact.read_bytes())
+    found["code"] = sha256(code)
+    found["artifact"] = sha256(artifact)
     return found
 
 
@@ -3546,7 +3638,7 @@ class StreamHeader(NamedTuple):
 def read_stream(path: Path) -> tuple[StreamHeader, bytes]:
     """-> header, the range coder's words; StreamError."""
     try:
-        header, words = unseal(STREAM_PREFIX, path.read_bytes())
+        header, words = unseal(STREAM_PREFIX, read_regular(path, MOST_STREAM_BYTES))
         parsed = StreamHeader.parse(header)
         # each lane codes a token at least: a forged number must not ask for the memory
         if parsed.plan.lanes > 1024 + 8 * len(words):
@@ -3557,8 +3649,9 @@ def read_stream(path: Path) -> tuple[StreamHeader, bytes]:
 
 
 def decode_folder(cfg: Config) -> None:
-    """DECODE: artifact.bin and stream.bin of a folder -> decoded.npy there, uint16 tokens. Refused
-    (StreamError) where code, artifact, libraries or machine are not those of the encoder."""
+    """DECODE: artifact.bin and stream.bin of a folder -> decoded.npy there, uint16 tokens, and what
+    they cost in nats. Refused (StreamError) where code, artifact, libraries or machine are not
+    those of the encoder."""
     range_coder()  # a missing package is missed now
     path = Path(cfg.decode, "stream.bin")
     artifact = Path(cfg.decode, "artifact.bin")
@@ -3567,14 +3660,15 @@ def decode_folder(cfg: Config) -> None:
     rt.start()
     torch.set_num_threads(header.made["threads"])
     try:
-        made_here = fingerprint(rt, artifact)
+        packed = read_regular(artifact, MOST_ARTIFACT_BYTES)
     except OSError as error:
         raise StreamError(f"{path}: unreadable ({error}); fix: get it again") from error
+    made_here = fingerprint(rt, CODE.read_bytes(), packed)
     for name, here in made_here.items():
         there = header.made.get(name)
         if there != here:
             raise StreamError(f"{path}: made with {name} {there}, not {here}; fix: use that")
-    model = load_artifact(artifact, rt.device)
+    model = load_artifact(artifact, rt.device, packed)
     stored = {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
     cfg = replace(cfg, **header.scoring, **stored)
     if header.plan.window != cfg.window:
@@ -3588,7 +3682,8 @@ def decode_folder(cfg: Config) -> None:
         raise StreamError(f"{path}: decodes to another text than was coded; fix: use its machine")
     output = Path(cfg.decode, "decoded.npy")
     write_atomically(output, lambda partial: np.save(partial, decoded.text))
-    rt.log("decoded", decoded.targets, mass_error=f"{decoded.mass_error:.1e}")
+    sums = {name: repr(getattr(decoded, name)) for name in ("nats", "model_nats")}
+    rt.log("decoded", decoded.targets, mass_error=f"{decoded.mass_error:.1e}", **sums)
 
 
 def prove(report: "Report", log_prob: np.ndarray) -> tuple[float, dict[str, Any]]:
@@ -3608,7 +3703,8 @@ def prove(report: "Report", log_prob: np.ndarray) -> tuple[float, dict[str, Any]
         return run_codec(model, rt, cfg, plan, lambda _, step: read(None, step)).mass_error, {}
     words, coded = encode(model, rt, cfg, stream, plan)
     scoring = {name: getattr(cfg, name) for name in SCORING}
-    made = fingerprint(rt, artifact, folder / "train_gpt.py")
+    code = (folder / "train_gpt.py").read_bytes()
+    made = fingerprint(rt, code, artifact.read_bytes())
     header = StreamHeader(plan, made, sha256(coded.text), scoring)
     write_atomically(folder / "stream.bin", seal(STREAM_PREFIX, header.pack(), words))
     right = decoded_again(folder, coded.text)
@@ -3999,10 +4095,19 @@ def line_fields(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name not in ("key", "value")}
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's object; ValueError for a name that stands twice, since readers differ in which they
+    believe."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
+
+
 def parse_line(text: str) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None for what is none, such as one that a kill cut off."""
     try:
-        line = json.loads(text)
+        line = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) and isinstance(line.get("key"), str) else None
@@ -4012,7 +4117,7 @@ def write_submission(folder: Path, code: Path | None = None) -> Path:
     """submission.json of a finished run folder, whole or not at all: the same folder gives the same
     bytes. -> its path; UserError for what cannot be written, ValueError for a score that is no
     number."""
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    text = read_regular(folder / "metrics.jsonl").decode()
     lines = [line for line in map(parse_line, text.splitlines()) if line]
     run = RunLog(lines, read_pairs(folder / "config.env"))
     for key in FINAL_LINES:
@@ -4045,7 +4150,9 @@ def submission(run: RunLog, folder: Path, code: Path | None = None) -> dict[str,
         **score,
         "tokens": run.last("val_text").get("tokens"),
         "bytes": run.last("val_text").get("bytes"),
-        "sha256": {what: sha256(path.read_bytes()) for what, path in files.items()},
+        "sha256": {
+            what: sha256(read_regular(path, MOST_ARTIFACT_BYTES)) for what, path in files.items()
+        },
         "stages": run.stages(),
         **other_entries(run),
     }
@@ -4198,7 +4305,7 @@ def begin_run(rt: Runtime, cfg: Config) -> None:
 def read_eval_only(cfg: Config) -> bytes:
     """The artifact to score; ConfigError where there is none."""
     try:
-        return Path(cfg.eval_only).read_bytes()
+        return read_regular(Path(cfg.eval_only).resolve(), MOST_ARTIFACT_BYTES)
     except OSError as error:
         fix = "the path of an artifact.bin"
         raise ConfigError(f"EVAL_ONLY={cfg.eval_only!r}: {error.strerror}; fix: {fix}") from error

@@ -11,6 +11,7 @@ gives the same bytes.
 import argparse
 import contextlib
 import io
+import json
 import math
 import sys
 import zipfile
@@ -26,6 +27,7 @@ RECORDS = ROOT / "records"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import train_gpt  # noqa: E402
 
+MOST_BLOCKS_BYTES = 2**26  # 64 bytes for 1,024 targets each
 FILES = {"code": "train_gpt.py", "artifact": "artifact.bin", "tokenizer": "tokenizer.model"}
 # The lines that a finished run has, and their numbers that a submission rests on.
 FINAL_LINES = {
@@ -52,16 +54,35 @@ def blame(path: str | Path) -> Iterator[None]:
         raise RunError(f"{path}: damaged ({reason}); fix: get it again") from error
 
 
+def printable(text: str) -> str:
+    """Without what a terminal would obey: controls, line ends, directions, halves of characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def parse_object(content: bytes, source: str) -> dict[str, Any]:
+    """A JSON object of somebody else's; RunError for what is none, or names a key twice."""
+    try:
+        found = json.loads(content, object_pairs_hook=train_gpt.unique_keys)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{source}: damaged ({reason}); fix: get it again") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{source}: no JSON object; fix: get it again")
+    return found
+
+
 def read_columns(data: bytes) -> dict[str, np.ndarray]:
     """The arrays of an .npz, not to be written to. Unlike by np.load, each has the bytes that are
     there: a header that lies about its shape allocates nothing. ValueError and others"""
     columns = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for member in archive.infolist():
-            if member.file_size > len(data):  # np.savez does not compress
-                raise ValueError(
-                    f"{member.filename} claims {member.file_size} bytes of {len(data)}"
-                )
+        members = archive.infolist()
+        claimed = sum(member.file_size for member in members)
+        if claimed > len(data):  # np.savez does not compress
+            raise ValueError(f"its members claim {claimed} bytes of {len(data)}")
+        if len({member.filename for member in members}) < len(members):
+            raise ValueError("a member stands twice")
+        for member in members:
             stored = archive.read(member)
             stream = io.BytesIO(stored)
             np.lib.format.read_magic(stream)
@@ -86,9 +107,9 @@ class RunFolder(train_gpt.RunLog):
         lines = map(train_gpt.parse_line, self.read("metrics.jsonl").splitlines())
         self.lines = [line for line in lines if line]
 
-    def read(self, name: str) -> str:
+    def read(self, name: str, most: int = train_gpt.MOST_BYTES) -> str:
         try:
-            return (self.path / name).read_text(encoding="utf-8")
+            return train_gpt.read_regular(self.path / name, most).decode()
         except OSError as error:
             raise RunError(f"{self.path}: no {name} ({error.strerror})") from None
         except UnicodeDecodeError as error:
@@ -97,9 +118,10 @@ class RunFolder(train_gpt.RunLog):
     @cached_property
     def config(self) -> dict[str, str]:
         """config.env."""
+        source = str(self.path / "config.env")
         try:
-            return train_gpt.read_pairs(self.path / "config.env")
-        except (train_gpt.ConfigError, OSError) as error:
+            return train_gpt.parse_pairs(self.read("config.env").splitlines(), source)
+        except train_gpt.ConfigError as error:
             raise RunError(str(error)) from None
 
     @cached_property
@@ -120,7 +142,8 @@ class RunFolder(train_gpt.RunLog):
     def blocks(self) -> dict[str, np.ndarray]:
         """blocks.npz: sums of logp_model, logp_final (nats) and bytes per 1,024 targets."""
         try:
-            arrays = read_columns((self.path / "blocks.npz").read_bytes())
+            data = train_gpt.read_regular(self.path / "blocks.npz", MOST_BLOCKS_BYTES)
+            arrays = read_columns(data)
             blocks = {name: arrays[name] for name in ("logp_model", "logp_final", "bytes")}
             kinds = {(column.dtype.kind, column.ndim) for column in blocks.values()}
             if kinds - {("f", 1), ("i", 1)}:
@@ -135,7 +158,7 @@ class RunFolder(train_gpt.RunLog):
 
 def file_bytes(run: RunFolder, name: str) -> bytes:
     try:
-        return run.file(name).read_bytes()
+        return train_gpt.read_regular(run.file(name), train_gpt.MOST_ARTIFACT_BYTES)
     except OSError as error:
         raise RunError(f"{run.path}: no {name} ({error.strerror})") from None
 
