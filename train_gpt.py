@@ -76,7 +76,6 @@ import itertools
 import json
 import lzma
 import math
-import operator
 import platform
 import re
 import shutil
@@ -1152,21 +1151,20 @@ os.umask(USER_MASK)
 def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a file that anybody may have put there, read once. OSError for a link, for a
     pipe or device, which might never end, and for more than `most` bytes."""
-    careful = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # not all are everywhere
-    flags = functools.reduce(operator.or_, [getattr(os, name, 0) for name in careful])
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # none on Windows
     try:
-        file = os.open(path, os.O_RDONLY | flags)
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful))
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
         raise OSError(errno.ELOOP, "is a link", str(path)) from None
-    with open(file, "rb") as opened:
-        status = os.fstat(file)
+    with file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
-        content = opened.read(most + 1) if status.st_size <= most else b""
-    if max(status.st_size, len(content)) > most:
-        size = max(status.st_size, len(content))
+        content = file.read(most + 1) if status.st_size <= most else b""
+    size = max(status.st_size, len(content))
+    if size > most:
         raise OSError(errno.EFBIG, f"has {size:,} bytes, at most {most:,} are read", str(path))
     return content
 

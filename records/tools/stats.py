@@ -9,14 +9,14 @@ against a number or a single seed, Welch's test against several seeds. Runs that
 the seed are refused by name of what differs (--mixed averages them all the same).
 
 --verify runs verify.py on each folder and keeps its result there as verify.json, with the
-sha256 of the files it is about: it is read again while these are the same. Such a file is the word
-of whoever wrote it; somebody else's folder needs --verify. Pseudo scores are never averaged in.
+sha256 of the files it is about: it is read again while these are the same, and named as the word of
+whoever wrote it; somebody else's folder needs --verify. Pseudo scores are never averaged in.
 
 Exit status: 0 the statistics were made, whatever they say; 2 they could not be.
 """
 
 import argparse
-import hashlib
+import contextlib
 import json
 import math
 import statistics
@@ -28,9 +28,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mpmath  # comes along with torch
-from run_folder import FILES, RECORDS, RunError, RunFolder, blame, locate, markdown, submission
+import run_folder
+from run_folder import FILES, RECORDS, RunError, RunFolder, blame, markdown, parse_object, printable
 
-from train_gpt import CAP_BYTES, UserError, sha256, write_atomically
+from train_gpt import (
+    CAP_BYTES,
+    MOST_STREAM_BYTES,
+    UserError,
+    read_regular,
+    sha256,
+    write_atomically,
+)
 
 IMPROVEMENT_NATS = 0.005  # upstream's rule for a new record,
 ALPHA = 0.01  # at p below this
@@ -40,9 +48,9 @@ NO_RESULT = {"SEED", "RESUME", "OVERWRITE", "CHECKPOINT_EVERY"}
 OWN = {"SEED", "sha256 of artifact.bin"}  # no two seeds have the same
 CHECKED = (  # what verify.py reads of a folder
     *FILES.values(),
-    *("stream.bin", "blocks.npz", "scores.npz", "metrics.jsonl", "log.txt", "config.env"),
-    "submission.json",
+    *("stream.bin", "metrics.jsonl", "log.txt", "config.env", "submission.json"),
 )
+VERDICTS = ("PROVED", "FAILED", "CONSISTENT, NOT PROVED")
 MEASURES = ("val_loss", "val_bpb")
 BEGIN = "<!-- records: python records/tools/stats.py --table -->"
 END = "<!-- end of records -->"
@@ -58,7 +66,7 @@ class Result(NamedTuple):
     folder: RunFolder
     claims: dict[str, Any]  # submission.json, made again from the other files
     traits: dict[str, str]  # the same in all seeds of one configuration, but for OWN
-    verification: str = "not verified"
+    verification: str = "not verified"  # begins with PROVED where that was proved now
 
     @property
     def name(self) -> str:
@@ -78,7 +86,7 @@ def load(path: str | Path) -> Result:
     """RunError for a run that is not finished or whose lines hold no numbers."""
     folder = RunFolder(path)
     with blame(path):
-        claims = submission(folder)
+        claims = run_folder.submission(folder)
         for stage, values in claims["stages"].items():
             for name in MEASURES:
                 value = values.get(name)
@@ -151,49 +159,59 @@ def marks(folder: Path) -> dict[str, str]:
     """sha256 of whatever verify.py reads there"""
     found = {}
     for name in CHECKED:
-        path = locate(folder, name)
-        if path.exists():
-            with open(path, "rb") as file:  # scores.npz can be gigabytes
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        with contextlib.suppress(FileNotFoundError):
+            path = run_folder.locate(folder, name)
+            found[name] = sha256(read_regular(path, MOST_STREAM_BYTES))
     return found
 
 
-def verify(folder: Path) -> None:
-    """Run verify.py on a folder and keep what it says as verify.json."""
+def verify(folder: Path) -> str:
+    """Run verify.py on a folder and keep what it says as verify.json. -> its verdict"""
     before = marks(folder)
-    command = [sys.executable, RECORDS / "tools/verify.py", folder, "--json"]
+    command = [sys.executable, RECORDS / "tools/verify.py", folder.resolve(), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     try:
         result = json.loads(done.stdout)
-    except ValueError:
+        said = verdict(result)
+    except (ValueError, KeyError, TypeError):
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise RunError(f"{folder}: verify.py: {last.removeprefix('error: ')}") from None
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     text = json.dumps(result | dict(date=date, sha256=before), indent=2)
     write_atomically(folder / "verify.json", f"{text}\n".encode())
+    return said
 
 
-def verification(folder: Path) -> str:
-    """The verdict that is kept, or why there is none."""
-    path = folder / "verify.json"
-    if not path.exists():
-        return "not verified"
+def verdict(result: dict[str, Any]) -> str:
+    """verify.py's, in a few words: of which text, or why not; ValueError, KeyError or TypeError"""
+    word = VERDICTS[VERDICTS.index(result["verdict"])]
+    if word == "PROVED":
+        return f"{word} on {result['text']}"
+    return f"{word} ({result['why']})"
+
+
+def kept_verdict(folder: Path) -> str:
+    """What a verify.json of the folder says of these files, whoever wrote it; or why nothing"""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        verdict = kept["verdict"]
-        why = "" if verdict == "PROVED" else f" ({kept['why']})"
+        kept = parse_object(read_regular(folder / "verify.json"), "verify.json")
+        said = printable(verdict(kept))
         same = kept["sha256"] == marks(folder)
-    except (ValueError, KeyError, TypeError):
+    except FileNotFoundError:
+        return "not verified"
+    except (OSError, ValueError, KeyError, TypeError):
         return "not verified: verify.json is unreadable"
-    return f"{verdict}{why}" if same else "not verified: verify.json is of other files"
+    return f"verify.json: {said}" if same else "not verified: verify.json is of other files"
 
 
 def with_verification(runs: Sequence[Result], make: bool) -> list[Result]:
-    """make: run verify.py first"""
-    for run in runs if make else ():
-        print(f"verifying {run.name}", file=sys.stderr, flush=True)
-        verify(run.folder.path)
-    return [run._replace(verification=verification(run.folder.path)) for run in runs]
+    """make: by verify.py, now; else what is kept"""
+    found = []
+    for run in runs:
+        if make:
+            print(f"verifying {run.name}", file=sys.stderr, flush=True)
+        said = (verify if make else kept_verdict)(run.folder.path)
+        found.append(run._replace(verification=said))
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -313,7 +331,7 @@ def read_losses(path: Path, run: Result, mixed: bool) -> dict[str, float]:
     file = path / "submission.json" if path.is_dir() else path
     if not file.is_file():
         raise RunError(f"--against {path}: no submission.json; fix: a number of nats, or a folder")
-    claims = json.loads(file.read_text(encoding="utf-8"))
+    claims = parse_object(read_regular(file.resolve()), str(file))
     ours = run.claims["tokens"], run.claims["bytes"], run.claims["sha256"]["tokenizer"]
     theirs = claims.get("tokens"), claims.get("bytes"), claims.get("sha256", {}).get("tokenizer")
     kinds = "tokens", "bytes", "as the tokenizer's sha256"
@@ -372,8 +390,10 @@ def remarks(runs: Sequence[Result]) -> list[str]:
     kinds = dict.fromkeys(str(run.claims["hardware"]) for run in runs)
     if len(kinds) > 1:
         found.append(f"Different hardware: {', '.join(kinds)}.")
-    if unproved := [run.name for run in runs if run.verification != "PROVED"]:
-        found.append(f"NOT PROVED: {', '.join(unproved)}; --verify runs records/tools/verify.py.")
+    if unproved := [run.name for run in runs if not run.verification.startswith("PROVED")]:
+        found.append(
+            f"NOT PROVED here: {', '.join(unproved)}; --verify runs records/tools/verify.py."
+        )
     for run in runs:
         if pseudo := run.folder.last("final_ngram_pseudo"):
             text = f"pseudo score {pseudo['pseudo_bpb']:.4f} of scheme {pseudo.get('scheme')}"

@@ -9,16 +9,15 @@ and for each seed a folder seed_<N>/ with what verify.py reads. val_bpb is the m
 seeds, never the best. train_gpt.py and an artifact are the bytes that count; train_gpt.py runs the
 config.env beside it, and of seed_<N>/ it reads nothing but the tokenizer.
 
-Runs that are unfinished, over a cap or without proof are refused by name; --force builds all the
-same, without the unfinished ones, and the README says what is wrong. Runs that are not seeds of one
-configuration are always refused. Exit status: 0, or 2.
+verify.py is run on each folder. Runs that are unfinished, over a cap or not PROVED here are refused
+by name; --force builds all the same, without the unfinished ones, and the README says what is
+wrong. Runs that are not seeds of one configuration are always refused. Exit status: 0, or 2.
 """
 
 import argparse
 import json
 import os
 import re
-import shutil
 import statistics
 import sys
 import tempfile
@@ -28,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import stats
-from run_folder import FILES, RECORDS, ROOT, RunError, blame
+from run_folder import FILES, RECORDS, ROOT, RunError, parse_object
 from stats import MEASURES, Result
 
-from train_gpt import CAP_BYTES, VARIABLES, UserError, line_fields
+from train_gpt import CAP_BYTES, VARIABLES, UserError, line_fields, read_regular
 
-PROOF = [name for name in stats.CHECKED if name != "scores.npz"]
+PROOF = [*stats.CHECKED, "blocks.npz"]
 UPSTREAM_SEEDS = 3
+MOST_COPIED_BYTES = 2**32
 GITHUB_FILE_BYTES = 100_000_000  # larger files cannot be pushed
 WIDTH = 96
 ABOUT = ("author", "github_id", "name", "blurb", "date", "track")  # told, or of the newest run
@@ -88,8 +88,10 @@ def problems(run: Result, files: Sequence[Path]) -> list[str]:
     missing = [name for name in PROOF if not run.folder.file(name).exists()]
     found += [f"no {name}" for name in missing]
     if "submission.json" not in missing:
-        with blame(run.name):
-            named = dict(json.loads(run.folder.read("submission.json"))["sha256"])
+        content = run.folder.read("submission.json").encode()
+        named = parse_object(content, run.name).get("sha256")
+        if not isinstance(named, dict):
+            raise RunError(f"{run.name}: damaged (no sha256 in submission.json); fix: get it again")
         for what, digest in run.claims["sha256"].items():
             if named.get(what) != digest:
                 found.append(f"submission.json is of another {FILES[what]}")
@@ -98,7 +100,7 @@ def problems(run: Result, files: Sequence[Path]) -> list[str]:
     codec = run.folder.last("final_codec")
     if codec.get("decoded") != "ok":
         found.append(f"no proof: final_codec has decoded:{codec.get('decoded')}")
-    if run.verification.startswith("FAILED"):
+    if not run.verification.startswith("PROVED"):
         found.append(f"verify.py says {run.verification}")
     large = [path.name for path in files if path.stat().st_size > GITHUB_FILE_BYTES]
     found += [f"{name}: over {GITHUB_FILE_BYTES:,} bytes, too large to be pushed" for name in large]
@@ -113,8 +115,8 @@ def carried(run: Result, scores: bool) -> list[Path]:
 
 def remarks(runs: Sequence[Result]) -> list[str]:
     """What does not keep a submission from being one, but should be known"""
-    few = [f"{len(runs)} seeds, upstream's rule usually takes three"] * (len(runs) < UPSTREAM_SEEDS)
-    return few + [f"{run.name}: {run.verification}" for run in runs if run.verification != "PROVED"]
+    few = len(runs) < UPSTREAM_SEEDS
+    return [f"{len(runs)} seeds, upstream's rule usually takes three"] * few
 
 
 # -----------------------------------------------------------------------------
@@ -251,6 +253,11 @@ def readme(whole: dict[str, Any], runs: Sequence[Result]) -> str:
 # The folder
 
 
+def copy(path: Path, target: Path) -> None:
+    """A regular file, and none that a link leads to"""
+    target.write_bytes(read_regular(path, MOST_COPIED_BYTES))
+
+
 def build(
     about: argparse.Namespace, runs: Sequence[Result], wrong: Sequence[str], folder: Path
 ) -> None:
@@ -258,11 +265,11 @@ def build(
     for run in runs:
         (folder / f"seed_{run.seed}").mkdir()
         for path in carried(run, about.scores):
-            shutil.copyfile(path, folder / f"seed_{run.seed}" / path.name)
+            copy(path, folder / f"seed_{run.seed}" / path.name)
         if (log := run.folder.path / "log.txt").exists():
-            shutil.copyfile(log, folder / f"train_seed{run.seed}.log")
-    shutil.copyfile(runs[0].folder.file(FILES["code"]), folder / FILES["code"])
-    shutil.copyfile(ROOT / "requirements.txt", folder / "requirements.txt")
+            copy(log, folder / f"train_seed{run.seed}.log")
+    copy(runs[0].folder.file(FILES["code"]), folder / FILES["code"])
+    copy(ROOT / "requirements.txt", folder / "requirements.txt")
     whole = combined(about, runs) | ({"problems": list(wrong)} if wrong else {})
     texts = {
         "config.env": config_env(about, runs[0]),
@@ -287,7 +294,8 @@ def place(about: argparse.Namespace) -> Path:
 def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
     """-> the new folder, what is wrong with it; RunError where that is not forced"""
     runs, wrong = load_runs(options.runs)
-    runs = stats.with_verification(runs, options.verify)
+    verified = [stats.marks(run.folder.path) for run in runs]
+    runs = stats.with_verification(runs, make=True)
     newest = max((run.claims for run in runs), key=lambda claims: claims["date"])
     told = {name: getattr(options, name) or newest[name] for name in ABOUT}
     about = argparse.Namespace(**vars(options) | told | dict(date=told["date"][:10]))
@@ -303,6 +311,9 @@ def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
         old = Path(partial, "old")
         whole.mkdir()
         build(about, runs, wrong, whole)
+        for run, before in zip(runs, verified, strict=True):
+            if stats.marks(whole / f"seed_{run.seed}") != before:
+                raise RunError(f"{run.name}: changed since it was verified; fix: start again")
         if path.exists():
             os.replace(path, old)
         try:
@@ -327,7 +338,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--track", default="", help="default: the runs', such as 10min_16mb")
     made.add_argument("--out", type=Path, default=RECORDS, help="folder of the tracks")
     made.add_argument("--scores", action="store_true", help="scores.npz, too (48 bytes a token)")
-    made.add_argument("--verify", action="store_true", help="run verify.py on each folder")
     made.add_argument("--force", action="store_true", help="build though something is wrong")
     made.add_argument("--overwrite", action="store_true", help="replace a folder of this name")
     return made

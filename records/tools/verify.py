@@ -42,13 +42,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import run_folder
 from run_folder import ROOT, RunError, printable
-from sample.prepare import TOKENIZER_SHA256, VAL_TOKENS_SHA256
 
 import train_gpt
+from sample.prepare import TOKENIZER_SHA256, VAL_TOKENS_SHA256
 from train_gpt import BOS, CAP_BYTES, read_regular, sha256
 
 OUR_CODE = sha256(train_gpt.CODE.read_bytes())
 SAME_SUM = 1e-6  # bits per byte between the claim and what the decode adds up
+SLACK_BYTES = 16  # of the coder's last words
 MASS_LIMIT = 1e-9  # float64 sums over the vocabulary stay below 1e-12
 SAME_DEVICE = 1e-4  # nats a token of two scorings in fp32, in other shapes
 OTHER_DEVICE = 0.02  # bf16 on one side
@@ -67,7 +68,7 @@ MOST = {  # what is looked at -> bytes at most
     "stream.bin": train_gpt.MOST_STREAM_BYTES,
 }
 # What a folder can do to its reader; other errors are of this machine.
-FOLDERS_FAULT = {errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.ENXIO}
+FOLDERS_FAULT = {errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.EISDIR}
 CHECKS: dict[str, tuple[Callable, tuple[str, ...]]] = {}  # name -> function, needs
 
 
@@ -181,9 +182,17 @@ class Case:
         return train_gpt.load_artifact("artifact.bin", "cpu", self.file("artifact.bin"))
 
     @cached_property
-    def text(self) -> train_gpt.ValidationText:
+    def tokenizer(self) -> bytes:
+        """The verifier's"""
         try:
             train_gpt.prepare_sample(self.cfg.data_path)
+            return Path(self.cfg.tokenizer_path).read_bytes()
+        except (train_gpt.UserError, OSError) as error:
+            raise NotChecked(f"no tokenizer: {error}; or set DATA_PATH") from None
+
+    @cached_property
+    def text(self) -> train_gpt.ValidationText:
+        try:
             return train_gpt.ValidationText(self.cfg)
         except (train_gpt.UserError, OSError) as error:
             raise NotChecked(f"no validation text: {error}; or set DATA_PATH") from None
@@ -193,8 +202,7 @@ class Case:
         """Which text that is: by its tokens and tokenizer, not by its place"""
         implied = 1 - int(self.text.positions[0])  # a first BOS that is in no shard
         tokens = sha256(self.text.stream[implied:].astype("<u2").tobytes())
-        tokenizer = sha256(Path(self.cfg.tokenizer_path).read_bytes())
-        if (tokens, tokenizer) == (VAL_TOKENS_SHA256, TOKENIZER_SHA256):
+        if (tokens, sha256(self.tokenizer)) == (VAL_TOKENS_SHA256, TOKENIZER_SHA256):
             return "the embedded text"
         if Path(self.cfg.data_path) == train_gpt.FINEWEB_DATA:
             return f"FineWeb's validation text as downloaded here (sha256 {tokens[:12]})"
@@ -279,6 +287,9 @@ def code(case: Case) -> str:
     found = sha256(case.file("train_gpt.py"))
     reason = f"train_gpt.py has sha256 {found[:12]}, this checkout's has {OUR_CODE[:12]}"
     require(found == OUR_CODE, f"{reason}; fix: read it, or check out the commit that it is from")
+    with contextlib.suppress(OSError):  # of a submission, whose seeds share it
+        above = sha256(read_regular(case.origin.resolve().parent / "train_gpt.py", CAP_BYTES))
+        require(above == found, f"another one lies above the folder, sha256 {above[:12]}")
     return f"train_gpt.py is this checkout's, sha256 {found[:12]}"
 
 
@@ -307,7 +318,6 @@ def artifact(case: Case) -> str:
 @check("artifact")
 def text(case: Case) -> str:
     """Failed for another text only where the run claims to have scored this one."""
-    found = case.text
     where = case.cfg.data_path.removeprefix(f"{ROOT}/")
     differs = Failed
     fix = "; fix: DATA_PATH=the text that was scored"
@@ -315,13 +325,13 @@ def text(case: Case) -> str:
         differs = NotChecked
         fix = f" of its own, {case.own_text}{fix}"
     theirs = sha256(case.file("tokenizer.model"))
-    ours = sha256(Path(case.cfg.tokenizer_path).read_bytes())
+    ours = sha256(case.tokenizer)
     if theirs == TOKENIZER_SHA256 != ours:  # the run's is right, this machine's is not
         differs = NotChecked
     if theirs != ours:
         reason = f"tokenizer.model ({theirs[:12]}) is not {case.cfg.tokenizer_path} ({ours[:12]})"
         raise differs(f"{reason}: another text{fix}")
-    here = len(found.targets), int(found.bytes.sum())
+    here = len(case.text.targets), int(case.text.bytes.sum())
     there = case.claim("tokens"), case.claim("bytes")
     if here != there:
         reason = f"{where} has {here} tokens and bytes, submission.json says {there}"
@@ -441,6 +451,9 @@ def score(case: Case) -> str:
     bytes_here = math.ceil(found.nats / math.log(256))
     near = isinstance(claimed, int) and abs(claimed - bytes_here) <= 1
     require(near, f"claimed_bytes is {claimed}, {bytes_here} by the decode")
+    slack = found.targets * 2 * case.cfg.vocab_size / 2**train_gpt.PRECISION / 8 + SLACK_BYTES
+    reason = f"{coded:,} bytes are coded, {bytes_here:,} claimed: more than {slack:.0f} apart"
+    require(abs(coded - bytes_here) <= slack, reason)
     return (
         f"val_bpb {case.val_bpb:.6f} is what the decoded tokens cost, {coded:,} bytes coded of "
         f"{bytes_here:,}; masses {found.mass_error:.1g} off 1"
@@ -488,8 +501,8 @@ def notes(case: Case) -> Iterator[str]:
         packed = len(lzma.compress(tokenizer.decode(stream[stream != BOS].tolist()).encode()))
         if packed <= weights:
             yield (
-                f"the artifact ({weights:,} bytes) is larger than xz makes of the text ({packed:,}):"
-                " a model that was trained on it could hold it"
+                f"the artifact ({weights:,} bytes) is larger than xz makes of the text "
+                f"({packed:,}): a model that was trained on it could hold it"
             )
 
 
