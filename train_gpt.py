@@ -1162,11 +1162,10 @@ def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
-        content = file.read(most + 1) if status.st_size <= most else b""
-    size = max(status.st_size, len(content))
-    if size > most:
-        raise OSError(errno.EFBIG, f"has {size:,} bytes, at most {most:,} are read", str(path))
-    return content
+        if status.st_size > most:
+            reason = f"has {status.st_size:,} bytes, at most {most:,} are read"
+            raise OSError(errno.EFBIG, reason, str(path))
+        return file.read(status.st_size)
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> None:

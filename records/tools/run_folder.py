@@ -67,7 +67,7 @@ def parse_object(content: bytes, source: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{source}: damaged ({reason}); fix: get it again") from None
     if not isinstance(found, dict):
-        raise RunError(f"{source}: no JSON object; fix: get it again")
+        raise RunError(f"{source}: damaged (no JSON object); fix: get it again")
     return found
 
 

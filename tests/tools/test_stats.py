@@ -3,6 +3,7 @@ records."""
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import run_folder
 import stats
-from helpers import ROOT
+from helpers import ROOT, train_gpt
 from run_folders import ARTIFACT, CONFIG, all_lines, edit, exact, make_run, write_log
 
 LOSSES = {7: 2.70, 42: 2.71, 1337: 2.72}
@@ -289,7 +290,8 @@ def test_the_last_step_ends_after_the_clock(runs, capsys):
 
 
 def kept(folder, verdict="PROVED", why="not checked: nothing"):
-    text = json.dumps(dict(verdict=verdict, why=why, sha256=stats.marks(folder)))
+    result = dict(verdict=verdict, why=why, text="a text", sha256=stats.marks(folder))
+    text = json.dumps(result)
     (folder / "verify.json").write_text(text)
 
 
@@ -302,14 +304,34 @@ def test_kept_results_are_of_these_files(runs, capsys):
     assert state(runs[0]) == "not verified"
     for run in runs:
         kept(run)
-    assert state(runs[0]) == "PROVED" and "NOT PROVED" not in report(capsys, *runs)
-    kept(runs[1], "FAILED", "failed: decode")
-    assert state(runs[1]) == "FAILED (failed: decode)"
-    assert f"NOT PROVED: {runs[1]};" in report(capsys, *runs)
+    assert state(runs[0]) == "verify.json: PROVED on a text"
+    assert f"NOT PROVED here: {runs[0]}, {runs[1]}" in report(capsys, *runs)
+    kept(runs[1], "FAILED", "failed: \x1b[2Kdecode")
+    assert state(runs[1]) == "verify.json: FAILED (failed: \\x1b[2Kdecode)"
     (runs[0] / "stream.bin").write_bytes(b"new")
     assert state(runs[0]) == "not verified: verify.json is of other files"
     (runs[0] / "verify.json").write_text("{")
     assert state(runs[0]) == "not verified: verify.json is unreadable"
+    for text in (
+        "[" * 100_000,
+        '{"verdict": "PROVED", "verdict": "FAILED"}',
+        '{"verdict": "Fine"}',
+    ):
+        (runs[0] / "verify.json").write_text(text)
+        assert state(runs[0]) == "not verified: verify.json is unreadable"
+    (runs[0] / "verify.json").unlink()
+    os.mkfifo(runs[0] / "verify.json")
+    assert state(runs[0]) == "not verified: verify.json is unreadable"
+
+
+def test_a_partial_file_is_no_link_to_follow(runs, tmp_path, capsys, monkeypatch):
+    """Every name that a writer could take for its unfinished file leads elsewhere."""
+    other = tmp_path / "other"
+    other.write_text("mine")
+    for name in (".verify.json.partial", ".partial_verify.json", "verify.json"):
+        (runs[0] / name).symlink_to(other)
+    train_gpt.write_atomically(runs[0] / "verify.json", b"{}")
+    assert other.read_text() == "mine" and not (runs[0] / "verify.json").is_symlink()
 
 
 def test_verify_keeps_what_verify_says(runs, capsys, tmp_path, monkeypatch):
@@ -321,8 +343,8 @@ def test_verify_keeps_what_verify_says(runs, capsys, tmp_path, monkeypatch):
     program.write_text(script + "; sys.exit(1)")
     status, text, error = call(capsys, *runs, "--verify")
     assert (status, error.count("verifying")) == (0, 3)
-    assert text.count("FAILED (failed: code)") == 3
-    assert "FAILED (failed: code)" in report(capsys, *runs)
+    assert text.count("FAILED (failed: code)") == 3 and "verify.json:" not in text
+    assert "verify.json: FAILED (failed: code)" in report(capsys, *runs)
     program.write_text("import sys; sys.exit('error: no such thing')")
     status, _, error = call(capsys, *runs, "--verify")
     assert status == 2 and "no such thing" in error and "Traceback" not in error

@@ -286,7 +286,9 @@ def test_order_on_the_disk(tmp_path, monkeypatch):
         train_gpt.write_checkpoint(folder, of_step(step), dict(x=torch.ones(2)))
 
     def flushed(file):
-        events.append(f"flush {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+        name = Path(os.readlink(f"/proc/self/fd/{file}")).name
+        kind, _, rest = name.rpartition("step_")
+        events.append(f"flush {'partial ' * kind.startswith(train_gpt.PARTIAL)}step_{rest}")
         fsync(file)
 
     def named(old, new):
@@ -304,7 +306,7 @@ def test_order_on_the_disk(tmp_path, monkeypatch):
     train_gpt.write_checkpoint(folder, of_step(3), dict(x=torch.ones(2)))
     names, wanted = ("step_00000003.safetensors", "step_00000003.json"), []
     for name in names:
-        wanted += [f"flush .partial_{name}", f"name {name}", "flush checkpoint"]
+        wanted += [f"flush partial {name}", f"name {name}", "flush step_checkpoint"]
     assert events == [*wanted, "unlink step_00000001.json", "unlink step_00000001.safetensors"]
 
 

@@ -92,10 +92,11 @@ def coded(cfg, stream, groups=1, targets=None):
     """Encode and decode -> words; what both return must be the same."""
     rt, model, shape = train_gpt.Runtime(cfg), model_of(cfg), CodingPlan.of(stream, cfg, groups)
     shape = shape._replace(targets=shape.targets if targets is None else targets)
-    words, (text, count, mass_error) = encode(model, rt, cfg, stream, shape)
-    again, counted, mass = decode(model, rt, cfg, words, shape)
+    words, (text, count, mass_error, *sums) = encode(model, rt, cfg, stream, shape)
+    again, counted, mass, *summed = decode(model, rt, cfg, words, shape)
     assert again.dtype == np.uint16 and again.tobytes() == text.tobytes()
     assert (counted, mass) == (count, mass_error) and mass_error < 1e-12
+    assert summed == sums and abs(len(words) - sums[0] / np.log(256)) < 16 + 1e-3 * count
     return words, text, count
 
 
@@ -436,7 +437,7 @@ def test_a_mixture_that_peeks_cannot_be_decoded(monkeypatch):
 
     rt, shape = train_gpt.Runtime(cfg), CodingPlan.of(stream, cfg, 1)
     monkeypatch.setattr(train_gpt, "Mixture", Leaky)
-    words, (text, _, mass_error) = encode(model_of(cfg), rt, cfg, stream, shape)
+    words, (text, _, mass_error, *_) = encode(model_of(cfg), rt, cfg, stream, shape)
     assert len(words) < len(honest) / 10 and text.tobytes() == stream.tobytes()
     assert mass_error < 1e-9 and not truth  # normalised: the mass alone does not show it
     decoded, *_ = decode(model_of(cfg), rt, cfg, words, shape)
@@ -612,10 +613,9 @@ def test_another_artifact_or_code_is_refused(copied, monkeypatch):
         path.write_bytes(data)
         assert "made with artifact " in refusal(folder)
     path.write_bytes(good)
-    changed = folder / "changed.py"
-    changed.write_bytes(SCRIPT.read_bytes() + b"\n")
-    fingerprint = train_gpt.fingerprint
-    monkeypatch.setattr(train_gpt, "fingerprint", lambda rt, a: fingerprint(rt, a, changed))
+    made = train_gpt.fingerprint
+    changed = SCRIPT.read_bytes() + b"\n"
+    monkeypatch.setattr(train_gpt, "fingerprint", lambda rt, code, a: made(rt, changed, a))
     assert "made with code " in refusal(folder)
 
 
