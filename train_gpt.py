@@ -331,7 +331,8 @@ class Config:
     swa_weight: float = averaging(0.5,
         "share of the snapshots' mean in the export, the rest is the EMA", most=1)
     qat_enabled: bool = averaging(False,
-        "train through int6 rounding from step 0, each row's grid as wide as its largest weight")
+        "train every linear layer through int6 rounding from step 0, each row's grid as wide as its "
+        "largest weight")
     late_qat: bool = averaging(True,
         "train through the export's own grid at the end", aliases=("USE_LATE_QAT",))
     late_qat_threshold: float = averaging(0.15, "rate factor (1 to 0) below which late QAT begins")
@@ -1705,14 +1706,15 @@ class GPT(nn.Module):
         return self
 
     def bank(self, name: str) -> Tensor:
-        """A parameter that Muon trains; while training, on its grid if it has one."""
+        """The matrices of a linear layer; while training, on their grid if they have one."""
         weight = getattr(self, name)
         if not self.training:
             return weight
-        if self.cfg.qat_enabled:  # PR #810
+        if self.cfg.qat_enabled:  # PR #810: of every linear layer, in the artifact int6 or not
             largest = weight.detach().abs().amax(-1, keepdim=True)
             return fake_quantize(weight, largest / LARGEST["int6"])
-        return fake_quantize(weight, getattr(self, f"{name}_grid"))
+        grid = getattr(self, f"{name}_grid", None)
+        return weight if grid is None else fake_quantize(weight, grid)
 
     def forward(
         self, ids: Tensor, targets: Tensor, adapters: Mapping[str, Tensor] | None = None
@@ -1760,7 +1762,7 @@ class GPT(nn.Module):
         if cfg.bigram_vocab_size:
             pairs = F.embedding(self.bigram_index(ids, starts, context), self.bigram_embed)
             scale = 1.0 if cfg.bigram_kind == "linear" else self.bigram_scale
-            x = x + scale * F.linear(pairs, self.bigram_proj)
+            x = x + scale * F.linear(pairs, self.bank("bigram_proj"))
         x = x if cfg.pre_enrich_dim else rms_norm(x)
         if cfg.smear_gate:
             previous = context.previous("x", x).masked_fill(starts.unsqueeze(-1), 0.0)
@@ -1775,7 +1777,7 @@ class GPT(nn.Module):
         """A second embedding, for the attention values of VE_LAYERS. (B, T, G d)"""
         if not self.cfg.value_layers:
             return None
-        return self.ve_scale * F.linear(F.embedding(ids, self.ve_embed), self.ve_proj)
+        return self.ve_scale * F.linear(F.embedding(ids, self.ve_embed), self.bank("ve_proj"))
 
     def bigram_index(self, ids: Tensor, starts: Tensor, context: Context) -> Tensor:
         """Hash of (previous, current) id: a place in the bigram embedding, (B, T). Nothing precedes

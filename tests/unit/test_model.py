@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 BOS = train_gpt.BOS
-QUANTISED = (*train_gpt.BANKS, "enrich_up", "enrich_down")  # by #810's training and in the artifact
+# Every linear layer, which #810's training rounds; the artifact holds the projections in 16 bits.
+QUANTISED = (*train_gpt.BANKS, "enrich_up", "enrich_down", "bigram_proj", "ve_proj")
 
 # -----------------------------------------------------------------------------
 # A plain model: one matrix a name, one layer after the other, attention by its definition
@@ -187,6 +188,7 @@ SWITCHES = {
     "linear_across": dict(bigram_kind="linear", bos_reset=False),
     "qat_enabled": dict(qat_enabled=True),
     "qat_enriched": dict(qat_enabled=True, pre_enrich_dim=24),
+    "qat_linear": dict(qat_enabled=True, bigram_kind="linear"),
 }
 
 
@@ -394,10 +396,12 @@ def test_qat_weights_lie_on_their_rows_grid_while_training():
         assert torch.equal(model.bank(name), getattr(model, name)), name
 
 
-def test_qat_gradient_goes_straight_through():
+@pytest.mark.parametrize("kind", ["xor", "linear"])
+def test_qat_gradient_goes_straight_through(kind):
     """The gradients are those of a model without QAT whose weights lie on the grid."""
-    cfg = tiny(**QAT)
-    model, plain, ids = perturbed(cfg), perturbed(tiny(pre_enrich_dim=24)), random_ids(cfg)
+    cfg = tiny(**QAT | dict(bigram_kind=kind))
+    without = tiny(pre_enrich_dim=24, bigram_kind=kind)
+    model, plain, ids = perturbed(cfg), perturbed(without), random_ids(cfg)
     with torch.no_grad():
         for name in QUANTISED:
             getattr(plain, name).copy_(on_row_grid(getattr(plain, name)))
@@ -407,6 +411,32 @@ def test_qat_gradient_goes_straight_through():
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_qat_reaches_the_weights_of_every_linear_layer(qat, monkeypatch):
+    """All that F.linear is given, but the tied embedding and the gates, which #810 has not; late
+    QAT, which is on here, leaves the projections alone."""
+    cfg = tiny(**QAT | dict(qat_enabled=qat, late_qat=not qat))
+    model, ids, seen = perturbed(cfg), random_ids(cfg), []
+    train_gpt.update_qat_grids(model, cfg)
+    linear = train_gpt.F.linear
+
+    def watched(x, weight, *bias):
+        seen.append(weight.detach().clone())
+        return linear(x, weight, *bias)
+
+    monkeypatch.setattr(train_gpt.F, "linear", watched)
+    model(ids, ids.roll(-1, 1))
+    gates = [w.detach() for w in (model.tok_emb, *model.attn_gate_weight)]
+    used = [w for w in seen if not any(w.equal(gate) for gate in gates)]
+    assert len(used) == 6 * cfg.num_layers + 4 and len(seen) == len(used) + len(gates)
+    raw = [model.bigram_proj.detach(), model.ve_proj.detach()]
+    untouched = [w for w in used if any(w.equal(weight) for weight in raw)]
+    assert len(untouched) == (0 if qat else 2)
+    if qat:
+        for weight in used:
+            torch.testing.assert_close(on_row_grid(weight), weight, rtol=0, atol=1e-5)
 
 
 # -----------------------------------------------------------------------------

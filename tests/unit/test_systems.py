@@ -6,7 +6,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from helpers import SCRIPT, SHRUNK, run_here, train_gpt
+import torch.nn.functional as F
+from helpers import SCRIPT, SHRUNK, perturbed, random_ids, run_here, train_gpt
 from oracles import bits, mixed, oracle, uniform
 
 Config = train_gpt.Config
@@ -128,6 +129,43 @@ def test_rotation_of_pr810_is_not_stretched():
     cos, sin = train_gpt.rotary_table(system("pr810"), torch.arange(2))
     assert cos.shape == (2, 32)
     assert math.atan2(sin[1, 16], cos[1, 16]) ** -2 == pytest.approx(10_000, rel=1e-4)
+
+
+def fake(weight):
+    """A CastedLinear's weight in #810's training (systems.md, 1.2): on 63 steps of each row's
+    largest value / 31, with the gradient of the weight itself."""
+    step = weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-12) / 31
+    rounded = torch.clamp(torch.round(weight.detach() / step), -31, 31) * step
+    return weight + (rounded - weight.detach())
+
+
+def embedding_of_pr810(model, ids):
+    """Its token path up to the blocks, by plain torch: (B, T) -> (B, T, D)"""
+    before = F.pad(ids, (1, 0))[:, :-1]
+    pairs = model.bigram_embed[(before * 92821 + ids) % len(model.bigram_embed)]
+    x = model.tok_emb[ids] + pairs @ fake(model.bigram_proj).T
+    gate = torch.sigmoid(-model.smear)  # of the current token there
+    x = gate * x + (1 - gate) * F.pad(x, (0, 0, 1, 0))[:, :-1]
+    x = F.gelu(x @ fake(model.enrich_up).T) @ fake(model.enrich_down).T
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def test_training_of_pr810_rounds_its_bigram_projection_too():
+    """Values and gradients of the token path; 10 % of the projection's gradient is at stake."""
+    small = dict(MODEL_DIM="32", BIGRAM_DIM="16", PRE_ENRICH_DIM="24", BIGRAM_VOCAB_SIZE="64")
+    cfg = system("pr810", TRAIN_SEQ_LEN="16", EVAL_STRIDE="16", VOCAB_SIZE="64", **small)
+    model = perturbed(cfg)
+    ids = random_ids(cfg)
+    direction = torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(1))
+    names = ("tok_emb", "bigram_embed", "bigram_proj", "smear", "enrich_up", "enrich_down")
+    weights = [getattr(model, name) for name in names]
+    ours = train_gpt.rms_norm(model.enrich(model.embed(ids, train_gpt.Context(model, ids))))
+    theirs = embedding_of_pr810(model, ids)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    found, wanted = (torch.autograd.grad((x * direction).sum(), weights) for x in (ours, theirs))
+    for name, a, b in zip(names, found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    assert torch.equal(model.eval().bank("bigram_proj"), model.bigram_proj)
 
 
 BLOCK = {"q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weights", "smear"}
