@@ -2425,7 +2425,9 @@ def pack_artifact(
 
 def prune(payload: np.ndarray, room: int, cfg: Config, log: Callable) -> bytes:
     """Selective pruning (PR #993): zero the fewest 256ths of the +-1 integers, smallest scales
-    first, with which the payload fits into `room` bytes, or all. -> the payload, compressed."""
+    first, with which the payload fits into `room` bytes, or all. Of equal scales, as under
+    QUANT_FLOOR, the first goes first: bank by bank, layer by layer (query 0, output 0, query 1,
+    ...), place by place. -> the payload, compressed."""
     began = time.perf_counter()
     places = []
     scales = []
@@ -2433,6 +2435,9 @@ def prune(payload: np.ndarray, room: int, cfg: Config, log: Callable) -> bytes:
         if spec.coding == "int6":
             kind, start = payload.dtype.fields[name]
             ones = np.flatnonzero(abs(payload[name]["integers"]) == 1)
+            if name in BANKS:
+                layers = ones // math.prod(spec.shape[1:]) % cfg.num_layers
+                ones = ones[layers.argsort(kind="stable")]
             places.append(start + kind.fields["integers"][1] + ones)
             scales.append(payload[name]["scale"].ravel()[ones // spec.shape[-1]])
     candidates = np.concatenate(places)[np.concatenate(scales).argsort(kind="stable")]

@@ -8,6 +8,7 @@ import lzma
 import resource
 import struct
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -430,17 +431,30 @@ def raw(artifact):
     return np.frombuffer(PACKERS[header["model"]["compressor"]][1](payload), np.uint8)
 
 
+def matrices_of(entry, layers):
+    """Numbers of a tensor's matrices in the order of #993's names, which count layer by layer:
+    c_q 0, proj 0, c_q 1, ...; c_k 0, c_v 0, ...; fc 0, ...; mlp.proj 0, ... (systems.md, 3.4)"""
+    if len(entry["shape"]) == 2:
+        return [0]
+    halves = entry["shape"][0] // layers
+    return [half * layers + i for i in range(layers) for half in range(halves)]
+
+
 def candidates(artifact):
-    """Places in the payload of the int6 entries +-1, those of the smallest steps first."""
+    """Places in the payload of the int6 entries +-1, those of the smallest squared steps first."""
     (header, _), payload, found = opened(artifact), raw(artifact), []
     for entry in header["tensors"]:
         if entry["coding"] == "int6":
-            columns, first = entry["shape"][-1], entry["offset"]
-            rows = int(np.prod(entry["shape"][:-1]))
-            steps = payload[first : first + 2 * rows].view("<f2")
+            *_, height, width = entry["shape"]
+            rows, first = int(np.prod(entry["shape"][:-1])), entry["offset"]
+            steps = payload[first : first + 2 * rows].view("<f2").astype(np.float32)
             first += 2 * rows
-            values = payload[first : first + rows * columns].view("i1")
-            found += [(steps[i // columns], first + i) for i in np.flatnonzero(abs(values) == 1)]
+            for matrix in matrices_of(entry, int(header["model"]["num_layers"])):
+                for row in range(matrix * height, (matrix + 1) * height):
+                    begin = first + row * width
+                    values = payload[begin : begin + width].view("i1")
+                    ones = np.flatnonzero(abs(values) == 1)
+                    found += [(steps[row] ** 2, begin + i) for i in ones]
     return [place for _, place in sorted(found, key=lambda pair: pair[0])]  # stable
 
 
@@ -451,11 +465,11 @@ def zeroed(payload, places, compressor):
     return len(train_gpt.compress(payload.tobytes(), compressor))
 
 
-def pruned(cfg, total):
+def pruned(cfg, total, weights=WEIGHTS):
     """Pack for a code + artifact of so many bytes -> artifact, what was logged"""
     lines = []
     cfg = dataclasses.replace(cfg, target_mb=(total + 0.5) / 2**20)
-    artifact = train_gpt.pack_artifact(WEIGHTS, cfg, lambda key, **values: lines.append(values))
+    artifact = train_gpt.pack_artifact(weights, cfg, lambda key, **values: lines.append(values))
     (line,) = lines
     return artifact, line
 
@@ -466,7 +480,7 @@ def pruned(cfg, total):
 )
 def test_pruning_zeroes_the_smallest_ones_until_it_fits(changes, share, load_bytes):
     """One 256th of the candidates less would not fit. With a floor all steps are alike: by
-    place."""
+    layer and place."""
     cfg, code = tiny(**changes), SCRIPT.stat().st_size
     free = train_gpt.pack_artifact(WEIGHTS, cfg)
     places, before = candidates(free), raw(free)
@@ -484,6 +498,48 @@ def test_pruning_zeroes_the_smallest_ones_until_it_fits(changes, share, load_byt
     for name, weight in others.named_parameters():
         gone = weights[name] != weight
         assert (weights[name][gone] == 0).all(), name
+
+
+def published_matrices(model):
+    """Its int6 matrices by #993's names, in the order of its quantised state."""
+    layers, matrices = model.cfg.num_layers, {}
+    for i in range(layers):
+        matrices[f"blocks.{i}.attn.c_q.weight"] = model.qo_bank[i]
+        matrices[f"blocks.{i}.attn.proj.weight"] = model.qo_bank[layers + i]
+    for i in range(layers):
+        matrices[f"blocks.{i}.attn.c_k.weight"] = model.kv_bank[i]
+        matrices[f"blocks.{i}.attn.c_v.weight"] = model.kv_bank[layers + i]
+    for i in range(layers):
+        matrices[f"blocks.{i}.mlp.fc.weight"] = model.mlp_up_bank[i]
+    for i in range(layers):
+        matrices[f"blocks.{i}.mlp.proj.weight"] = model.mlp_down_bank[i]
+    return matrices
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+def test_pruning_breaks_ties_as_published(share, load_bytes):
+    """Brute force over names, with nearly all rows on the floor as in #993: a list of (name, place,
+    squared step), sorted by the last."""
+    cfg = tiny(quant_floor=True, quant_per="matrix", compressor="lzma", num_layers=5)
+    weights = {name: 0.2 * weight.detach() for name, weight in perturbed(cfg).named_parameters()}
+    weights["mlp_up_bank"][3, :5] *= 40  # some rows lie above it
+    grids = {name: train_gpt.search_grid(weights[name], "int6", cfg) for name in train_gpt.BANKS}
+    steps = published_matrices(SimpleNamespace(cfg=cfg, **grids))
+    free = train_gpt.pack_artifact(weights, cfg)
+    matrices, found = published_matrices(load_bytes(free)), []
+    for name, matrix in matrices.items():
+        ones = (matrix.abs() == steps[name]).flatten().nonzero().flatten().tolist()
+        squares = (steps[name] ** 2).expand_as(matrix).flatten()
+        found += [(name, place, squares[place].item()) for place in ones]
+    found.sort(key=lambda candidate: candidate[2])
+    assert len({square for *_, square in found}) > 2
+    total = SCRIPT.stat().st_size + len(free) - int(share * 0.16 * len(free))
+    artifact, line = pruned(cfg, total, weights)
+    assert line["candidates"] == len(found) and 256 < line["pruned"] < len(found)
+    for name, place, _ in found[: line["pruned"]]:
+        matrices[name].view(-1)[place] = 0
+    for name, matrix in published_matrices(load_bytes(artifact)).items():
+        assert torch.equal(matrix, matrices[name]), name
 
 
 def test_pruning_leaves_alone_what_fits():
