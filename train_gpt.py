@@ -331,8 +331,8 @@ class Config:
     swa_weight: float = averaging(0.5,
         "share of the snapshots' mean in the export, the rest is the EMA", most=1)
     qat_enabled: bool = averaging(False,
-        "train every linear layer through int6 rounding from step 0, each row's grid as wide as its "
-        "largest weight")
+        "train every linear layer through int6 rounding from step 0, each row's grid as wide as "
+        "its largest weight")
     late_qat: bool = averaging(True,
         "train through the export's own grid at the end", aliases=("USE_LATE_QAT",))
     late_qat_threshold: float = averaging(0.15, "rate factor (1 to 0) below which late QAT begins")
@@ -476,10 +476,6 @@ class Config:
     @property
     def mixer(self) -> str:
         return self.ngram_mixer if self.ngram_enabled else "none"
-
-    @property
-    def orders(self) -> str:
-        return f"{self.ngram_min_order}-{self.ngram_max_order}"
 
     @property
     def value_layers(self) -> list[int]:
@@ -3149,7 +3145,9 @@ class CountStore:
             n, c, types, singles = (column[self.skip :] for column in stats)
             if order in self.orders:
                 seen = np.flatnonzero(n).astype(np.int32)
-                few = np.stack([types[seen], singles[seen]], 1).astype(np.uint16)
+                few = np.stack([types[seen], singles[seen]], 1)
+                if few.max(initial=0) < 2**16:  # half the memory, but 65,536 tokens may follow
+                    few = few.astype(np.uint16)
                 self.columns.append((seen, np.stack([n[seen], c[seen]], 1), few))
                 self.matched = np.where(n > 0, np.int8(order), self.matched)
             del n, c, types, singles, stats  # before the next order is counted
@@ -3311,13 +3309,30 @@ def expert_probabilities(stats: np.ndarray, log_prob: np.ndarray) -> np.ndarray:
     return np.vstack([np.exp(log_prob).clip(1e-300), c / np.maximum(n, 1)]).T
 
 
+def weighed_orders(name: str, cfg: Config) -> tuple[int, ...]:
+    """Of the n-grams that a mixer, of make_mixer's names, gives weight to."""
+    if name == "none":
+        return ()
+    orders = range(cfg.ngram_min_order, cfg.ngram_max_order + 1)
+    return tuple(orders if name == "cascade" else sorted({1, *orders, *LONG_ORDERS}))
+
+
+def show_orders(orders: Sequence[int]) -> str:
+    """Ascending orders as 1-9,12,16,24; "none" for none."""
+    spans: list[list[int]] = []
+    for order in orders:
+        if spans and order == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], order]
+        else:
+            spans.append([order])
+    return ",".join("-".join(map(str, span)) for span in spans) or "none"
+
+
 def make_mixer(name: str, cfg: Config, device: Any) -> Blend | Backoff:
     """name: "blend", "cascade" (the published backoff) or "none"."""
-    orders = range(cfg.ngram_min_order, cfg.ngram_max_order + 1)
-    orders = tuple(sorted({1, *orders, *LONG_ORDERS}))
-    if name == "cascade":
-        return Backoff(orders, cfg)
-    return Blend(orders if name == "blend" else (), device)
+    if name == "cascade":  # on the counts of the blend
+        return Backoff(weighed_orders("blend", cfg), cfg)
+    return Blend(weighed_orders(name, cfg), device)
 
 
 def mix(
@@ -3363,7 +3378,7 @@ def mix_ngrams(scores: Scores, coding: CodingOrder, report: "Report") -> np.ndar
         mixed = mix(mixer, store, scores, times, rt.tick)
         final[coding.targets] = mixed
         if name == "cascade":
-            report.score("ngram_backoff", final, orders=cfg.orders)
+            report.score("ngram_backoff", final, orders=show_orders(weighed_orders(name, cfg)))
     log_gains(rt, store.matched, mixed - scores.log_prob)
     return final
 
@@ -3988,7 +4003,8 @@ class Report:
         else:
             mass_error = window_mass(model, rt, cfg, self.text.stream)
             codec = {}
-        self.score("ngram", final, mixer=cfg.mixer, orders=cfg.orders, mass_error=mass_error)
+        orders = show_orders(weighed_orders(cfg.mixer, cfg))
+        self.score("ngram", final, mixer=cfg.mixer, orders=orders, mass_error=mass_error)
         save_columns(self, scores, final)
         log_pseudo_score(rt, cfg)
         if codec:
@@ -4224,7 +4240,9 @@ def describe(run: RunLog, step: int | None) -> str:
     parts.append(f"{step:,} steps" if step else "scored from a stored artifact")
     parts.append(f"{settings.get('SCORER')} scorer")
     final = run.last("final_ngram_exact")
-    if "orders" in final:
+    if final.get("mixer") == "none":
+        parts.append("no n-gram mixture")
+    elif "orders" in final:
         parts.append(f"n-gram mixture {final.get('mixer')} of orders {final['orders']}")
     return ", ".join(parts)
 

@@ -40,7 +40,7 @@ from train_gpt import (
     ngram_counts,
 )
 
-VOCABULARIES = (2, 256, 1024, 8192, 65535)
+VOCABULARIES = (2, 256, 1024, 8192, 65535, 65536)
 IMPLEMENTATIONS = ["numba", "torch", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIR_BITS = 5  # what the pair of gate and model lost at most was 3 bits, on all of these texts
 
@@ -557,6 +557,46 @@ def test_store_reads_back_what_it_kept():
     assert np.array_equal(store.matched, longest.max(0))
 
 
+def running_counts(tokens, order):
+    """(4, N) of one order, from a dictionary, with running totals."""
+    tables, totals, out = defaultdict(lambda: defaultdict(int)), {}, []
+    for t in range(len(tokens)):
+        context = tuple(tokens[max(0, t - order + 1) : t])
+        table, (n, types, singles) = tables[context], totals.get(context, (0, 0, 0))
+        count = table[tokens[t]]
+        known = t >= order - 1
+        out.append((n, count, types, singles) if known else (0, 0, 0, 0))
+        if known:
+            table[tokens[t]] += 1
+            totals[context] = n + 1, types + (count == 0), singles + (count == 0) - (count == 1)
+    return np.array(out).T
+
+
+def every_token_once(order, vocab_size):
+    """A text in which each token comes once, of order 2 once after a 7; then some again."""
+    tokens = np.random.default_rng(5).permutation(vocab_size)
+    if order == 2:
+        others = tokens[tokens != 7]
+        pairs = np.stack([np.full_like(others, 7), others], 1).ravel()
+        tokens = np.concatenate([pairs[:-2], [7], pairs[-2:]])  # one 7 follows a 7
+    return np.concatenate([tokens, tokens[:60]])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("order", [1, 2])
+def test_store_holds_65536_kinds_of_tokens(order, implementation):
+    """Of so many ids, which 16 bits tell apart, types and singletons reach one more than they
+    hold."""
+    vocab_size = 65_536
+    tokens = every_token_once(order, vocab_size)
+    wanted = running_counts(tokens.tolist(), order)
+    assert wanted[2].max() == wanted[3].max() == vocab_size
+    counts = counted(tokens, vocab_size, order, implementation)[order - 1]
+    assert np.array_equal(counts, wanted)
+    kept = CountStore((order,)).collect([(order, *counts)]).read(0, len(tokens) - 1)
+    assert np.array_equal(kept[0].T, (wanted * (wanted[0] > 0))[:, 1:])
+
+
 def test_target_by_target_gives_the_same_weights():
     """What a decoder does, which knows no target before it is coded."""
     tokens, scores, _ = scored_text("source_code", 2000)
@@ -590,7 +630,9 @@ def test_lines_of_the_mixture(smoke_run):
     run = smoke_run("one")
     line, backoff = run.final("ngram_exact"), run.final("ngram_backoff_exact")
     assert run.val_bpb() < run.val_bpb("documents_exact")
-    assert line["mixer"] == "blend" and line["orders"] == backoff["orders"] == "2-9"
+    assert line["mixer"] == "blend" and backoff["orders"] == "2-9"
+    assert line["orders"] == "1-9,12,16,24"
+    assert "n-gram mixture blend of orders 1-9,12,16,24" in run.submission()["blurb"]
     assert float(line["mass_error"]) < 1e-9
     assert run.val_bpb() < run.val_bpb("ngram_backoff_exact")
     assert run.val_bpb() < run.val_bpb("int6_sliding_window_exact")
@@ -621,11 +663,52 @@ def test_backoff_line_is_the_backoff(smoke_run):
     assert run.val_bpb() == pytest.approx(wanted, rel=1e-12)
 
 
+def orders_in(text):
+    """What "1-9,12,16,24" says."""
+    spans = [[int(end) for end in span.split("-")] for span in text.split(",") if text != "none"]
+    return [order for span in spans for order in range(span[0], span[-1] + 1)]
+
+
+@given(orders=st.sets(st.integers(1, 32)))
+def test_orders_are_printed_as_spans(orders):
+    text = train_gpt.show_orders(sorted(orders))
+    assert orders_in(text) == sorted(orders)
+    gaps = sum(order + 1 not in orders for order in orders)
+    assert text.count(",") == max(0, gaps - 1) and " " not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most", "text"),
+    [
+        ("blend", 2, 9, "1-9,12,16,24"),
+        ("blend", 5, 5, "1,5,12,16,24"),
+        ("blend", 2, 32, "1-32"),
+        ("cascade", 2, 9, "2-9"),
+        ("cascade", 5, 5, "5"),
+        ("cascade", 3, 12, "3-12"),
+        ("none", 2, 9, "none"),
+    ],
+)
+def test_printed_orders_are_those_that_get_weight(name, least, most, text):
+    """A text of one token, whose contexts of every order are known: what the mixer's weights are
+    of. The cascade prefers its longest."""
+    cfg = tiny(ngram_min_order=least, ngram_max_order=most, vocab_size=4)
+    assert train_gpt.show_orders(train_gpt.weighed_orders(name, cfg)) == text
+    mixer, found = make_mixer(name, cfg, "cpu"), set()
+    for known in range(len(mixer.orders) + 1):  # contexts of the shortest so many were seen
+        stats = np.zeros((len(mixer.orders), 1, 4), np.int32)
+        stats[:known] = 9, 3, 2, 1
+        weights = mixer.weights(*mixer.inputs(stats, np.full(1, 3.0)))[0, 1:]
+        found |= {order for order, w in zip(mixer.orders, weights, strict=True) if w > 0}
+    assert sorted(found) == orders_in(text)
+
+
 @pytest.mark.usefixtures("no_picture")
 def test_backoff_alone(smoke_run, again):
     run = again(NGRAM_MIXER="cascade", NGRAM_MAX_ORDER="4", NGRAM_MIN_COUNT="1")
     line = run.final("ngram_exact")
     assert line["mixer"] == "cascade" and line["orders"] == "2-4"
+    assert run.final("ngram_backoff_exact")["orders"] == "2-4"
     assert float(line["mass_error"]) < 1e-9
     assert run.val_bpb() == run.val_bpb("ngram_backoff_exact")
     assert run.val_bpb() != smoke_run("one").val_bpb("ngram_backoff_exact")
@@ -637,7 +720,10 @@ def test_backoff_alone(smoke_run, again):
 def test_model_alone(smoke_run, again, env):
     run = again(**env)
     assert not gain_lines(run) and not any("backoff" in line.split()[0] for line in run.lines)
-    assert run.final("ngram_exact")["mixer"] == "none"
+    line = run.final("ngram_exact")
+    assert line["mixer"] == line["orders"] == "none"
+    log = train_gpt.RunLog(run.metrics(), {})
+    assert train_gpt.describe(log, None).endswith("no n-gram mixture")
     stage = "int6_sliding_window_exact"
     assert run.val_bpb() == run.val_bpb(stage) == smoke_run("one").val_bpb(stage)
     assert float(run.final("ngram_exact")["mass_error"]) < 1e-9
