@@ -879,8 +879,24 @@ def announce(rt: "Runtime", cfg: Config) -> None:
     rt.log("hardware", f"{rt.world_size} x {kind}", threads=threads, **versions, **found)
 
 
+def techniques(cfg: Config) -> dict[str, bool]:
+    """What has a part in the weights that are scored: a switch that is on does not where another
+    setting leaves it none."""
+    swa = cfg.swa_enabled and (cfg.swa_weight > 0 or not cfg.ema_enabled)
+    all_swa = swa and cfg.swa_weight == 1 and cfg.swa_source == "raw"  # once there are snapshots
+    return dict(
+        qat=cfg.qat_enabled,
+        late_qat=cfg.late_qat and cfg.late_qat_threshold > 0 and not cfg.qat_enabled,
+        ema=cfg.ema_enabled and not all_swa,
+        swa=swa,
+        pruning=cfg.target_mb > 0,
+        ttt=cfg.ttt_enabled,
+    )
+
+
 def print_dry_run(rt: "Runtime", cfg: Config) -> None:
-    """What would run, without data or tokenizer: configuration, parameters, optimizers, bytes."""
+    """What would run, without data or tokenizer: configuration, parameters, optimizers, techniques,
+    bytes."""
     cfg = replace(cfg, vocab_size=cfg.vocab_size or 1024)
     announce(rt, cfg)
     micro_batches(cfg, rt)
@@ -890,6 +906,7 @@ def print_dry_run(rt: "Runtime", cfg: Config) -> None:
         rt.log(
             "optimizer_group", name, rate=members.rate, decay=members.decay, parameters=parameters
         )
+    rt.log("techniques", **{name: "on" if on else "off" for name, on in techniques(cfg).items()})
     payload = payload_type(parameter_specs(cfg)).itemsize
     sizes = dict(code=CODE.stat().st_size, uncompressed_weights=payload)
     rt.log("byte_budget", **sizes, cap=CAP_BYTES)

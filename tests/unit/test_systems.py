@@ -1,13 +1,27 @@
 """The five published systems: their sizes, settings, optimizer groups, commands and cascades."""
 
 import math
+import re
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SCRIPT, SHRUNK, perturbed, random_ids, run_here, train_gpt
+from helpers import (
+    ROOT,
+    SCRIPT,
+    SHRUNK,
+    new_trainer,
+    no_validation,
+    perturbed,
+    random_ids,
+    random_stream,
+    run_here,
+    run_script,
+    train_gpt,
+    write_shard,
+)
 from oracles import bits, mixed, oracle, uniform
 
 Config = train_gpt.Config
@@ -406,6 +420,103 @@ def test_system_from_end_to_end(name, dataset, tmp_path):
     scores = train_gpt.Scores(*(columns.get(c) for c in ("logp_model", "entropy", "pe_delta")))
     final, _ = mixed(tokens, scores, **cascade_config(name), vocab_size=512)
     assert final.tobytes() == columns["logp_final"].tobytes()
+
+
+# -----------------------------------------------------------------------------
+# As run, to the last setting: the line of each README, and that what was dead there is dead
+
+ALIVE = {  # what had a part in the published weights (systems.md, 0.1, 3.2, 3.3, 3.5)
+    "pr864": {"ema"},
+    "pr810": {"qat", "ema", "swa"},
+    "pr1026": {"ema"},
+    "pr993": {"ema", "pruning"},
+    "pr808": {"ema"},
+}
+DEAD = {name: set() if name == "pr810" else {"late_qat", "swa"} for name in ALIVE}
+
+
+def as_run(name):
+    """-> the variables of the README's line, what it says that DRY_RUN prints"""
+    text = (ROOT / f"records/track_10min_16mb/{name}/README.md").read_text(encoding="utf-8")
+    section = text.split("## As run, to the last setting\n")[1].split("\n## ")[0]
+    command = re.search(
+        r"^(.+) torchrun --standalone --nproc_per_node=8 train_gpt.py$", section, re.M
+    )
+    printed = re.search(r"^techniques .+$", section, re.M)
+    return pasted(command[1]), printed[0]
+
+
+def dry_run(capsys, **env):
+    """The line of techniques that DRY_RUN=1 prints -> itself, those that are on"""
+    train_gpt.run(Config.from_env(env | dict(DRY_RUN="1", DEVICE="cpu")))
+    printed = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in printed if line.startswith("techniques ")]
+    return line, {word.partition(":")[0] for word in line.split() if word.endswith(":on")}
+
+
+@pytest.mark.parametrize("name", ALIVE)
+def test_dry_run_shows_what_was_dead_as_dead(name, capsys):
+    variables, said = as_run(name)
+    assert variables["RECORD"] == name
+    line, on = dry_run(capsys, **variables)
+    assert line == said and on == ALIVE[name]
+    assert dry_run(capsys, RECORD=name)[1] == ALIVE[name] | DEAD[name]
+
+
+def test_techniques_of_a_process(tmp_path):
+    variables, said = as_run("pr993")
+    done = run_script(variables | dict(DRY_RUN="1", DEVICE="cpu"), cwd=tmp_path)
+    assert done.returncode == 0 and said in done.stdout.splitlines() and not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "off", "on"),
+    [
+        (dict(EMA_ENABLED="0"), {"ema"}, {"swa"}),
+        (dict(EMA_ENABLED="0", SWA_WEIGHT="0"), {"ema"}, {"swa"}),  # the weight is of both
+        (dict(SWA_ENABLED="0"), {"swa"}, {"ema"}),
+        (dict(SWA_WEIGHT="1"), {"ema"}, {"swa"}),
+        (dict(SWA_WEIGHT="1", SWA_SOURCE="ema"), set(), {"ema", "swa"}),
+        (dict(QAT_ENABLED="1"), {"late_qat"}, {"qat"}),  # whose grid is the one that is used
+        (dict(LATE_QAT_THRESHOLD="0"), {"late_qat"}, set()),
+        (dict(LATE_QAT="0"), {"late_qat"}, set()),
+        (dict(TTT_ENABLED="1", SCORER="sliding"), set(), {"ttt"}),
+        (dict(TARGET_MB="1"), set(), {"pruning"}),
+    ],
+)
+def test_dry_run_knows_what_another_setting_puts_out(changes, off, on, capsys):
+    _, found = dry_run(capsys, RECORD="own", **changes)
+    assert not found & off and on <= found
+
+
+def last_steps(folder, name, **variables):
+    """A small RECORD trained to its end -> trainer, exported weights"""
+    env = SMALL | SYSTEMS[name] | dict(VOCAB_SIZE="512", RUN_ID="x") | variables
+    cfg = Config.from_env(env | dict(RECORD=name))
+    shard = write_shard(folder / "stream_train_000000.bin", random_stream(5000, 512))
+    trainer = new_trainer(cfg, train_gpt.Runtime(cfg), shard)
+    return trainer, trainer.run(no_validation)
+
+
+@pytest.mark.parametrize("name", ALIVE)
+def test_training_as_run_has_the_parts_that_were_alive(name, tmp_path):
+    """By what they do: late QAT never begins and no layer sees rounded weights; the export is the
+    EMA to the last bit, although there are snapshots. Without the line it is otherwise."""
+    trainer, weights = last_steps(tmp_path, name, **as_run(name)[0])
+    model, averages = trainer.model, trainer.averages
+    late = trainer.qat_since is not None or any(grid.any() for grid in model.buffers())
+    rounded = {n for n in train_gpt.BANKS if not torch.equal(model.bank(n), getattr(model, n))}
+    assert not late and rounded == (set(train_gpt.BANKS) if "qat" in ALIVE[name] else set())
+    assert averages.snapshots
+    for place, (weight, last) in enumerate(zip(weights.values(), averages.weights, strict=True)):
+        share = 0.5 if "swa" in ALIVE[name] else 0.0
+        wanted = averages.ema[place].lerp(averages.swa[place], share)
+        assert torch.equal(weight, wanted) and not torch.equal(weight, last)
+        assert share or torch.equal(weight, averages.ema[place])
+    usual, others = last_steps(tmp_path, name)
+    assert (usual.qat_since is not None) == ("late_qat" in DEAD[name])
+    changed = any(not torch.equal(weights[n], others[n]) for n in weights)
+    assert changed == bool(DEAD[name])
 
 
 @pytest.mark.slow
