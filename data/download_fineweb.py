@@ -9,11 +9,17 @@ datasets/fineweb10B_<variant>/fineweb_{train,val}_<6 digits>.bin and tokenizers/
 tokenizer, tokenizer.model, lies beside the shards, so DATA_PATH alone selects a variant; it is
 written last. byte260 is published without a SentencePiece model; one that spells bytes is made.
 
+dataset.json beside the shards says what came: sha256 of tokenizer.model and of the validation
+tokens (uint16, without the headers of shards), whether the tokenizer alters text, and each file's
+sha256 (git id of a small one) as the hub gives it. Nobody publishes these: they are learnt at the
+first download and kept, and a later one refuses a file that has changed since.
+
 A file gets its name only after its size and the hub's sha256 (or git id) are found right. The same
 command again goes on where it was cut, in the middle of a file too, and skips what is whole; more
 shards may be asked for later. Everything is stored once: the hub's cache is not used.
 MATCHED_FINEWEB_REPO_ID, MATCHED_FINEWEB_REMOTE_ROOT_PREFIX and the hub's own variables
-(HF_ENDPOINT, HF_TOKEN) are read. Exit status: 0, 2 after an error, 130 after Ctrl-C.
+(HF_ENDPOINT, HF_TOKEN) are read. Exit status: 0, 2 after an error, 130 after Ctrl-C, 143 after
+SIGTERM.
 """
 
 import argparse
@@ -32,7 +38,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+import endings
+
+if __name__ == "__main__":
+    endings.begin()
+
 try:
+    import numpy as np
     import sentencepiece
     from httpx2 import HTTPError, InvalidURL, NetworkError, RemoteProtocolError, TimeoutException
     from huggingface_hub import HfApi, errors, hf_hub_url
@@ -53,6 +65,18 @@ TIMEOUT_SECONDS = 30  # for the list of files; the hub's HF_HUB_DOWNLOAD_TIMEOUT
 PAUSE_SECONDS = (1, 4, 16)  # between attempts, each of which is several of the library's
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 TRANSIENT = (NetworkError, RemoteProtocolError, TimeoutException)
+DATASET_FILE = "dataset.json"  # prepare_text.py's, too; train_gpt.py reads it
+HEADER_BYTES = 1024  # of a shard
+BOS = 1  # begins a document
+PROBES = [  # what tokenizers are known to alter
+    "two  spaces",
+    " a space before and after ",
+    "a tab\tand\r\nlines\n\n",
+    "\uff46\uff55\uff4c\uff4c \u3000 width",
+    "\u00bd \ufb01 \u338f \ufdfa \u33ff \u2460",
+    "e\u0301 \u00e9 \u00ad \u200b \ufeff \u00a0 \u2028",
+    "\u6f22\u5b57 \u0939\u093f \U0001f600 \u0000 \u001f \ufffd",
+]
 AGAIN = "the same command again goes on from here"
 ACCESS = "check --repo (MATCHED_FINEWEB_REPO_ID); if it is private or gated, set HF_TOKEN"
 FIXES = [  # of what the library raises; the first that fits
@@ -85,10 +109,14 @@ class RemoteFile:
     git_id: str  # of any other
 
     @property
+    def digest(self) -> str:
+        """By which the hub tells its content."""
+        return self.sha256 or self.git_id
+
+    @property
     def part(self) -> Path:
         """Where it grows; another version grows elsewhere. train_gpt.has_fineweb knows the name."""
-        digest = self.sha256 or self.git_id
-        return self.target.with_name(f".{self.target.name}.{digest[:12]}.partial")
+        return self.target.with_name(f".{self.target.name}.{self.digest[:12]}.partial")
 
     def problem(self, path: Path) -> str:
         """What is wrong with a copy of it, "" for nothing."""
@@ -143,9 +171,11 @@ class Hub:
 
 
 def say(line: str) -> None:
-    """Above the progress bars; at once in a log file, too."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    """Above the progress bars; at once in a log file, too; nowhere if nobody reads any more."""
+    if sys.stdout:
+        with endings.forgiving(sys.stdout):
+            tqdm.write(line)
+            sys.stdout.flush()
 
 
 # -----------------------------------------------------------------------------
@@ -272,6 +302,64 @@ def bring_all(hub: Hub, files: list[RemoteFile], out: Path) -> int:
 
 
 # -----------------------------------------------------------------------------
+# dataset.json: what came, and whether it is what came before
+
+
+def known_files(path: Path) -> dict[str, str]:
+    """{file: digest} as learnt before, from a dataset.json; {} without one; DownloadError."""
+    if not path.exists():
+        return {}
+    try:
+        files = json.loads(path.read_bytes()).get("files", {})
+        if not all(isinstance(text, str) for text in [*files, *files.values()]):
+            raise ValueError("files are no texts")
+        return dict(files)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        fix = "remove it; the files are compared with the hub's in any case"
+        raise DownloadError(f"{path}: no dataset.json ({error}); fix: {fix}") from None
+
+
+def refuse_changed(files: dict[str, RemoteFile], known: dict[str, str], path: Path) -> None:
+    """DownloadError for a file whose content is not what it was at the first download."""
+    for name, file in files.items():
+        if (before := known.get(name, file.digest)) != file.digest:
+            fix = f"--revision of then, another --out, or remove {path} to take the new ones"
+            changed = f"{file.digest[:12]}... at the hub, {before[:12]}... at the first download"
+            raise DownloadError(f"{name}: has changed, {changed}; fix: {fix}")
+
+
+def dataset_facts(folder: Path, model: bytes) -> dict[str, Any]:
+    """Of the validation shards in a folder, and of its tokenizer."""
+    tokens = hashlib.sha256()
+    documents = 0
+    for path in sorted(folder.glob("*_val_*.bin")):  # numbers of six digits
+        shard = np.fromfile(path, "<u2", offset=HEADER_BYTES)
+        tokens.update(shard)
+        documents += int((shard == BOS).sum())
+    return dict(
+        tokenizer_sha256=hashlib.sha256(model).hexdigest(),
+        val_tokens_sha256=tokens.hexdigest(),
+        lossy=alters_text(model),
+        val_documents=documents,
+    )
+
+
+def alters_text(model: bytes) -> bool:
+    """Whether any of PROBES is another text after encoding and decoding."""
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return any(tokenizer.decode(tokenizer.encode(text)) != text for text in PROBES)
+
+
+def put(path: Path, content: bytes) -> None:
+    """A file, whole or not at all."""
+    part = path.with_name(f".{path.name}.partial")
+    part.unlink(missing_ok=True)  # whatever it is: nothing is written through a link
+    with open(part, "xb") as file:
+        file.write(content)
+    os.replace(part, path)
+
+
+# -----------------------------------------------------------------------------
 # Tokenizers
 
 
@@ -351,42 +439,40 @@ def download(options: argparse.Namespace) -> None:
     manifest = hub.file(path, out / "manifest.json")
     bring(hub, manifest)
     paths = plan(manifest.target.read_bytes(), variant, options.train_shards, options.prefix)
-    files = [hub.file(path, out / target) for path, target in paths.items()]
+    named = {target: hub.file(path, out / target) for path, target in paths.items()}
+    files = [*named.values()]
+    folder = out / "datasets" / f"{DATASET}{variant}"
+    known = known_files(folder / DATASET_FILE)
+    refuse_changed(named, known, folder / DATASET_FILE)
     size = sum(file.size for file in files)
     say(f"{hub.repo} at {hub.commit[:12]}: {variant}, {len(files)} files, {size:,} bytes")
     fetched = bring_all(hub, files, out)
     tokenizer = files[0].target  # plan's first
-    folder = out / "datasets" / f"{DATASET}{variant}"
     model = byte_model(tokenizer) if variant == "byte260" else tokenizer.read_bytes()
-    part = folder / ".tokenizer.model.partial"
-    part.write_bytes(model)
-    os.replace(part, folder / "tokenizer.model")
+    digests = known | {name: file.digest for name, file in named.items()}
+    facts = dataset_facts(folder, model) | dict(files=digests)
+    with endings.held():
+        put(folder / DATASET_FILE, json.dumps(facts, indent=1).encode() + b"\n")
+        put(folder / "tokenizer.model", model)
     say(f"{fetched} files fetched, {len(files) - fetched} were here and whole")
     say(f"wrote {folder}; to use it: DATA_PATH={folder} python train_gpt.py")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0; 2 after one line on what is wrong; 130 after Ctrl-C."""
+    """Exit status: 0, or 2 after one line on what is wrong."""
     logging.set_verbosity_error()  # its warnings are several lines each, with signed addresses
     try:
         download(parse_arguments(arguments))
-    except KeyboardInterrupt:
-        print(f"interrupted; {AGAIN}", file=sys.stderr)
-        return 130
     except DownloadError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        endings.say(f"error: {' '.join(str(error).split())}", sys.stderr)
         return 2
     except OSError as error:
         fix = f"make room or choose another --out; {AGAIN}"
-        print(f"error: {error.filename or 'disk'}: {error.strerror}; fix: {fix}", file=sys.stderr)
+        what = f"{error.filename or 'disk'}: {error.strerror or error}"
+        endings.say(f"error: {what}; fix: {fix}", sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status == 130:
-        os._exit(status)  # without waiting for a silent connection; parts stay as they are
-    sys.exit(status)
+    sys.exit(endings.run(main, AGAIN))  # parts stay as they are

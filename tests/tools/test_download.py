@@ -26,6 +26,7 @@ import sentencepiece
 from helpers import ROOT, model_of, train_gpt, write_shard
 
 import download_fineweb
+import prepare_text
 
 REPO, COMMIT = "someone/export", "c0ffee" * 6 + "c0de"
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it all again " * 30
@@ -284,7 +285,8 @@ def assert_complete(out, hub, variant="sp1024", train=3):
     wanted |= {f"{folder}/fineweb_{name}.bin" for name in shards}
     for name in wanted:
         assert (out / name).read_bytes() == hub.files[f"datasets/{name}"], name
-    assert set(final_names(out)) == wanted | {f"{folder}/tokenizer.model"}
+    beside = {f"{folder}/tokenizer.model", f"{folder}/dataset.json"}
+    assert set(final_names(out)) == wanted | beside
     assert not list(out.rglob("*.partial"))
 
 
@@ -388,6 +390,91 @@ def test_byte260_of_another_layout_is_refused(hub, get):
         done = get("--variant", "byte260", "0")
         assert wanted in refusal(done)
         assert not list(done.out.rglob("tokenizer.model"))
+
+
+# -----------------------------------------------------------------------------
+# What came is remembered
+
+
+def remembered(out, variant="sp1024"):
+    return json.loads((out / f"datasets/fineweb10B_{variant}/dataset.json").read_text())
+
+
+@pytest.mark.parametrize("variant", ["sp1024", "byte260"])
+def test_dataset_json(hub, get, variant):
+    folder = get("--variant", variant, "1").out / f"datasets/fineweb10B_{variant}"
+    facts = remembered(folder.parents[1], variant)
+    val = hub.files[f"datasets/datasets/fineweb10B_{variant}/fineweb_val_000000.bin"]
+    assert facts["val_tokens_sha256"] == hashlib.sha256(val[1024:]).hexdigest()
+    assert facts["val_documents"] == 1
+    model = (folder / "tokenizer.model").read_bytes()
+    assert facts["tokenizer_sha256"] == hashlib.sha256(model).hexdigest()
+    assert facts["lossy"] == (variant == "sp1024")  # model_of's normalises
+    names = [f"datasets/fineweb10B_{variant}/fineweb_{n}_000000.bin" for n in ("val", "train")]
+    for name in names:
+        digest = hashlib.sha256(hub.files[f"datasets/{name}"]).hexdigest()
+        assert facts["files"][name] == digest
+    get("--variant", variant, "0")
+    assert remembered(folder.parents[1], variant) == facts  # the training shard's, too
+
+
+def test_validation_tokens_are_hashed_over_all_shards(hub, get, tmp_path):
+    more = manifest()
+    more["datasets"][0]["stats"]["files_val"] = 12
+    hub.add("manifest.json", more)
+    parts = [shard(20 + n, tmp_path / "shard.bin") for n in range(12)]
+    for number, data in enumerate(parts):
+        hub.add(f"{FOLDER}/fineweb_val_{number:06d}.bin", data)
+    tokens = b"".join(data[1024:] for data in parts)
+    wanted = hashlib.sha256(tokens).hexdigest()
+    assert remembered(get("0").out)["val_tokens_sha256"] == wanted
+
+
+@pytest.mark.parametrize(
+    "name", [f"{FOLDER}/fineweb_val_000000.bin", "tokenizers/fineweb_1024_bpe.vocab"]
+)
+def test_a_file_that_has_changed_at_the_hub_is_refused(hub, get, name):
+    """One in LFS, one not; until dataset.json is removed."""
+    out = get("1").out
+    before = (out / name).read_bytes()
+    hub.add(name, before[:-2] + b"xx")
+    hub.requests.clear()
+    line = refusal(get("2"))
+    assert f"{name}: has changed" in line and "dataset.json" in line and hub.fetched() == {}
+    assert (out / name).read_bytes() == before
+    (out / FOLDER / "dataset.json").unlink()
+    assert_complete(get("2").out, hub, train=2)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"files": [1]}', b'{"files": {"a": 1}}'])
+def test_a_damaged_dataset_json_is_one_line(hub, get, text):
+    out = get("0").out
+    (out / FOLDER / "dataset.json").write_bytes(text)
+    assert "dataset.json: no dataset.json" in refusal(get("0"))
+
+
+def test_nothing_is_written_through_a_link(hub, get, tmp_path):
+    out = get("0").out
+    (tmp_path / "mine").write_bytes(b"mine")
+    for name in ("dataset.json", "tokenizer.model"):
+        (out / FOLDER / name).unlink()
+        (out / FOLDER / f".{name}.partial").symlink_to(tmp_path / "mine")
+        (out / FOLDER / name).symlink_to(tmp_path / "nowhere")
+    assert_complete(get("0").out, hub, train=0)
+    assert (tmp_path / "mine").read_bytes() == b"mine" and not (tmp_path / "nowhere").exists()
+
+
+def test_lossy_is_found_by_trying(tmp_path):
+    description = tmp_path / "description.json"
+    description.write_text(json.dumps(BYTE_JSON))
+    assert not download_fineweb.alters_text(download_fineweb.byte_model(description))
+    assert not download_fineweb.alters_text(prepare_text.train_tokenizer([TEXT], 300))
+    assert download_fineweb.alters_text(MODEL)
+    keeps = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
+    assert download_fineweb.alters_text(model_of(TEXT, 300, **keeps))  # no bytes: unknown pieces
+    assert download_fineweb.alters_text(
+        model_of(TEXT, 300, byte_fallback=True, remove_extra_whitespaces=False)
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -497,7 +584,8 @@ def test_no_network(hub, get, monkeypatch):
     assert "unset HF_HUB_OFFLINE" in refusal(get("0"))
 
 
-def test_ctrl_c_keeps_what_came_and_names_nothing(hub, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_keeps_what_came_and_names_nothing(hub, tmp_path, number):
     """While one connection is silent and another file is whole. The library as it is: 10 MiB."""
     name = f"datasets/{FOLDER}/fineweb_train_000000.bin"
     hub.files[name] = write_shard(tmp_path / "x.bin", [1] * 6_000_000).read_bytes()
@@ -509,9 +597,9 @@ def test_ctrl_c_keeps_what_came_and_names_nothing(hub, tmp_path):
     kept = 10 * 2**20
     part = until(lambda: [p for p in out.rglob("*train*.partial") if p.stat().st_size == kept])
     until(lambda: len(final_names(out)) == 4)  # manifest, tokenizer, its list, validation
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     stdout, stderr = running.communicate(timeout=10)  # not the 20 s that the server waits
-    assert running.returncode == 130
+    assert running.returncode == 128 + number
     assert stderr.splitlines() == ["interrupted; the same command again goes on from here"]
     assert part[0].stat().st_size == kept
     assert [n for n in final_names(out) if n.endswith(".bin")] == [
@@ -523,6 +611,16 @@ def test_ctrl_c_keeps_what_came_and_names_nothing(hub, tmp_path):
     assert process(hub, out, "1").communicate(timeout=60)[1] == ""
     assert hub.fetched() == {"fineweb_train_000000.bin": 1}
     assert hub.ranges_of("fineweb_train_000000.bin") == [f"bytes={kept}-"]
+    assert_complete(out, hub, train=1)
+
+
+def test_a_reader_that_ends_early_ends_nothing(hub, tmp_path):
+    out = tmp_path / "some" / "data"
+    out.parent.mkdir()
+    running = process(hub, out, "1")
+    running.stdout.close()  # as head does
+    running.stdout = None
+    assert running.communicate(timeout=60)[1] == "" and running.returncode == 0
     assert_complete(out, hub, train=1)
 
 
