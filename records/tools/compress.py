@@ -24,6 +24,9 @@ import contextlib
 import lzma
 import os
 import re
+import secrets
+import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +35,8 @@ from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
+    for number in (signal.SIGINT, signal.SIGTERM):  # while the imports take their seconds
+        signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
 
 import numpy as np
 import torch
@@ -39,14 +44,20 @@ import zstandard
 from run_folder import blame  # puts train_gpt and data/ on the path
 from tqdm import tqdm
 
+import endings
 import train_gpt
-from prepare_text import DataError, encode_documents, load_tokenizer
+from prepare_text import DataError, encode_documents, free_memory, load_tokenizer
 from train_gpt import BOS, CodingPlan, Config, UserError
 
 SUFFIX, PREFIX = ".pgz", b"PGZ\x01"
 LANES, LANE_TOKENS = 32, 512  # lanes at most; tokens in each at least
 MOST_LANES, THREADS = 4096, 1024  # that can be asked for, by --lanes or by a container
 BLOCK_TOKENS = 1 << 19  # coded on their own: counts take about 3 KB of memory a token
+CODING_MEMORY = 64  # bytes that a byte of a file takes at most while it is cut into tokens
+RESTORE_MEMORY = 8  # and while it is put together
+ASIDE_MEMORY = 1 << 28  # of the decoder of what is kept aside; xz -6, as written, takes 9 MB
+CONTAINER_MEMORY = 4  # a byte of a container: as read, without its seal, in parts
+SAY_AFTER = 2.0  # seconds of coding after which the rest can be told
 SETTINGS = "eval_seq_len ngram_enabled ngram_mixer ngram_min_order ngram_max_order".split()
 INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, by surrogateescape
 SMALLER = tuple(map(re.compile, (r"(?s)[^\r\n]+|[\r\n]+", r"(?s) ?\S+|\s", r"(?s).")))
@@ -70,18 +81,42 @@ class Packed(NamedTuple):
 
 
 class Progress(train_gpt.Runtime):
-    """A Runtime with one bar for all blocks, where a person waits."""
+    """A Runtime with one bar for all blocks, where a person waits; elsewhere a line, once it can
+    be told how long all will take."""
 
     def bar_of(self, what: str, tokens: int) -> Any:
         """A bar on standard error if that is a terminal; a context manager."""
         self.whole = tqdm(total=tokens, desc=what, unit="tok", disable=None)
+        self.what = what
         self.done = 0  # tokens of the block
+        self.all_done = 0
+        self.first: tuple[float, int] | None = None  # time and tokens where the measure begins
+        self.said = not self.whole.disable
         return self.whole
 
     def tick(self, stage: str, done: int, total: int) -> None:
         """Of a block, whose lanes also end with a token each."""
-        self.whole.update(min(done - self.done, self.whole.total - self.whole.n))
+        more = min(done - self.done, self.whole.total - self.all_done)
+        self.whole.update(more)
+        self.all_done += more
         self.done = done if done < total else 0
+        now = time.perf_counter()
+        if not self.first:  # behind us: what only the first step waits for
+            self.first = now, self.all_done
+        spent, coded = now - self.first[0], self.all_done - self.first[1]
+        if not self.said and coded and spent >= SAY_AFTER:
+            self.said = True
+            rest = spent * (self.whole.total - self.all_done) / coded
+            line = f"{self.what}: {self.whole.total:,} tokens, about {duration(rest)} to go"
+            endings.say(line, sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which it is two at least."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 # -----------------------------------------------------------------------------
@@ -152,10 +187,21 @@ def keep_aside(data: bytes, held: np.ndarray) -> bytes:
     return lzma.compress(np.packbits(held).tobytes() + rest.tobytes())
 
 
+def unpack_aside(aside: bytes, most: int) -> bytes:
+    """What keep_aside packed; ValueError or others before it grows beyond `most` bytes."""
+    stream = lzma.LZMADecompressor(memlimit=ASIDE_MEMORY)
+    both = stream.decompress(aside, most + 1)
+    if not stream.eof or len(both) > most:
+        raise ValueError(f"what is kept aside is cut off, or more than {most} bytes")
+    return both
+
+
 def put_back(text: bytes, aside: bytes, size: int) -> bytes:
     """What tokens hold and what was kept aside -> the file, of `size` bytes"""
-    both, file = np.frombuffer(lzma.decompress(aside), np.uint8), np.zeros(size, np.uint8)
-    marks, rest = np.split(both, [-(-size // 8)])
+    marked = -(-size // 8)
+    both = np.frombuffer(unpack_aside(aside, marked + size), np.uint8)
+    file = np.zeros(size, np.uint8)
+    marks, rest = np.split(both, [marked])
     held = np.unpackbits(marks, count=size).astype(bool)
     file[~held] = rest
     file[held] = np.frombuffer(text.ljust(size)[: held.sum()], np.uint8)  # any length, if wrong
@@ -175,7 +221,9 @@ class Compressor:
         self.tokenizer = tokenizer or artifact.with_name("tokenizer.model")
         self.rt = Progress(Config(device=device))
         self.rt.start()
-        self.model = train_gpt.load_artifact(artifact, self.rt.device)
+        content = read_regular(artifact, CONTAINER_MEMORY)
+        self.model = train_gpt.load_artifact(artifact, self.rt.device, content)
+        read_regular(self.tokenizer, CONTAINER_MEMORY)  # else it could wait for ever
         self.spelt = spelling(self.tokenizer, self.model.cfg.vocab_size)
         self.known = artifact.stat().st_size + self.tokenizer.stat().st_size  # bytes, to both sides
 
@@ -233,20 +281,38 @@ class Compressor:
     def unpack(self, header: dict[str, Any], payload: bytes) -> bytes:
         """What the blocks hold and what was kept aside, together; any exception for a lie"""
         blocks = [(plan and CodingPlan(*plan), size) for plan, size in header["blocks"]]
+        plans = [plan for plan, _ in blocks if plan]
+        for plan in plans:
+            check_plan(plan, self.config(header["scoring"], plan.lanes), header)
+        check_sizes(header, [size for _, size in blocks], plans, payload)
         parts = []
-        with self.rt.bar_of("restoring", sum(plan.targets for plan, _ in blocks if plan)):
+        with self.rt.bar_of("restoring", sum(plan.targets for plan in plans)):
             for plan, size in blocks:
                 part = payload[:size]
                 payload = payload[size:]
                 if plan:
                     cfg = self.config(header["scoring"], plan.lanes)
-                    check_plan(plan, cfg, header)
                     with contextlib.suppress(ValueError):  # words that no coder can have made
                         text = train_gpt.decode(self.model, self.rt, cfg, part, plan).text
                         part = self.text(text[text != BOS])
                 parts.append(part)
         data = b"".join(parts)
         return put_back(data, payload, header["bytes"]) if payload else data
+
+
+def check_sizes(
+    header: dict[str, Any], sizes: list[int], plans: list[CodingPlan], payload: bytes
+) -> None:
+    """ValueError for sizes that no file can have: memory and time are taken according to them."""
+    if not all(type(size) is int and size >= 0 for size in [header["bytes"], *sizes]):
+        raise ValueError("its sizes are no numbers")
+    if sum(sizes) > len(payload):
+        raise ValueError("its blocks are more than it holds")
+    tokens = sum(plan.targets - plan.lanes for plan in plans)
+    if tokens > header["bytes"]:  # a token is a byte at least; each lane ends with one more
+        raise ValueError(f"its blocks have {tokens} tokens for {header['bytes']} bytes")
+    if header["bytes"] * RESTORE_MEMORY > free_memory():
+        raise ValueError(f"it claims {header['bytes']:,} bytes, more than the memory free here")
 
 
 def check_plan(plan: CodingPlan, cfg: Config, header: dict[str, Any]) -> None:
@@ -279,7 +345,7 @@ def fits(header: dict[str, Any], here: dict[str, Any], name: str) -> None:
     """UserError, by name, for what a container was made with and is another here."""
     for what, value in here.items():
         if header["made"][what] != value:
-            made = header["made"][what]
+            made = ascii(header["made"][what]).strip("'")[:100]  # anybody's: no escapes
             raise UserError(
                 f"{name}: made with {what} {made}, here it is {value}; fix: use that one"
             )
@@ -289,16 +355,60 @@ def fits(header: dict[str, Any], here: dict[str, Any], name: str) -> None:
 # Command line
 
 
-def place(path: Path, data: bytes) -> None:
-    """Write a new file, whole or not at all; UserError if there is one."""
-    partial = path.with_name(f".partial{os.getpid()}")
+def check_target(path: Path) -> None:
+    """UserError, before hours of work, for a path where no new file can be made: it is made."""
+    if os.path.lexists(path):
+        raise exists(path)
     try:
-        partial.write_bytes(data)
-        os.link(partial, path)  # unlike a rename, never replaces
+        with endings.held():
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.unlink(path)
     except FileExistsError:
         raise exists(path) from None
+    except OSError as error:
+        fix = "--output a name in a folder that can be written"
+        raise UserError(f"{path}: {error.strerror}; fix: {fix}") from None
+
+
+def place(path: Path, data: bytes) -> None:
+    """Write a new file, whole or not at all; UserError if there is one."""
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            file.write(data)
+        with endings.held():
+            give_name(partial, path)
+    except FileExistsError:
+        raise exists(path) from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; fix: make room there") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def give_name(partial: Path, path: Path) -> None:
+    """Never replaces a file, unlike a rename; OSError."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(partial, path)
+
+
+def read_regular(path: Path, memory: int) -> bytes:
+    """A regular file; UserError for anything else, which may have no end, and for one with more
+    than a `memory`th of the bytes free here."""
+    with open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())  # of a FIFO, too: it was opened without waiting
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file; fix: copy what it holds to one")
+        most = free_memory() // memory
+        if status.st_size > most:
+            size = f"{status.st_size:,} bytes, {most:,} fit the memory free here"
+            raise UserError(f"{path}: {size}; fix: in parts, or a machine with more")
+        return file.read(status.st_size + 1)
 
 
 def exists(path: Path) -> UserError:
@@ -320,9 +430,8 @@ def others(data: bytes) -> dict[str, int]:
 def compress_file(options: argparse.Namespace) -> None:
     """FILE -> FILE.pgz, and the figures."""
     target = options.output or Path(f"{options.file}{SUFFIX}")
-    if os.path.lexists(target):
-        raise exists(target)
-    data = options.file.read_bytes()
+    data = read_regular(options.file, CODING_MEMORY)
+    check_target(target)
     compressor = Compressor(options.artifact, options.tokenizer, options.device)
     packed = compressor.compress(data, options.lanes)
     began = time.perf_counter()
@@ -333,11 +442,11 @@ def compress_file(options: argparse.Namespace) -> None:
         f", restored in {time.perf_counter() - began:.1f} s" if options.check else ", unchecked"
     )
     place(target, packed.data)
-    print(f"{options.file} -> {target}: {len(data):,} bytes in {packed.tokens:,} tokens")
-    print(figures("pgz", len(packed.data), len(data), speed))
-    for name, size in others(data).items():
-        print(figures(name, size, len(data)))
-    print(f"apart, known to both sides: artifact and tokenizer, {compressor.known:,} bytes")
+    endings.say(f"{options.file} -> {target}: {len(data):,} bytes in {packed.tokens:,} tokens")
+    endings.say(figures("pgz", len(packed.data), len(data), speed))
+    for name, size in endings.in_thread(lambda: others(data)).items():
+        endings.say(figures(name, size, len(data)))
+    endings.say(f"apart, known to both sides: artifact and tokenizer, {compressor.known:,} bytes")
 
 
 def restore_file(options: argparse.Namespace) -> None:
@@ -345,13 +454,12 @@ def restore_file(options: argparse.Namespace) -> None:
     path, target = options.file, options.output or options.file.with_suffix("")
     if path.suffix != SUFFIX and not options.output:
         raise UserError(f"{path}: its name does not end with {SUFFIX}; fix: give --output")
-    if os.path.lexists(target):
-        raise exists(target)
-    packed = path.read_bytes()
+    packed = read_regular(path, CONTAINER_MEMORY)
+    check_target(target)
     device = device_of(packed, str(path))
     data = Compressor(options.artifact, options.tokenizer, device).restore(packed, str(path))
     place(target, data)
-    print(f"{path} -> {target}: {len(data):,} bytes")
+    endings.say(f"{path} -> {target}: {len(data):,} bytes")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -381,11 +489,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         (restore_file if options.restore else compress_file)(options)
-    except (UserError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, DataError, OSError, MemoryError) as error:
+        what = str(error) or "not enough memory; fix: in parts, or a machine with more"
+        endings.say(f"error: {what}", sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(endings.run(main, "no file is left half-written"))

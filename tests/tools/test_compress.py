@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import lzma
 import os
+import signal
 import subprocess
 import sys
 
@@ -322,7 +324,7 @@ def test_existing_files_stay(command, tmp_path, monkeypatch, restore, late):
     old = tmp_path / ("a" if restore else "a.pgz")
     before = old.read_bytes()
     if late:
-        monkeypatch.setattr(os.path, "lexists", lambda _: False)
+        monkeypatch.setattr(compress, "check_target", lambda _: None)
     status, out, err = command(*(["--restore", "a.pgz"] if restore else ["a"]))
     assert status == 2 and out == "" and err.count("\n") == 1
     assert err.startswith(f"error: {old.name}: exists already") and "--output" in err
@@ -344,11 +346,27 @@ def test_failed_check_writes_nothing(command, tmp_path, monkeypatch):
         (["."], "directory"),
         (["--restore", "a"], "does not end with .pgz; fix: give --output"),
         (["--restore", "a.pgz"], "a.pgz: damaged"),
-        (["a", "--tokenizer", "none"], "--tokenizer none: not a SentencePiece model"),
+        (["a", "--tokenizer", "none"], "No such file or directory: 'none'"),
+        (["a", "--tokenizer", "a"], "--tokenizer a: not a SentencePiece model"),
+        (["a", "--output", "none/x"], "none/x: No such file or directory; fix: --output"),
+        (["a", "--output", "a/x"], "a/x: Not a directory; fix: --output"),
+        (["a", "--output", "x" * 300], "File name too long; fix: --output"),
+        (["a", "--output", "."], ".: exists already"),
+        (["a", "--output", "link"], "link: exists already"),
+        (["fifo"], "fifo: not a regular file"),
+        (["/dev/zero"], "/dev/zero: not a regular file"),
+        (["--restore", "fifo", "--output", "x"], "fifo: not a regular file"),
+        (["sparse"], "sparse: 1,000,000,000,000 bytes, "),
+        (["--restore", "sparse", "--output", "x"], "sparse: 1,000,000,000,000 bytes, "),
+        (["a", "--tokenizer", "fifo"], "fifo: not a regular file"),
     ],
 )
 def test_one_line_for_what_is_wrong(command, tmp_path, arguments, message):
     (tmp_path / "a").write_bytes(b"text")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("nowhere")
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(10**12) if "sparse" in arguments else None
     if "a.pgz" in arguments:
         (tmp_path / "a.pgz").write_bytes(b"text")
         (tmp_path / "a").unlink()
@@ -357,6 +375,146 @@ def test_one_line_for_what_is_wrong(command, tmp_path, arguments, message):
     assert status == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("error: ") and message in err.replace("Is a d", "d")
     assert names(tmp_path) == before
+
+
+def test_an_unwritable_output_is_found_before_any_work(command, tmp_path, monkeypatch):
+    """As on a disk that is mounted read-only, where even root cannot write."""
+    (tmp_path / "a").write_bytes(b"text")
+    monkeypatch.setattr(compress, "Compressor", lambda *_: pytest.fail("too late"))
+    opened = os.open
+
+    def read_only(path, flags, *more, **named):
+        if flags & os.O_CREAT:
+            raise OSError(30, "Read-only file system", str(path))
+        return opened(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", read_only)
+    status, out, err = command("a")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: a.pgz: Read-only file system; fix: --output")
+
+
+def test_a_disk_without_hard_links(command, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "a").write_bytes(b"text")
+    assert command("a")[0] == 0 and command("--restore", "a.pgz", "--output", "b")[0] == 0
+    assert (tmp_path / "b").read_bytes() == b"text" and names(tmp_path) == ["a", "a.pgz", "b"]
+    monkeypatch.setattr(compress, "check_target", lambda _: None)
+    assert command("--restore", "a.pgz", "--output", "a")[0] == 2
+    assert (tmp_path / "a").read_bytes() == b"text"
+
+
+def test_the_second_measured_stretch_tells_the_time(compressor, monkeypatch, capfd):
+    """Off a terminal; once for each way, and not for what is done in no time."""
+    text = SOURCE_CODE.encode()[:600]
+    packed = compressor.compress(text, 1)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(compress, "SAY_AFTER", 0.0)
+    compressor.compress(text, 1)
+    compressor.restore(packed.data)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(" tokens, about ")[0] for line in lines] == [
+        f"compressing: {packed.tokens:,}",
+        f"restoring: {packed.header['blocks'][0][0].targets:,}",
+    ]
+    assert all(line.endswith(" s to go") for line in lines)
+
+
+def test_duration():
+    given = [0, 1.4, 119, 120, 7199, 7200, 1e6]
+    wanted = ["0 s", "1 s", "119 s", "2 min", "120 min", "2 h", "278 h"]
+    assert [*map(compress.duration, given)] == wanted
+
+
+def hostile(compressor, data=b"", payload=b"", **changes):
+    """A container for this machine that claims what it likes."""
+    header = compressor.compress(data).header
+    return train_gpt.seal(compress.PREFIX, header | changes, payload)
+
+
+ZEROS = dict(bytes=1000, blocks=[])
+
+
+@pytest.mark.parametrize(
+    ("changes", "payload", "told"),
+    [
+        (dict(bytes=10**13), b"", "more than the memory free"),
+        (dict(bytes=-1), b"", "no numbers"),
+        (dict(bytes=1e9), b"", "no numbers"),
+        (dict(bytes=True), b"", "no numbers"),
+        (dict(blocks=[[None, -5]]), b"12345678", "no numbers"),
+        (dict(blocks=[[None, 10**15]]), b"", "more than it holds"),
+        (dict(blocks=[[[1, 0, 10**9, 1, 2**19, 1024], 0]]), b"", "its plan is"),
+        (ZEROS, "bomb", "kept aside is cut off, or more than 1125 bytes"),
+        (ZEROS, "window", "Memory usage limit"),
+        (ZEROS, "cut", "kept aside is cut off"),
+        (ZEROS, b"no xz", "LZMAError"),
+    ],
+)
+def test_a_container_that_lies_about_sizes(compressor, changes, payload, told):
+    """Before memory is taken or tokens are decoded."""
+    made = {
+        "bomb": lambda: lzma.compress(bytes(10**8)),
+        "window": lambda: lzma.compress(
+            b"x" * 1125, filters=[dict(id=lzma.FILTER_LZMA2, dict_size=1 << 30)]
+        ),
+        "cut": lambda: lzma.compress(bytes(1125))[:-8],
+    }
+    payload = made[payload]() if isinstance(payload, str) else payload
+    packed = hostile(compressor, payload=payload, **changes)
+    with pytest.raises(compress.UserError, match="x.pgz: damaged") as refused:
+        compressor.restore(packed, "x.pgz")
+    assert told in str(refused.value)
+
+
+def test_a_container_without_end_is_refused(compressor):
+    """A thousand blocks of half a million tokens each, of which none has a byte."""
+    window = compressor.config(compress.defaults(), 9).window
+    blocks = [[[9, 0, 9, 1, 1 << 19, window], 0]] * 1000
+    packed = hostile(compressor, bytes=10**6, blocks=blocks)
+    with pytest.raises(compress.UserError, match="524279000 tokens for 1000000 bytes"):
+        compressor.restore(packed, "x.pgz")
+
+
+def test_a_header_brings_no_escapes_to_the_terminal(compressor):
+    header = compressor.compress(b"x").header
+    made = header["made"] | {"torch": "\x1b]0;owned\x07" + "x" * 999}
+    with pytest.raises(compress.UserError) as refused:
+        compressor.restore(train_gpt.seal(compress.PREFIX, header | dict(made=made), b""))
+    assert "\x1b" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_but_a_line(artifacts, tmp_path, number):
+    (tmp_path / "a").write_bytes(SCRIPTS.encode() * 20)
+    command = [sys.executable, ROOT / "records/tools/compress.py", "a", "--lanes", "1"]
+    command += ["--artifact", artifacts["lossless"]]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, cwd=tmp_path, env=clean_environment(), **pipes)
+    assert "compressing: " in running.stderr.readline()  # on its way
+    running.send_signal(number)
+    out, err = running.communicate(timeout=30)
+    assert (running.returncode, out) == (128 + number, "")
+    assert err == "interrupted; no file is left half-written\n" and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_loads(artifacts, tmp_path, number):
+    command = [sys.executable, "-X", "importtime", ROOT / "records/tools/compress.py", "a"]
+    command += ["--artifact", artifacts["lossless"]]
+    running = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in running.stderr:
+        if line.endswith("| torch.version\n") or " torch._utils" in line:
+            break
+    running.send_signal(number)
+    _, err = running.communicate(timeout=30)
+    assert running.returncode == 128 + number and "Traceback" not in err
+    assert err.endswith("interrupted\n")
 
 
 def test_damaged_artifact(command, tmp_path):
