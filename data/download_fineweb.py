@@ -172,10 +172,9 @@ class Hub:
 
 def say(line: str) -> None:
     """Above the progress bars; at once in a log file, too; nowhere if nobody reads any more."""
-    if sys.stdout:
-        with endings.forgiving(sys.stdout):
-            tqdm.write(line)
-            sys.stdout.flush()
+    with endings.forgiving(sys.stdout):
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 # -----------------------------------------------------------------------------

@@ -30,6 +30,19 @@ class Stopped(KeyboardInterrupt):
 def begin() -> None:
     """Until `run` is called a signal ends the process at once: there is nothing to clean up."""
     listen(stop_at_once)
+    open_closed()
+
+
+def open_closed() -> None:
+    """Give standard streams that the caller closed a place to go; else a file opened next would
+    have their number, and what is said would be written into it."""
+    for number, name in ((0, ""), (1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # has the lowest free number
+        if name and not getattr(sys, name):
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def listen(handler: Callable[[int, Any], None]) -> None:
@@ -54,16 +67,15 @@ def run(main: Callable[[], int], after: str = "nothing half-written is left") ->
     """The exit status of main(); a signal ends the process here, `after` in its line."""
     try:
         listen(stop)
+        open_closed()
         for stream in (sys.stdout, sys.stderr):
-            if stream:  # else closed by the caller
-                stream.reconfigure(errors="backslashreplace")  # names in no encoding of theirs
+            stream.reconfigure(errors="backslashreplace")  # names in no encoding of theirs
         try:
             status = main()
         except SystemExit as leaving:  # argparse's
             status = leaving.code
-        if sys.stdout:
-            with forgiving(sys.stdout):
-                sys.stdout.flush()
+        with forgiving(sys.stdout):
+            sys.stdout.flush()
         listen(stop_at_once)
     except Stopped as stopped:
         say(f"interrupted; {after}", sys.stderr)
@@ -98,9 +110,8 @@ def in_thread(work: Callable[[], Any]) -> Any:
 
 def say(line: str, stream: TextIO | None = None) -> None:
     """Print a line at once, on standard output where no stream is given."""
-    if stream := stream or sys.stdout:  # else closed from the start
-        with forgiving(stream):
-            print(line, file=stream, flush=True)
+    with forgiving(stream or sys.stdout):
+        print(line, file=stream, flush=True)
 
 
 @contextlib.contextmanager

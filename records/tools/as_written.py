@@ -16,17 +16,24 @@ left out: #864 some 2,000 at the start, #1026 all but the first of eight ranks.
 import argparse
 import itertools
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # while the imports take their seconds
+        signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
+
 import numpy as np
 import torch
-from run_folder import read_columns
+from run_folder import blame, read_columns
 from torch import Tensor
 
+import endings
 from train_gpt import (
     BOS,
     Config,
@@ -387,7 +394,7 @@ def score_folder(
     """The fields of a final_ngram_pseudo line; UserError where the folder lacks something."""
     name, scorer = find_scheme(scheme, aligned, prefill)
     path = folder / ("scores.npz" if weights == "artifact" else "scores_ema.npz")
-    if not path.exists():
+    if not path.is_file():  # a FIFO has no end
         raise UserError(f"{path}: missing; fix: run with SAVE_SCORES=1 and NGRAM_SCHEME={scheme}")
     cfg = Config.from_env(read_pairs(folder / "config.env") | {"RECORD": "tiny"})
     if cfg.ngram_buckets & cfg.ngram_buckets - 1:
@@ -416,14 +423,15 @@ def main() -> int:
     args = parser.parse_args()
     switches = dict(aligned=args.aligned, prefill=not args.no_prefill)
     try:
-        fields = score_folder(args.folder, args.scheme, args.weights, **switches)
+        with blame(args.folder):
+            fields = score_folder(args.folder, args.scheme, args.weights, **switches)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        endings.say(f"error: {error}", sys.stderr)
         return 2
     line = " ".join(f"{name}:{value}" for name, value in fields.items())
-    print(json.dumps(fields) if args.json else f"final_ngram_pseudo {line}")
+    endings.say(json.dumps(fields) if args.json else f"final_ngram_pseudo {line}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(endings.run(main, "nothing was written"))

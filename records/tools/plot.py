@@ -1,16 +1,19 @@
 """Draw a run folder as one picture, report.png; several folders are laid over each other.
 
     python records/tools/plot.py runs/tiny_seed1337
-    python records/tools/plot.py runs/a runs/b --out both.png  default: compare.png beside the first
+    python records/tools/plot.py runs/a runs/b --out both.pdf  default: compare.png beside the first
 
 Panels: training loss (of several runs by step and by time), the score stage by stage, the n-gram
 gain by matched order, and the bits saved along the text. A panel for which no run has data is left
-out. Runs that differ in nothing but SEED share a colour and an entry of the legend.
+out. Runs that differ in nothing but SEED share a colour and an entry of the legend. The suffix of
+--out decides: .png, .pdf or .svg.
 """
 
 import argparse
+import io
 import math
 import os
+import signal
 import statistics
 import sys
 from collections import Counter
@@ -19,9 +22,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # while the imports take their seconds
+        signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
+
 import numpy as np
 from run_folder import RunError, RunFolder, blame
 
+import endings
 from train_gpt import CAP_BYTES, UserError, package, write_atomically
 
 # Okabe and Ito's palette, safe for colour-blind readers; each run also has its own marker.
@@ -39,6 +47,7 @@ STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.parse_math": False,
+    "svg.hashsalt": "plot.py",
     "axes.formatter.useoffset": False,
     "axes.formatter.limits": (-6, 9),
     "text.color": INK,
@@ -60,6 +69,12 @@ STAGES = {
     "ttt": "test-time training",
     "ngram_backoff": "n-gram backoff",
     "ngram": "n-gram mixture",
+}
+# What would tell the library's version and the time: without it a run gives the same bytes.
+METADATA = {
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    "svg": {"Creator": None, "Date": None},
 }
 STRIP_POINTS = 160
 LONG_RUN_STEPS = 1000
@@ -441,26 +456,41 @@ def legend(runs: list[Run]) -> str:
     return name + (f"  {statistics.fmean(scores):.4f}{spread}" if scores else "")
 
 
+def check_output(out: Path) -> str:
+    """-> the format of a picture that can be written there; RunError."""
+    kind = out.suffix.lower().removeprefix(".")
+    if kind not in METADATA:
+        raise RunError(f"--out {out}: no picture's name; fix: .{', .'.join(METADATA)}")
+    if not out.parent.is_dir():
+        fix = f"mkdir -p {out.parent}"
+        raise RunError(f"--out {out}: there is no folder {out.parent}; fix: {fix}")
+    if os.path.lexists(out) and not (out.is_file() or out.is_symlink()):
+        raise RunError(f"--out {out}: is there and no file; fix: another name")
+    return kind
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, help="default: RUN_DIR/report.png")
+    parser.add_argument("--out", type=Path, help="default: RUN_DIR/report.png; or .pdf, .svg")
     given = parser.parse_args(arguments)
     first = Path(given.runs[0])
     beside = first.resolve().parent / "compare.png"
     out = given.out or (beside if len(given.runs) > 1 else first / "report.png")
     try:
         with package("matplotlib").rc_context(STYLE), blame(", ".join(given.runs)):
+            kind = check_output(out) if given.out else "png"
             figure = draw(load_all(given.runs))
-            # Without the library's version in it the same run gives the same bytes.
-            how = dict(dpi=150, format="png", metadata={"Software": None})
-            write_atomically(out, lambda partial: figure.savefig(partial, **how))
+            picture = io.BytesIO()
+            figure.savefig(picture, dpi=150, format=kind, metadata=METADATA[kind])
+            with endings.held():
+                write_atomically(out, picture.getvalue())
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        endings.say(f"error: {error}", sys.stderr)
         return 2
-    print("wrote", out)
+    endings.say(f"wrote {out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(endings.run(main, "no picture is written"))

@@ -138,18 +138,19 @@ def test_json_lines_are_documents_or_refused_by_name(data, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
     try:
-        documents = prepare_text.read_jsonl(path)
+        documents = prepare_text.read_documents([path], "")
     except prepare_text.DataError as error:
         assert path.name in str(error) and "\n" not in str(error)
         return
-    lines = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
-    assert documents == [line["text"] for line in lines]
+    lines = data.decode("utf-8-sig").split("\n")
+    lines = [json.loads(line) for line in lines if line.strip()]
+    assert documents == [line["text"] for line in lines if line["text"]]
 
 
 def test_nested_json_line_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 100_000)
     with pytest.raises(prepare_text.DataError, match="line 1"):
-        prepare_text.read_jsonl(tmp_path / "a.jsonl")
+        prepare_text.read_documents([tmp_path / "a.jsonl"], "")
 
 
 @FEW

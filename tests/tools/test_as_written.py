@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -22,6 +25,7 @@ from as_written import (
     pr1026,
 )
 from helpers import (
+    ROOT,
     SHRUNK,
     Run,
     run_here,
@@ -606,6 +610,62 @@ def test_command_line_refuses(folder, options, setting, told, monkeypatch, capsy
     status, out, err = called(monkeypatch, capsys, folder, *options)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and all(part in err for part in told)
+
+
+def test_damaged_scores_are_one_line(folder, monkeypatch, capsys):
+    whole = (folder / "scores.npz").read_bytes()
+    for damaged in (b"", b"no npz", whole[:-30], whole.replace(b"token.npy", b"tokex.npy")):
+        (folder / "scores.npz").write_bytes(damaged)
+        status, out, err = called(monkeypatch, capsys, folder)
+        assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ")
+    (folder / "scores.npz").unlink()
+    os.mkfifo(folder / "scores.npz")
+    assert "scores.npz: missing" in called(monkeypatch, capsys, folder)[2]
+
+
+def process(*arguments):
+    command = [sys.executable, "-v", ROOT / "records/tools/as_written.py", *arguments]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, **pipes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("place", "last"),
+    [("import 'torch", "interrupted"), ("scoring", "interrupted; nothing was written")],
+)
+def test_a_signal_is_one_line(folder, number, place, last, monkeypatch):
+    """While it loads; while it scores."""
+    running = process(folder)
+    if place == "scoring":
+        running.kill()
+        (folder / "late.py").write_text(SCORES_FOR_EVER)
+        monkeypatch.setenv("PYTHONPATH", str(ROOT / "records/tools"))
+        command = [sys.executable, folder / "late.py", folder]
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    next(line for line in running.stderr if place in line)
+    running.send_signal(number)
+    _, err = running.communicate(timeout=60)
+    assert "Traceback" not in err and running.returncode == 128 + number
+    assert err.splitlines()[-1] == last
+
+
+SCORES_FOR_EVER = """
+import sys, time, as_written, endings
+def score(*arguments, **switches):
+    print("scoring", file=sys.stderr, flush=True)
+    time.sleep(60)
+as_written.score_folder = score
+sys.exit(endings.run(as_written.main, "nothing was written"))
+"""
+
+
+def test_nobody_reads_the_line(folder):
+    running = process(folder)
+    running.stdout.close()
+    running.stdout = None
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 0 and "BrokenPipe" not in err
 
 
 CROWDED = dict(NGRAM_SCHEME="pr864", NGRAM_BUCKETS="256", NGRAM_CHUNK_TOKENS="64")

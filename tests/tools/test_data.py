@@ -1,16 +1,24 @@
 """data/: any text becomes a lossless tokenizer and shards whose bytes add up to the text."""
 
+import bz2
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import lzma
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+import zstandard
 from helpers import CHINESE, ROOT, SCRIPTS, SOURCE_CODE, model_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -231,7 +239,7 @@ def test_same_input_and_seed_give_the_same_bytes(tmp_path, monkeypatch):
         folders.append(digests(home / "set"))
     assert folders[0] == folders[1]
     assert folders[0] != folders[2]
-    assert len(folders[0]) == 4
+    assert len(folders[0]) == 5
     assert str(tmp_path).encode() not in (tmp_path / "one/set/tokenizer.model").read_bytes()
 
 
@@ -261,7 +269,458 @@ def test_inputs_separator_jsonl_and_compressed(tmp_path):
     files = prepare_text.input_files([tmp_path], tmp_path / "out")
     documents = prepare_text.read_documents(files, "===\n")
     assert documents[:27] == [f"line {n}\u2028" for n in range(9)] * 3
-    assert documents[27:] == ["\ufeffone\r\n", "two"]
+    assert documents[27:] == ["one\r\n", "two"]  # a byte order mark is no text
+
+
+# -----------------------------------------------------------------------------
+# Formats
+
+RECORDS = [f"text {n}: caf\u00e9\u2028" for n in range(60)]
+PACKERS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstandard.compress,
+    ".lzma": lambda data: lzma.compress(data, format=lzma.FORMAT_ALONE),
+}
+
+
+def json_lines(texts=RECORDS):
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts)
+
+
+def documents_in(folder, *named, separator=""):
+    files = prepare_text.input_files(named or [folder], folder / "out")
+    return prepare_text.read_documents(files, separator, named)
+
+
+JSON = {
+    "lines.json": json_lines(),
+    "lines.JSON": json_lines(),
+    "lines.ndjson": json_lines(),
+    "lines.JSONL": json_lines(),
+    "lines.jsonlines": json_lines(),
+    "marked.jsonl": "\ufeff" + json_lines(),
+    "crlf.jsonl": json_lines().replace("\n", "\r\n"),
+    "objects.json": json.dumps([{"text": text} for text in RECORDS], indent=2),
+    "strings.json": json.dumps(RECORDS),
+    "mixed.json": json.dumps([RECORDS[0], *({"text": text} for text in RECORDS[1:])]),
+}
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("name", JSON)
+def test_json_by_any_name_is_documents(name, packer, tmp_path):
+    for suffix in {packer, packer.upper()}:
+        path = tmp_path / (name + suffix)
+        path.write_bytes(PACKERS[packer](JSON[name].encode()))
+        assert documents_in(tmp_path, path) == RECORDS
+        path.unlink()
+
+
+def test_one_json_object_is_one_document(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"title": "x", "text": "one\ntwo"}, indent=1))
+    assert documents_in(tmp_path) == ["one\ntwo"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.jsonl.bak", "a.md.gz"])
+@pytest.mark.parametrize("text", [json_lines(), JSON["objects.json"], '\n {"text": "one"}\n'])
+def test_json_by_a_plain_name_is_refused(name, text, tmp_path):
+    packed = gzip.compress(text.encode()) if name.endswith("gz") else text.encode()
+    (tmp_path / name).write_bytes(packed)
+    with pytest.raises(prepare_text.DataError, match="rename it to .*.jsonl"):
+        documents_in(tmp_path, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"text": "one"}\nand no JSON\n',
+        '{"title": "one"}\n',
+        "{braces} and [brackets]\n",
+        "[Chorus]\nLa la\n",
+        '["a", "b"]',
+        "{" * 100_000,
+    ],
+)
+def test_text_that_looks_a_little_like_json_is_text(text, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    assert documents_in(tmp_path) == [text]
+
+
+CONFIGURATION = '{"name": "x", "version": [1]}'
+
+
+@pytest.mark.parametrize("text", [CONFIGURATION, "// a comment\n{}\n", "[1, 2]", '[{"body": 1}]'])
+def test_other_json_is_text_in_a_folder_and_refused_by_name(text, tmp_path, capsys):
+    """A folder of source code has such files; who names one means its documents."""
+    (tmp_path / "package.json").write_text(text)
+    assert documents_in(tmp_path) == [text]
+    note = capsys.readouterr().err
+    assert note.startswith('note: 1 .json without "text"') and note.count("\n") == 1
+    with pytest.raises(prepare_text.DataError, match="package.json: .*text"):
+        documents_in(tmp_path, tmp_path / "package.json")
+
+
+def test_a_wrong_line_of_a_json_is_refused_in_a_folder_too(tmp_path):
+    (tmp_path / "a.json").write_text(json_lines(["one"]) + '{"content": 1}\n')
+    with pytest.raises(prepare_text.DataError, match="line 2"):
+        documents_in(tmp_path)
+    (tmp_path / "a.json").write_text('["one", 2]')
+    with pytest.raises(prepare_text.DataError, match="element 2"):
+        documents_in(tmp_path)
+
+
+@pytest.mark.parametrize("packer", list(PACKERS)[1:5])
+@pytest.mark.parametrize("name", ["a{}", "a.txt{}", "a.TXT", "A.TXT{}"])
+def test_packed_text_is_known_by_its_bytes(name, packer, tmp_path):
+    """And by each part of it, as cat a.gz b.gz makes."""
+    pack = PACKERS[packer]
+    path = tmp_path / name.format(packer.upper())
+    path.write_bytes(pack(b"\xef\xbb\xbfone\r\n") + pack("zwölf".encode()))
+    assert documents_in(tmp_path) == ["one\r\nzwölf"]
+    path.write_bytes(pack("zwölf".encode() * 50)[:-5])
+    with pytest.raises(prepare_text.DataError, match="cannot be read"):
+        documents_in(tmp_path)
+
+
+def parquet_like():
+    return b"PAR1\x15\x04" + bytes(range(256))
+
+
+FOREIGN = {
+    "PNG": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    "JPEG": b"\xff\xd8\xff\xe0\0\x10JFIF",
+    "GIF": b"GIF89a\x01\0\x01\0\xf0",
+    "WebP": b"RIFF\x24\0\0\0WEBPVP8 ",
+    "PDF": b"%PDF-1.4\nplain text all of it\n",
+    "RTF": b"{\\rtf1 plain text}",
+    "zip": b"PK\x03\x04\x14\0\0\0\x08\0\xff",
+    "tar": b"a.txt" + bytes(252) + b"ustar\x0000" + bytes(248),
+    "7z": b"7z\xbc\xaf\x27\x1c",
+    "Parquet": parquet_like(),
+    "SQLite": b"SQLite format 3\0\x10",
+    "NumPy": b"\x93NUMPY\x01\0",
+    "shard": np.array([20240520, 1, 3] + [0] * 253, "<i4").tobytes() + b"abcdef",
+    "program": b"\x7fELF\x02\x01\x01\0",
+    "lz4": b"\x04\x22\x4d\x18\xff",
+    "gzip within": gzip.compress(gzip.compress(b"x" * 99)),
+    "UTF-16": "text\n".encode("utf-16"),
+    "UTF-16LE": "text and more\n".encode("utf-16-le"),
+    "UTF-16BE": "text and more\n".encode("utf-16-be"),
+    "UTF-32": "text\n".encode("utf-32"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_format_of_what_is_no_text_is_named(name, packed, tmp_path):
+    data = FOREIGN[name]
+    (tmp_path / "a file.txt").write_bytes(zstandard.compress(data) if packed else data)
+    with pytest.raises(prepare_text.DataError, match=name) as refused:
+        documents_in(tmp_path)
+    assert name[:3] != "UTF" or f"iconv -f {name} -t UTF-8 '" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["BM is a word", "PAR1", "MZ", "Rar!", "ID3 tags", "\0" * 50, "B\0"]
+)
+def test_text_that_begins_like_another_format_is_text(text, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    assert documents_in(tmp_path) == [text]
+
+
+def test_bombs_and_endless_files_are_refused(tmp_path, monkeypatch):
+    """Before they are more than is allowed; all files together count."""
+    monkeypatch.setattr(prepare_text, "ALWAYS_UNPACKED", 10**6)
+    monkeypatch.setattr(prepare_text, "free_memory", lambda: 6 * 2 * 10**6)
+    zeros = bytes(1_500_000)
+    for suffix, pack in list(PACKERS.items())[1:]:
+        bomb = tmp_path / f"bomb{suffix}"
+        bomb.write_bytes(pack(zeros))
+        assert len(bomb.read_bytes()) < 5000
+        with pytest.raises(prepare_text.DataError, match=f"bomb{suffix}: more than 1,000,000"):
+            documents_in(tmp_path, bomb)
+        bomb.unlink()
+    with pytest.raises(prepare_text.DataError, match="/dev/zero: more than 2,000,000 bytes"):
+        documents_in(tmp_path, "/dev/zero")
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(10**11)
+    with pytest.raises(prepare_text.DataError, match="sparse: 100,000,000,000 bytes, room for"):
+        documents_in(tmp_path)
+    (tmp_path / "sparse").unlink()
+    for name in "abc":
+        (tmp_path / name).write_text("x" * 900_000)
+    with pytest.raises(prepare_text.DataError, match="c: 900,000 bytes, room for 200,000"):
+        documents_in(tmp_path)
+    (tmp_path / "c").unlink()
+    assert len(documents_in(tmp_path)) == 2
+
+
+def test_honest_text_may_pack_well(tmp_path):
+    text = "the same line again and again\n" * 200_000
+    (tmp_path / "a.xz").write_bytes(lzma.compress(text.encode()))
+    assert documents_in(tmp_path) == [text]
+    assert 10**8 < prepare_text.free_memory() < 10**14
+
+
+def test_what_is_no_file_in_a_folder_is_passed_over(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "here.txt").symlink_to("a.txt")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    assert documents_in(tmp_path) == ["text", "text"]
+    err = capsys.readouterr().err
+    assert err.count("no regular file, passed over\n") == err.count("\n") == 3
+
+
+PREPARE = f"{sys.executable} {DATA / 'prepare_text.py'}"
+
+
+def shell(command, folder):
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "--input <(cat in)",
+        "--input /dev/stdin < in",
+        "--input - < in",
+        "--input - < <(cat in)",
+        "--input <(sleep 0.3; head -c 3 in; sleep 0.3; tail -c +4 in)",
+        "--input <(gzip -c in)",
+        "--input <(head -c 99 in) <(tail -c +100 in)",
+    ],
+)
+def test_pipes_are_read(how, tmp_path):
+    (tmp_path / "in").write_text(SOURCE_CODE)
+    done = shell(f"{PREPARE} --out out {how}", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    _, val, _ = read_val(tmp_path / "out")
+    assert "".join(val) and SOURCE_CODE.endswith("".join(val))
+
+
+def test_a_pipe_of_json_lines_is_documents(tmp_path):
+    (tmp_path / "in").write_text(json_lines())
+    done = shell(f"{PREPARE} --out out --input <(cat in) --vocab-size 300", tmp_path)
+    assert done.returncode == 0 and done.stderr.startswith("note: /dev/fd/")
+    assert "train documents:57 " in done.stdout
+
+
+def test_a_tokenizer_may_come_by_a_pipe(english_model, tmp_path):
+    (tmp_path / "in").write_text("some text to read")
+    (tmp_path / "model").write_bytes(english_model.read_bytes())
+    done = shell(f"{PREPARE} --out out --input in --tokenizer <(cat model)", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == english_model.read_bytes()
+    done = shell(f"{PREPARE} --out out --input in --tokenizer /dev/zero", tmp_path)
+    assert done.returncode == 2 and "/dev/zero: not a SentencePiece model (more" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# Copies, dataset.json
+
+
+def facts_of(out):
+    return json.loads((out / "dataset.json").read_text())
+
+
+@pytest.mark.parametrize("copies", [0, 1, 7])
+def test_copies_are_dropped_from_training(tmp_path, capsys, copies):
+    """Word for word; the number is printed and kept."""
+    val = [f"held out text number {n}" for n in range(9)]
+    own = [f"plain words of document {n}" for n in range(40)]
+    train = [*own, *(val * 3)[:copies], "Held out text number 0", val[1] + " "]
+    out = tmp_path / "set"
+    split, _ = prepare_text.write_dataset(train, val, out, "set", 300)
+    assert facts_of(out)["dropped_copies"] == copies
+    assert (facts_of(out)["train_documents"], facts_of(out)["val_documents"]) == (42, 9)
+    assert split.documents == (read_shards(out.glob("*_train_*")) == 1).sum() == 42
+    tokenizer = prepare_text.load_tokenizer(out / "tokenizer.model")
+    written = tokenizer.decode(split_at_bos(read_shards(out.glob("*_train_*"))))
+    assert written == [*own, "Held out text number 0", val[1] + " "]
+    note = f"note: {copies} training documents are in validation word for word; dropped"
+    assert (note in capsys.readouterr().out) == (copies > 0)
+
+
+def test_a_copy_does_not_reach_the_tokenizer(tmp_path):
+    own = [f"plain words of document {n}" for n in range(40)]
+    val = ["zzzzqqqqzzzz" * 20]
+    prepare_text.write_dataset(own + val * 50, val, tmp_path / "a", "a", 400)
+    prepare_text.write_dataset(own, val, tmp_path / "b", "b", 400)
+    assert (
+        facts_of(tmp_path / "a")["tokenizer_sha256"] == facts_of(tmp_path / "b")["tokenizer_sha256"]
+    )
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_nothing_but_copies_is_refused(tmp_path, capsys, count):
+    (tmp_path / "in.jsonl").write_text(json_lines(["the same"] * count))
+    out = tmp_path / "out"
+    arguments = ["--input", tmp_path / "in.jsonl", "--out", out, "--val-fraction", "0.5"]
+    assert run(*arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "is in validation too" in err and not out.exists()
+
+
+def test_dataset_json(tmp_path, english_model):
+    out = prepared(tmp_path, SOURCE_CODE, "--vocab-size", 300)
+    tokens, _, _ = read_val(out)
+    assert facts_of(out) == dict(
+        tokenizer_sha256=hashlib.sha256((out / "tokenizer.model").read_bytes()).hexdigest(),
+        val_tokens_sha256=hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest(),
+        lossy=False,
+        train_documents=1,
+        val_documents=1,
+        dropped_copies=0,
+    )
+    (tmp_path / "lossy.model").write_bytes(model_of(SOURCE_CODE, 290, byte_fallback=True))
+    out = prepared(tmp_path, "ｆｕｌｌ  width\n" * 30, "--tokenizer", tmp_path / "lossy.model")
+    assert facts_of(out)["lossy"] is True
+
+
+def test_tokens_are_hashed_over_all_shards(tmp_path, monkeypatch):
+    whole = facts_of(prepared(tmp_path, SOURCE_CODE, "--vocab-size", 300))
+    monkeypatch.setattr(prepare_text, "SHARD_TOKENS", 20)
+    out = prepared(tmp_path, SOURCE_CODE, "--vocab-size", 300)
+    assert len(list(out.glob("*_val_*.bin"))) > 2 and facts_of(out) == whole
+
+
+def test_files_move_in_the_right_order(tmp_path, monkeypatch):
+    """What tells of a dataset is gone before another's shards come, and comes after them."""
+    out = prepared(tmp_path, SOURCE_CODE)
+    moved = []
+
+    def replace(source, target):
+        name = Path(target).name
+        moved.append((name, *[(out / n).exists() for n in ("dataset.json", "tokenizer.model")]))
+        source.rename(target)
+
+    monkeypatch.setattr(prepare_text.os, "replace", replace)
+    prepared(tmp_path, CHINESE)
+    assert moved == [
+        ("text_train_000000.bin", False, False),
+        ("text_val.jsonl", False, False),
+        ("text_val_000000.bin", False, False),
+        ("dataset.json", False, False),
+        ("tokenizer.model", True, False),
+    ]
+
+
+# -----------------------------------------------------------------------------
+# Ends
+
+
+@pytest.mark.parametrize(
+    ("number", "again"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, False)]
+)
+def test_a_signal_leaves_what_was_there(tmp_path, number, again):
+    """Also in the trainer, which is no Python."""
+    han = 0x4E00 + np.random.default_rng(0).zipf(1.5, 9_000_000) % 9_000
+    (tmp_path / "long.txt").write_text(han.astype("<u2").tobytes().decode("utf-16-le"))
+    out = tmp_path / "set"
+    if again:
+        prepared(tmp_path, SOURCE_CODE, name="set")
+    before = digests(out) if again else None
+    command = [sys.executable, DATA / "prepare_text.py", "--input", "long.txt", "--out", "set"]
+    command += ["--vocab-size", "60000"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    time.sleep(3)  # reading takes a fifth of a second, training many seconds
+    assert running.poll() is None
+    running.send_signal(number)
+    stdout, stderr = running.communicate(timeout=5)
+    assert (running.returncode, stdout) == (128 + number, "")
+    assert stderr == "interrupted; nothing half-written is left\n"
+    assert digests(out) == before if again else not out.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_shards_are_written(tmp_path, number):
+    out = prepared(tmp_path, CHINESE, name="set")
+    before = digests(out)
+    code = """
+import os, sys, endings, prepare_text
+write = prepare_text.write_shards
+def slow(tokens, stem):
+    write(tokens, stem)
+    os.kill(os.getpid(), number)
+    return len(tokens)
+number = int(sys.argv.pop())
+prepare_text.write_shards = slow
+sys.exit(endings.run(prepare_text.main))
+"""
+    command = [sys.executable, "-c", code, "--input", "in.txt", "--out", "set", str(int(number))]
+    environment = os.environ | {"PYTHONPATH": str(DATA)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 128 + number and done.stdout == ""
+    assert done.stderr == "interrupted; nothing half-written is left\n"
+    assert digests(out) == before
+
+
+def test_a_signal_while_files_are_moved_waits(tmp_path):
+    code = """
+import os, signal, sys, endings, prepare_text
+move = os.replace
+def slow(source, target):
+    os.kill(os.getpid(), signal.SIGTERM)
+    move(source, target)
+prepare_text.os.replace = slow
+sys.exit(endings.run(prepare_text.main))
+"""
+    (tmp_path / "in.txt").write_text(CHINESE)
+    command = [sys.executable, "-c", code, "--input", "in.txt", "--out", "set"]
+    environment = os.environ | {"PYTHONPATH": str(DATA)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 143
+    check_lossless(tmp_path / "set")
+    assert len(digests(tmp_path / "set")) == 5
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("output", ["| true", "| head -1", "> /dev/full", ">&-", "2>&- | true"])
+def test_an_output_that_nobody_reads(tmp_path, output, unbuffered):
+    """The work is done all the same."""
+    (tmp_path / "in.txt").write_text(SOURCE_CODE)
+    program = f"PYTHONUNBUFFERED={unbuffered} {PREPARE} --input in.txt --out out"
+    done = shell(f"set -o pipefail; {program} {output}", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    check_lossless(tmp_path / "out")
+    assert shell(f"set -o pipefail; {PREPARE} --help | true", tmp_path).stderr == ""
+
+
+def test_names_in_another_encoding(tmp_path):
+    (tmp_path / "café.txt").write_text(SOURCE_CODE)
+    done = shell(f"PYTHONIOENCODING=ascii {PREPARE} --input café.txt --out é", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and r"wrote \xe9 in" in done.stdout
+    done = shell(f"PYTHONIOENCODING=ascii {PREPARE} --input nö --out é", tmp_path)
+    assert done.returncode == 2 and r"--input n\xf6: no such file" in done.stderr
+
+
+def test_nohup_stays_in_force(tmp_path):
+    (tmp_path / "in.txt").write_text(SOURCE_CODE)
+    code = "import endings, os; endings.run(lambda: os.kill(os.getpid(), 1) or print('lives'))"
+    done = shell(f"trap '' HUP; PYTHONPATH={DATA} {sys.executable} -c \"{code}\"", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "lives\n", "")
+
+
+def test_memory_that_is_not_there_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    (tmp_path / "in.txt").write_text("text")
+    monkeypatch.setattr(prepare_text, "decode_text", full)
+    assert run("--input", tmp_path / "in.txt", "--out", tmp_path / "out") == 2
+    assert "not enough memory" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# Bad input
 
 
 def test_separator_escapes(tmp_path):
@@ -325,6 +784,10 @@ BAD_INPUTS = {
     "out is a file": (["--out", "good.txt"], ["--out good.txt", "good.txt is no writable folder"]),
     "out in a file": (["--out", "good.txt/x"], ["--out good.txt/x", "no writable folder"]),
     "out is taken": (["--out", "taken"], ["--out taken", "fineweb_train_000000.bin"]),
+    "out is a dead link": (["--out", "dead"], ["--out dead", "a link to nothing"]),
+    "out is a FIFO": (["--out", "fifo"], ["--out fifo", "fifo is no writable folder"]),
+    "out holds the input": (["--out", "."], ["--out .", "--input good.txt lies there"]),
+    "out is the input": (["--input", "folder", "--out", "folder"], ["--input folder lies there"]),
     "confusing name": (["--name", "my_val"], ["--name 'my_val'"]),
 }
 
@@ -349,6 +812,8 @@ def bad_folder(tmp_path, monkeypatch):
         "fake.gz": b"not gzip",
         "taken/fineweb_train_000000.bin": b"",
     }
+    (tmp_path / "dead").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "fifo")
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     return tmp_path
@@ -397,8 +862,43 @@ def test_command_line_exits_with_2_and_no_traceback(tmp_path):
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     out = tmp_path_factory.mktemp("sample") / "sample_en"
-    assert prepare.main(["--out", str(out)]) == 0
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert prepare.main(["--out", str(out)]) == 0
+    assert said.getvalue() == ""  # verify.py --json prints JSON and nothing else
     return out
+
+
+def test_sample_is_as_published(sample):
+    """By what was written, not by what is said to be."""
+    tokens, _, _ = read_val(sample)
+    assert hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest() == prepare.VAL_TOKENS_SHA256
+    model = (sample / "tokenizer.model").read_bytes()
+    assert hashlib.sha256(model).hexdigest() == prepare.TOKENIZER_SHA256
+    facts = facts_of(sample)
+    assert prepare.differences(facts) == [] and facts["dropped_copies"] == 0
+    assert sentencepiece.__version__ == prepare.MADE_WITH
+
+
+def test_another_sample_is_said(tmp_path, monkeypatch, capsys):
+    """As another version of SentencePiece may make it."""
+    monkeypatch.setattr(prepare, "sample_documents", lambda: (["some words"] * 9, ["others"]))
+    assert prepare.main(["--out", str(tmp_path / "x")]) == 0
+    out, err = capsys.readouterr()
+    note = "tokenizer_sha256 and val_tokens_sha256 not as published"
+    assert out == "" and note in err.splitlines()[-1] and sentencepiece.__version__ in err
+
+
+@pytest.mark.parametrize("place", ["file", "/proc/x", "/sys/x"])
+def test_sample_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch, place):
+    """As in a checkout that is mounted read-only."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    assert prepare.main(["--out", place]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"prepare.py: --out {place}" in err
+    assert err.endswith("fix: --out DIR, then DATA_PATH=DIR\n")
 
 
 def test_sample_is_the_published_file():

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 
@@ -115,6 +116,94 @@ def test_bits_along_the_text_add_up(run_dir):
         total = (saved * np.diff(edges)).sum() / run.bytes
         assert len(saved) == min(points, BLOCKS) and edges[-1] == run.bytes
         assert total == pytest.approx(run.saved.sum() / run.bytes, rel=1e-12)
+
+
+PICTURES = {"png": b"\x89PNG\r\n", "pdf": b"%PDF-", "svg": b"<?xml"}
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.PNG", "x.pdf", "x.svg", "a.b.Svg"])
+def test_the_suffix_decides(run_dir, tmp_path, name):
+    """And again the same bytes."""
+    pictures = []
+    for _ in range(2):
+        assert draw(run_dir, "--out", tmp_path / name) == 0
+        pictures.append((tmp_path / name).read_bytes())
+    assert pictures[0] == pictures[1]
+    assert pictures[0].startswith(PICTURES[name.rpartition(".")[2].lower()])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("x.jpg", "x.jpg: no picture's name; fix: .png, .pdf, .svg"),
+        ("x", "x: no picture's name"),
+        (".png", ".png: no picture's name"),
+        ("", "no picture's name"),
+        ("none/x.png", "there is no folder none; fix: mkdir -p none"),
+        ("given/config.env/x.png", "there is no folder given/config.env"),
+        ("folder.png", "folder.png: is there and no file"),
+        ("fifo.png", "fifo.png: is there and no file"),
+    ],
+)
+def test_out_that_cannot_be(run_dir, tmp_path, name, told, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "fifo.png")
+    before = sorted(tmp_path.rglob("*"))
+    assert draw(run_dir, "--out", name) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: --out ") and told in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_out_that_is_a_link_is_replaced_not_followed(run_dir, tmp_path):
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "x.png").symlink_to("mine")
+    assert draw(run_dir, "--out", tmp_path / "x.png") == 0
+    png_size(tmp_path / "x.png")
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_signal_is_one_line_and_keeps_the_old_picture(run_dir, number, late, monkeypatch):
+    """While it loads torch; and while it draws."""
+    (run_dir / "report.png").write_bytes(b"old")
+    if late:
+        (run_dir.parent / "late.py").write_text(DRAWS_FOR_EVER)
+        monkeypatch.setenv("PYTHONPATH", str(ROOT / "records/tools"))
+        command = [sys.executable, "late.py", run_dir]
+    else:
+        command = [sys.executable, "-v", ROOT / "records/tools/plot.py", run_dir]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, cwd=run_dir.parent, **pipes)
+    next(line for line in running.stderr if "drawing" in line or "import 'torch" in line)
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (128 + number, "") and "Traceback" not in err
+    last = "interrupted; no picture is written" if late else "interrupted"
+    assert err.splitlines()[-1] == last
+    assert (run_dir / "report.png").read_bytes() == b"old" and not [*run_dir.glob(".*")]
+
+
+DRAWS_FOR_EVER = """
+import sys, time, plot, endings
+def draw(runs):
+    print("drawing", file=sys.stderr, flush=True)
+    time.sleep(60)
+plot.draw = draw
+sys.exit(endings.run(plot.main, "no picture is written"))
+"""
+
+
+def test_nobody_reads_what_it_says(run_dir):
+    command = [sys.executable, ROOT / "records/tools/plot.py", run_dir]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, **pipes)
+    running.stdout.close()
+    running.stdout = None
+    assert running.communicate(timeout=60)[1] == "" and running.returncode == 0
+    png_size(run_dir / "report.png")
 
 
 def test_nothing_to_draw(tmp_path, capsys):
