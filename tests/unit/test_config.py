@@ -680,3 +680,40 @@ def test_a_reader_may_stop_early(tmp_path):
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(60) == 0
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+
+def test_upstreams_tokenizer_belongs_to_its_data_alone(tmp_path, monkeypatch):
+    """Elsewhere a tokenizer that is missing is looked for where it should be."""
+    upstream = tmp_path / "tokenizers/fineweb_1024_bpe.model"
+    fineweb = tmp_path / "datasets" / train_gpt.FINEWEB_DATA.name
+    monkeypatch.setattr(train_gpt, "FINEWEB_TOKENIZER", upstream)
+    monkeypatch.setattr(train_gpt, "FINEWEB_DATA", fineweb)
+    fineweb.mkdir(parents=True)
+    (fineweb / "fineweb_val_000000.bin").touch()
+
+    def tokenizer(folder="", **given):
+        given |= dict(DATA_PATH=str(folder)) if folder else {}
+        return train_gpt.default_paths(given, "own")["TOKENIZER_PATH"]
+
+    assert tokenizer() == tokenizer(fineweb) == tokenizer(f"{fineweb}/") == upstream
+    monkeypatch.chdir(fineweb)
+    assert tokenizer(".") == upstream
+    assert tokenizer(tmp_path / "mine") == tmp_path / "mine/tokenizer.model"
+    (fineweb / "tokenizer.model").touch()
+    assert tokenizer() == fineweb / "tokenizer.model"
+    assert "TOKENIZER_PATH" not in train_gpt.default_paths(dict(TOKENIZER_PATH="x"), "own")
+
+
+def test_a_sample_that_cannot_be_prepared_here(tmp_path, monkeypatch, capfd):
+    """As in a checkout that is mounted read-only: what failed, and what to do instead."""
+    place = tmp_path / "file" / "sample_en"
+    place.parent.touch()
+    monkeypatch.setattr(train_gpt, "SAMPLE_DATA", place)
+    with pytest.raises(train_gpt.UserError, match="prepare.py --out DIR, then DATA_PATH=DIR"):
+        train_gpt.prepare_sample(str(place))
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and str(place) in err
