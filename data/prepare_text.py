@@ -77,7 +77,7 @@ TRAINER_LINE_CHARS = 1_000  # at most 4,000 bytes; the trainer drops lines over 
 ENCODER_CHARS = 1_000_000
 DATASET_FILE = "dataset.json"  # train_gpt.py reads it
 TEXT_MEMORY = 6  # bytes that a byte of text takes at most: as read, decoded, cut into documents
-USUAL_RATIO, ALWAYS_UNPACKED = 200, 1 << 30  # a bomb unpacks to more than both
+USUAL_RATIO, ALWAYS_UNPACKED = 200, 1 << 28  # a bomb unpacks to more than both
 MODEL_BYTES = 1 << 28  # of a tokenizer at most
 READ_BYTES, ZSTD_BYTES = 1 << 20, 1 << 10  # at a time; a kilobyte of zstd can hold 32 megabytes
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
@@ -207,16 +207,17 @@ def unpacker(packed: bytes, path: Path) -> Callable[[bytes], Iterator[bytes]] | 
     return None
 
 
-def gather(parts: Iterable[bytes], room: int, path: Path) -> bytearray:
-    """The parts put together; DataError before they are more than `room` bytes."""
+NO_ROOM = "what the memory free here has room for; give less, or use a machine with more"
+NO_TEXT = f"{USUAL_RATIO} times its size, as no text does; if it is one, unpack it yourself"
+
+
+def gather(parts: Iterable[bytes], most: int, path: Path, why: str = NO_ROOM) -> bytearray:
+    """The parts put together; DataError, because of `why`, before they are more than `most`
+    bytes."""
     data = bytearray()
     for part in parts:
-        if len(data) + len(part) > room:
-            raise DataError(
-                f"{path}: more than {room:,} bytes of text, with what was read before; that is more"
-                " than the memory free here allows, or no packed text unpacks to so much: give"
-                " less, or unpack it yourself"
-            )
+        if len(data) + len(part) > most:
+            raise DataError(f"{path}: more than {most:,} bytes, {why}")
         data += part
     return data
 
@@ -228,14 +229,12 @@ def read_file(path: Path, room: int) -> bytes | bytearray:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             if stat.S_ISREG(status.st_mode) and status.st_size > room:
-                raise DataError(
-                    f"{path}: {status.st_size:,} bytes, room for {room:,} in the memory free here;"
-                    " give less, or use a machine with more"
-                )
+                raise DataError(f"{path}: {status.st_size:,} bytes, over {room:,}, {NO_ROOM}")
             data = gather(parts_of(file), room, path)
         if unpack := unpacker(data, path):
-            most = min(room, max(ALWAYS_UNPACKED, USUAL_RATIO * len(data)))
-            data = gather(unpack(data), most, path)
+            usual = max(ALWAYS_UNPACKED, USUAL_RATIO * len(data))
+            why = NO_TEXT if usual < room else NO_ROOM
+            data = gather(unpack(data), min(room, usual), path, why)
     except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path}: cannot be read ({error}); is it whole and readable?") from None
     return data
