@@ -85,6 +85,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1283,6 +1284,7 @@ def check_inputs(cfg: Config) -> None:
     for split in ("val",) if cfg.eval_only else ("val", "train"):
         find_shards(cfg.data_path, split)
     token_bytes(cfg.tokenizer_path, cfg.vocab_size)
+    read_dataset(cfg)
 
 
 def clear_run(folder: Path) -> None:
@@ -1325,6 +1327,21 @@ SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024  # 256 int32: magic, version, number of tokens, then zeros
 BOS = 1  # begins a document
+MOST_PIECES = 65_536  # tokens are uint16
+SPACE = "▁".encode()  # how SentencePiece writes a space, U+2581
+DATASET_FACTS = {"tokenizer_sha256": str, "val_tokens_sha256": str, "lossy": bool}
+PIECE_TOKENS = 1 << 16  # decoded at once
+FIRST_CHECKED = 1 << 24  # tokens whose bytes are checked before training, in seconds
+FIRST_DOCUMENTS = 200_000  # and in how many documents
+MOST_COMPARED = 100  # documents that a tokenizer altered are encoded again
+BYTE_SPACE = ("<0xE2>", "<0x96>", "<0x81>")  # U+2581 in byte tokens
+LOSSY_SAMPLES = (  # of what many tokenizers alter; a: a word that they know
+    *(" a", "a ", "a  a", "a\ta", "a\r\na", "a\u3000a", "a\u200ba"),
+    *("aﬁ", "½", "㍿", "e\u0301"),
+)
+SCAN_TOKENS = 1 << 22
+SCAN_DOCUMENTS = 1 << 16
+OVERLAP_SECONDS = 5.0  # that the first step waits at most
 
 
 def read_shard(path: Path, vocab_size: int) -> np.ndarray:
@@ -1344,21 +1361,35 @@ def read_shard(path: Path, vocab_size: int) -> np.ndarray:
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
-    """The shards of a split, "train" or "val", in order; UserError for none."""
-    shards = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+    """The shards of a split, "train" or "val", by dataset and number; UserError for none."""
+    shards = sorted(Path(folder).glob(f"*_{split}_*.bin"), key=numeric_order)
     if not shards:
         raise UserError(f"DATA_PATH={folder!r}: no *_{split}_*.bin; fix: see data/prepare_text.py")
     return shards
+
+
+def numeric_order(path: Path) -> tuple[list[str | int], str]:
+    """A sort key: x_val_2 before x_val_10, and of x_val_1 and x_val_01 always the same first."""
+    parts = re.split("([0-9]+)", path.name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
 class TokenLoader:
     """Training tokens, around and around. Every rank reads a step's TRAIN_BATCH_TOKENS + 1 and
     takes its rows; the last token is the next step's first."""
 
-    def __init__(self, shards: list[Path], vocab_size: int):
+    def __init__(
+        self,
+        shards: list[Path],
+        vocab_size: int,
+        begins: Callable[[int], Any] = lambda shard: None,
+    ):
+        """begins: is told the number of each shard when its first token is near."""
         self.shards = shards
         self.vocab_size = vocab_size
-        self.shard: int | None = None
+        self.begins = begins
+        self.total = sum(map(shard_tokens, shards))
+        self.opened: dict[int, np.ndarray] = {}
         self.restore((0, 0))
 
     def state(self) -> tuple[int, int]:
@@ -1366,26 +1397,45 @@ class TokenLoader:
         return self.shard, self.offset
 
     def restore(self, state: tuple[int, int]) -> None:
-        shard, self.offset = state
-        if shard != self.shard:
-            self.shard = shard
-            self.tokens = read_shard(self.shards[shard], self.vocab_size)
+        self.shard, self.offset = state
+        if self.shard not in self.opened:  # each is looked through once
+            tokens = read_shard(self.shards[self.shard], self.vocab_size)
+            self.opened[self.shard] = np.asarray(tokens)  # no memmap: slices of it are slow
+            self.begins(self.shard)
+        self.tokens = self.opened[self.shard]
+
+    def read(self, count: int) -> np.ndarray:
+        """The next tokens, uint16 (count,)."""
+        parts = []
+        while count > 0:
+            if self.offset == len(self.tokens):
+                self.restore(((self.shard + 1) % len(self.shards), 0))
+            part = self.tokens[self.offset :][:count]
+            parts.append(part)
+            self.offset += len(part)
+            count -= len(part)
+        return np.concatenate(parts) if parts else self.tokens[:0]
 
     def rows(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
-        size = cfg.train_batch_tokens
-        batch = self.tokens[:0]
-        while len(batch) <= size:
-            if self.offset == len(self.tokens):
-                self.restore(((self.shard + 1) % len(self.shards), 0))
-            part = self.tokens[self.offset :][: size + 1 - len(batch)]
-            batch = np.append(batch, part)
-            self.offset += len(part)
+        size = cfg.train_batch_tokens + 1
+        batch = self.read(min(size, self.total))
+        if size > self.total:  # a lap ends where it began: the others are the same
+            self.read(size % self.total)
+            batch = np.resize(batch, size)
         self.offset -= 1
         batch = torch.from_numpy(batch.astype(np.int64))
         inputs = batch[:-1].view(-1, cfg.train_seq_len)
         targets = batch[1:].view(-1, cfg.train_seq_len)
         return inputs.chunk(rt.world_size)[rt.rank], targets.chunk(rt.world_size)[rt.rank]
+
+
+def shard_tokens(path: Path) -> int:
+    """By its size."""
+    return max(0, path.stat().st_size - SHARD_HEADER_BYTES) // 2
+
+
+# Bytes of tokens.
 
 
 class TokenBytes(NamedTuple):
@@ -1401,46 +1451,408 @@ class TokenBytes(NamedTuple):
         return self.base_bytes[targets] + space
 
 
+def load_tokenizer(path: str | Path, vocab_size: int) -> Any:
+    """The SentencePiece model in a file, of this size (0: any); UserError."""
+    sentencepiece = package("sentencepiece")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        pieces = tokenizer.vocab_size()
+        tokenizer.id_to_piece([*range(pieces)])  # all of them text
+    except (RuntimeError, OSError, UnicodeError) as error:
+        raise UserError(f"TOKENIZER_PATH={path!r}: must be SentencePiece's") from error
+    bos = tokenizer.bos_id()
+    if bos != BOS or pieces > MOST_PIECES:
+        found = f"BOS id {bos}, {pieces} pieces; must be BOS id {BOS}, at most {MOST_PIECES} pieces"
+        raise UserError(f"TOKENIZER_PATH={path!r}: {found}; fix: see data/prepare_text.py")
+    if vocab_size not in (0, pieces):
+        raise UserError(f"VOCAB_SIZE={vocab_size}: must be that of {path}, {pieces}")
+    return tokenizer
+
+
 def token_bytes(tokenizer_path: str, vocab_size: int) -> TokenBytes:
     """Byte accounting of a SentencePiece model of this size (0: any); UserError.
 
     Every U+2581 is one byte, a space; control and unknown ids are none, and after them a leading
     space is free where the tokenizer strips or invents one (upstream's rule on its own models).
     """
-    sentencepiece = package("sentencepiece")
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
-        ids = [*range(tokenizer.vocab_size())]
-        tokenizer.id_to_piece(ids)  # all of them text
-    except (RuntimeError, OSError, UnicodeError) as error:
-        raise UserError(f"TOKENIZER_PATH={tokenizer_path!r}: must be SentencePiece's") from error
-    if vocab_size not in (0, len(ids)):
-        raise UserError(f"VOCAB_SIZE={vocab_size}: must be that of {tokenizer_path}, {len(ids)}")
+    tokenizer = load_tokenizer(tokenizer_path, vocab_size)
+    ids = [*range(tokenizer.vocab_size())]
     kinds = [tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)]
     silent = np.any(kinds, axis=0)
     pieces = ["" if silent[i] else tokenizer.id_to_piece(i) for i in ids]
     leading = np.array([piece.startswith("▁") for piece in pieces])
     sizes = [len(piece.replace("▁", " ").encode()) for piece in pieces]
     base = np.where(tokenizer.is_byte(ids), 1, sizes - leading)
-    invents_space = "".join(tokenizer.encode("a", out_type=str))[:1] == "▁"
-    keeps_space = "".join(tokenizer.encode(" a", out_type=str))[:1] == "▁"
+    invents_space = pieces_of(tokenizer, "a")[:1] == "▁"
+    keeps_space = pieces_of(tokenizer, " a")[:1] == "▁"
     return TokenBytes(base, leading, silent & (invents_space or not keeps_space))
 
 
+def pieces_of(tokenizer: Any, text: str) -> str:
+    """The pieces that it is encoded to, spaces as ▁ also where byte tokens spell them."""
+    spelt = "".join(f"<0x{byte:02X}>" for byte in SPACE)
+    return "".join(tokenizer.encode(text, out_type=str)).replace(spelt, "▁")
+
+
+class Decoder:
+    """What tokens spell, by SentencePiece's own decoder but for two things.
+
+    Byte tokens that are no UTF-8, as where a text is cut in a character, spell themselves: it makes
+    three bytes of each, U+FFFD. And a tokenizer that has no piece for a space spells it in the byte
+    tokens of U+2581 and does not turn them back: here they are a space, unless the text has spaces
+    of its own (byte 0x20), in tokens that SentencePiece did not make.
+    """
+
+    def __init__(self, tokenizer: Any, tables: TokenBytes, stream: np.ndarray):
+        """stream: tokens of the text."""
+        ids = [*range(tokenizer.vocab_size())]
+        names = tokenizer.id_to_piece(ids)
+        self.tokenizer = tokenizer
+        self.strips = bool(tables.swallows_space.any())
+        self.control = np.array(tokenizer.is_control(ids))
+        self.byte = np.full(len(ids), -1)  # its value, of a byte token
+        spelling = np.flatnonzero(tokenizer.is_byte(ids)).tolist()
+        self.byte[spelling] = [int(names[i][1:-1], 16) for i in spelling]
+        others = np.flatnonzero((self.byte < 0) & ~self.control).tolist()
+        visible = (i for i in others if not tokenizer.is_unknown(i) and tokenizer.decode([i]))
+        self.anchor = [*itertools.islice(visible, 1)]  # something to follow
+        in_bytes = "<0xE2>" in "".join(tokenizer.encode("a \ue000  b", out_type=str))
+        own_spaces = (self.byte[stream] == ord(" ")).any()
+        marks = [names.index(name) for name in BYTE_SPACE] if in_bytes and not own_spaces else []
+        self.space = np.array(marks, int)  # the tokens that spell a space, (3,) or (0,)
+
+    def spaces(self, tokens: np.ndarray) -> np.ndarray:
+        """Where in tokens (N,) byte tokens that spell a space begin."""
+        if not len(self.space) or len(tokens) < 3:
+            return np.zeros(0, int)
+        triples = np.lib.stride_tricks.sliding_window_view(tokens, 3)
+        return np.flatnonzero((triples == self.space).all(1))
+
+    def spell(self, tokens: np.ndarray) -> bytes:
+        """UTF-8 of a document's tokens, without its BOS. Control tokens part it, as they begin a
+        text where a leading space is free."""
+        cuts = np.flatnonzero(self.control[tokens]).tolist()
+        edges = itertools.pairwise([-1, *cuts, len(tokens)])
+        return b"".join(self.spell_part(tokens[begin + 1 : end]) for begin, end in edges)
+
+    def spell_part(self, tokens: np.ndarray) -> bytes:
+        places = [0]
+        for place in range(PIECE_TOKENS, len(tokens), PIECE_TOKENS):  # but in no character
+            inside = (self.byte[tokens[place - 3 : place + 1]] & 0xC0) == 0x80
+            places.append(place - int(np.argmin(inside[::-1])))
+        parts = []
+        for begin, end in itertools.pairwise([*places, len(tokens)]):
+            parts.append(self.decode(tokens[begin:end].tolist(), begin > 0))
+        text = b"".join(parts)
+        if len(self.space):
+            text = text.replace(SPACE, b" ")
+            return text[1:] if self.strips and 0 in self.spaces(tokens[:3]) else text
+        return text
+
+    def decode(self, ids: list[int], follows: bool) -> bytes:
+        """follows: there is text before, so a leading space stays."""
+        text = self.tokenizer.decode(self.anchor * follows + ids)
+        text = text[len(self.tokenizer.decode(self.anchor * follows)) :]
+        if "\ufffd" not in text:
+            return text.encode()
+        parts: list[bytes] = []
+        for is_byte, run in itertools.groupby(ids, lambda i: self.byte[i] >= 0):
+            if is_byte:
+                parts.append(bytes(self.byte[[*run]].tolist()))
+            elif len(same := [*run]) < len(ids):
+                parts.append(self.decode(same, follows or any(parts)))
+            else:
+                return text.encode()  # it has a piece for U+FFFD
+        return b"".join(parts)
+
+    def again(self, text: str) -> bytes:
+        """What the text becomes, with any U+2581 a space."""
+        ids = np.array(self.tokenizer.encode(text), int)
+        return self.spell(ids).replace(SPACE, b" ")
+
+    def alters(self) -> bool:
+        """Does it make another text of what many texts have? Unknown tokens are no change."""
+        word = self.tokenizer.decode(self.anchor).strip() or "a"
+        for sample in LOSSY_SAMPLES:
+            text = sample.replace("a", word)
+            unknown = self.tokenizer.unk_id() in self.tokenizer.encode(text)
+            if not unknown and self.again(text) != text.encode():
+                return True
+        return False
+
+
+# The validation text.
+
+
+def read_dataset(cfg: Config) -> dict[str, Any]:
+    """What dataset.json says of the shards beside it, {} where there is none. UserError where it is
+    damaged, or where they were made with another tokenizer."""
+    path = Path(cfg.data_path, "dataset.json")
+    if not path.exists():
+        return {}
+    try:
+        if not path.is_file() or path.stat().st_size > 1 << 20:
+            raise ValueError("no file of at most 1 MiB")
+        facts = json.loads(path.read_bytes())
+        if not isinstance(facts, dict):
+            raise ValueError("no JSON object")
+        for name, kind in DATASET_FACTS.items():
+            if not isinstance(facts.get(name, kind()), kind):
+                raise ValueError(f"{name} is {str(facts[name])[:80]!r}")
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: {reason}; fix: prepare or download the data again") from error
+    ours = sha256(Path(cfg.tokenizer_path).read_bytes())
+    theirs = facts.get("tokenizer_sha256", ours)
+    if theirs != ours:
+        reason = f"its sha256 {ours[:12]} is not {theirs[:12]}, that of the shards' by {path}"
+        fix = f"TOKENIZER_PATH={path.with_name('tokenizer.model')}"
+        raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path!r}: {reason}; fix: {fix}")
+    return facts
+
+
+def read_texts(paths: Iterable[Path]) -> Iterator[bytes]:
+    """UTF-8 of the "text" of each line of *_val.jsonl files; UserError."""
+    for path in paths:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = json.loads(line)["text"].encode() if line.strip() else None
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    reason = f'line {number} is no JSON object with a string "text"'
+                    raise UserError(f"{path}: {reason}; fix: prepare the data again") from error
+                if text is not None:
+                    yield text
+
+
 class ValidationText:
-    """The validation stream from a BOS on, its targets and their bytes."""
+    """The validation stream from a BOS on, its targets, their bytes, and the text where known."""
 
     def __init__(self, cfg: Config):
         """UserError for shards without text or of another tokenizer."""
-        shards = [read_shard(path, cfg.vocab_size) for path in find_shards(cfg.data_path, "val")]
+        paths = find_shards(cfg.data_path, "val")
+        shards = [read_shard(path, cfg.vocab_size) for path in paths]
         implied = int(shards[0][0] != BOS)  # 1: the first token is a target, too
+        self.cfg = cfg
         self.stream = np.concatenate([np.full(implied, BOS, np.uint16), *shards])
         self.targets = self.stream[1:]  # (N,)
-        tables = token_bytes(cfg.tokenizer_path, cfg.vocab_size)
-        self.bytes = tables.count(self.targets, self.stream[:-1])
         self.positions = np.arange(len(self.targets)) + 1 - implied  # in the shards
-        if not self.bytes.sum():
+        self.edges = [*np.flatnonzero(self.stream == BOS).tolist(), len(self.stream)]
+        self.facts = read_dataset(cfg)
+        tokenizer = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+        self.unknown = tokenizer.unk_id()
+        self.refuse_foreign(self.stream[implied:])
+        tables = token_bytes(cfg.tokenizer_path, cfg.vocab_size)
+        self.decoder = Decoder(tokenizer, tables, self.stream)
+        self.bytes = tables.count(self.targets, self.stream[:-1])
+        spaces = self.decoder.spaces(self.targets)
+        self.bytes[spaces[:, None] + np.arange(3)] = 0
+        self.bytes[spaces] = ~tables.swallows_space[self.stream[spaces]]
+        self.spelt_bytes = int(self.bytes.sum())
+        names = dict.fromkeys(path.name.rpartition("_val_")[0] for path in paths)
+        sources = [Path(cfg.data_path, f"{name}_val.jsonl") for name in names]
+        self.sources = sources if all(path.is_file() for path in sources) else []
+        self.text_bytes = self.measure_text() if self.sources else self.spelt_bytes
+        if not self.spelt_bytes or not self.text_bytes:
             raise UserError(f"DATA_PATH={cfg.data_path!r}: no text to validate on; fix: more text")
+        self.changed = 0  # documents that are not the text as it was, as far as checked
+        self.checked = self.check()
+
+    @property
+    def lossy(self) -> bool:
+        """Did the tokenizer alter the text, or, where that cannot be known, does it alter texts?"""
+        if self.sources:
+            return self.changed > 0 or self.text_bytes != self.spelt_bytes
+        return self.facts["lossy"] if "lossy" in self.facts else self.decoder.alters()
+
+    def refuse_foreign(self, tokens: np.ndarray) -> None:
+        """UserError for tokens that cannot be decoded, or that dataset.json does not know."""
+        where = f"DATA_PATH={self.cfg.data_path!r}"
+        if count := int((tokens == self.unknown).sum()):
+            found = f"{count:,} of {len(tokens):,} validation tokens are unknown to the tokenizer"
+            fix = "one with byte fallback, or trained on such text"
+            raise UserError(f"{where}: {found} and cannot be decoded; fix: {fix}")
+        known = self.facts.get("val_tokens_sha256")
+        if known is not None and known != sha256(tokens.astype("<u2")):
+            fix = "prepare or download it again"
+            raise UserError(f"{where}: its val shards are not dataset.json's; fix: {fix}")
+
+    def measure_text(self) -> int:
+        """UTF-8 bytes of the text beside the shards; UserError where it cannot be theirs."""
+        sizes = [len(text) for text in read_texts(self.sources)]
+        documents = len(self.edges) - 1
+        if len(sizes) != documents:
+            found = f"{len(sizes):,} documents, the validation shards have {documents:,}"
+            fix = "prepare the data again, or move it away"
+            raise UserError(f"{self.sources[0]}: {found}; fix: {fix}")
+        return sum(sizes)
+
+    def check(self, rest: bool = False) -> dict[str, int]:
+        """Compare the bytes of each document with what it spells, and this with the text where that
+        is known: of all documents, or of every n-th where all would take more than seconds; `rest`:
+        of the others. -> what was compared; UserError where they differ."""
+        every = max(len(self.targets) // FIRST_CHECKED, len(self.edges) // FIRST_DOCUMENTS) + 1
+        texts = read_texts(self.sources) if self.sources else itertools.repeat(None)
+        found = dict(tokens=0, bytes=0, documents=0)
+        for number, text in zip(range(len(self.edges) - 1), texts, strict=False):
+            if rest == (number % every == 0):
+                continue
+            begin = self.edges[number]
+            end = self.edges[number + 1]
+            spelt = self.decoder.spell(self.stream[begin + 1 : end])
+            counted = int(self.bytes[begin : end - 1].sum())
+            if len(spelt) != counted:
+                reason = f"its byte table counts {counted:,} bytes in validation document {number}"
+                spells = f"which spells {len(spelt):,}; fix: another tokenizer, and its shards"
+                raise UserError(f"TOKENIZER_PATH={self.cfg.tokenizer_path!r}: {reason}, {spells}")
+            if text is not None and text != spelt:
+                self.require_ours(number, text, spelt)
+            found["tokens"] += end - max(begin, 1)
+            found["bytes"] += counted
+            found["documents"] += 1
+        return found
+
+    def require_ours(self, number: int, text: bytes, spelt: bytes) -> None:
+        """A document that the tokenizer altered is what it makes of the text, white space aside, or
+        these are not its tokens (UserError)."""
+        if self.changed < MOST_COMPARED:
+            ours = self.decoder.again(text.decode())
+            if b"".join(ours.split()) != b"".join(spelt.replace(SPACE, b" ").split()):
+                reason = f"validation document {number} spells {len(spelt):,} bytes, none of the"
+                known = f"{len(text):,} of {' and '.join(map(str, self.sources))}"
+                fix = "the tokenizer and text that these shards were made with"
+                path = self.cfg.tokenizer_path
+                raise UserError(f"TOKENIZER_PATH={path!r}: {reason} {known}; fix: {fix}")
+        self.changed += 1
+
+
+# Documents that training and validation share.
+
+
+class Overlap:
+    """How many validation documents stand in the training shards, too. Exact fingerprints, blake2b
+    of a document's tokens, are made on rank 0 in a thread beside the training; a document belongs
+    to the shard that it begins in. Length, first and last token tell which ones need one at all."""
+
+    def __init__(self, text: ValidationText, shards: list[Path], rt: Runtime):
+        self.shards = shards
+        self.cfg = text.cfg
+        self.rt = rt
+        self.unknown_token = text.unknown
+        begins = np.array(text.edges[:-1]) + 1
+        ends = np.array(text.edges[1:])
+        keys = document_keys(text.stream, begins, ends).tolist()
+        documents = zip(begins.tolist(), ends.tolist(), keys, strict=True)
+        # Fingerprint -> key, of the documents not found so far.
+        self.missing = {fingerprint_of(text.stream[b:e]): key for b, e, key in documents if e > b}
+        self.keys = np.unique([*self.missing.values()])
+        self.longest = int((ends - begins).max())
+        self.distinct = len(self.missing)
+        self.documents = 0  # of training, that are not empty
+        self.unknown = 0  # tokens of training
+        self.counts: list[dict[str, int]] = []  # after each shard
+        self.failure = ""
+        self.goal = -1
+        self.logged = -1
+        self.news = threading.Condition()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+
+    def ask(self, shard: int) -> None:
+        """Have the shards up to this one looked through."""
+        with self.news:
+            self.goal = max(self.goal, shard)
+            self.news.notify_all()
+        if self.rt.rank == 0 and not self.thread.ident:
+            self.thread.start()
+
+    def work(self) -> None:
+        """The thread."""
+        try:
+            for number in range(len(self.shards)):
+                with self.news:
+                    self.news.wait_for(lambda number=number: self.goal >= number)
+                self.scan(number)
+                with self.news:
+                    shared = self.distinct - len(self.missing)
+                    counts = dict(documents=shared, train_documents=self.documents)
+                    self.counts.append(counts | dict(unknown=self.unknown))
+                    self.news.notify_all()
+        except (UserError, OSError, MemoryError) as error:
+            self.failure = " ".join(str(error).split()) or "no memory"
+        finally:
+            with self.news:
+                self.failure = self.failure or "its thread ended"
+                self.news.notify_all()
+
+    def scan(self, number: int) -> None:
+        """Strike out the validation documents that begin in this shard."""
+        tokens = np.asarray(read_shard(self.shards[number], self.cfg.vocab_size))
+        places = [np.zeros(0, int)] if number or tokens[0] == BOS else [np.array([-1])]
+        for begin in range(0, len(tokens), SCAN_TOKENS):
+            block = tokens[begin : begin + SCAN_TOKENS]
+            places.append(np.flatnonzero(block == BOS) + begin)
+            self.unknown += int((block == self.unknown_token).sum())
+        begins = np.concatenate(places) + 1
+        for begin in range(0, len(begins) - 1, SCAN_DOCUMENTS):
+            several = begins[begin : begin + SCAN_DOCUMENTS + 1]
+            self.strike_out(tokens, several[:-1], several[1:] - 1)
+        if len(begins):  # the last one may reach over the end
+            last = tokens[begins[-1] :][: self.longest + 1]
+            parts = [last, *self.heads(number + 1, self.longest + 1 - len(last))]
+            last = np.concatenate(parts)
+            self.strike_out(last, np.array([0]), np.array([len(last)]))
+
+    def heads(self, number: int, room: int) -> Iterator[np.ndarray]:
+        """The tokens of shards from this one on up to the first BOS, at most so many."""
+        for path in self.shards[number:]:
+            if room > 0:
+                tokens = np.asarray(read_shard(path, self.cfg.vocab_size))[:room]
+                ends = np.flatnonzero(tokens == BOS)
+                room = 0 if len(ends) else room - len(tokens)
+                yield tokens[: ends[0]] if len(ends) else tokens
+
+    def strike_out(self, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
+        """The documents tokens[begin:end] are of training; empty ones do not count."""
+        full = np.flatnonzero(ends > begins)
+        self.documents += len(full)
+        keys = document_keys(tokens, begins[full], ends[full])
+        for i in full[np.isin(keys, self.keys)].tolist():
+            self.missing.pop(fingerprint_of(tokens[begins[i] : ends[i]]), None)
+        self.keys = np.unique([*self.missing.values()])
+
+    def log(self, steps: int, seconds: float | None = None) -> None:
+        """A line on the shards that so many steps read, unless it stands in the log; none where it
+        would take more than so many seconds to wait for."""
+        read = steps * self.cfg.train_batch_tokens + 1
+        ends = np.cumsum([shard_tokens(path) for path in self.shards])
+        shard = min(int(np.searchsorted(ends, read)), len(ends) - 1)
+        self.ask(shard)
+        if self.rt.rank or shard == self.logged:
+            return
+        with self.news:
+            self.news.wait_for(lambda: len(self.counts) > shard or self.failure, seconds)
+        if len(self.counts) > shard:
+            counts = dict(self.counts[shard])
+            unknown = counts.pop("unknown")
+            self.rt.log("overlap", **counts, shards=f"{shard + 1}/{len(ends)}")
+            if unknown:
+                self.rt.log("note", f"{unknown} training tokens are unknown to the tokenizer")
+        elif self.failure:
+            self.rt.log("overlap", documents="unknown")
+            self.rt.log("note", f"training documents were not compared: {self.failure}")
+        else:
+            return
+        self.logged = shard
+
+
+def document_keys(tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Length, first and last token of each tokens[begin:end], int64; equal for equal ones."""
+    first = tokens[np.minimum(begins, len(tokens) - 1)].astype(np.int64)
+    return (ends - begins) << 32 | first << 16 | tokens[ends - 1]
+
+
+def fingerprint_of(tokens: np.ndarray) -> bytes:
+    return hashlib.blake2b(tokens.astype("<u2"), digest_size=16).digest()
 
 
 # -----------------------------------------------------------------------------
@@ -4002,7 +4414,25 @@ class Report:
         self.rt = rt
         self.cfg = cfg
         self.text = ValidationText(cfg)
-        rt.log("val_text", tokens=len(self.text.targets), bytes=int(self.text.bytes.sum()))
+        text = self.text
+        spelt = dict(lossy=1, spelt_bytes=text.spelt_bytes) if text.lossy else {}
+        rt.log("val_text", tokens=len(text.targets), bytes=text.text_bytes, **spelt)
+        self.log_check(text.checked)
+        if text.lossy:
+            known = "those of the text" if text.sources else "those that the tokens spell"
+            rt.log("note", f"LOSSY: the tokenizer alters text; the bytes under val_bpb are {known}")
+
+    def log_check(self, checked: Mapping[str, int]) -> None:
+        """How much of the text spells as many bytes as are counted, and was its text if known."""
+        text = self.text
+        known = " ".join(path.name for path in text.sources) or "unknown"
+        more = dict(changed=text.changed) if text.changed else {}
+        self.rt.log("bytes_check", **checked, of=len(text.targets), text=known, **more)
+
+    def check_rest(self) -> None:
+        """Of a long text, before anything is claimed: what Report's start left out (UserError)."""
+        if self.rt.rank == 0 and self.text.checked["tokens"] < len(self.text.targets):
+            self.log_check(self.text.check(rest=True))
 
     def score(self, stage: str, log_prob: np.ndarray, **more: Any) -> None:
         """A final line; log_prob (N,), nats."""
@@ -4010,7 +4440,7 @@ class Report:
 
     def losses(self, log_prob: np.ndarray) -> dict[str, float]:
         """Mean loss in nats a token, and bits per byte."""
-        bpb = bits_per_byte(log_prob, self.text.bytes)
+        bpb = bits_per_byte(log_prob, np.array(self.text.text_bytes))
         return dict(val_loss=float(-log_prob.mean()), val_bpb=bpb)
 
     def finish(self, model: GPT, scores: Scores, final: np.ndarray, coding: CodingOrder) -> None:
@@ -4175,6 +4605,7 @@ def submission(run: RunLog, folder: Path, code: Path | None = None) -> dict[str,
     record = logged.get("RECORD", "").rpartition("(")[0]
     run_id = logged.get("RUN_ID", "").rpartition("(")[0]
     score = score_entries(run)
+    overlap = run.last("overlap").get("documents")
     # The log is closed by the last stage, and a second call must give the same date.
     finished = datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, UTC)
     files = dict(code=code or folder / "train_gpt.py", artifact=folder / "artifact.bin")
@@ -4189,6 +4620,8 @@ def submission(run: RunLog, folder: Path, code: Path | None = None) -> dict[str,
         **score,
         "tokens": run.last("val_text").get("tokens"),
         "bytes": run.last("val_text").get("bytes"),
+        **lossy_entries(run),
+        "overlap_documents": overlap if isinstance(overlap, int) else None,
         "sha256": {
             what: sha256(read_regular(path, MOST_ARTIFACT_BYTES)) for what, path in files.items()
         },
@@ -4220,6 +4653,13 @@ def score_entries(run: RunLog) -> dict[str, Any]:
         "wallclock_seconds": budget["train_seconds"],
         "eval_time_seconds": budget["eval_seconds"],
     }
+
+
+def lossy_entries(run: RunLog) -> dict[str, Any]:
+    """Where the tokenizer altered the text: that it did, and the bytes that its tokens spell."""
+    text = run.last("val_text")
+    lossy = text.get("lossy") or run.last("bytes_check").get("changed")
+    return dict(lossy=True, spelt_bytes=text.get("spelt_bytes", text.get("bytes"))) if lossy else {}
 
 
 def other_entries(run: RunLog) -> dict[str, Any]:
@@ -4276,7 +4716,9 @@ def train_model(report: Report) -> dict[str, Tensor]:
     stream = report.text.stream
     model = GPT(cfg).initialise().to(rt.device)
     rt.log("model_params", count_parameters(cfg))
-    loader = TokenLoader(find_shards(cfg.data_path, "train"), cfg.vocab_size)
+    shards = find_shards(cfg.data_path, "train")
+    overlap = Overlap(report.text, shards, rt)
+    loader = TokenLoader(shards, cfg.vocab_size, overlap.ask)
     scorer = WindowScorer(model, rt, cfg)
 
     def validate() -> dict[str, float]:
@@ -4288,7 +4730,9 @@ def train_model(report: Report) -> dict[str, Tensor]:
     trainer = Trainer(model, loader, rt, cfg)
     if cfg.resume == "auto":
         resume_training(trainer)
+    overlap.log(max(1, trainer.step), OVERLAP_SECONDS)
     weights = trainer.run(validate)
+    overlap.log(max(1, trainer.step))
     if cfg.val_loss_every:  # what quantisation starts from
         model.load_state_dict(weights)
         rt.log("averaged", **validate())
@@ -4367,7 +4811,10 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
     report = Report(rt, cfg)
     if rt.rank == 0:
         keep_sources(rt, cfg)
+    if cfg.eval_only:
+        rt.log("overlap", documents="unknown")  # of what it was trained on
     weights = {} if cfg.eval_only else train_model(report)
+    report.check_rest()
     path = rt.folder / "artifact.bin"
     with rt.clock("eval"):  # quantisation is in its budget
         if rt.rank == 0:
