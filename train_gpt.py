@@ -85,10 +85,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -1730,86 +1729,65 @@ class ValidationText:
 
 
 class Overlap:
-    """How many validation documents stand in the training shards, too. Exact fingerprints, blake2b
-    of a document's tokens, are made on rank 0 in a thread beside the training; a document belongs
-    to the shard that it begins in. Length, first and last token tell which ones need one at all."""
+    """How many validation documents stand in the training shards, too: by exact fingerprints, made
+    on rank 0 in a thread beside the training. A document belongs to the shard that it begins in."""
 
     def __init__(self, text: ValidationText, shards: list[Path], rt: Runtime):
-        self.shards = shards
         self.cfg = text.cfg
         self.rt = rt
-        self.unknown_token = text.unknown
+        self.shards = shards
+        self.unknown = text.unknown
+        self.pool = ThreadPoolExecutor(1)
+        self.scans: list[Future] = []  # of each shard, in their order
         begins = np.array(text.edges[:-1]) + 1
         ends = np.array(text.edges[1:])
         keys = document_keys(text.stream, begins, ends).tolist()
         documents = zip(begins.tolist(), ends.tolist(), keys, strict=True)
         # Fingerprint -> key, of the documents not found so far.
         self.missing = {fingerprint_of(text.stream[b:e]): key for b, e, key in documents if e > b}
-        self.keys = np.unique([*self.missing.values()])
+        self.keys = np.unique([*self.missing.values()])  # only documents with one are fingerprinted
         self.longest = int((ends - begins).max())
         self.distinct = len(self.missing)
-        self.documents = 0  # of training, that are not empty
-        self.unknown = 0  # tokens of training
-        self.counts: list[dict[str, int]] = []  # after each shard
-        self.failure = ""
-        self.goal = -1
-        self.logged = -1
-        self.news = threading.Condition()
-        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.documents = 0  # of training, empty ones aside
+        self.logged = -1  # the last shard of the last line
+        self.unknown_tokens = 0
 
     def ask(self, shard: int) -> None:
         """Have the shards up to this one looked through."""
-        with self.news:
-            self.goal = max(self.goal, shard)
-            self.news.notify_all()
-        if self.rt.rank == 0 and not self.thread.ident:
-            self.thread.start()
+        while self.rt.rank == 0 and len(self.scans) <= shard:
+            self.scans.append(self.pool.submit(self.scan, len(self.scans)))
 
-    def work(self) -> None:
-        """The thread."""
-        try:
-            for number in range(len(self.shards)):
-                with self.news:
-                    self.news.wait_for(lambda number=number: self.goal >= number)
-                self.scan(number)
-                with self.news:
-                    shared = self.distinct - len(self.missing)
-                    counts = dict(documents=shared, train_documents=self.documents)
-                    self.counts.append(counts | dict(unknown=self.unknown))
-                    self.news.notify_all()
-        except (UserError, OSError, MemoryError) as error:
-            self.failure = " ".join(str(error).split()) or "no memory"
-        finally:
-            with self.news:
-                self.failure = self.failure or "its thread ended"
-                self.news.notify_all()
-
-    def scan(self, number: int) -> None:
-        """Strike out the validation documents that begin in this shard."""
+    def scan(self, number: int) -> tuple[dict[str, Any], int]:
+        """Look through the next shard. -> values of the line, unknown tokens, up to here."""
         tokens = np.asarray(read_shard(self.shards[number], self.cfg.vocab_size))
-        places = [np.zeros(0, int)] if number or tokens[0] == BOS else [np.array([-1])]
+        places = [np.array([-1] if number == 0 and tokens[0] != BOS else [], int)]
         for begin in range(0, len(tokens), SCAN_TOKENS):
             block = tokens[begin : begin + SCAN_TOKENS]
             places.append(np.flatnonzero(block == BOS) + begin)
-            self.unknown += int((block == self.unknown_token).sum())
+            self.unknown_tokens += int((block == self.unknown).sum())
         begins = np.concatenate(places) + 1
-        for begin in range(0, len(begins) - 1, SCAN_DOCUMENTS):
-            several = begins[begin : begin + SCAN_DOCUMENTS + 1]
-            self.strike_out(tokens, several[:-1], several[1:] - 1)
+        for first in range(0, len(begins) - 1, SCAN_DOCUMENTS):
+            some = begins[first : first + SCAN_DOCUMENTS + 1]
+            self.strike_out(tokens, some[:-1], some[1:] - 1)
         if len(begins):  # the last one may reach over the end
-            last = tokens[begins[-1] :][: self.longest + 1]
-            parts = [last, *self.heads(number + 1, self.longest + 1 - len(last))]
-            last = np.concatenate(parts)
-            self.strike_out(last, np.array([0]), np.array([len(last)]))
+            last = [tokens[begins[-1] :][: self.longest + 1]]
+            last += self.heads(number + 1, self.longest + 1 - len(last[0]))
+            whole = np.concatenate(last)
+            self.strike_out(whole, np.array([0]), np.array([len(whole)]))
+        shared = self.distinct - len(self.missing)
+        of = f"{number + 1}/{len(self.shards)}"
+        return dict(
+            documents=shared, train_documents=self.documents, shards=of
+        ), self.unknown_tokens
 
     def heads(self, number: int, room: int) -> Iterator[np.ndarray]:
-        """The tokens of shards from this one on up to the first BOS, at most so many."""
-        for path in self.shards[number:]:
-            if room > 0:
-                tokens = np.asarray(read_shard(path, self.cfg.vocab_size))[:room]
-                ends = np.flatnonzero(tokens == BOS)
-                room = 0 if len(ends) else room - len(tokens)
-                yield tokens[: ends[0]] if len(ends) else tokens
+        """The tokens from shard `number` on up to a BOS, at most `room`."""
+        while room > 0 and number < len(self.shards):
+            tokens = np.asarray(read_shard(self.shards[number], self.cfg.vocab_size))[:room]
+            ends = np.flatnonzero(tokens == BOS)
+            yield tokens[: ends[0]] if len(ends) else tokens
+            room = 0 if len(ends) else room - len(tokens)
+            number += 1
 
     def strike_out(self, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
         """The documents tokens[begin:end] are of training; empty ones do not count."""
@@ -1823,26 +1801,22 @@ class Overlap:
     def log(self, steps: int, seconds: float | None = None) -> None:
         """A line on the shards that so many steps read, unless it stands in the log; none where it
         would take more than so many seconds to wait for."""
-        read = steps * self.cfg.train_batch_tokens + 1
         ends = np.cumsum([shard_tokens(path) for path in self.shards])
+        read = steps * self.cfg.train_batch_tokens + 1
         shard = min(int(np.searchsorted(ends, read)), len(ends) - 1)
         self.ask(shard)
-        if self.rt.rank or shard == self.logged:
-            return
-        with self.news:
-            self.news.wait_for(lambda: len(self.counts) > shard or self.failure, seconds)
-        if len(self.counts) > shard:
-            counts = dict(self.counts[shard])
-            unknown = counts.pop("unknown")
-            self.rt.log("overlap", **counts, shards=f"{shard + 1}/{len(ends)}")
-            if unknown:
-                self.rt.log("note", f"{unknown} training tokens are unknown to the tokenizer")
-        elif self.failure:
-            self.rt.log("overlap", documents="unknown")
-            self.rt.log("note", f"training documents were not compared: {self.failure}")
-        else:
+        scans = self.scans[: shard + 1]  # none on other ranks
+        if not scans or shard == self.logged or wait(scans, seconds).not_done:
             return
         self.logged = shard
+        try:
+            counts, unknown = [scan.result() for scan in scans][-1]
+        except (UserError, OSError) as error:
+            self.rt.log("note", f"training documents were not compared: {error}")
+            return self.rt.log("overlap", documents="unknown")
+        self.rt.log("overlap", **counts)
+        if unknown:
+            self.rt.log("note", f"{unknown} training tokens are unknown to the tokenizer")
 
 
 def document_keys(tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -4731,8 +4705,11 @@ def train_model(report: Report) -> dict[str, Tensor]:
     if cfg.resume == "auto":
         resume_training(trainer)
     overlap.log(max(1, trainer.step), OVERLAP_SECONDS)
-    weights = trainer.run(validate)
-    overlap.log(max(1, trainer.step))
+    try:
+        weights = trainer.run(validate)
+        overlap.log(max(1, trainer.step))
+    finally:  # a signal does not wait for what is left
+        overlap.pool.shutdown(wait=False, cancel_futures=True)
     if cfg.val_loss_every:  # what quantisation starts from
         model.load_state_dict(weights)
         rt.log("averaged", **validate())
