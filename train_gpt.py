@@ -4579,7 +4579,6 @@ def submission(run: RunLog, folder: Path, code: Path | None = None) -> dict[str,
     record = logged.get("RECORD", "").rpartition("(")[0]
     run_id = logged.get("RUN_ID", "").rpartition("(")[0]
     score = score_entries(run)
-    overlap = run.last("overlap").get("documents")
     # The log is closed by the last stage, and a second call must give the same date.
     finished = datetime.fromtimestamp((folder / "metrics.jsonl").stat().st_mtime, UTC)
     files = dict(code=code or folder / "train_gpt.py", artifact=folder / "artifact.bin")
@@ -4594,8 +4593,7 @@ def submission(run: RunLog, folder: Path, code: Path | None = None) -> dict[str,
         **score,
         "tokens": run.last("val_text").get("tokens"),
         "bytes": run.last("val_text").get("bytes"),
-        **lossy_entries(run),
-        "overlap_documents": overlap if isinstance(overlap, int) else None,
+        **text_entries(run),
         "sha256": {
             what: sha256(read_regular(path, MOST_ARTIFACT_BYTES)) for what, path in files.items()
         },
@@ -4629,11 +4627,17 @@ def score_entries(run: RunLog) -> dict[str, Any]:
     }
 
 
-def lossy_entries(run: RunLog) -> dict[str, Any]:
-    """Where the tokenizer altered the text: that it did, and the bytes that its tokens spell."""
+def text_entries(run: RunLog) -> dict[str, Any]:
+    """Validation documents that training has, too (None: unknown); that the tokenizer altered the
+    text, where it did, and the bytes that its tokens spell."""
     text = run.last("val_text")
-    lossy = text.get("lossy") or run.last("bytes_check").get("changed")
-    return dict(lossy=True, spelt_bytes=text.get("spelt_bytes", text.get("bytes"))) if lossy else {}
+    entries = {}
+    if overlap := run.last("overlap"):
+        shared = overlap.get("documents")
+        entries["overlap_documents"] = shared if isinstance(shared, int) else None
+    if text.get("lossy") or run.last("bytes_check").get("changed"):
+        entries |= dict(lossy=True, spelt_bytes=text.get("spelt_bytes", text.get("bytes")))
+    return entries
 
 
 def other_entries(run: RunLog) -> dict[str, Any]:

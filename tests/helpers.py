@@ -116,18 +116,11 @@ def model_of(text, vocab_size=400, **options):
     import sentencepiece  # only here: tests/gpu runs without it
 
     model = io.BytesIO()
+    known = dict(vocab_size=vocab_size, model_type="bpe", hard_vocab_limit=False, minloglevel=2)
+    known |= dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3)
+    lines = iter(text.splitlines())
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        hard_vocab_limit=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        minloglevel=2,
-        **options,
+        sentence_iterator=lines, model_writer=model, **known | options
     )
     return model.getvalue()
 
@@ -171,8 +164,9 @@ def random_ids(cfg, rows=3, seed=0):
 
 
 def random_stream(count, vocab_size, seed=0):
-    """BOS and `count` uniform tokens, uint16 as in a shard."""
+    """BOS and `count` uniform tokens, uint16 as in a shard; none is <unk>, which no text has."""
     tokens = np.random.default_rng(seed).integers(2, vocab_size, count + 1)
+    tokens[tokens == 3] = 2
     tokens[0] = train_gpt.BOS
     return tokens.astype(np.uint16)
 

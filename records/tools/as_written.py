@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from run_folder import blame, read_columns
+from run_folder import RunFolder, blame, read_columns
 from torch import Tensor
 
 import endings
@@ -405,7 +405,10 @@ def score_folder(
     scores = Scores(columns["logp_model"], columns["entropy"], pe_delta=pe_delta)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     log_prob, mass = scorer(tokens, scores, cfg.vocab_size, cfg, device)
-    fields = {"pseudo_bpb": bits_per_byte(log_prob, columns["bytes"]), "scheme": name}
+    text = RunFolder(folder).last("val_text") if (folder / "metrics.jsonl").exists() else {}
+    lossy = "spelt_bytes" in text  # then the divisor is not what the tokens spell
+    sizes = np.array(text["bytes"]) if lossy else columns["bytes"]
+    fields = {"pseudo_bpb": bits_per_byte(log_prob, sizes), "scheme": name}
     fields |= {f"mass_{f.__name__}": float(f(mass)) for f in (np.mean, np.min, np.max)}
     return fields | {"weights": weights}
 

@@ -97,7 +97,7 @@ class Run(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return int(self.blocks["bytes"].sum()) if self.blocks else 0
+        return round(self.blocks["bytes"].sum()) if self.blocks else 0
 
     @property
     def saved(self) -> np.ndarray:
@@ -108,6 +108,9 @@ class Run(NamedTuple):
 def load(path: str) -> Run:
     folder = RunFolder(path)
     blocks = folder.blocks() if (folder.path / "blocks.npz").exists() else {}
+    text = folder.last("val_text")
+    if blocks and "spelt_bytes" in text:  # of a lossy tokenizer: in all, as many as the text has
+        blocks["bytes"] = blocks["bytes"] * (text["bytes"] / text["spelt_bytes"])
     stages = {k: v for k, v in folder.stages().items() if math.isfinite(v.get("val_bpb", math.nan))}
     gains = {int(line["value"]): line for line in folder.all("ngram_gain")}
     losses = folder.steps("train_loss").items()
@@ -347,13 +350,20 @@ def facts(run: Run) -> str:
 
 
 def footnotes(runs: list[Run]) -> list[str]:
-    """What must not be mistaken for a score: a run over the cap, a pseudo score."""
+    """What a score must not be taken without: a cap, what was done to the text, a pseudo score."""
     notes = []
     for run in runs:
         name = f"{run.folder.name()}: " if len(runs) > 1 else ""
         over = run.folder.last("final_artifact_bytes").get("total", 0) - CAP_BYTES
         if over > 0:
             notes.append(f"{name}OVER THE CAP by {over:,} bytes, not a valid submission.")
+        if run.folder.last("val_text").get("lossy"):
+            notes.append(
+                f"{name}Lossy tokenizer: it alters text, the score is of the altered text."
+            )
+        shared = run.folder.last("overlap").get("documents")
+        if shared not in (None, 0, "unknown"):
+            notes.append(f"{name}{shared} validation documents are in its training shards.")
         if pseudo := run.folder.last("final_ngram_pseudo"):
             notes.append(
                 f"{name}Pseudo score {pseudo['pseudo_bpb']:.4f} of scheme {pseudo.get('scheme')}: "

@@ -187,7 +187,8 @@ def submission(run: RunFolder) -> dict[str, Any]:
     if not run.config.get("SEED", "").lstrip("-").isdigit():
         raise RunError(f"{run.path}: config.env has no SEED")
     scored = int(run.blocks()["bytes"].sum())
-    logged = run.last("val_text").get("bytes")
+    text = run.last("val_text")
+    logged = text.get("spelt_bytes", text.get("bytes"))  # the text's, where a tokenizer altered it
     if scored != logged:
         raise RunError(f"{run.path}: blocks.npz is of {scored} bytes, its log says {logged}")
     return train_gpt.submission(run, run.path, run.file(FILES["code"]))

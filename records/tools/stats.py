@@ -395,6 +395,12 @@ def remarks(runs: Sequence[Result]) -> list[str]:
             f"NOT PROVED here: {', '.join(unproved)}; --verify runs records/tools/verify.py."
         )
     for run in runs:
+        if run.claims.get("lossy"):
+            spelt = f"its tokens spell {run.claims['spelt_bytes']:,} bytes"
+            text = f"{spelt}, val_bpb is over {run.claims['bytes']:,}"
+            found.append(f"LOSSY TOKENIZER: {run.name}: it alters text; {text}.")
+        if shared := run.claims.get("overlap_documents"):
+            found.append(f"{run.name}: {shared:,} validation documents are in its training shards.")
         if pseudo := run.folder.last("final_ngram_pseudo"):
             text = f"pseudo score {pseudo['pseudo_bpb']:.4f} of scheme {pseudo.get('scheme')}"
             found.append(f"{run.name}: {text} is no code length and in no mean.")
@@ -436,6 +442,8 @@ def as_json(runs: Sequence[Result]) -> dict[str, Any]:
                 steps=run.claims["step_stop"],
                 **{name: run.claims[name] for name in copied},
                 over_budget=over_budget(run),
+                lossy=bool(run.claims.get("lossy")),
+                overlap_documents=run.claims.get("overlap_documents"),
                 verification=run.verification,
             )
             for run in runs

@@ -38,6 +38,7 @@ MOST_COPIED_BYTES = 2**32
 GITHUB_FILE_BYTES = 100_000_000  # larger files cannot be pushed
 WIDTH = 96
 ABOUT = ("author", "github_id", "name", "blurb", "date", "track")  # told, or of the newest run
+OF_TEXT = ("lossy", "spelt_bytes", "overlap_documents")  # where a run has them
 WORST = ("bytes_total", "over_cap", "wallclock_seconds", "eval_time_seconds")  # of all seeds
 
 
@@ -150,6 +151,7 @@ def combined(about: argparse.Namespace, runs: Sequence[Result]) -> dict[str, Any
         "eval_time_seconds": worst["eval_time_seconds"],
         "tokens": claims[0]["tokens"],
         "bytes": claims[0]["bytes"],
+        **{name: claims[0][name] for name in OF_TEXT if name in claims[0]},
         "sha256": digests | {"artifact": artifacts},
         "stages": stages,
     }
