@@ -470,3 +470,21 @@ def test_runs_or_the_table(given):
     with pytest.raises(SystemExit) as stopped:
         stats.main(given)
     assert stopped.value.code == 2
+
+
+def test_altered_text_and_shared_documents_are_remarked(runs, capsys):
+    assert "LOSSY" not in report(capsys, *runs) and "training shards" not in report(capsys, *runs)
+    for run in runs:
+        spelt = json.loads((run / "submission.json").read_text())["bytes"]
+        edit(run / "metrics.jsonl", f'"bytes": {spelt}', f'"bytes": 900, "spelt_bytes": {spelt}')
+        edit(run / "metrics.jsonl", '"spelt_bytes"', '"lossy": 1, "spelt_bytes"')
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"key": "overlap", "value": null, "documents": 3}\n')
+    text = report(capsys, *runs)
+    words = f"it alters text; its tokens spell {spelt:,} bytes, val_bpb is over 900."
+    assert text.count(f"LOSSY TOKENIZER: {runs[0]}: {words}") == 1
+    assert text.count("3 validation documents are in its training shards.") == 3
+    status, out, _ = call(capsys, *runs, "--json")
+    assert status == 0
+    assert [run["lossy"] for run in json.loads(out)["runs"]] == [True] * 3
+    assert [run["overlap_documents"] for run in json.loads(out)["runs"]] == [3] * 3

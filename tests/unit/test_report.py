@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import run_folder
 import torch
 from helpers import (
     CHINESE,
@@ -15,6 +16,7 @@ from helpers import (
     check_scores,
     cores,
     error_line,
+    model_of,
     random_stream,
     run_here,
     run_script,
@@ -222,6 +224,8 @@ def test_validation_text_does_not_steer_the_artifact(base, dataset, tmp_path):
     shutil.copytree(dataset, data)
     (path,) = data.glob("*_val_*.bin")
     write_shard(path, random_stream(700, 512))
+    for beside in [*data.glob("*_val.jsonl"), *data.glob("dataset.json")]:
+        beside.unlink()
     other = run_here(tmp_path, "other", **SHORT, DATA_PATH=str(data), VAL_LOSS_EVERY="2")
     assert other.artifact == base.artifact and other.val_bpb() != base.val_bpb()
 
@@ -317,3 +321,113 @@ def test_random_tokens_cost_ten_bits(vocab_1024, tmp_path):
     for name in ("logp_model", "logp_final"):
         bits = -columns[name][columns["token"] != train_gpt.BOS] / math.log(2)
         assert bits.mean() > math.log2(1022) - 4 * bits.std() / math.sqrt(len(bits)), name
+
+
+# -----------------------------------------------------------------------------
+# The bytes under val_bpb, and what training has seen of the text
+
+
+def prepared(folder, documents, model, val=None):
+    """A data folder of these documents, by hand: their tokens as SentencePiece makes them."""
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model)
+    processor = prepare_text.load_tokenizer(folder / "tokenizer.model")
+    for split, texts in (("train", documents * 9), ("val", val or documents)):
+        stream = [token for text in texts for token in (1, *processor.encode(text))]
+        write_shard(folder / f"x_{split}_000000.bin", stream)
+    lines = [json.dumps({"text": text}) + "\n" for text in val or documents]
+    (folder / "x_val.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def line_of(run, key):
+    """The values of the last line of this key."""
+    return [row for row in run.metrics() if row["key"] == key][-1]
+
+
+LIGATURES = ["\u337f \ufdfa \xbd \u3314 in the plain text " * 20, "nothing to alter here " * 20]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_altered_text_is_said_wherever_the_score_is(known, tmp_path):
+    model = model_of("nothing to alter here in the plain text\n" * 9, byte_fallback=True)
+    data = prepared(tmp_path / "set", LIGATURES, model)
+    processor = prepare_text.load_tokenizer(data / "tokenizer.model")
+    spelt = sum(len(processor.decode(processor.encode(text)).encode()) for text in LIGATURES)
+    text = sum(len(text.encode()) for text in LIGATURES) if known else spelt
+    if not known:
+        (data / "x_val.jsonl").unlink()
+    run = run_here(tmp_path, "x", **BRIEF, DATA_PATH=str(data))
+    line = line_of(run, "val_text")
+    assert (line["bytes"], line["lossy"], line["spelt_bytes"]) == (text, 1, spelt)
+    assert any(line.startswith("note:LOSSY") for line in run.lines)
+    columns = run.arrays("scores.npz")
+    assert columns["bytes"].sum() == run.arrays("blocks.npz")["bytes"].sum() == spelt
+    bits = -columns["logp_final"].sum() / math.log(2)
+    assert run.val_bpb() == pytest.approx(bits / text, rel=1e-12)
+    found = run_folder.submission(run_folder.RunFolder(run.folder))
+    assert found["bytes"] == text and found["lossy"] is True and found["spelt_bytes"] == spelt
+    assert run.submission() == json.loads(json.dumps(found))
+    assert found["overlap_documents"] == 2
+
+
+def test_spaces_spelt_in_bytes_count_one(tmp_path):
+    """#897: each was three bytes, and the score three quarters of the true one."""
+    documents = ["Hello world the cat sat on the mat " * 20, "the mat sat " * 20]
+    words = "\n".join(" ".join(documents).split())
+    how = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
+    model = model_of(words, byte_fallback=True, add_dummy_prefix=False, **how)
+    data = prepared(tmp_path / "set", documents, model)
+    run = run_here(tmp_path, "x", **BRIEF, DATA_PATH=str(data))
+    line = line_of(run, "val_text")
+    assert line["bytes"] == sum(map(len, documents)) and "lossy" not in line
+    assert run.arrays("scores.npz")["bytes"].sum() == line["bytes"]
+
+
+def test_shared_documents_stand_in_log_and_submission(base, tmp_path, dataset):
+    """In each log; what an artifact was trained on is not known."""
+    assert line_of(base, "overlap")["documents"] == base.submission()["overlap_documents"] == 0
+    assert line_of(base, "bytes_check")["tokens"] == line_of(base, "val_text")["tokens"]
+    env = BRIEF | dict(DATA_PATH=str(dataset), EVAL_ONLY=str(base.folder / "artifact.bin"))
+    again = run_here(tmp_path, "again", **env)
+    assert "overlap documents:unknown" in again.lines
+    assert again.submission()["overlap_documents"] is None
+
+
+REFUSED = {  # what is wrong with the data -> (how it is made so, words of the message)
+    "another tokenizer": (
+        lambda data: (data / "dataset.json").write_text(
+            json.dumps(dict(tokenizer_sha256="0" * 64))
+        ),
+        ["TOKENIZER_PATH", "tokenizer.model", "dataset.json", "fix"],
+    ),
+    "other shards": (
+        lambda data: (data / "dataset.json").write_text(json.dumps(dict(val_tokens_sha256="00"))),
+        ["DATA_PATH", "dataset.json", "fix"],
+    ),
+    "damaged": (lambda data: (data / "dataset.json").write_text("[]"), ["dataset.json", "fix"]),
+    "other text": (
+        lambda data: (data / "x_val.jsonl").write_text('{"text": "no such text"}\n'),
+        ["x_val.jsonl", "TOKENIZER_PATH", "fix"],
+    ),
+    "unknown tokens": (
+        lambda data: write_shard(data / "x_val_000000.bin", [1, 300, 3]),
+        ["DATA_PATH", "1 of 3", "unknown", "fix"],
+    ),
+    "BOS id 2": (
+        lambda data: (data / "tokenizer.model").write_bytes(model_of(CHINESE, bos_id=2, eos_id=1)),
+        ["TOKENIZER_PATH", "BOS id 2", "fix"],
+    ),
+}
+
+
+@pytest.mark.parametrize("overwrite", ["0", "1"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_bytes_stop_a_run_before_training(name, overwrite, data, refusal, tmp_path):
+    damage, words = REFUSED[name]
+    folder = data(val=dict(tokens=[1, 300, 301]))
+    damage(folder)
+    line = refusal(variables(folder, OVERWRITE=overwrite))
+    assert all(word in line for word in words), line
+    log = tmp_path / "runs/bad/log.txt"
+    assert not log.exists() or "step:" not in log.read_text(encoding="utf-8")
