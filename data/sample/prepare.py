@@ -35,8 +35,6 @@ import sentencepiece  # noqa: E402
 from prepare_text import DATASET_FILE, DataError, write_dataset  # noqa: E402
 
 SAMPLE = DATA / "sample" / "sample_en.jsonl.xz"
-VAL_TOKENS_SHA256 = "450e7891c41369678be3af7621442ffefd72962f7064ec0bb422231c547f9772"
-TOKENIZER_SHA256 = "d999de7f2984f9c0d51acbe2ac4ee81f151e3bb9f81e07efbdbb89e90f3e8601"
 SEED = 1337
 VAL_EVERY = 40
 VOCAB_SIZE = 1024

@@ -236,7 +236,9 @@ class Compressor:
     def made(self) -> dict[str, Any]:
         """Whatever the code depends on, by name."""
         digest = train_gpt.sha256(self.tokenizer.read_bytes())
-        return dict(tokenizer=digest) | train_gpt.fingerprint(self.rt, self.artifact)
+        return dict(tokenizer=digest) | train_gpt.fingerprint(
+            self.rt, train_gpt.CODE.read_bytes(), self.artifact.read_bytes()
+        )
 
     def compress(self, data: bytes, lanes: int = 0) -> Packed:
         """Any bytes -> Packed. lanes: 0 chooses by the number of tokens."""

@@ -193,25 +193,28 @@ class Case:
     @cached_property
     def text(self) -> train_gpt.ValidationText:
         try:
-            return train_gpt.ValidationText(self.cfg)
+            text = train_gpt.ValidationText(self.cfg)
+            text.check(rest=True)
+            return text
         except (train_gpt.UserError, OSError) as error:
             raise NotChecked(f"no validation text: {error}; or set DATA_PATH") from None
 
     @cached_property
     def text_name(self) -> str:
         """Which text that is: by its tokens and tokenizer, not by its place"""
+        altered = ", which its tokenizer alters" if self.text.lossy else ""
         implied = 1 - int(self.text.positions[0])  # a first BOS that is in no shard
         tokens = sha256(self.text.stream[implied:].astype("<u2").tobytes())
         if (tokens, sha256(self.tokenizer)) == (VAL_TOKENS_SHA256, TOKENIZER_SHA256):
-            return "the embedded text"
+            return f"the embedded text{altered}"
         if Path(self.cfg.data_path) == train_gpt.FINEWEB_DATA:
-            return f"FineWeb's validation text as downloaded here (sha256 {tokens[:12]})"
-        return f"another text (sha256 {tokens[:12]})"
+            return f"FineWeb's validation text as downloaded here (sha256 {tokens[:12]}){altered}"
+        return f"another text (sha256 {tokens[:12]}){altered}"
 
     @cached_property
     def val_bpb(self) -> float:
         """What the decode proves"""
-        return self.decoded.nats / math.log(2) / int(self.text.bytes.sum())
+        return self.decoded.nats / math.log(2) / self.text.text_bytes
 
     @cached_property
     def stream(self) -> tuple[train_gpt.StreamHeader, bytes]:
@@ -331,7 +334,7 @@ def text(case: Case) -> str:
     if theirs != ours:
         reason = f"tokenizer.model ({theirs[:12]}) is not {case.cfg.tokenizer_path} ({ours[:12]})"
         raise differs(f"{reason}: another text{fix}")
-    here = len(case.text.targets), int(case.text.bytes.sum())
+    here = len(case.text.targets), case.text.text_bytes
     there = case.claim("tokens"), case.claim("bytes")
     if here != there:
         reason = f"{where} has {here} tokens and bytes, submission.json says {there}"
@@ -436,7 +439,7 @@ def score(case: Case) -> str:
     """What the decode added up is what is claimed, of probabilities that add up to 1."""
     found = case.decoded
     require(found.mass_error <= MASS_LIMIT, f"masses are up to {found.mass_error:.3g} off 1")
-    size = case.text.bytes.sum() * math.log(2)
+    size = case.text.text_bytes * math.log(2)
     for here, names in (
         (case.val_bpb, ("val_bpb",)),
         (found.nats / found.targets, ("val_loss",)),
@@ -492,13 +495,8 @@ def notes(case: Case) -> Iterator[str]:
     if overlap:
         yield f"by its log, training and validation share documents: {overlap}"
     weights = len(case.file("artifact.bin"))
-    size = int(case.text.bytes.sum())
-    if size < 20 * weights:  # nothing packs a text much better
-        stream = case.text.stream
-        tokenizer = train_gpt.package("sentencepiece").SentencePieceProcessor(
-            model_file=case.cfg.tokenizer_path
-        )
-        packed = len(lzma.compress(tokenizer.decode(stream[stream != BOS].tolist()).encode()))
+    if case.text.text_bytes < 20 * weights:  # nothing packs a text much better
+        packed = len(lzma.compress(case.text.decoder.spell(case.text.stream[1:])))
         if packed <= weights:
             yield (
                 f"the artifact ({weights:,} bytes) is larger than xz makes of the text "
