@@ -25,6 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "records"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import endings  # noqa: E402
 import train_gpt  # noqa: E402
 
 MOST_BLOCKS_BYTES = 2**26  # 64 bytes for 1,024 targets each
@@ -203,7 +204,7 @@ def write(run: RunFolder) -> Path:
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A table in columns as wide as their widest cell; all but the first `left` to the right."""
-    table = [headings, *rows]
+    table = [[printable(cell) for cell in row] for row in (headings, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
     rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     lines = []
@@ -222,12 +223,12 @@ def main(arguments: list[str] | None = None) -> int:
     status = 0
     for folder in parser.parse_args(arguments).runs:
         try:
-            print("wrote", write(RunFolder(folder)))
+            endings.say(f"wrote {write(RunFolder(folder))}")
         except (train_gpt.UserError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            endings.say(f"error: {printable(str(error))}", sys.stderr)
             status = 2
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(endings.run(main))

@@ -31,6 +31,7 @@ import mpmath  # comes along with torch
 import run_folder
 from run_folder import FILES, RECORDS, RunError, RunFolder, blame, markdown, parse_object, printable
 
+import endings
 from train_gpt import (
     CAP_BYTES,
     MOST_STREAM_BYTES,
@@ -208,7 +209,7 @@ def with_verification(runs: Sequence[Result], make: bool) -> list[Result]:
     found = []
     for run in runs:
         if make:
-            print(f"verifying {run.name}", file=sys.stderr, flush=True)
+            endings.say(f"verifying {printable(run.name)}", sys.stderr)
         said = (verify if make else kept_verdict)(run.folder.path)
         found.append(run._replace(verification=said))
     return found
@@ -466,7 +467,8 @@ def report(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         lines.insert(0, describe(decision, name, theirs))
         result["against"] = dict(name=name, losses=losses) | decision._asdict()
     seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}: {', '.join(str(run.seed) for run in runs)}"
-    parts = [seeds, stage_table(runs), run_table(runs), "\n".join(f"- {line}" for line in lines)]
+    remarked = "\n".join(f"- {printable(line)}" for line in lines)
+    parts = [seeds, stage_table(runs), run_table(runs), remarked]
     return "\n\n".join(parts), result
 
 
@@ -527,15 +529,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser().error("give run folders, or --table")
     try:
         if options.table:
-            print("wrote", write_table())
+            endings.say(f"wrote {write_table()}")
         else:
             text, result = report(options)
-            print(json.dumps(result, indent=2, allow_nan=False) if options.json else text)
+            endings.say(json.dumps(result, indent=2, allow_nan=False) if options.json else text)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        endings.say(f"error: {printable(str(error))}", sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(endings.run(main))

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import stats
-from run_folder import FILES, RECORDS, ROOT, RunError, parse_object
+from run_folder import FILES, RECORDS, ROOT, RunError, parse_object, printable
 from stats import MEASURES, Result
 
+import endings
 from train_gpt import CAP_BYTES, VARIABLES, UserError, line_fields, read_regular
 
 PROOF = [*stats.CHECKED, "blocks.npz"]
@@ -349,13 +350,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         path, notes = make(parser().parse_args(arguments))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        endings.say(f"error: {printable(str(error))}", sys.stderr)
         return 2
-    print("wrote", path)
+    endings.say(f"wrote {path}")
     for note in notes:
-        print("note:", note)
+        endings.say(f"note: {printable(note)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(endings.run(main))

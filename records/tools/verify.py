@@ -43,6 +43,7 @@ import numpy as np
 import run_folder
 from run_folder import ROOT, RunError, printable
 
+import endings
 import train_gpt
 from sample.prepare import TOKENIZER_SHA256, VAL_TOKENS_SHA256
 from train_gpt import BOS, CAP_BYTES, read_regular, sha256
@@ -115,12 +116,15 @@ class Case:
         self.temporary = Path(self.exit.enter_context(temporary))
         self.folder = self.temporary / "copy"
         self.folder.mkdir()
-        for name, most in MOST.items():
-            self.copy(name, most)
-        if error := self.errors.get("metrics.jsonl"):
+        try:
+            for name, most in MOST.items():
+                self.copy(name, most)
+            if error := self.errors.get("metrics.jsonl"):
+                raise RunError(f"{folder}: no metrics.jsonl ({error.strerror})")
+            self.run = run_folder.RunFolder(self.folder)
+        except BaseException:
             self.exit.close()
-            raise RunError(f"{folder}: no metrics.jsonl ({error.strerror})")
-        self.run = run_folder.RunFolder(self.folder)
+            raise
 
     def copy(self, name: str, most: int) -> None:
         """A file is read here and never again, whoever changes it meanwhile."""
@@ -588,13 +592,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         case = Case(options.folder, options.minutes)
     except RunError as error:
-        print(f"error: {printable(str(error))}; fix: give the folder of a run", file=sys.stderr)
+        reason = shortened(str(error))
+        endings.say(f"error: {reason}; fix: give the folder of a run", sys.stderr)
         return 2
     rows = []
-    for row in examine(case):
-        rows.append(row)
-        if not options.json:
-            print(f"{row.check:<9} {row.status:<12} {row.reason}", flush=True)
+    with contextlib.closing(examine(case)) as examined:
+        for row in examined:
+            rows.append(row)
+            if not options.json:
+                endings.say(f"{row.check:<9} {row.status:<12} {row.reason}")
     status, word, why = verdict(rows)
     seconds = time.perf_counter() - began
     if options.json:
@@ -604,13 +610,13 @@ def main(arguments: list[str] | None = None) -> int:
         result |= dict(val_bpb=proved, claimed_val_bpb=claimed, rescored_val_bpb=case.rescored_bpb)
         result |= dict(text=case.text_name if not status else None, notes=case.notes)
         result |= dict(seconds=seconds, checks=[row._asdict() for row in rows])
-        print(json.dumps(result, indent=2))
+        endings.say(json.dumps(result, indent=2))
     else:
         for note in case.notes:
-            print(f"note: {note}")
-        print(f"{word} {last_line(case, status)}; {why} ({seconds:.0f} s)")
+            endings.say(f"note: {note}")
+        endings.say(f"{word} {last_line(case, status)}; {why} ({seconds:.0f} s)")
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(endings.run(main))
