@@ -1605,7 +1605,7 @@ def read_dataset(cfg: Config) -> dict[str, Any]:
     theirs = facts.get("tokenizer_sha256", ours)
     if theirs != ours:
         reason = f"its sha256 {ours[:12]} is not {theirs[:12]}, that of the shards' by {path}"
-        fix = f"TOKENIZER_PATH={path.with_name('tokenizer.model')}"
+        fix = "the tokenizer of these shards, or prepare them again"
         raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path!r}: {reason}; fix: {fix}")
     return facts
 
@@ -4391,10 +4391,6 @@ class Report:
         text = self.text
         spelt = dict(lossy=1, spelt_bytes=text.spelt_bytes) if text.lossy else {}
         rt.log("val_text", tokens=len(text.targets), bytes=text.text_bytes, **spelt)
-        self.log_check(text.checked)
-        if text.lossy:
-            known = "those of the text" if text.sources else "those that the tokens spell"
-            rt.log("note", f"LOSSY: the tokenizer alters text; the bytes under val_bpb are {known}")
 
     def log_check(self, checked: Mapping[str, int]) -> None:
         """How much of the text spells as many bytes as are counted, and was its text if known."""
@@ -4402,6 +4398,10 @@ class Report:
         known = " ".join(path.name for path in text.sources) or "unknown"
         more = dict(changed=text.changed) if text.changed else {}
         self.rt.log("bytes_check", **checked, of=len(text.targets), text=known, **more)
+        if text.lossy:
+            under = "those of the text" if text.sources else "those that the tokens spell"
+            note = f"LOSSY: the tokenizer alters text; the bytes under val_bpb are {under}"
+            self.rt.log("note", note)
 
     def check_rest(self) -> None:
         """Of a long text, before anything is claimed: what Report's start left out (UserError)."""
@@ -4790,6 +4790,7 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
     find_shards(cfg.data_path, "val")
     cfg = replace(cfg, vocab_size=len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes))
     report = Report(rt, cfg)
+    report.log_check(report.text.checked)
     if rt.rank == 0:
         keep_sources(rt, cfg)
     if cfg.eval_only:
