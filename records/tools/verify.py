@@ -444,11 +444,10 @@ def score(case: Case) -> str:
     found = case.decoded
     require(found.mass_error <= MASS_LIMIT, f"masses are up to {found.mass_error:.3g} off 1")
     size = case.text.text_bytes * math.log(2)
-    for here, names in (
-        (case.val_bpb, ("val_bpb",)),
-        (found.nats / found.targets, ("val_loss",)),
-        (found.model_nats / size, ("stages", "documents", "val_bpb")),
-    ):
+    sums = [(case.val_bpb, ("val_bpb",)), (found.nats / found.targets, ("val_loss",))]
+    if case.cfg.codec_device == "same":  # else the network alone was scored on another device
+        sums.append((found.model_nats / size, ("stages", "documents", "val_bpb")))
+    for here, names in sums:
         there = case.claim(*names)
         number = isinstance(there, int | float) and abs(here - there) <= SAME_SUM
         reason = f"{' '.join(names)} is {there} in submission.json, {here:.9g} by the decode"

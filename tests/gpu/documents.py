@@ -155,7 +155,8 @@ def proof(job, runtime, stream, scored):
     with as_on_cuda(job):
         final = train_gpt.mix_ngrams(scores, order, report)
     seconds, said = {}, []
-    mass_error, codec = clocked_proof(job, report, final[order.targets], (seconds, said))
+    coded, codec = clocked_proof(job, report, final[order.targets], (seconds, said))
+    mass_error = coded.mass_error
     tokens, coded, claimed = (codec[f] for f in ("proved_tokens", "coded_bytes", "claimed_bytes"))
     text = f"decoded {codec['decoded']}, {tokens:,} tokens, {coded:,} bytes, {claimed:,} claimed, "
     text += f"mass error {mass_error:.1g}; encoding {tokens / seconds['encode']:,.0f} tokens/s, "

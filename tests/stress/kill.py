@@ -4,7 +4,8 @@ for bit, with that of a run that nobody interrupted.
   python tests/stress/kill.py  # 100 kills of one rank
   python tests/stress/kill.py --kills 20 --ranks 2  # torchrun, gloo
 
-SIGKILL goes to every process of a launch: while it starts, trains, writes a checkpoint or scores.
+SIGKILL goes to every process of a launch: while it starts, trains, writes a checkpoint or scores;
+in place of some of them SIGHUP to its first process, twice, as when an SSH session ends.
 After some of the kills the newest checkpoint is cut or altered as well, as a loss of power can
 leave it; the one before must do then. Exit status 1: something differs. One rank is a fork of this
 process, which has imported torch; several are torchrun's, from scratch.
@@ -54,6 +55,7 @@ def arguments():
     parser.add_argument(
         "--damage", type=float, default=0.1, help="share of kills that damage a file"
     )
+    parser.add_argument("--hangups", type=float, default=0.1, help="share of SIGHUPs")
     parser.add_argument("--folder", type=Path, help="to keep the runs in; else a temporary one")
     return parser.parse_args()
 
@@ -144,6 +146,16 @@ class Launch:
             time.sleep(0.001)
         return True
 
+    def hang_up(self):
+        """SIGHUP, twice, and wait for its end -> whether there was one to end."""
+        if not self.alive():
+            return False
+        for _ in range(2):
+            kill_one(self.pid, signal.SIGHUP)
+        while self.alive() or (self.ranks > 1 and self.marked()):
+            time.sleep(0.001)
+        return True
+
     def marked(self):
         """Processes that inherited this launch's environment."""
         found, mark = [], f"KILL_MARK={self.mark}".encode()
@@ -156,9 +168,9 @@ class Launch:
         return found
 
 
-def kill_one(pid):
+def kill_one(pid, number=signal.SIGKILL):
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except ProcessLookupError:
         pass
 
@@ -267,17 +279,19 @@ def reference(cwd, data, ranks):
 
 def interrupted(cwd, run_id, env, plan, task):
     """Kill a run as planned, then let it end -> its Launch; prints a line a kill."""
-    ranks, lasts, rng, counts, share = task
+    ranks, lasts, rng, counts, options = task
     for place, step in plan:
         launch = Launch(cwd, run_id, env, ranks)
         wait_for(launch, place, step, lasts, rng)
-        if not launch.kill():
+        hangs_up = rng.random() < options.hangups
+        if not (launch.hang_up() if hangs_up else launch.kill()):
             break
+        counts["hangups"] += hangs_up
         text = launch.text()
         count_notes(text, counts)
         counts["kills"] += 1
         counts[(found := where(launch))] += 1
-        hurt = damage(launch.folder, rng) if rng.random() < share else ""
+        hurt = damage(launch.folder, rng) if rng.random() < options.damage else ""
         counts["damaged"] += bool(hurt)
         paths = [*filter(whole, sorted(launch.folder.glob("checkpoint/step_*.json")))]
         line = f"kill {counts['kills']}: {run_id} in {found} "
@@ -327,6 +341,7 @@ prepare_text.write_dataset(train[:40], short, Path(sys.argv[1]), "prose", 512)""
 def summary(options, counts, bad):
     told = dict(
         kills="processes killed",
+        hangups="of them by SIGHUP",
         start="while it started or read a checkpoint",
         training="in training",
         writing="while a checkpoint was written",
@@ -356,7 +371,7 @@ def main():
             sys.exit("this process has threads; fix: nothing may start one before the forks")
         wanted, lasts = reference(cwd, data, options.ranks)
         print(f"uninterrupted: artifact {wanted['artifact'][:16]}, val_bpb {wanted['val_bpb']}")
-        task = options.ranks, lasts, rng, counts, options.damage
+        task = options.ranks, lasts, rng, counts, options
         while counts["kills"] < options.kills and not bad:
             every = str(rng.integers(1, 4))
             left = options.kills - counts["kills"]

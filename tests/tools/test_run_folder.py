@@ -34,6 +34,7 @@ SCHEMA = {
     "bytes_total": int,
     "bytes_code": int,
     "over_cap": bool,
+    "over": list,
     "seeds": list,
     "seed_results": dict,
     "hardware": str,

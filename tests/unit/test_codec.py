@@ -457,6 +457,13 @@ def test_an_unnormalised_mixture_cannot_be_coded(factor, monkeypatch):
 # The stream of a run folder
 
 
+def honest_claim(folder, cfg, stream):
+    """log p of each target by the artifact of a folder, in the order of coding."""
+    model = train_gpt.load_artifact(folder / "artifact.bin")
+    _, final, order = scored_documents(model, cfg, stream)
+    return final[order.targets]
+
+
 @pytest.fixture(scope="session")
 def proved(tmp_path_factory):
     """A folder with code, artifact and stream.bin, made by prove(): (folder, stream, its values)"""
@@ -471,7 +478,7 @@ def proved(tmp_path_factory):
             rt = train_gpt.Runtime(cfg)
             rt.folder = folder
             report = SimpleNamespace(cfg=cfg, rt=rt, text=SimpleNamespace(stream=stream))
-            values = train_gpt.prove(report, np.full(len(stream) - 1, -math.log(64)))
+            values = train_gpt.prove(report, honest_claim(folder, cfg, stream))
             (folder / "values.json").write_text(json.dumps(values))
     return folder, stream, json.loads((folder / "values.json").read_text())
 
@@ -507,37 +514,65 @@ def refusal(folder):
 
 
 def test_what_another_process_decoded(proved):
-    folder, stream, (mass_error, line) = proved
-    assert line["decoded"] == "ok" and mass_error < 1e-12
+    folder, stream, (whole, line) = proved
+    assert line["decoded"] == "ok" and whole.mass_error < 1e-12
     assert line["proved_tokens"] == line["total_tokens"] == len(stream) - 1
     _, words = train_gpt.unseal(train_gpt.STREAM_PREFIX, (folder / "stream.bin").read_bytes())
     assert line["coded_bytes"] == len(words)
-    assert line["claimed_bytes"] == math.ceil((len(stream) - 1) * math.log2(64) / 8)
+    claim = honest_claim(folder, tiny(**SMALL), stream)
+    assert line["claimed_bytes"] == math.ceil(-claim.sum() / math.log(256))
     assert not (folder / "decoded.npy").exists()
 
 
+def swap_artifact(folder, _):
+    """By one that no pickier reader would miss: a byte more."""
+    with open(folder / "artifact.bin", "ab") as file:
+        file.write(b"x")
+
+
+def swap_stream(folder, _):
+    data = (folder / "stream.bin").read_bytes()
+    (folder / "stream.bin").write_bytes(data[::-1])
+
+
+def other_text(_, decoded):
+    decoded[7] += 1
+
+
 @pytest.mark.parametrize(
-    ("status", "change", "wanted"), [(0, 0, "ok"), (0, 1, "FAILED"), (2, 0, "FAILED")]
+    ("status", "claim", "meanwhile", "wanted"),
+    [
+        (0, 1.0, None, "ok"),
+        (0, 1.0, other_text, "FAILED"),
+        (2, 1.0, None, "FAILED"),
+        (0, 0.5, None, "FAILED"),  # of what is coded: a score that this stream does not prove
+        (0, 2.0, None, "FAILED"),  # the artifact of a worse run
+        (0, 1.0, swap_artifact, "FAILED"),
+        (0, 1.0, swap_stream, "FAILED"),
+    ],
 )
-def test_a_proof_compares_what_was_decoded(status, change, wanted, tmp_path, monkeypatch):
-    """In place of the fresh process: one that ends with this status and leaves this text."""
-    cfg, stream = tiny(**SMALL, ngram_enabled=False, codec_tokens=-1), documents(9, 5)
+def test_a_proof_compares_what_was_decoded(status, claim, meanwhile, wanted, tmp_path, monkeypatch):
+    """In place of the fresh process: one that ends with this status and leaves this text, while
+    something happens to the folder. claim: as a multiple of the honest one."""
+    cfg, stream = tiny(**SMALL, ngram_enabled=False, codec_tokens=-1), documents(9, 50)
     shutil.copy(SCRIPT, tmp_path)
     artifact = train_gpt.pack_artifact(dict(frozen(cfg).named_parameters()), cfg)
     (tmp_path / "artifact.bin").write_bytes(artifact)
     rt = train_gpt.Runtime(cfg)
     rt.folder = tmp_path
 
-    def run(command, env):
+    def run(command, env, **_):
         assert env["DECODE"] == str(tmp_path)
         decoded = stream.copy()
-        decoded[7] += change
+        if meanwhile:
+            meanwhile(tmp_path, decoded)
         np.save(tmp_path / "decoded.npy", decoded)
-        return SimpleNamespace(returncode=status)
+        return SimpleNamespace(returncode=status, stdout=b"")
 
+    honest = honest_claim(tmp_path, cfg, stream)
     monkeypatch.setattr(train_gpt.subprocess, "run", run)
     report = SimpleNamespace(cfg=cfg, rt=rt, text=SimpleNamespace(stream=stream))
-    _, line = train_gpt.prove(report, np.full(len(stream) - 1, -1.0))
+    _, line = train_gpt.prove(report, claim * honest)
     assert line["decoded"] == wanted and not (tmp_path / "decoded.npy").exists()
 
 

@@ -12,6 +12,7 @@ import pytest
 from helpers import (
     ALIASES,
     ROOT,
+    SCRIPT,
     TINY,
     error_line,
     run_script,
@@ -349,24 +350,52 @@ def test_a_wrong_config_beside_the_script_is_named(add_record, tmp_path):
     [
         ("ITERATION", "ITERATIONS"),
         ("ITERATOINS", "ITERATIONS"),
-        ("SEEED", "SEED"),
         ("MATRIXLR", "MATRIX_LR"),
         ("NUM_LAYER", "NUM_LAYERS"),
         ("num_layers".upper() + "X", "NUM_LAYERS"),
         ("MUON_MOMENTM", "MUON_MOMENTUM"),
-        ("BIGRAM_VOCAB", "BIGRAM_"),
-        ("NGRAM_SOMETHING_ELSE", "NGRAM_"),
-        ("EMA_START_STEP_LATE", "EMA_"),
-        ("SWA_UNHEARD_OF", "SWA_"),
-        ("MUON_LEARNING_RATE", "MUON_"),
-        ("TTT_WHATEVER", "TTT_"),
-        ("XSA_FIRST", "XSA_"),
+        ("BIGRAM_VOCAB", "BIGRAM_VOCAB_SIZE"),
+        ("NGRAM_MAX", "NGRAM_MAX_ORDER"),
+        ("VE_DIMS", "VE_DIM"),
+        ("TTT_LRR", "TTT_LR"),
+        ("DATA_PATHS", "DATA_PATH"),
+        ("EMBED_CODIN", "EMBED_CODING"),
     ],
 )
 def test_misspelt_names_stop_with_a_suggestion(name, near):
     message = refused(**{name: "1"})
     suggestion = message.split("did you mean")[1]
     assert name in message and near in suggestion
+
+
+# What containers and other programs leave there, near as some of it is: name -> is it noted?
+OTHERS = dict(
+    SERVICE=False,
+    CODE=False,
+    CLI=False,
+    CI=False,
+    SEEED=False,
+    DEVICES=False,
+    SLURM_DEVICE=False,
+    RUN_UUID=False,
+    MODEL_DIR=False,
+    DECODER=False,
+    CLIP_PORT=True,
+    NGRAM_SERVER_URL=True,
+    XSA_TOKEN=True,
+    TTT_WHATEVER=True,
+    MUON_LEARNING_RATE=True,
+    EMA_HOST=True,
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_names_of_others_stop_no_run(name):
+    """A family's name is noted, without its value: it may be a password."""
+    cfg = resolve(**{name: "/models/x"})
+    assert cfg == resolve()
+    notes = [note for note in cfg.notes if name in note]
+    assert len(notes) == OTHERS[name] and not any("/models/x" in note for note in notes)
 
 
 def test_foreign_environment_is_ignored():
@@ -396,11 +425,30 @@ def test_edit_distance(a, b):
 def test_other_names_are_judged_by_distance_and_family(name):
     if name in {*train_gpt.VARIABLES, *train_gpt.ALIASES, *train_gpt.ANYWAY}:
         return
-    near = min(distance(name, ours) for ours in train_gpt.VARIABLES)
-    if name.startswith(train_gpt.FAMILIES) or (near <= 2 and len(name) > 5):
+    distances = {ours: distance(name, ours) for ours in train_gpt.VARIABLES}
+    near = [ours for ours, far in distances.items() if far <= 2 and min(len(name), len(ours)) >= 8]
+    family = name.startswith(train_gpt.FAMILIES)
+    if near:
         assert name in refused(**{name: "1"})
-    elif near > 2:
+    elif not family:
         resolve(**{name: "1"})
+
+
+@given(
+    ours=st.sampled_from([name for name in train_gpt.VARIABLES if len(name) >= 9]),
+    place=st.integers(0, 8),
+    letter=st.sampled_from("ABCXYZ_"),
+)
+def test_a_slip_in_a_long_name_stops(ours, place, letter):
+    """One letter left out, one too many, one wrong."""
+    known = {*train_gpt.VARIABLES, *train_gpt.ALIASES, *train_gpt.ANYWAY}
+    for name in (
+        ours[:place] + ours[place + 1 :],
+        ours[:place] + letter + ours[place:],
+        ours[:place] + letter + ours[place + 1 :],
+    ):
+        if name not in known:
+            assert name in refused(**{name: "1"})
 
 
 NO_NUMBERS = {
@@ -530,6 +578,106 @@ def test_misspelt_name_stops_the_process_first(tmp_path):
     line = error_line(run_script(dict(ITERATION=5), cwd=tmp_path))
     assert "ITERATION" in line and "ITERATIONS" in line
     assert list(tmp_path.iterdir()) == []
+
+
+# -----------------------------------------------------------------------------
+# Arguments, and what launchers leave in the environment
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (["--iterations", "5"], "fix: ITERATIONS=5 python train_gpt.py"),
+        (["--iterations=5"], "fix: ITERATIONS=5 python train_gpt.py"),
+        (["iterations=5"], "fix: ITERATIONS=5 python train_gpt.py"),
+        (["ITERATIONS=5"], "fix: ITERATIONS=5 python train_gpt.py"),
+        (["-iterations", "5"], "fix: ITERATIONS=5 python train_gpt.py"),
+        (["--matrix-lr", "1e-3", "--dry-run", "--seed=-1"], "MATRIX_LR=1e-3 DRY_RUN=1 SEED=-1 "),
+        (["--dry-run"], "DRY_RUN=1 "),
+        (["--use-ema", "0"], "USE_EMA=0 "),
+        (["--data-path", "a b"], "DATA_PATH='a b' "),
+        (["--run-id=a=b"], "RUN_ID=a=b "),
+        (["--no-such", "5"], "fix: see --help"),
+        (["config.env"], "fix: see --help"),
+        (["--local-rank=0"], "fix: see --help"),
+        ([""], "fix: see --help"),
+    ],
+)
+def test_arguments_are_refused_with_the_right_spelling(arguments, fix):
+    with pytest.raises(ConfigError) as caught:
+        train_gpt.refuse_arguments(arguments)
+    assert fix in str(caught.value) and "see --help" in str(caught.value)
+
+
+def test_no_argument_is_fine_and_one_ends_the_process(tmp_path):
+    train_gpt.refuse_arguments([])
+    done = run_script(PLAIN, cwd=tmp_path, arguments=["--iterations", "5"])
+    assert "fix: ITERATIONS=5 python train_gpt.py" in error_line(done) and done.returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+ALONE = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)
+
+
+def test_launch_numbers():
+    assert train_gpt.launch_numbers({}) == ALONE
+    given = dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
+    assert train_gpt.launch_numbers(given) == {name: int(text) for name, text in given.items()}
+    assert train_gpt.launch_numbers(dict(RANK="0", WORLD_SIZE="1")) == ALONE
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(WORLD_SIZE="abc"), "WORLD_SIZE='abc': must be int, 1 or more"),
+        (dict(WORLD_SIZE=""), "WORLD_SIZE=''"),
+        (dict(WORLD_SIZE="0"), "WORLD_SIZE='0'"),
+        (dict(WORLD_SIZE="2.0"), "WORLD_SIZE='2.0'"),
+        (dict(WORLD_SIZE="٢"), "WORLD_SIZE="),
+        (dict(WORLD_SIZE="9" * 5000), "WORLD_SIZE="),
+        (dict(LOCAL_WORLD_SIZE="0"), "LOCAL_WORLD_SIZE='0'"),
+        (dict(RANK="-1"), "RANK='-1': must be int, 0 or more"),
+        (dict(RANK="1"), "RANK=1: must be below WORLD_SIZE=1"),
+        (dict(RANK="2", WORLD_SIZE="2"), "RANK=2: must be below WORLD_SIZE=2"),
+        (dict(LOCAL_RANK="1"), "LOCAL_RANK=1: must be below LOCAL_WORLD_SIZE=1"),
+    ],
+)
+def test_wrong_launch_variables_are_a_line(given, words):
+    with pytest.raises(ConfigError) as caught:
+        train_gpt.launch_numbers(given)
+    assert words in str(caught.value) and "fix: unset" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(WORLD_SIZE="abc"), "WORLD_SIZE='abc'"),
+        (dict(WORLD_SIZE="2"), "WORLD_SIZE=2 without RANK, LOCAL_RANK, "),
+        (dict(RANK="1"), "RANK=1"),
+        (
+            dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_PORT="1"),
+            "WORLD_SIZE=2 without MASTER_ADDR;",
+        ),
+        (
+            dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+            | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="abc"),
+            "MASTER_ADDR='127.0.0.1': ",
+        ),
+    ],
+)
+def test_a_process_says_what_its_launcher_forgot(given, words, tmp_path):
+    line = error_line(run_script(PLAIN | given, cwd=tmp_path))
+    assert words in line and "torchrun" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_without_docstrings(tmp_path):
+    """python -OO"""
+    done = subprocess.run(
+        [sys.executable, "-OO", SCRIPT, "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "None" not in done.stdout.splitlines()
+    assert "Environment variables: name, type" in done.stdout
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The report and main: bad input ends in one line; the score is that of the artifact on disk."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -231,12 +232,53 @@ def test_validation_text_does_not_steer_the_artifact(base, dataset, tmp_path):
 
 
 def test_artifact_over_the_cap_is_loud(base, dataset, tmp_path, monkeypatch):
+    """Known once it is packed, and the last word of the log."""
     monkeypatch.setattr(train_gpt, "CAP_BYTES", 1000)
     run = run_here(tmp_path, "large", **SHORT, DATA_PATH=str(dataset))
     (line,) = [line for line in run.lines if "OVER THE CAP" in line]
     total = int(run.final("artifact_bytes")["total"])
     assert str(total) in line and run.submission()["bytes_total"] == total
-    assert not any("OVER THE CAP" in line for line in base.lines)
+    assert line == run.lines[-1] and run.submission()["over"] == ["bytes"]
+    early = f"note:over the cap of the 10-minute track: {total} > 1000 bytes"
+    keys = [line.partition(" ")[0] for line in run.lines]
+    assert run.lines.index(early) < keys.index("final_int6_roundtrip_exact")
+    assert run.submission()["over_cap"] is True
+    assert not any("over the cap" in line.lower() for line in base.lines)
+    assert base.submission()["over"] == [] and base.submission()["over_cap"] is False
+
+
+def test_seconds_over_the_cap_are_a_fact(dataset, tmp_path, monkeypatch):
+    """Of training before the evaluation, of that before the proof, in submission.json and last."""
+    clock = train_gpt.Runtime.clock
+
+    @contextlib.contextmanager
+    def slow(rt, stage):
+        with clock(rt, stage):
+            yield
+        rt.seconds[stage] += 400
+
+    monkeypatch.setattr(train_gpt.Runtime, "clock", slow)
+    run = run_here(tmp_path, "slow", **SHORT | dict(EVAL_STRIDE="64"), DATA_PATH=str(dataset))
+    keys = [line.partition(" ")[0] for line in run.lines]
+    (train,) = [i for i, line in enumerate(run.lines) if line.startswith("note:over the cap")]
+    assert keys.index("averages") < train < keys.index("final_int6_roundtrip_exact")
+    assert "> 600 train_seconds" in run.lines[train]
+    assert run.lines[-1].startswith("over the cap of the 10-minute track:")
+    assert run.submission()["over"] == ["train_seconds"]
+    assert run.submission()["over_cap"] is False
+
+
+@pytest.mark.parametrize(
+    ("spent", "over"),
+    [
+        (dict(bytes=16_000_000, train_seconds=600.9, eval_seconds=600.0), []),
+        (dict(bytes=16_000_001), ["bytes"]),
+        (dict(train_seconds=601.1), ["train_seconds"]),  # not the step that the cap fell into
+        (dict(eval_seconds=600.1, train_seconds=0), ["eval_seconds"]),
+    ],
+)
+def test_what_is_over_a_cap(spent, over):
+    assert [*train_gpt.over_caps(**spent)] == over
 
 
 @pytest.mark.usefixtures("no_picture")

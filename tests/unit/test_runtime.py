@@ -355,7 +355,9 @@ def test_half_cleared_folder_is_not_taken_for_finished(dataset, tmp_path, monkey
         train_gpt.open_run(rt)
     assert not (folder / "submission.json").exists()
     train_gpt.open_run(rt)
-    assert content(folder) == {"log.txt": b"", "metrics.jsonl": b"", "notes.txt": b"old"}
+    found = content(folder)
+    assert found.pop(".lock")
+    assert found == {"log.txt": b"", "metrics.jsonl": b"", "notes.txt": b"old"}
 
 
 # -----------------------------------------------------------------------------
@@ -364,23 +366,588 @@ def test_half_cleared_folder_is_not_taken_for_finished(dataset, tmp_path, monkey
 
 @pytest.fixture
 def handlers():
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = train_gpt.SIGNALS
     before = {number: signal.getsignal(number) for number in numbers}
     yield lambda: {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
+def send(number):
+    os.kill(os.getpid(), number)
+
+
 def test_a_second_signal_ends_at_once_and_handlers_come_back(rt, handlers):
     signal.signal(signal.SIGTERM, mine := lambda *_: None)
     before = handlers()
     with contextlib.suppress(KeyError), rt.signals() as came:
+        rt.hold_signals()
         assert came == []
-        os.kill(os.getpid(), signal.SIGTERM)
+        send(signal.SIGTERM)
         assert came == [signal.SIGTERM]
-        assert set(handlers().values()) == {signal.SIG_DFL}
+        second = dict.fromkeys([signal.SIGINT, signal.SIGTERM], signal.SIG_DFL)
+        assert handlers() == second | {signal.SIGHUP: signal.SIG_IGN}
         raise KeyError  # an end by an exception counts, too
     assert handlers() == before and before[signal.SIGTERM] is mine
+
+
+def test_after_a_hangup_only_ctrl_c_ends_at_once(rt, handlers):
+    """bash and the kernel both send SIGHUP, torchrun that is hit twice adds SIGTERM."""
+    with rt.signals() as came:
+        rt.hold_signals()
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            send(number)
+        assert came == [signal.SIGHUP]
+        assert handlers()[signal.SIGINT] == signal.SIG_DFL
+
+
+def test_a_signal_waits_for_what_lies_in_no_file(rt):
+    with pytest.raises(train_gpt.Interrupted) as caught, rt.signals():
+        rt.hold_signals()
+        send(signal.SIGHUP)
+        reached = True
+        rt.release_signals()
+        reached = False
+    assert reached and caught.value.code == 129
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_with_nothing_unsaved_ends_here(number, rt):
+    with pytest.raises(SystemExit) as caught, rt.signals():
+        send(number)
+        time.sleep(5)
+    assert caught.value.code == 128 + number
+
+
+def test_an_ignored_hangup_stays_ignored(rt, handlers):
+    """As nohup starts us."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with rt.signals() as came:
+        send(signal.SIGHUP)
+    assert came == [] and handlers()[signal.SIGHUP] == signal.SIG_IGN
+
+
+def test_how_to_go_on_is_said(rt, tmp_path):
+    rt.folder = tmp_path
+    assert rt.kept() == "nothing to keep"
+    (tmp_path / "artifact.bin").touch()
+    assert rt.kept() == f"EVAL_ONLY={tmp_path}/artifact.bin scores it"
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/step_00000007.json").touch()
+    assert rt.kept() == "step_00000007 is kept, RESUME=auto goes on"
+
+
+@contextlib.contextmanager
+def process(cwd, until, ranks=1, wrapper=(), **env):
+    """The script as a process that has printed this text -> (process, function that reads what it
+    printed); it is killed in the end. Output goes to a file, as in a batch job."""
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    command = [*wrapper, sys.executable, *(torchrun if ranks == 2 else []), SCRIPT]
+    env = clean_environment() | dict(PYTHONDONTWRITEBYTECODE="1") | env
+    path = cwd / "out"
+    with open(path, "wb") as out:
+        streams = dict(stdout=out, stderr=subprocess.STDOUT)
+        started = subprocess.Popen(command, cwd=cwd, env=env, **streams)
+    try:
+        deadline = time.monotonic() + 100
+        while until not in path.read_text():
+            assert started.poll() is None and time.monotonic() < deadline, path.read_text()[-2000:]
+            time.sleep(0.01)
+        yield started, path.read_text
+    finally:
+        started.kill()
+        started.wait()
+
+
+ENDLESS = dict(ITERATIONS="100000", WARMUP_STEPS="0", RUN_ID="x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_hangup_leaves_a_checkpoint(ranks, times, dataset, tmp_path):
+    """Once, and as an SSH session sends it: twice; to torchrun, which passes it on."""
+    env = SHRUNK | ENDLESS | dict(DATA_PATH=str(dataset))
+    with process(tmp_path, "step:3/", ranks, **env) as (started, text):
+        for _ in range(times):
+            started.send_signal(signal.SIGHUP)
+            time.sleep(0.02)
+        status = started.wait(60)
+        note = "note:signal 1 at step "
+        deadline = time.monotonic() + 30  # torchrun that is hit twice ends before its ranks
+        while note not in text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert status == (129 if ranks == 1 else 1) and note in text()
+    assert "checkpoint written, RESUME=auto goes on" in text()
+    (path,) = (tmp_path / "runs/x/checkpoint").glob("*.json")
+    assert train_gpt.read_checkpoint(path)[0].step >= 3
+
+
+@pytest.mark.slow
+def test_a_run_under_nohup_goes_on(dataset, tmp_path):
+    env = SHRUNK | ENDLESS | dict(DATA_PATH=str(dataset))
+    with process(tmp_path, "step:3/", wrapper=["nohup"], **env) as (started, text):
+        started.send_signal(signal.SIGHUP)
+        before = text().count("step:")
+        time.sleep(2)
+        assert started.poll() is None and "signal" not in text()
+    assert before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("until", "kept"),
+    [
+        ("config", "nothing to keep"),
+        ("final_int6_roundtrip_exact", "EVAL_ONLY=runs/x/artifact.bin scores it"),
+        ("ngram_gain:9", "EVAL_ONLY=runs/x/artifact.bin scores it"),  # encodes, decodes
+    ],
+)
+def test_ctrl_c_is_one_line(until, kept, dataset, tmp_path):
+    env = SHRUNK | dict(DATA_PATH=str(dataset), RUN_ID="x", EVAL_STRIDE="1")
+    env |= dict(SCORER="documents", CODEC_TOKENS="-1", EVAL_LANES="1")
+    with process(tmp_path, until, **env) as (started, text):
+        started.send_signal(signal.SIGINT)
+        assert started.wait(60) == 130
+        printed = text()
+    assert "Traceback" not in printed and printed.splitlines()[-1] == f"note:signal 2: {kept}"
+    assert not list((tmp_path / "runs/x").glob("submission.json"))
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    command = [sys.executable, SCRIPT]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as started:
+        deadline = time.monotonic() + 60
+        while "numpy" not in Path(f"/proc/{started.pid}/maps").read_text():
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        started.send_signal(signal.SIGINT)
+        assert started.wait(60) == 130
+        assert started.stderr.read() == "signal 2: nothing to keep\n"
+    assert not list(tmp_path.iterdir())
+
+
+# -----------------------------------------------------------------------------
+# Standard streams that are lost
+
+
+def lost_stream(path, monkeypatch):
+    """A Screen over a file that cannot be written; what is lost is told to this test alone."""
+    monkeypatch.setattr(train_gpt.Screen, "lost", [])
+    return train_gpt.Screen("stdout", open(path, "w"))
+
+
+def test_a_lost_stream_goes_nowhere_and_is_noted_once(rt, tmp_path, monkeypatch):
+    screen = lost_stream("/dev/full", monkeypatch)
+    monkeypatch.setattr(sys, "stdout", screen)
+    rt.folder = tmp_path
+    rt.open_logs()
+    for step in range(3):
+        rt.log("step", step)
+    assert os.readlink(f"/proc/self/fd/{screen.fileno()}") == os.devnull
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("note:")] == [
+        "step:0",
+        "step:1",
+        "step:2",
+    ]
+    (note,) = [line for line in lines if line.startswith("note:")]
+    assert "stdout is lost: [Errno 28]" in note and str(tmp_path / "log.txt") in note
+    keys = [json.loads(line)["key"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert keys == ["step", "note", "step", "step"]
+
+
+def test_text_too_foreign_for_a_stream_is_escaped(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt.Screen, "lost", [])
+    with open(tmp_path / "out", "w", encoding="ascii") as file:
+        print("a\u00e9\udcff", file=train_gpt.Screen("stdout", file))
+    assert (tmp_path / "out").read_text() == "a\\xe9\\udcff\n"
+    assert train_gpt.Screen.lost == []
+
+
+def test_a_log_holds_any_text(tmp_path):
+    train_gpt.LogFile(tmp_path / "log.txt").add("path \udcff")
+    assert (tmp_path / "log.txt").read_text() == "path \\udcff\n"
+
+
+def shell(command, cwd, **env):
+    """A command line of bash in which $RUN is the script -> what it printed, its status."""
+    env = clean_environment() | dict(RUN=f"{sys.executable} {SCRIPT}", RUN_ID="x") | env
+    done = subprocess.run(["bash", "-c", command], cwd=cwd, env=env, capture_output=True, text=True)
+    return done.stdout, done.stderr, done.returncode
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("$RUN --no-such 2>&-", 2),
+        ("$RUN --no-such >&- 2>&-", 2),
+        ("$RUN --no-such 2>/dev/full", 2),
+        ("$RUN --help >&-", 0),
+        ("$RUN --help >/dev/full", 0),
+        ("$RUN --help | head -1 >&2; exit ${PIPESTATUS[0]}", 0),
+    ],
+)
+def test_a_short_answer_that_nobody_reads(command, status, tmp_path):
+    out, err, found = shell(command, tmp_path)
+    assert found == status and "Traceback" not in err and "Broken pipe" not in err
+    assert out == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("redirection", "reason"),
+    [
+        ("2>&1 | head -1", "stdout is lost: [Errno 32] Broken pipe"),
+        (">&-", "stdout is lost: closed"),
+        ("<&- >&- 2>&-", "stdout is lost: closed"),
+        (">/dev/full 2>&1", "stdout is lost: [Errno 28] No space left on device"),
+    ],
+)
+def test_a_run_outlives_its_streams(redirection, reason, dataset, tmp_path):
+    """Proof and picture included, which inherit them; no file of the run is written by mistake."""
+    env = SHRUNK | dict(DATA_PATH=str(dataset), SCORER="documents", CODEC_TOKENS="-1")
+    _, _, status = shell(f"$RUN {redirection}; exit ${{PIPESTATUS[0]}}", tmp_path, **env)
+    assert status == 0
+    run = Run(tmp_path / "runs/x")
+    (note,) = [line for line in run.lines if line.startswith("note:")]
+    assert note.startswith(f"note:{reason}; the run goes on, its log is ")
+    assert run.final("codec")["decoded"] == "ok" and (run.folder / "report.png").exists()
+    assert run.submission()["val_bpb"] == run.val_bpb()
+    assert len(run.metrics()) == len(run.lines)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_vanishes(dataset, tmp_path):
+    """Without a SIGHUP, as after setsid or disown: EIO, on a bar as well."""
+    env = clean_environment() | SHRUNK | dict(DATA_PATH=str(dataset), RUN_ID="x")
+    ours, theirs = terminal()
+    ends = dict(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    with subprocess.Popen([sys.executable, SCRIPT], cwd=tmp_path, env=env, **ends) as started:
+        os.close(theirs)
+        text = b""
+        while b"step:1/" not in text:
+            text += os.read(ours, 4096)
+        os.close(ours)
+        assert started.wait(100) == 0
+    lines = Run(tmp_path / "runs/x").lines
+    (note,) = [line for line in lines if line.startswith("note:")]
+    assert "[Errno 5]" in note
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", [dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C")])
+def test_a_narrow_encoding_and_a_path_with_accents(env, dataset, tmp_path):
+    (tmp_path / "é").mkdir()
+    data = shutil.copytree(dataset, tmp_path / "é" / "données")
+    env |= SHRUNK | dict(DATA_PATH=str(data), RUN_ID="né")
+    out, err, status = shell("$RUN", tmp_path / "é", **env)
+    assert status == 0 and err == "" and "final_budget" in out
+    run = Run(tmp_path / "é/runs/né")
+    assert (run.folder / "report.png").exists() and run.submission()["name"] == "né"
+
+
+# -----------------------------------------------------------------------------
+# One run, one folder
+
+
+def locked_runtime(run_id="x"):
+    return train_gpt.Runtime(tiny(run_id=run_id))
+
+
+def test_a_folder_in_use_is_not_touched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = locked_runtime(), locked_runtime()
+    train_gpt.open_run(first)
+    first.log("a", "line")
+    before = content(first.folder)
+    with pytest.raises(train_gpt.ConfigError) as caught:
+        train_gpt.open_run(second)
+    user = f"RUN_ID='x': runs/x is in use by process {os.getpid()} on "
+    assert user in str(caught.value) and "; fix: " in str(caught.value)
+    assert content(first.folder) == before
+    train_gpt.open_run(locked_runtime("y"))  # another one is free
+    first.close()
+    train_gpt.open_run(second)  # cleared of all but the lock
+    found = content(first.folder)
+    assert found.pop(".lock") and found == {"log.txt": b"", "metrics.jsonl": b""}
+
+
+def test_what_was_finished_while_we_started_is_seen(tmp_path, monkeypatch):
+    """The mark of a finished run is looked at once the folder is ours."""
+    monkeypatch.chdir(tmp_path)
+    late = locked_runtime()
+    late.folder.mkdir(parents=True)
+    (late.folder / "submission.json").write_text("{}")
+    with pytest.raises(train_gpt.ConfigError, match="runs/x is finished; fix: OVERWRITE=1"):
+        train_gpt.open_run(late)
+    assert (late.folder / "submission.json").exists()
+
+
+def test_a_lock_is_no_link_and_no_heirloom(tmp_path, monkeypatch):
+    """It does not write through a link; a program that we start does not hold it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "runs/x/.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(train_gpt.ConfigError, match="fix"):
+        train_gpt.open_run(locked_runtime())
+    assert (tmp_path / "mine").read_text() == "kept"
+    (tmp_path / "runs/x/.lock").unlink()
+    first = locked_runtime()
+    train_gpt.open_run(first)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    first.close()
+    train_gpt.open_run(second := locked_runtime())
+    second.close()
+    child.communicate(b"\n")
+
+
+def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    train_gpt.open_run(locked_runtime())
+    assert "note:runs/x/.lock: no lock ([Errno 95]" in capsys.readouterr().out
+
+
+def test_ranks_but_the_first_take_no_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = locked_runtime()
+    other.rank = 1
+    train_gpt.open_run(other)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_lock_ends_with_its_process(dataset, tmp_path):
+    """OVERWRITE, RESUME and EVAL_ONLY ask for it, too; after SIGKILL the folder is free."""
+    env = SHRUNK | ENDLESS | dict(DATA_PATH=str(dataset))
+    with process(tmp_path, "step:3/", **env) as (started, _):
+        for more in (dict(OVERWRITE="1"), dict(RESUME="auto"), {}):
+            _, err, status = shell("$RUN", tmp_path, **env | more)
+            assert status == 2 and f"is in use by process {started.pid} on " in err
+        started.kill()
+        started.wait()
+        _, err, status = shell("$RUN", tmp_path, **env | dict(ITERATIONS="2"))
+        assert status == 0, err
+    assert Run(tmp_path / "runs/x").val_bpb() > 0
+
+
+# -----------------------------------------------------------------------------
+# Threads and memory
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """-> function that makes one of so many cores, with these cgroup files; this process's group
+    is /a/b, as version 2 or 1 names it."""
+
+    def make(cores=8, affinity=None, version=2, meminfo="MemAvailable: 1000 kB\n", **files):
+        controllers = "" if version == 2 else "cpu,cpuacct"
+        for name, text in files.items():
+            folder, _, file = name.rpartition("/")
+            path = tmp_path / "cgroup" / controllers / folder / file.replace("__", ".")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        texts = {"/proc/self/cgroup": f"3:{controllers}:/a/b\n", "/proc/meminfo": meminfo}
+        read_text = Path.read_text
+
+        def read(path, *arguments, **options):
+            return texts.get(str(path)) or read_text(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "read_text", read)
+        monkeypatch.setattr(train_gpt, "CGROUPS", tmp_path / "cgroup")
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(affinity or cores))
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("files", "threads"),
+    [
+        (dict(), (8, "cores")),
+        ({"a/b/cpu__max": "300000 100000\n"}, (3, "cpu_quota")),
+        ({"a/b/cpu__max": "max 100000\n"}, (8, "cores")),
+        ({"a/b/cpu__max": "400000 100000", "a/cpu__max": "250000 100000"}, (2, "cpu_quota")),
+        ({"a/b/cpu__max": "max 100000", "cpu__max": "150000 100000"}, (1, "cpu_quota")),
+        ({"a/b/cpu__max": "20000 100000"}, (1, "cpu_quota")),
+        ({"c/cpu__max": "100000 100000"}, (8, "cores")),  # another group's
+    ],
+)
+def test_threads_keep_to_a_quota(files, threads, machine):
+    machine(**files)
+    assert train_gpt.choose_threads(1) == threads
+
+
+@pytest.mark.parametrize(("quota", "threads"), [("300000", 3), ("-1", 8)])
+def test_a_quota_of_version_1(quota, threads, machine):
+    files = {"a/cpu__cfs_quota_us": quota, "a/cpu__cfs_period_us": "100000"}
+    machine(version=1, **files)
+    assert train_gpt.choose_threads(1)[0] == threads
+
+
+def test_threads_are_shared_by_the_ranks_of_a_host(machine, monkeypatch):
+    machine(cores=16, affinity=12, **{"cpu__max": "1000000 100000"})
+    assert [train_gpt.choose_threads(ranks)[0] for ranks in (1, 2, 3, 16)] == [10, 5, 3, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # each process's, as OpenMP means it
+    found = [train_gpt.choose_threads(ranks) for ranks in (1, 2, 3)]
+    assert found == [(4, "OMP_NUM_THREADS"), (4, "OMP_NUM_THREADS"), (3, "cpu_quota")]
+    machine(cores=16, affinity=2)
+    assert train_gpt.choose_threads(1) == (2, "affinity")
+
+
+@pytest.mark.parametrize(
+    ("text", "given"), [("3", 3), ("4,2", 4), ("", 0), ("0", 0), ("-1", 0), ("x", 0), ("1", 1)]
+)
+def test_threads_that_the_user_gives(text, given, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert train_gpt.given_threads() == given
+
+
+@pytest.mark.parametrize(("outside", "given"), [({}, 0), (dict(OMP_NUM_THREADS="1"), 1)])
+def test_torchruns_own_thread_is_no_wish(outside, given):
+    """In a process whose parent sets the two variables, as torchrun does, or was given one."""
+    code = "import os, subprocess, sys\n"
+    code += "os.environ |= dict(OMP_NUM_THREADS='1', TORCHELASTIC_RUN_ID='x')\n"
+    code += "child = 'import train_gpt; print(train_gpt.given_threads())'\n"
+    code += "subprocess.run([sys.executable, '-c', child])\n"
+    env = {n: text for n, text in clean_environment().items() if n != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env | outside, capture_output=True, text=True
+    )
+    assert done.stdout == f"{given}\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "files", "bytes_left"),
+    [
+        (2, {}, 1_024_000),
+        (2, {"a/memory__max": "500000", "a/memory__stat": "anon 200000\nfile 9\n"}, 300_000),
+        (2, {"a/memory__max": "100", "a/memory__stat": "anon 200\nfile 9\n"}, 0),
+        (2, {"a/memory__max": "max", "a/memory__stat": "anon 200\nfile 9\n"}, 1_024_000),
+        (
+            1,
+            {"memory__limit_in_bytes": "500000", "memory__stat": "cache 7\nrss 100000\n"},
+            400_000,
+        ),
+    ],
+)
+def test_available_memory(version, files, bytes_left, machine):
+    machine(version=version, **files)
+    assert train_gpt.available_memory() == bytes_left
+
+
+def test_available_memory_of_an_unknown_system(monkeypatch):
+    def unknown(path, *_, **__):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", unknown)
+    assert train_gpt.available_memory() is None
+    assert train_gpt.choose_threads(1)[0] >= 1
+
+
+# -----------------------------------------------------------------------------
+# What a run needs, before it begins
+
+
+@pytest.fixture
+def checked(dataset, tmp_path, monkeypatch):
+    """-> function: preflight of a run on the small dataset, with these settings -> its notes"""
+
+    def check(**changes):
+        paths = dict(data_path=str(dataset), tokenizer_path=str(dataset / "tokenizer.model"))
+        cfg = tiny(**dict(vocab_size=0, **paths) | changes)
+        return train_gpt.preflight(train_gpt.Runtime(cfg), cfg)
+
+    monkeypatch.chdir(tmp_path)
+    return check
+
+
+def faults(check, **changes):
+    with pytest.raises(train_gpt.Missing) as caught:
+        check(**changes)
+    return str(caught.value).splitlines()
+
+
+def test_nothing_is_missing(checked, tmp_path):
+    assert checked() == [] and not list(tmp_path.iterdir())
+
+
+def test_all_that_is_missing_is_named_a_line_each(checked, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    lines = faults(checked, data_path="empty", tokenizer_path="none.model", checkpoint_every="1")
+    begins = ["DATA_PATH='empty': no *_val_", "DATA_PATH='empty': no *_train_"]
+    begins += ["TOKENIZER_PATH='none.model'", "/", "TRAIN_BATCH_TOKENS=64: needs 0.0 GB"]
+    assert len(lines) == len(begins) and not list((tmp_path / "empty").iterdir())
+    assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True))
+    assert sum("fix" in line for line in lines) >= 4
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    assert ["package sentencepiece" in lines[0] for lines in [faults(checked)]] == [True]
+    assert "package zstandard" in faults(checked)[1]
+    assert not any("zstandard" in line for line in faults(checked, compressor="lzma"))
+
+
+def test_main_prints_a_line_each(tmp_path):
+    """As a process, with the folder of an earlier run left alone; DRY_RUN asks for none of it."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "runs/x/log.txt").write_text("old")
+    env = SHRUNK | dict(DATA_PATH="empty", TOKENIZER_PATH="none.model", OVERWRITE="1")
+    _, err, status = shell("$RUN", tmp_path, **env)
+    lines = err.splitlines()
+    assert status == 2 and len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+    assert (tmp_path / "runs/x/log.txt").read_text() == "old"
+    out, err, status = shell("$RUN", tmp_path, DRY_RUN="1", **env)
+    assert status == 0 and err == "" and "byte_budget" in out
+
+
+def test_room_for_checkpoints(checked, monkeypatch):
+    """The second checkpoint is written while two are kept; one on a signal alone is a note."""
+    state = train_gpt.state_bytes(tiny(vocab_size=1024))
+    for free, every, noted in ((5 * state, "1", 0), (state // 2, "0", 1), (5 * state, "0", 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, n=free: types.SimpleNamespace(free=n))
+        assert len(checked(checkpoint_every=every)) == noted
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=3 * state))
+    (line,) = faults(checked, checkpoint_every="1")
+    assert "MB are free, results and checkpoints need" in line
+    checked(checkpoint_every="1", eval_only="x")  # writes none
+
+
+def test_memory_for_lanes(checked, monkeypatch):
+    """Lanes that wait for documents are none: twelve documents, two heads of 8, four layers."""
+    need = 4 * 2 * 12 * 2048 * 16 * 4
+    lanes = dict(scorer="documents", eval_lanes=4096, eval_seq_len=2048, eval_stride=2048)
+    for free, enough in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(train_gpt, "available_memory", lambda free=free: free)
+        if enough:
+            checked(**lanes)
+        else:
+            (line,) = faults(checked, **lanes)
+            assert line.startswith("EVAL_LANES=4096: needs 0.0 GB at least, cpu has ")
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: None)
+    checked(**lanes)
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+def test_flash_attention_that_is_not_here(name, monkeypatch):
+    with pytest.raises(train_gpt.ConfigError, match=f"ATTN_IMPL={name}: .*CUDA.*; fix: ATTN_IMPL="):
+        train_gpt.use_attention(name, False)
+
+    def absent(_):
+        raise ImportError("No module named 'flash'")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", absent)
+    with pytest.raises(train_gpt.ConfigError, match="No module named 'flash'; fix: ATTN_IMPL=auto"):
+        train_gpt.use_attention(name, True)
 
 
 # -----------------------------------------------------------------------------
