@@ -1390,12 +1390,17 @@ USER_MASK = os.umask(0o077)  # of rights that new files do not get; it can only 
 os.umask(USER_MASK)
 
 
+def open_no_link(name: str, flags: int) -> int:
+    """An `opener` of files that follows no link and waits for nobody at the end of a pipe."""
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # none on Windows
+    return os.open(name, flags | careful, 0o666)
+
+
 def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a file that anybody may have put there, read once. OSError for a link, for a
     pipe or device, which might never end, and for more than `most` bytes."""
-    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # none on Windows
     try:
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful))
+        file = open(path, "rb", opener=open_no_link)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -1457,7 +1462,8 @@ class LogFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.file: Any = open(path, "a", encoding="utf-8", errors="backslashreplace")
+        how = dict(encoding="utf-8", errors="backslashreplace", opener=open_no_link)
+        self.file: Any = open(path, "a", **how)
 
     def add(self, line: str) -> None:
         try:
@@ -1609,6 +1615,7 @@ def clear_run(folder: Path) -> None:
     """Remove what an earlier run wrote; checkpoints first, or a run that died meanwhile could go
     on from them."""
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    remove_partial_files(folder)
     for name in OUTPUTS:
         (folder / name).unlink(missing_ok=True)
 
@@ -1623,7 +1630,7 @@ def cut_logs(folder: Path, saved: list[Path]) -> None:
             continue  # as find_checkpoint passes it over
         for name, size in zip(LOGS, state.logs, strict=False):
             log = folder / name
-            if log.exists() and 0 <= size < log.stat().st_size:
+            if log.is_file() and not log.is_symlink() and 0 <= size < log.stat().st_size:
                 os.truncate(log, size)
         break
 

@@ -1,11 +1,15 @@
 """run_folder.py: a finished run folder becomes submission.json; others are refused."""
 
 import hashlib
+import io
 import json
 import math
 import subprocess
 import sys
+import warnings
+import zipfile
 
+import numpy as np
 import pytest
 import run_folder
 from helpers import ROOT, train_gpt
@@ -205,3 +209,42 @@ def test_a_table_of_equal_columns():
         "| twenty | 1,000,000 |   µ |",
     ]
     assert run_folder.markdown(["a", "b"], [], left=2) == "| a   | b   |\n| --- | --- |"
+
+
+# -----------------------------------------------------------------------------
+# What a folder can do to its reader
+
+
+@pytest.mark.parametrize("evil", ["\x1b[2K", "\r", "\n", "\u202e", "\ud800", "\x9b1A", "\u2028"])
+def test_nothing_moves_the_cursor(evil):
+    shown = run_folder.printable(f"a{evil}b é 中")
+    assert shown.isprintable() and shown.startswith("a\\") and shown.endswith("b é 中")
+    shown.encode()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "1", '{"a": 1, "a": 1}', '{"a": {"b": 1, "b": 2}}', "[" * 10**5, "\xff"]
+)
+def test_what_is_no_object_of_ours_is_refused(text):
+    with pytest.raises(run_folder.RunError, match="x: damaged"):
+        run_folder.parse_object(text.encode("latin-1"), "x")
+
+
+def archive(members):
+    packed = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        warnings.simplefilter("ignore")
+        for name, content in members:
+            file.writestr(name, content)
+    return packed.getvalue()
+
+
+def test_archives_that_claim_more_than_they_hold():
+    """A member that stands twice, or many times; one that unpacks to a thousand times itself."""
+    column = io.BytesIO()
+    np.save(column, np.zeros(10))
+    twice = archive([("a.npy", column.getvalue())] * 2)
+    with pytest.raises(ValueError, match="twice"):
+        run_folder.read_columns(twice + bytes(2000))
+    with pytest.raises(ValueError, match="claim 1000000"):
+        run_folder.read_columns(archive([("a.npy", bytes(10**6))]))

@@ -1350,3 +1350,89 @@ def test_a_host_without_the_data_ends_both(dataset, tmp_path):
         assert all(host.agent.wait(PATIENCE) != 0 for host in both)
         assert "error: DATA_PATH='here': no *_val_*.bin" in both[1].text()
         assert not any("step:1/" in host.text() for host in both)
+
+
+# -----------------------------------------------------------------------------
+# Files that anybody may have put there
+
+HOSTILE = {
+    "a link": (lambda path: path.symlink_to(__file__), "is a link"),
+    "a link to a device": (lambda path: path.symlink_to("/dev/zero"), "is a link"),
+    "a dangling link": (lambda path: path.symlink_to("nowhere"), "is a link"),
+    "a link to itself": (lambda path: path.symlink_to(path), "is a link"),
+    "a pipe": (os.mkfifo, "is no regular file"),
+    "a folder": (Path.mkdir, "directory"),
+    "too much": (lambda path: path.write_bytes(bytes(101)), "has 101 bytes, at most 100"),
+    "a sparse file": (lambda path: (path.touch(), os.truncate(path, 2**40)), "at most 100"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_only_regular_files_are_read(name, tmp_path):
+    """At once, without memory, and with a reason that can be shown."""
+    make, reason = HOSTILE[name]
+    make(tmp_path / "file")
+    with pytest.raises(OSError) as caught:
+        train_gpt.read_regular(tmp_path / "file", 100)
+    assert reason in caught.value.strerror and str(tmp_path / "file") in str(caught.value)
+
+
+def test_a_regular_file_is_read_whole(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(100))
+    assert train_gpt.read_regular(tmp_path / "file", 100) == bytes(100)
+    with pytest.raises(FileNotFoundError):
+        train_gpt.read_regular(tmp_path / "none")
+
+
+@pytest.mark.parametrize("way", [b"new", lambda path: path.write_bytes(b"new")])
+def test_a_file_is_never_written_through_a_link(way, tmp_path):
+    """Neither where it goes nor where it is made; its rights are those of any new file."""
+    other = tmp_path / "other"
+    other.write_text("mine")
+    for name in (".partial_file", ".file.partial", "file"):
+        (tmp_path / name).symlink_to(other)
+    train_gpt.write_atomically(tmp_path / "file", way)
+    assert other.read_text() == "mine" and not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
+    (tmp_path / "plain").write_bytes(b"")
+    modes = {(tmp_path / name).stat().st_mode for name in ("file", "plain")}
+    assert len(modes) == 1
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def fail(path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(train_gpt.UserError, match="make room"):
+        train_gpt.write_atomically(tmp_path / "file", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+    with pytest.raises(train_gpt.UserError, match="mkdir"):
+        train_gpt.write_atomically(tmp_path / "none/file", b"")
+
+
+def test_a_killed_writer_s_file_goes_with_the_next_run(tmp_path):
+    (tmp_path / f"{train_gpt.PARTIAL}x_stream.bin").write_bytes(b"half")
+    train_gpt.clear_run(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_logs_are_no_links(tmp_path):
+    """Of a folder that came from elsewhere: lines are added to no other file, and none is cut."""
+    other = tmp_path / "other"
+    other.write_text("mine, and long")
+    (tmp_path / "log.txt").symlink_to(other)
+    with pytest.raises(OSError):
+        train_gpt.LogFile(tmp_path / "log.txt")
+    assert other.read_text() == "mine, and long"
+
+
+def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: 1000)
+    train_gpt.require_memory(1000, "a thing")
+    with pytest.raises(train_gpt.LackOfMemory, match="a thing: 1,001 bytes of memory, 1,000 are"):
+        train_gpt.require_memory(1001, "a thing")
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: None)
+    train_gpt.require_memory(2**60, "nobody knows")
