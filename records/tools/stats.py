@@ -51,6 +51,7 @@ CHECKED = (  # what verify.py reads of a folder
     *FILES.values(),
     *("stream.bin", "metrics.jsonl", "log.txt", "config.env", "submission.json"),
 )
+SCORED_AGAIN = "the artifact scores the same here"
 VERDICTS = ("PROVED", "FAILED", "CONSISTENT, NOT PROVED")
 MEASURES = ("val_loss", "val_bpb")
 BEGIN = "<!-- records: python records/tools/stats.py --table -->"
@@ -188,7 +189,14 @@ def verdict(result: dict[str, Any]) -> str:
     word = VERDICTS[VERDICTS.index(result["verdict"])]
     if word == "PROVED":
         return f"{word} on {result['text']}"
-    return f"{word} ({result['why']})"
+    again = f"; {SCORED_AGAIN}" if result.get("rescored_val_bpb") and word != "FAILED" else ""
+    return f"{word} ({result['why']}{again})"
+
+
+def holds(verification: str) -> bool:
+    """Was it made now, and is the score this checkout's own: proved, or scored again here?"""
+    word, _, why = verification.partition(" (")
+    return word.startswith("PROVED") or (word in VERDICTS and why.endswith(f"{SCORED_AGAIN})"))
 
 
 def kept_verdict(folder: Path) -> str:

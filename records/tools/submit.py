@@ -9,9 +9,10 @@ and for each seed a folder seed_<N>/ with what verify.py reads. val_bpb is the m
 seeds, never the best. train_gpt.py and an artifact are the bytes that count; train_gpt.py runs the
 config.env beside it, and of seed_<N>/ it reads nothing but the tokenizer.
 
-verify.py is run on each folder. Runs that are unfinished, over a cap or not PROVED here are refused
-by name; --force builds all the same, without the unfinished ones, and the README says what is
-wrong. Runs that are not seeds of one configuration are always refused. Exit status: 0, or 2.
+verify.py is run on each folder: it must be PROVED here, or, where its stream holds a stretch of the
+text only, its artifact must score the same here. Runs that are not, are unfinished or over a cap
+are refused by name; --force builds all the same, without the unfinished ones, and the README says
+what is wrong. Runs that are not seeds of one configuration are always refused. Exit status: 0; 2.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def problems(run: Result, files: Sequence[Path]) -> list[str]:
     codec = run.folder.last("final_codec")
     if codec.get("decoded") != "ok":
         found.append(f"no proof: final_codec has decoded:{codec.get('decoded')}")
-    if not run.verification.startswith("PROVED"):
+    if not stats.holds(run.verification):
         found.append(f"verify.py says {run.verification}")
     large = [path.name for path in files if path.stat().st_size > GITHUB_FILE_BYTES]
     found += [f"{name}: over {GITHUB_FILE_BYTES:,} bytes, too large to be pushed" for name in large]
@@ -117,8 +118,9 @@ def carried(run: Result, scores: bool) -> list[Path]:
 
 def remarks(runs: Sequence[Result]) -> list[str]:
     """What does not keep a submission from being one, but should be known"""
-    few = len(runs) < UPSTREAM_SEEDS
-    return [f"{len(runs)} seeds, upstream's rule usually takes three"] * few
+    few = [f"{len(runs)} seeds, upstream's rule usually takes three"] * (len(runs) < UPSTREAM_SEEDS)
+    unproved = [run for run in runs if not run.verification.startswith("PROVED")]
+    return few + [f"{run.name}: {run.verification}" for run in unproved]
 
 
 # -----------------------------------------------------------------------------

@@ -326,6 +326,10 @@ def test_an_author_is_needed(made, refused, built, monkeypatch):
 def test_what_is_not_proved_is_no_submission(verdict, made, refused, built, monkeypatch):
     monkeypatch.setattr(stats, "verify", lambda folder: verdict)
     assert refused(made[1]).count(f"verify.py says {verdict}") == 2
+    again = "CONSISTENT, NOT PROVED (not checked: decode; the artifact scores the same here)"
+    assert stats.holds(again) and not stats.holds(f"verify.json: {again}")
+    forged = dict(verdict="FAILED", why="x; the artifact scores the same here", rescored_val_bpb=1)
+    assert not stats.holds(stats.verdict(forged))
     folder, _ = built(made[1], "--force")
     assert verdict in (folder / "README.md").read_text()
 
