@@ -4591,27 +4591,28 @@ class Trainer:
         rt = self.rt
         loss = torch.zeros(())
         self.warm_up()
-        rt.hold_signals()
-        self.agree(loss)
-        due = self.checkpoints_due()
-        while not self.done:
-            previous = loss
-            with rt.clock("train"):
-                loss = self.update(lr_factor(self.step, self.elapsed, cfg))
-            self.agree(previous)
-            rt.tick("train", self.step, cfg.iterations)
-            logs = self.step <= 10 or self.every(cfg.train_log_every)
-            validates = self.every(cfg.val_loss_every)
-            if logs or validates or self.signal or self.checkpoints_due() > due:
-                self.agree(loss)
-            if logs or self.done:
-                mean = rt.sum(np.array([loss.item()])).item() / rt.world_size
-                self.log_step(train_loss=mean)
-            if self.every(cfg.val_loss_every):
-                self.log_step(**validate())
-            if self.done:
-                self.agree(loss)
-            due = self.save_if_due(due)
+        with rt.signals():
+            rt.hold_signals()
+            self.agree(loss)
+            due = self.checkpoints_due()
+            while not self.done:
+                previous = loss
+                with rt.clock("train"):
+                    loss = self.update(lr_factor(self.step, self.elapsed, cfg))
+                self.agree(previous)
+                rt.tick("train", self.step, cfg.iterations)
+                logs = self.step <= 10 or self.every(cfg.train_log_every)
+                validates = self.every(cfg.val_loss_every)
+                if logs or validates or self.signal or self.checkpoints_due() > due:
+                    self.agree(loss)
+                if logs or self.done:
+                    mean = rt.sum(np.array([loss.item()])).item() / rt.world_size
+                    self.log_step(train_loss=mean)
+                if self.every(cfg.val_loss_every):
+                    self.log_step(**validate())
+                if self.done:
+                    self.agree(loss)
+                due = self.save_if_due(due)
         if self.capped:
             rt.log("stopping_early: wallclock_cap", step=f"{self.step}/{cfg.iterations}")
         rt.log("averages", ema=int(cfg.ema_enabled), swa_snapshots=self.averages.snapshots)
