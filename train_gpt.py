@@ -1131,6 +1131,8 @@ class Runtime:
         """The bar, and the lock on the run folder."""
         self.bar.close()
         if self.lock:
+            with contextlib.suppress(OSError):
+                (self.folder / ".lock").unlink()
             self.lock.close()
             self.lock = None
 
@@ -1526,6 +1528,8 @@ def lock_folder(rt: Runtime) -> Any:
         raise ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {user}; fix: {fix}") from error
     except (ImportError, OSError) as error:
         rt.log("note", f"{path}: no lock ({error}): start no other run with this RUN_ID")
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        return lock_folder(rt)  # its last user removed it before we had it
     file.truncate(0)
     print(f"{os.getpid()} on {platform.node()}", file=file, flush=True)
     return file

@@ -668,9 +668,29 @@ def test_a_folder_in_use_is_not_touched(tmp_path, monkeypatch):
     assert content(first.folder) == before
     train_gpt.open_run(locked_runtime("y"))  # another one is free
     first.close()
-    train_gpt.open_run(second)  # cleared of all but the lock
+    train_gpt.open_run(second)  # cleared
     found = content(first.folder)
     assert found.pop(".lock") and found == {"log.txt": b"", "metrics.jsonl": b""}
+    second.close()
+    assert content(first.folder).keys() == found.keys()  # no trace of the lock
+
+
+def test_a_lock_that_its_last_user_removed_is_none(tmp_path, monkeypatch):
+    """Opened before the other run ended, taken after: the file that others see is taken."""
+    monkeypatch.chdir(tmp_path)
+    first, second, third = (locked_runtime() for _ in range(3))
+    train_gpt.open_run(first)
+    flock = fcntl.flock
+
+    def late(file, how):
+        if first.lock:
+            first.close()
+        return flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    train_gpt.open_run(second)
+    with pytest.raises(train_gpt.ConfigError, match="in use by process"):
+        train_gpt.open_run(third)
 
 
 def test_what_was_finished_while_we_started_is_seen(tmp_path, monkeypatch):
