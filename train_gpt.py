@@ -718,6 +718,8 @@ def parse_pairs(lines: Iterable[str], source: str) -> dict[str, str]:
             continue
         if not equals:
             raise ConfigError(f"{source}: {line!r} is not NAME=value")
+        if name in pairs:
+            raise ConfigError(f"{source}: {name} stands twice; fix: leave one out")
         pairs[name] = value.strip()
     return pairs
 
@@ -1396,6 +1398,11 @@ def open_no_link(name: str, flags: int) -> int:
     """An `opener` of files that follows no link and waits for nobody at the end of a pipe."""
     careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # none on Windows
     return os.open(name, flags | careful, 0o666)
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: controls, line ends, directions, halves of characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
@@ -3028,6 +3035,7 @@ INT8_QUANTILE = 0.9999984  # of int8 rows, as published
 LEAST_FP16 = 2.0**-24
 ARTIFACT_PREFIX = b"PGOLFGPT" + (1).to_bytes(4, "little")  # magic, version
 SHA_BYTES = 32
+MOST_HEADER_BYTES = 2**20  # JSON takes some thirty times its size when it is read
 
 
 class ArtifactError(UserError):
@@ -3208,6 +3216,8 @@ def unseal(prefix: bytes, content: bytes) -> tuple[Any, bytes]:
         raise ValueError(f"not of this program, it does not begin with {prefix}")
     start = len(prefix) + 4
     end = start + int.from_bytes(body[len(prefix) : start], "little")
+    if end > MOST_HEADER_BYTES:
+        raise ValueError(f"a header of {end:,} bytes")
     return json.loads(body[start:end]), body[end:]
 
 
@@ -3296,7 +3306,8 @@ class WindowScorer:
         self.adapters = adapters or dict
         self.forward = rt.compile(self.score_rows)
         # Roundtrip windows keep this of every input: activations, distributions in float64.
-        each = 24 * model.cfg.vocab_size + 16 * model.cfg.model_dim
+        hidden = int(model.cfg.mlp_mult * model.cfg.model_dim)
+        each = 24 * model.cfg.vocab_size + 16 * model.cfg.model_dim + 8 * hidden
         what = f"EVAL_BATCH_SEQS={self.batch} windows of {self.length} tokens (EVAL_SEQ_LEN)"
         require_memory(self.batch * self.length * each, what, rt.device)
 
@@ -4879,8 +4890,15 @@ class RunLog:
         self.lines = lines
         self.settings = settings
 
+    @functools.cached_property
+    def by_key(self) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for line in self.lines:
+            found.setdefault(line["key"], []).append(line)
+        return found
+
     def all(self, key: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line["key"] == key]
+        return self.by_key.get(key, [])
 
     def last(self, key: str) -> dict[str, Any]:
         """The newest line of this key; {} for none."""
@@ -5218,7 +5236,7 @@ def main() -> None:
     except (UserError, OSError) as error:
         lines = str(error).splitlines() if isinstance(error, Missing) else [str(error)]
         for line in lines:
-            print("error:", *line.split(), file=sys.stderr)
+            print("error:", printable(" ".join(line.split())), file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -55,11 +55,6 @@ def blame(path: str | Path) -> Iterator[None]:
         raise RunError(f"{path}: damaged ({reason}); fix: get it again") from error
 
 
-def printable(text: str) -> str:
-    """Without what a terminal would obey: controls, line ends, directions, halves of characters."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def parse_object(content: bytes, source: str) -> dict[str, Any]:
     """A JSON object of somebody else's; RunError for what is none, or names a key twice."""
     try:
@@ -83,6 +78,8 @@ def read_columns(data: bytes) -> dict[str, np.ndarray]:
             raise ValueError(f"its members claim {claimed} bytes of {len(data)}")
         if len({member.filename for member in members}) < len(members):
             raise ValueError("a member stands twice")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("a member is compressed")  # to who knows how much
         for member in members:
             stored = archive.read(member)
             stream = io.BytesIO(stored)
@@ -202,9 +199,13 @@ def write(run: RunFolder) -> Path:
         return train_gpt.write_submission(run.path, run.file(FILES["code"]))
 
 
+def cell_text(text: str) -> str:
+    return train_gpt.printable(text).replace("|", "\\|")
+
+
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A table in columns as wide as their widest cell; all but the first `left` to the right."""
-    table = [[printable(cell) for cell in row] for row in (headings, *rows)]
+    table = [[cell_text(cell) for cell in row] for row in (headings, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
     rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     lines = []
@@ -223,9 +224,9 @@ def main(arguments: list[str] | None = None) -> int:
     status = 0
     for folder in parser.parse_args(arguments).runs:
         try:
-            endings.say(f"wrote {write(RunFolder(folder))}")
+            endings.say(f"wrote {train_gpt.printable(str(write(RunFolder(folder))))}")
         except (train_gpt.UserError, OSError) as error:
-            endings.say(f"error: {printable(str(error))}", sys.stderr)
+            endings.say(f"error: {train_gpt.printable(str(error))}", sys.stderr)
             status = 2
     return status
 

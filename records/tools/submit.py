@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import stats
-from run_folder import FILES, RECORDS, ROOT, RunError, parse_object, printable
+from run_folder import FILES, RECORDS, ROOT, RunError, blame, parse_object
 from stats import MEASURES, Result
 
 import endings
-from train_gpt import CAP_BYTES, VARIABLES, UserError, line_fields, read_regular
+from train_gpt import CAP_BYTES, VARIABLES, UserError, line_fields, printable, read_regular
 
 PROOF = [*stats.CHECKED, "blocks.npz"]
 UPSTREAM_SEEDS = 3
@@ -299,7 +299,6 @@ def place(about: argparse.Namespace) -> Path:
 def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
     """-> the new folder, what is wrong with it; RunError where that is not forced"""
     runs, wrong = load_runs(options.runs)
-    verified = [stats.marks(run.folder.path) for run in runs]
     runs = stats.with_verification(runs, make=True)
     newest = max((run.claims for run in runs), key=lambda claims: claims["date"])
     told = {name: getattr(options, name) or newest[name] for name in ABOUT}
@@ -316,8 +315,8 @@ def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
         old = Path(partial, "old")
         whole.mkdir()
         build(about, runs, wrong, whole)
-        for run, before in zip(runs, verified, strict=True):
-            if stats.marks(whole / f"seed_{run.seed}") != before:
+        for run in runs:
+            if stats.marks(whole / f"seed_{run.seed}") != run.marks:
                 raise RunError(f"{run.name}: changed since it was verified; fix: start again")
         if path.exists():
             os.replace(path, old)
@@ -350,7 +349,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        path, notes = make(parser().parse_args(arguments))
+        options = parser().parse_args(arguments)
+        with blame(" ".join(options.runs)):
+            path, notes = make(options)
     except (UserError, OSError) as error:
         endings.say(f"error: {printable(str(error))}", sys.stderr)
         return 2

@@ -41,17 +41,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import run_folder
-from run_folder import ROOT, RunError, printable
+from run_folder import ROOT, RunError
 
 import endings
 import train_gpt
 from sample.prepare import TOKENIZER_SHA256, VAL_TOKENS_SHA256
-from train_gpt import BOS, CAP_BYTES, read_regular, sha256
+from train_gpt import BOS, CAP_BYTES, printable, read_regular, sha256
 
 OUR_CODE = sha256(train_gpt.CODE.read_bytes())
 SAME_SUM = 1e-6  # bits per byte between the claim and what the decode adds up
 SLACK_BYTES = 16  # of the coder's last words
 MASS_LIMIT = 1e-9  # float64 sums over the vocabulary stay below 1e-12
+MOST_WEIGHTS = 2**28  # that are unpacked, 3 GB
+WEIGHTS_A_BYTE = 256  # an artifact of zeros is no bomb yet
 SAME_DEVICE = 1e-4  # nats a token of two scorings in fp32, in other shapes
 OTHER_DEVICE = 0.02  # bf16 on one side
 UNSIGNED = {"author", "github_id", "name", "date", "sha256"}  # of submission.json: not in the log
@@ -206,11 +208,13 @@ class Case:
     @cached_property
     def text_name(self) -> str:
         """Which text that is: by its tokens and tokenizer, not by its place"""
-        altered = ", which its tokenizer alters" if self.text.lossy else ""
+        size = f"{self.text.text_bytes:,} bytes"
+        altered = f", {size} that its tokenizer alters" if self.text.lossy else ""
         implied = 1 - int(self.text.positions[0])  # a first BOS that is in no shard
         tokens = sha256(self.text.stream[implied:].astype("<u2").tobytes())
-        if (tokens, sha256(self.tokenizer)) == (VAL_TOKENS_SHA256, TOKENIZER_SHA256):
-            return f"the embedded text{altered}"
+        known = VAL_TOKENS_SHA256, TOKENIZER_SHA256
+        if (tokens, sha256(self.tokenizer)) == known and not altered:
+            return "the embedded text"
         if Path(self.cfg.data_path) == train_gpt.FINEWEB_DATA:
             return f"FineWeb's validation text as downloaded here (sha256 {tokens[:12]}){altered}"
         return f"another text (sha256 {tokens[:12]}){altered}"
@@ -248,9 +252,8 @@ class Case:
 
     def run_script(self, folder: Path, **given: str) -> str:
         """This checkout's train_gpt.py in a folder, with these variables alone. -> what it prints;
-        Failed with its error, NotChecked where it was stopped"""
-        ours = train_gpt.VARIABLES.keys() | train_gpt.LAUNCH.keys()
-        environ = {name: text for name, text in os.environ.items() if name not in ours}
+        Failed where it blames artifact or stream, NotChecked where anything else stopped it"""
+        environ = {name: text for name, text in os.environ.items() if foreign(name, text)}
         command = [sys.executable, train_gpt.CODE]
         how = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         try:
@@ -260,10 +263,21 @@ class Case:
         except subprocess.TimeoutExpired:
             raise NotChecked(f"not done in {self.minutes:g} minutes; fix: --minutes") from None
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
-        if done.returncode not in (0, 2):
+        if reason.startswith((f"{folder}/stream.bin", f"{folder}/artifact.bin")):
+            raise Failed(reason.replace(f"{folder}/", ""))
+        if done.returncode:
             raise NotChecked(f"a fresh process ended with status {done.returncode}: {reason}")
-        require(done.returncode == 0, reason.replace(f"{folder}/", ""))
         return done.stdout
+
+
+def foreign(name: str, text: str) -> bool:
+    """Has train_gpt.py nothing to do with this variable?"""
+    ours = {*train_gpt.VARIABLES, *train_gpt.LAUNCH, *train_gpt.ALIASES, *train_gpt.ANYWAY}
+    try:
+        train_gpt.refuse_misspelt({name: text})
+    except train_gpt.ConfigError:
+        return False
+    return name not in ours
 
 
 # -----------------------------------------------------------------------------
@@ -312,11 +326,19 @@ def files(case: Case) -> str:
 
 @check()
 def artifact(case: Case) -> str:
-    model = case.model.cfg
-    for name in train_gpt.MODEL_FIELDS:
-        there = getattr(model, name)
+    content = case.file("artifact.bin")
+    try:
+        header, _ = train_gpt.unseal(train_gpt.ARTIFACT_PREFIX, content)
+        stored = train_gpt.stored_values(header["model"], train_gpt.MODEL_FIELDS)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Failed(f"artifact.bin: unreadable ({error})") from None
+    for name, there in stored.items():
         here = getattr(case.cfg, name)
         require(there == here, f"its {name.upper()} is {there!r}, config.env says {here!r}")
+    weights = train_gpt.count_parameters(case.cfg)
+    if weights > min(MOST_WEIGHTS, WEIGHTS_A_BYTE * len(content)):
+        raise NotChecked(f"{weights:,} weights in {len(content):,} bytes are not unpacked here")
+    model = case.model.cfg
     total = sum(len(case.file(name)) for name in ("train_gpt.py", "artifact.bin"))
     require(total <= CAP_BYTES, f"{total:,} bytes with the code, the cap is {CAP_BYTES:,}")
     return f"whole, {model.num_layers} layers x {model.model_dim}, {total:,} bytes with the code"
@@ -360,7 +382,7 @@ def log(case: Case) -> str:
     lines = [
         train_gpt.log_line(x["key"], x["value"], train_gpt.line_fields(x)) for x in case.run.lines
     ]
-    same = case.file("log.txt").decode(errors="replace").splitlines() == lines
+    same = case.file("log.txt").decode(errors="replace") == "".join(f"{x}\n" for x in lines)
     require(same, "log.txt and metrics.jsonl differ")
     return f"submission.json and log.txt repeat the {len(lines)} lines of metrics.jsonl"
 
@@ -412,6 +434,10 @@ def decode(case: Case) -> str:
 
 def here_or_not_checked(case: Case, header: train_gpt.StreamHeader) -> None:
     """NotChecked for a stream that another kind of machine made, or that needs more memory."""
+    try:
+        train_gpt.range_coder()
+    except train_gpt.UserError as error:
+        raise NotChecked(str(error)) from None
     made = header.made
     kind = str(made["device"])
     try:
@@ -475,7 +501,10 @@ def rescored(case: Case) -> str:
     given |= dict(DEVICE="auto", CODEC_TOKENS="0", SAVE_SCORES="0", NGRAM_SCHEME="")
     given |= dict(EVAL_ONLY=str(case.folder / "artifact.bin"), RUN_ID="again")
     given |= {name: str(Path(getattr(case.cfg, name.lower())).resolve()) for name in PATHS}
-    case.run_script(case.temporary, **given)
+    try:
+        case.run_script(case.temporary, **given)
+    except Failed as why:
+        raise NotChecked(str(why)) from None
     found = run_folder.RunFolder(case.temporary / "runs/again").last("final_ngram_exact")
     case.rescored_bpb = found["val_bpb"]
     device = case.rt.device.type
@@ -574,11 +603,18 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def minutes(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("folder", type=Path, metavar="RUN_DIR")
     limit = "for the decode, and again for scoring; default 60"
-    made.add_argument("--minutes", type=float, default=60, help=limit)
+    made.add_argument("--minutes", type=minutes, default=60, help=limit)
     made.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     # Positions were drawn while a decode proved less; old command lines go on to work.
     made.add_argument("--positions-seed", type=natural, help=argparse.SUPPRESS)
@@ -590,7 +626,7 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     try:
         case = Case(options.folder, options.minutes)
-    except RunError as error:
+    except (RunError, OSError) as error:
         reason = shortened(str(error))
         endings.say(f"error: {reason}; fix: give the folder of a run", sys.stderr)
         return 2

@@ -217,7 +217,7 @@ def test_a_table_of_equal_columns():
 
 @pytest.mark.parametrize("evil", ["\x1b[2K", "\r", "\n", "\u202e", "\ud800", "\x9b1A", "\u2028"])
 def test_nothing_moves_the_cursor(evil):
-    shown = run_folder.printable(f"a{evil}b é 中")
+    shown = train_gpt.printable(f"a{evil}b é 中")
     assert shown.isprintable() and shown.startswith("a\\") and shown.endswith("b é 中")
     shown.encode()
 
@@ -246,5 +246,8 @@ def test_archives_that_claim_more_than_they_hold():
     twice = archive([("a.npy", column.getvalue())] * 2)
     with pytest.raises(ValueError, match="twice"):
         run_folder.read_columns(twice + bytes(2000))
+    one = archive([("a.npy", column.getvalue())])
+    with pytest.raises(ValueError, match="compressed"):
+        run_folder.read_columns(one + bytes(2000))
     with pytest.raises(ValueError, match="claim 1000000"):
         run_folder.read_columns(archive([("a.npy", bytes(10**6))]))

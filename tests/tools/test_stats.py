@@ -4,6 +4,7 @@ records."""
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -281,8 +282,8 @@ def test_the_last_step_ends_after_the_clock(runs, capsys):
     with open(runs[0] / "metrics.jsonl", "a") as file:
         file.write('{"key": "stopping_early: wallclock_cap", "value": null}\n')
     assert "OVER" not in budget(runs, capsys, train_seconds=600.2)
-    edit(runs[0] / "metrics.jsonl", '"train_seconds": 600.2', '"train_seconds": 601.0')
-    assert "train_seconds 601.0" in report(capsys, *runs)
+    edit(runs[0] / "metrics.jsonl", '"train_seconds": 600.2', '"train_seconds": 602.0')
+    assert "train_seconds 602.0" in report(capsys, *runs)
 
 
 # -----------------------------------------------------------------------------
@@ -348,6 +349,58 @@ def test_verify_keeps_what_verify_says(runs, capsys, tmp_path, monkeypatch):
     program.write_text("import sys; sys.exit('error: no such thing')")
     status, _, error = call(capsys, *runs, "--verify")
     assert status == 2 and "no such thing" in error and "Traceback" not in error
+
+
+def says(tmp_path, monkeypatch, **result):
+    """An invented verify.py, which says this of every folder"""
+    monkeypatch.setattr(stats, "RECORDS", tmp_path)
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/verify.py").write_text(f"import json; print(json.dumps({result!r}))")
+
+
+def test_what_was_verified_is_what_was_read(runs, capsys, tmp_path, monkeypatch):
+    """A folder that is swapped for an honest one while the first is verified (once PROVED)."""
+    score = stats.load(runs[0]).claims["val_bpb"]
+    said = dict(verdict="PROVED", text="a text", why="", val_bpb=score)
+    says(tmp_path, monkeypatch, **said)
+    assert "PROVED on a text" in call(capsys, runs[0], "--verify")[1]
+    (tmp_path / "tools/verify.py").write_text(f"print({json.dumps(said | dict(val_bpb=1.0))!r})")
+    status, _, error = call(capsys, runs[0], "--verify")
+    assert status == 2 and "changed since it was read" in error
+    program = f"open({str(runs[0] / 'log.txt')!r}, 'a').write('more'); print({json.dumps(said)!r})"
+    (tmp_path / "tools/verify.py").write_text(program)
+    status, _, error = call(capsys, runs[0], "--verify")
+    assert status == 2 and "changed since it was read" in error
+
+
+def test_a_run_is_no_second_seed_of_itself(runs, capsys):
+    """Its artifact packed otherwise, its stream signed anew: the coder's words are the same."""
+    words = b"0123" * 9
+    names = train_gpt.SCORING
+    for run in runs[:2]:
+        header = dict(shape=[1, 5, 1, 1, 5, 8], made=dict(device="cpu", threads=1), text="")
+        scoring = {n: train_gpt.show(train_gpt.VARIABLES[n.upper()].default) for n in names}
+        sealed = train_gpt.seal(train_gpt.STREAM_PREFIX, header | dict(scoring=scoring), words)
+        (run / "stream.bin").write_bytes(sealed)
+    status, _, error = call(capsys, *runs[:2])
+    assert status == 2 and "stream.bin's words" in error
+
+
+def test_a_claim_does_not_excuse_itself(runs, capsys):
+    """A mean step of a million seconds once made room for any time of training."""
+    edit(runs[0] / "metrics.jsonl", '"step_avg_ms": 270.5', '"step_avg_ms": 1e12')
+    with open(runs[0] / "metrics.jsonl", "a") as file:
+        file.write('{"key": "stopping_early: wallclock_cap", "value": null}\n')
+    assert "OVER" in budget(runs, capsys, train_seconds=1000.0)
+
+
+@pytest.mark.parametrize("value", ['"x"', "1e999", "[1]"])
+@pytest.mark.parametrize("name", ["pseudo_bpb", "step_avg_ms", "eval_seconds"])
+def test_numbers_that_are_none_end_in_a_line(name, value, runs, capsys):
+    path = runs[0] / "metrics.jsonl"
+    path.write_text(re.sub(rf'"{name}": [\d.]+', f'"{name}": {value}', path.read_text()))
+    status, _, error = call(capsys, runs[0])
+    assert status == 0 or (status == 2 and error.count("\n") == 1)
 
 
 # -----------------------------------------------------------------------------

@@ -353,8 +353,8 @@ def test_a_forged_verdict_is_not_believed(runs, refused, real_verdicts):
 
 
 def test_a_run_that_changes_meanwhile_is_refused(runs, refused, monkeypatch):
-    def swap(folder):
-        (folder / "stream.bin").write_bytes(b"another")
+    def swap(run):
+        (run.folder.path / "stream.bin").write_bytes(b"another")
         return "PROVED on a text"
 
     monkeypatch.setattr(stats, "verify", swap)

@@ -448,6 +448,56 @@ def test_a_decode_has_a_limit(folder):
     assert verify.verdict([*found.values()])[0] == 3
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e10", "x"])
+def test_minutes_are_a_time(text, folder):
+    with pytest.raises(SystemExit) as ended:
+        verify.main([str(folder), "--minutes", text])
+    assert ended.value.code == 2
+
+
+def test_the_environment_of_the_verifier_fails_no_folder(folder, monkeypatch):
+    """Names of ours, sibling's names and slips are not handed on to the decode."""
+    for name, text in dict(TRIGRAM="1", USE_EMA="yes", NGRAM_MAXORDER="9", ITERATIONS="x").items():
+        monkeypatch.setenv(name, text)
+    assert {row.status for row in examined(folder)} == {"ok"}
+
+
+def test_what_this_machine_lacks_fails_no_folder(folder, monkeypatch):
+    def missing():
+        raise train_gpt.UserError("package constriction is missing")
+
+    monkeypatch.setattr(train_gpt, "range_coder", missing)
+    found = rows(folder)
+    assert found["decode"][0] == "not checked" and "constriction" in found["decode"][1]
+
+
+def test_a_log_of_many_keys_takes_no_hours(folder, decoded):
+    """Each key was once searched for in all lines."""
+    lines = [{"key": f"final_{i:07}_exact", "value": None} for i in range(100_000)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text() + text)
+    assert "log" in reasons(folder, decoded)
+
+
+def test_a_bomb_of_weights_is_not_unpacked(folder, monkeypatch):
+    """Few bytes, a thousand million zeros: before anything is allocated."""
+    cfg = train_gpt.load_artifact(folder / "artifact.bin").cfg
+    huge = train_gpt.replace(cfg, bigram_vocab_size=20_000_000)
+    header = train_gpt.artifact_header(huge)
+    sealed = train_gpt.seal(train_gpt.ARTIFACT_PREFIX, header, b"zeros")
+    (folder / "artifact.bin").write_bytes(sealed)
+    size = f"BIGRAM_VOCAB_SIZE={cfg.bigram_vocab_size}"
+    replace_text(folder / "config.env", size, "BIGRAM_VOCAB_SIZE=20000000")
+    own_digests(folder)
+    found = rows(folder)
+    assert found["artifact"][0] == "not checked" and "not unpacked" in found["artifact"][1]
+
+
+def test_a_header_without_end_is_not_parsed(folder):
+    reseal(folder, lambda header, words: header.update(x=[{}] * 500_000))
+    assert "a header of " in reasons(folder)["stream"]
+
+
 @pytest.mark.parametrize("seed", ["-1", "x"])
 def test_arguments_are_checked(seed, folder, capsys):
     with pytest.raises(SystemExit) as ended:
