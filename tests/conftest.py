@@ -4,6 +4,7 @@ process."""
 import functools
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ import prepare_text
 for name in os.environ.keys() - clean_environment().keys():
     del os.environ[name]
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, which we keep to,
+    signal.signal(signal.SIGHUP, lambda *_: None)  # but what we start is to hear it
 
 
 @pytest.fixture(autouse=True)

@@ -176,11 +176,12 @@ def clocked_proof(job, report, log_prob, noted):
         return coded
 
     def decoder(command, **how):
-        how |= dict(capture_output=True, text=True, timeout=max(10, min(job.box, job.left()) - 5))
+        how |= dict(stderr=subprocess.PIPE, timeout=max(10, min(job.box, job.left()) - 5))
         began = time.perf_counter()
         done = run(command, **how)
         seconds["decode"] = time.perf_counter() - began
-        said.extend(done.stderr.splitlines()[-1:] if done.returncode else [])
+        complaint = done.stderr.decode(errors="replace").splitlines()[-1:]
+        said.extend(complaint if done.returncode else [])
         return done
 
     with (

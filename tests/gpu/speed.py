@@ -180,7 +180,7 @@ def counts(job):
 def hashed(job, tokens, exact):
     """#864's tables, orders 2 to 9, its way: in each chunk all look-ups, then all updates."""
     try:
-        from records.as_written import SCHEMES
+        from as_written import SCHEMES
     except ImportError as error:
         return job.row("hashed #864", f"records/tools/as_written.py: {error}", "SKIP")
     job.reset_peak()

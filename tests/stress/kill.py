@@ -88,6 +88,7 @@ class Launch:
         status = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             os.chdir(self.cwd)
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
             out = os.open(self.path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
@@ -359,6 +360,7 @@ def summary(options, counts, bad):
 
 def main():
     options = arguments()
+    signal.signal(signal.SIGHUP, lambda *_: None)  # nohup would hide it from what we start
     rng, counts, bad = np.random.default_rng(options.seed), collections.Counter(), 0
     with tempfile.TemporaryDirectory() as temporary:
         cwd = (options.folder or Path(temporary)).resolve()

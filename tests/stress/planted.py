@@ -57,6 +57,11 @@ def script(old: str, new: str) -> list[Edit]:
     return [(SCRIPT, old, new)]
 
 
+def tool(name: str, old: str, new: str) -> list[Edit]:
+    """An edit of a program of records/tools/."""
+    return [(f"records/tools/{name}.py", old, new)]
+
+
 def moved(module: str, old: str, new: str) -> list[Edit]:
     """An edit of what was in records/ once and is in train_gpt.py now."""
     return [(f"records/{module}.py", old, new), (SCRIPT, old, new)]
@@ -105,6 +110,24 @@ CONFIG = [
             ),
         ],
     ),
+    Fault(
+        "arguments",
+        "arguments of the command line are ignored",
+        "test_config.py -k one_ends_the_process",
+        script("refuse_arguments(sys.argv[1:]) run(", "run("),
+    ),
+    Fault(
+        "others",
+        "short names of other programs are taken for slips of ours",
+        "test_config.py -k names_of_others",
+        script("2 if min(len($name), len($near)) >= 8 else int($family)", "2"),
+    ),
+    Fault(
+        "launcher",
+        "launchers' variables are not looked at",
+        "test_config.py -k launch",
+        script('if not re.fullmatch("[0-9]{1,6}", $text) or int($text) < $alone:', "if False:"),
+    ),
 ]
 RUNTIME = [
     Fault(
@@ -117,13 +140,119 @@ RUNTIME = [
         "atomic",
         "a file is written where it shall appear",
         "test_runtime.py -k failed_write",
-        script('$path.with_name(f".partial_{$path.name}")', "$path"),
+        script(
+            "else: $partial.write_bytes($content)",
+            "else: $partial.write_bytes(b''); path.write_bytes($content);"
+            " $partial.write_bytes($content)",
+        ),
+    ),
+    Fault(
+        "known_partial",
+        "partial files have a name that somebody can have made a link of",
+        "test_stats.py -k partial_file",
+        script(
+            'tempfile.mkstemp(f"_{$path.name}", PARTIAL, $path.parent)',
+            "(lambda name: (os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), name))("
+            'str($path.with_name(f".partial_{$path.name}")))',
+        ),
     ),
     Fault(
         "signal",
         "a second signal is collected like the first",
         "test_runtime.py -k second_signal",
-        script("for $each in $before: signal.signal($each, signal.SIG_DFL)", "pass"),
+        script(
+            "signal.signal($each, signal.SIG_IGN if $each in $spared else signal.SIG_DFL)", "pass"
+        ),
+    ),
+    Fault(
+        "hangup",
+        "SIGHUP ends a run like a kill",
+        "test_runtime.py -k hangup or nothing_unsaved",
+        script(
+            "[signal.SIGINT, signal.SIGTERM] + [HANGUP] * (HANGUP is not None)",
+            "[signal.SIGINT, signal.SIGTERM]",
+        ),
+    ),
+    Fault(
+        "nohup",
+        "SIGHUP is heard where the caller ignores it",
+        "test_runtime.py -k ignored_hangup",
+        script("if $each != HANGUP or signal.getsignal($each) != signal.SIG_IGN:", "if True:"),
+    ),
+    Fault(
+        "unsaved",
+        "a signal ends the process although trained weights lie in no file",
+        "test_runtime.py -k waits_for_what",
+        script("if not self.unsaved: self.release_signals()", "self.release_signals()"),
+    ),
+    Fault(
+        "terminal",
+        "a terminal that is gone ends the run",
+        "test_runtime.py -k lost_stream",
+        script(
+            "self.stream.write($text) except OSError as $error: self.lose($error)",
+            "self.stream.write($text)\n        except OSError as $error:\n            raise",
+        ),
+    ),
+    Fault(
+        "full_disk",
+        "output to a file on a full disk ends the run",
+        "test_runtime.py -k lost_stream",
+        script(
+            "self.stream.flush() except OSError as $error: self.lose($error)",
+            "self.stream.flush()\n        except OSError as $error:\n            raise",
+        ),
+    ),
+    Fault(
+        "lock",
+        "two processes may have one run folder",
+        "test_runtime.py -k in_use",
+        script("self.lock = self.lock or lock_folder(self)", "self.lock = None"),
+    ),
+    Fault(
+        "lock_link",
+        "the lock is written through a link",
+        "test_runtime.py -k lock_is_no_link",
+        script('os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)', "os.O_RDWR | os.O_CREAT"),
+    ),
+    Fault(
+        "quota",
+        "a quota of CPU time does not limit the threads",
+        "test_runtime.py -k quota",
+        script("min(($a / $b for $a, $b in $quotas if $a > 0), default=math.inf)", "math.inf"),
+    ),
+    Fault(
+        "preflight",
+        "what is missing is found in the middle of the run",
+        "test_runtime.py -k all_that_is_missing",
+        script("if $faults: raise Missing(", "if False: raise Missing("),
+    ),
+    Fault(
+        "links",
+        "read_regular follows links",
+        "test_runtime.py -k only_regular_files",
+        script(
+            'getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)',
+            'getattr(os, "O_NONBLOCK", 0)',
+        ),
+    ),
+    Fault(
+        "pipes",
+        "read_regular reads what is no file",
+        "test_runtime.py -k only_regular_files",
+        script("if not stat.S_ISREG($status.st_mode):", "if False:"),
+    ),
+    Fault(
+        "sizes",
+        "read_regular reads however much there is",
+        "test_runtime.py -k only_regular_files",
+        script("if $status.st_size > $most:", "if False:"),
+    ),
+    Fault(
+        "memory",
+        "memory is taken without asking how much there is",
+        "test_verify.py -k memory_is_asked",
+        script("if $free is not None and needed > $free:", "if False:"),
     ),
 ]
 DATA = [
@@ -153,6 +282,96 @@ DATA = [
         "a leading space is counted twice",
         "test_loader.py -k byte_tables",
         script(".is_byte($ids), 1, $sizes - $leading)", ".is_byte($ids), 1, $sizes)"),
+    ),
+    Fault(
+        "byte_spaces",
+        "a space that three byte tokens spell counts three bytes",
+        "test_loader.py -k spaces_in_byte_tokens",
+        script("self.bytes[$spaces[:, None] + np.arange(3)] = 0", "pass"),
+    ),
+    Fault(
+        "numeric",
+        "shard 10 comes before shard 2",
+        "test_loader.py -k order_of_their_numbers",
+        script("int($part) if $i % 2 else $part", "$part"),
+    ),
+    Fault(
+        "laps",
+        "a batch longer than the shards ends elsewhere than plain reading does",
+        "test_loader.py -k after_laps",
+        script("self.read($size % self.total)", "self.read(0)"),
+    ),
+    Fault(
+        "looked_through",
+        "a shard is looked through again at each lap",
+        "test_loader.py -k however_many_laps",
+        script("if self.shard not in self.opened:", "if True:"),
+    ),
+    Fault(
+        "bytes_check",
+        "the byte table is not compared with the decoded text",
+        "test_loader.py -k wrong_table",
+        script("if len(spelt) != counted:", "if False:"),
+    ),
+    Fault(
+        "bytes_rest",
+        "of a long text a share is checked alone",
+        "test_loader.py -k checked_later",
+        script("if $rest == ($number % $every == 0):", "if $rest or $number % $every:"),
+    ),
+    Fault(
+        "unknown",
+        "validation tokens that nobody can decode are accepted",
+        "test_loader.py -k unknown_tokens_are_refused",
+        script("if $count := int(($tokens == self.unknown).sum()):", "if $count := 0:"),
+    ),
+    Fault(
+        "foreign_bos",
+        "a tokenizer whose BOS is another id is accepted",
+        "test_loader.py -k foreign_bos",
+        script("if $bos != BOS or $pieces > MOST_PIECES:", "if $pieces > MOST_PIECES:"),
+    ),
+    Fault(
+        "other_tokenizer",
+        "shards are read with another tokenizer than they were made with",
+        "test_loader.py -k shards_of_another_tokenizer",
+        script('$theirs = $facts.get("tokenizer_sha256", $ours)', "$theirs = $ours"),
+    ),
+    Fault(
+        "lossy",
+        "a tokenizer that alters the text is not said to",
+        "test_loader.py -k altered_text",
+        script("return self.changed > 0 or self.text_bytes != self.spelt_bytes", "return False"),
+    ),
+    Fault(
+        "lossy_divisor",
+        "bits are divided by the bytes of the altered text",
+        "test_report.py -k altered_text",
+        script("self.measure_text() if self.sources else self.spelt_bytes", "self.spelt_bytes"),
+    ),
+    Fault(
+        "overlap",
+        "a document that goes on in the next shard is not compared",
+        "test_loader.py -k shared_documents",
+        script("$last += self.heads(", "$last += [] and self.heads("),
+    ),
+    Fault(
+        "overlap_wait",
+        "the first step waits until all is compared",
+        "test_loader.py -k wait_for_long",
+        script("wait($scans, $seconds).not_done", "wait($scans).not_done"),
+    ),
+    Fault(
+        "copies",
+        "documents of the validation text are trained on",
+        "test_data.py -k copies_are_dropped",
+        [
+            (
+                "data/prepare_text.py",
+                "$train_docs = without_copies($train_docs, $val_docs)",
+                "pass",
+            )
+        ],
     ),
 ]
 MODEL = [
@@ -191,6 +410,12 @@ MODEL = [
             "torch.cat([torch.zeros_like($x[:, :1]), $x[:, :-1]]",
             "torch.cat([$x[:, 1:], torch.zeros_like($x[:, :1])]",
         ),
+    ),
+    Fault(
+        "qat_bigram",
+        "quantisation while training leaves the bigram projection out, unlike #810's",
+        "test_systems.py -k rounds_its_bigram",
+        script('F.linear($pairs, self.bank("bigram_proj"))', "F.linear($pairs, self.bigram_proj)"),
     ),
 ]
 OPTIMIZERS = [
@@ -261,6 +486,12 @@ QUANTISATION = [
             'np.concatenate($steps).argsort(kind="stable")',
             '(-np.concatenate($steps)).argsort(kind="stable")',
         ),
+    ),
+    Fault(
+        "prune_order",
+        "of equal scales all queries are pruned before the first output",
+        "test_artifact.py -k breaks_ties",
+        script('$ones = $ones[$layers.argsort(kind="stable")]', "pass"),
     ),
     Fault(
         "sha",
@@ -386,6 +617,23 @@ NGRAM = [
         ],
     ),
 ]
+NGRAM += [
+    Fault(
+        "uint16",
+        "65,536 kinds of tokens after a context are 0",
+        "test_ngram.py -k 65536",
+        script("if $few.max(initial=0) < 2**16:", "if True:"),
+    ),
+    Fault(
+        "said_orders",
+        "the orders that are printed are those of the configuration, not those that get weight",
+        "test_ngram.py -k lines_of_the_mixture or printed_orders",
+        script(
+            "$orders = show_orders(weighed_orders(cfg.mixer, cfg))",
+            "$orders = show_orders(range(cfg.ngram_min_order, cfg.ngram_max_order + 1))",
+        ),
+    ),
+]
 CODEC = [
     Fault(
         "dictionary",
@@ -413,6 +661,27 @@ CODEC = [
         "the proof does not compare what was decoded with the text",
         "test_codec.py -k proof_compares",
         script("np.array_equal(np.load($decoded), $text)", "$decoded.exists()"),
+    ),
+    Fault(
+        "proof_claim",
+        "a stream of other bytes than the score claims is a proof",
+        "test_codec.py -k proof_compares",
+        script("$right &= abs(len($words) - $claimed) <= $slack", "pass"),
+    ),
+    Fault(
+        "proof_files",
+        "a stream that another process replaced is a proof",
+        "test_codec.py -k proof_compares",
+        script('$right &= ($folder / "stream.bin").read_bytes() == $sealed', "pass"),
+    ),
+    Fault(
+        "decoded_nats",
+        "what the decoder adds up is rounded by the coder",
+        "test_verify.py -k decode_adds_up",
+        script(
+            "$nats[:] -= np.log($p[$places]).sum(),",
+            "$nats[:] -= np.log(chosen / (1 << PRECISION)).sum(),",
+        ),
     ),
 ]
 TRAINING = [
@@ -465,9 +734,166 @@ REPORT = [
         ],
     ),
 ]
+VERIFY = [
+    Fault(
+        "own_tokenizer",
+        "the tokenizer is the folder's",
+        "test_verify.py -k longer or chooses_neither",
+        tool(
+            "verify",
+            "values |= {name.lower(): str(path) for name, path in paths.items()}",
+            "values |= {name.lower(): str(path) for name, path in paths.items()};"
+            ' values["tokenizer_path"] = str(self.folder / "tokenizer.model")',
+        ),
+    ),
+    Fault(
+        "twice",
+        "files are read again when they are decoded",
+        "test_verify.py -k read_once",
+        tool(
+            "verify",
+            "return (self.folder / name).read_bytes()",
+            "return run_folder.locate(self.origin, name).read_bytes()",
+        ),
+    ),
+    Fault(
+        "doubled",
+        "an object may name a key twice",
+        "test_verify.py -k tampering and doubled",
+        script("if len($found) < len($pairs):", "if False:"),
+    ),
+    Fault(
+        "tolerance",
+        "a claim may be a hundredth off the decode",
+        "test_verify.py -k consistent_forgery",
+        tool("verify", "SAME_SUM = 1e-6", "SAME_SUM = 1e-2"),
+    ),
+    Fault(
+        "mass",
+        "probabilities need not add up to 1",
+        "test_verify.py -k unnormalised",
+        tool("verify", "require(found.mass_error <= MASS_LIMIT,", "require(True,"),
+    ),
+    Fault(
+        "other_code",
+        "a folder with other code is proved",
+        "test_verify.py -k changed_code",
+        tool("verify", "require(found == OUR_CODE,", "require(True,"),
+    ),
+    Fault(
+        "other_text",
+        "what was decoded is not compared with the text",
+        "test_verify.py -k another_text",
+        tool("verify", "require(not len(differ),", "require(True,"),
+    ),
+    Fault(
+        "made_with",
+        "a stream of another artifact is decoded",
+        "test_verify.py -k tampering and another",
+        tool(
+            "verify",
+            'require(there == here, f"stream.bin was made with',
+            'require(True, f"stream.bin was made with',
+        ),
+    ),
+    Fault(
+        "part_proved",
+        "a stretch of the text is as good as the whole",
+        "test_verify.py -k stretch_is_not",
+        tool(
+            "verify", 'raise NotChecked(f"{reason}; no others', 'return str(f"{reason}; no others'
+        ),
+    ),
+    Fault(
+        "another_machine",
+        "a stream of another machine is FAILED, not left open",
+        "test_verify.py -k another_machine",
+        tool("verify", 'if name not in ("threads", "code", "artifact") and', "if False and"),
+    ),
+    Fault(
+        "own_fault",
+        "errors of the verifier's machine are FAILED",
+        "test_verify.py -k errors_of_this_machine",
+        tool(
+            "verify",
+            "except (NotChecked, OSError, MemoryError, train_gpt.LackOfMemory) as why:",
+            "except NotChecked as why:",
+        ),
+    ),
+    Fault(
+        "rescored",
+        "what the artifact scores again is not held against the claim",
+        "test_verify.py -k scored_again",
+        tool("verify", "require(gap <= limit,", "require(True,"),
+    ),
+    Fault(
+        "same_device",
+        "a claim of this kind of device may be as far off as another's",
+        "test_verify.py -k little_room",
+        tool("verify", "SAME_DEVICE if made == device else OTHER_DEVICE", "OTHER_DEVICE"),
+    ),
+    Fault(
+        "endless",
+        "a decode may take for ever",
+        "test_verify.py -k has_a_limit",
+        tool("verify", "timeout=60 * self.minutes", "timeout=None"),
+    ),
+    Fault(
+        "codec_claims",
+        "the codec's figures are believed",
+        "test_verify.py -k codec_line",
+        tool(
+            "verify",
+            'require(there == here, f"{name} is {here}, submission.json says',
+            'require(True, f"{name} is {here}, submission.json says',
+        ),
+    ),
+    Fault(
+        "escapes",
+        "what a folder says may move the cursor",
+        "test_verify.py -k moves_the_cursor",
+        tool("run_folder", "c if c.isprintable() else repr(c)[1:-1]", "c"),
+    ),
+    Fault(
+        "npz_twice",
+        "a member of an npz may stand there many times",
+        "test_run_folder.py -k archives_that_claim",
+        tool("run_folder", "if len({$member.filename for $member in $members}) <", "if 0 >"),
+    ),
+    Fault(
+        "kept_verdict",
+        "a verdict is kept although the folder has changed",
+        "test_stats.py -k kept_results",
+        tool("stats", '$same = $kept["sha256"] == marks($folder)', "$same = True"),
+    ),
+    Fault(
+        "unproved",
+        "a submission need not be proved",
+        "test_submit.py -k not_proved",
+        tool("submit", "if not stats.holds(run.verification):", "if False:"),
+    ),
+    Fault(
+        "unscored",
+        "a submission that is neither proved nor scored again here holds",
+        "test_submit.py -k not_proved",
+        tool("stats", 'and why.endswith(f"{SCORED_AGAIN})")', ""),
+    ),
+    Fault(
+        "forged",
+        "submit.py believes a verdict that lies in the folder",
+        "test_submit.py -k forged_verdict",
+        tool("submit", "with_verification(runs, make=True)", "with_verification(runs, make=False)"),
+    ),
+    Fault(
+        "submit_over",
+        "what is over a cap can be submitted",
+        "test_submit.py -k over_the_cap",
+        tool("submit", "$found = stats.over_budget($run)", "$found = []"),
+    ),
+]
 FAULTS = [
     *(CONFIG + RUNTIME + DATA + MODEL + OPTIMIZERS + AVERAGES + QUANTISATION + CHECKPOINT),
-    *(SCORING + NGRAM + CODEC + TRAINING + REPORT),
+    *(SCORING + NGRAM + CODEC + TRAINING + REPORT + VERIFY),
 ]
 
 # -----------------------------------------------------------------------------
@@ -505,6 +931,8 @@ def find_place(fault: Fault, tree: Path) -> tuple[Path, str]:
     if len(found) > 1:
         raise RowError(f"row {fault.name}: it has {len(found)} places")
     file, text, match, new = found[0]
+    if foreign := set(re.findall(r"\$(\w+)", new)) - match.groupdict().keys():
+        raise RowError(f"row {fault.name}: ${foreign.pop()} is not in what it replaces")
     new = re.sub(r"\$(\w+)", lambda name: match[name[1]], new)
     text = text[: match.start()] + new + text[match.end() :]
     try:

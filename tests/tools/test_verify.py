@@ -619,6 +619,21 @@ def test_another_machine(folder, monkeypatch):
     assert "limit 0.02" in found["rescored"][1]
 
 
+def test_a_claim_of_this_kind_of_device_has_little_room(folder):
+    """What the hardware line says does not widen it: the stream's own header counts."""
+    reseal(folder, lambda header, words: header["made"].update(torch="1.0"))
+
+    def other(line):
+        if line["key"] == "hardware":
+            line["value"] = "8 x NVIDIA H100"
+        if line["key"] == "final_ngram_exact":
+            line["val_loss"] += 0.005
+
+    relog(folder, other)
+    failed = reasons(folder)
+    assert failed.keys() == {"rescored"} and "submission.json says" in failed["rescored"]
+
+
 def test_the_log_chooses_neither_text_nor_tokenizer(folder, data, tmp_path, monkeypatch):
     """With longer pieces every byte counts for less: such a run was once PROVED, at a tenth."""
     monkeypatch.delenv("DATA_PATH")

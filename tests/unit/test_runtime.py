@@ -402,6 +402,7 @@ def test_after_a_hangup_only_ctrl_c_ends_at_once(rt, handlers):
 
 
 def test_a_signal_waits_for_what_lies_in_no_file(rt):
+    reached = False
     with pytest.raises(train_gpt.Interrupted) as caught, rt.signals():
         rt.hold_signals()
         send(signal.SIGHUP)
@@ -531,14 +532,16 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
 # Standard streams that are lost
 
 
-def lost_stream(path, monkeypatch):
+def lost_stream(path, monkeypatch, buffering):
     """A Screen over a file that cannot be written; what is lost is told to this test alone."""
     monkeypatch.setattr(train_gpt.Screen, "lost", [])
-    return train_gpt.Screen("stdout", open(path, "w"))
+    return train_gpt.Screen("stdout", open(path, "w", buffering))
 
 
-def test_a_lost_stream_goes_nowhere_and_is_noted_once(rt, tmp_path, monkeypatch):
-    screen = lost_stream("/dev/full", monkeypatch)
+@pytest.mark.parametrize("buffering", [-1, 1], ids=["file", "terminal"])
+def test_a_lost_stream_goes_nowhere_and_is_noted_once(buffering, rt, tmp_path, monkeypatch):
+    """A file fails when it is flushed, a terminal, whose buffer is a line, when it is written."""
+    screen = lost_stream("/dev/full", monkeypatch, buffering)
     monkeypatch.setattr(sys, "stdout", screen)
     rt.folder = tmp_path
     rt.open_logs()
