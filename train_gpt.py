@@ -702,7 +702,7 @@ FINEWEB_TOKENIZER = ROOT / "data/tokenizers/fineweb_1024_bpe.model"
 def read_pairs(path: Path) -> dict[str, str]:
     """The NAME=value lines of a file, without comments; ConfigError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(path, MOST_TEXT_BYTES).decode().splitlines()
     except UnicodeDecodeError as wrong:
         raise ConfigError(f"{path}: not UTF-8 ({wrong}); fix: get it again") from None
     return parse_pairs(lines, str(path))
@@ -1387,8 +1387,12 @@ def require_memory(needed: int, what: str, device: Any = "cpu") -> None:
 # Files.
 
 MOST_BYTES = 2**24  # of a file that is read whole, where nothing else is said
+MOST_TEXT_BYTES = 2**20  # of settings or claims
+MOST_LOG_LINES = 2**18
 MOST_ARTIFACT_BYTES = 2**31  # of weights that numpy can hold; caps are told, not enforced
-MOST_STREAM_BYTES = 2**30
+MOST_STREAM_BYTES = 2**28  # twice what FineWeb's 62 million validation tokens take as they are
+MOST_CHECKPOINT_BYTES = 2**40
+COPIES = 3  # of a file that is read: whole, its body, its payload
 PARTIAL = ".partial_"  # how files begin that are not whole yet
 USER_MASK = os.umask(0o077)  # of rights that new files do not get; it can only be set
 os.umask(USER_MASK)
@@ -1407,7 +1411,7 @@ def printable(text: str) -> str:
 
 def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a file that anybody may have put there, read once. OSError for a link, for a
-    pipe or device, which might never end, and for more than `most` bytes."""
+    pipe or device, which might never end, and for more than `most` bytes or the memory here."""
     try:
         file = open(path, "rb", opener=open_no_link)
     except OSError as error:
@@ -1421,6 +1425,10 @@ def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
         if status.st_size > most:
             reason = f"has {status.st_size:,} bytes, at most {most:,} are read"
             raise OSError(errno.EFBIG, reason, str(path))
+        free = available_memory()
+        if free is not None and COPIES * status.st_size > free:
+            reason = f"has {status.st_size:,} bytes, too many for {free:,} of free memory"
+            raise OSError(errno.ENOMEM, reason, str(path))
         return file.read(status.st_size)
 
 
@@ -1791,7 +1799,8 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Any:
     """The SentencePiece model in a file, of this size (0: any); UserError."""
     sentencepiece = package("sentencepiece")
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        model = read_regular(os.path.realpath(path))  # links are the user's own
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
         pieces = tokenizer.vocab_size()
         tokenizer.id_to_piece([*range(pieces)])  # all of them text
     except (RuntimeError, OSError, UnicodeError) as error:
@@ -2994,8 +3003,8 @@ def read_checkpoint(path: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
     """path: of the .json. DamagedCheckpoint where the two files are not whole."""
     files = checkpoint_format()
     try:
-        data = path.with_suffix(".safetensors").read_bytes()
-        entry = json.loads(path.read_bytes())
+        data = read_regular(path.with_suffix(".safetensors"), MOST_CHECKPOINT_BYTES)
+        entry = json.loads(read_regular(path))
         if sha256(json.dumps(entry["state"]).encode() + data) != entry["sha256"]:
             raise ValueError("its sha256 does not fit")
         return parse_state(entry["state"]), files.load(data)
@@ -3033,6 +3042,7 @@ LARGEST = {"int6": 31, "int8": 127}  # integers -largest .. largest
 FLOATS = {"fp16": "<f2", "fp32": "<f4"}
 INT8_QUANTILE = 0.9999984  # of int8 rows, as published
 LEAST_FP16 = 2.0**-24
+MOST_RATIO = 256  # of a payload to what it is packed in; no weights come near, zeros do
 ARTIFACT_PREFIX = b"PGOLFGPT" + (1).to_bytes(4, "little")  # magic, version
 SHA_BYTES = 32
 MOST_HEADER_BYTES = 2**20  # JSON takes some thirty times its size when it is read
@@ -3239,6 +3249,8 @@ def read_artifact(path: str | Path, content: bytes) -> tuple[Config, np.ndarray]
         cfg = Config(**stored_values(header["model"], MODEL_FIELDS), eval_stride=1).check()
         if not cfg.vocab_size or header != artifact_header(cfg):  # what would be written
             raise ArtifactError("its header does not describe its model")
+        if header["size"] > max(MOST_BYTES, MOST_RATIO * len(packed)):
+            raise ArtifactError(f"{header['size']:,} bytes in {len(packed):,} packed ones")
         require_memory(header["size"] + 8 * count_parameters(cfg), "its weights")
         payload = decompress(packed, cfg.compressor, header["size"])
     except LackOfMemory:
@@ -5164,7 +5176,7 @@ def begin_run(rt: Runtime, cfg: Config) -> Report:
 def read_eval_only(cfg: Config) -> bytes:
     """The artifact to score; ConfigError where there is none."""
     try:
-        return read_regular(Path(cfg.eval_only).resolve(), MOST_ARTIFACT_BYTES)
+        return read_regular(os.path.realpath(cfg.eval_only), MOST_ARTIFACT_BYTES)
     except OSError as error:
         fix = "the path of an artifact.bin"
         raise ConfigError(f"EVAL_ONLY={cfg.eval_only!r}: {error.strerror}; fix: {fix}") from error

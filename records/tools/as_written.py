@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from run_folder import RunFolder, blame, read_columns
+from run_folder import RunFolder, blame, printable, read_columns
 from torch import Tensor
 
 import endings
@@ -42,10 +42,12 @@ from train_gpt import (
     bits_per_byte,
     ngram_counts,
     read_pairs,
+    read_regular,
 )
 
 PROBES = 64  # positions at which the mass is measured
 PE_CONFIDENCE = 0.5  # #810's, of a model without pre-enrichment: alpha stays what it is
+MOST_SCORES_BYTES = 1 << 32  # 64 bytes for each of FineWeb's 62 million tokens
 BLOCK = 1 << 18  # sorted keys counted at a time: fits a cache
 PRIMES = (36313, 27191, 51647, 81929, 131071, 174763, 233017, 283721, 347237, 409891, 479909,
           557927, 631553, 716279, 811207)  # fmt: skip
@@ -399,7 +401,7 @@ def score_folder(
     cfg = Config.from_env(read_pairs(folder / "config.env") | {"RECORD": "tiny"})
     if cfg.ngram_buckets & cfg.ngram_buckets - 1:
         raise UserError(f"NGRAM_BUCKETS={cfg.ngram_buckets}: must be a power of 2, as 4194304")
-    columns = read_columns(path.read_bytes())
+    columns = read_columns(read_regular(path, MOST_SCORES_BYTES))
     tokens = np.concatenate([[BOS], columns["token"]])
     pe_delta = columns["pe_delta"] if "pe_delta" in columns else None
     scores = Scores(columns["logp_model"], columns["entropy"], pe_delta=pe_delta)
@@ -429,7 +431,7 @@ def main() -> int:
         with blame(args.folder):
             fields = score_folder(args.folder, args.scheme, args.weights, **switches)
     except (UserError, OSError) as error:
-        endings.say(f"error: {error}", sys.stderr)
+        endings.say(f"error: {printable(str(error))}", sys.stderr)
         return 2
     line = " ".join(f"{name}:{value}" for name, value in fields.items())
     endings.say(json.dumps(fields) if args.json else f"final_ngram_pseudo {line}")

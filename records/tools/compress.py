@@ -41,7 +41,7 @@ if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
 import numpy as np
 import torch
 import zstandard
-from run_folder import blame  # puts train_gpt and data/ on the path
+from run_folder import blame, printable  # puts train_gpt and data/ on the path
 from tqdm import tqdm
 
 import endings
@@ -493,7 +493,7 @@ def main(arguments: list[str] | None = None) -> int:
         (restore_file if options.restore else compress_file)(options)
     except (UserError, DataError, OSError, MemoryError) as error:
         what = str(error) or "not enough memory; fix: in parts, or a machine with more"
-        endings.say(f"error: {what}", sys.stderr)
+        endings.say(f"error: {printable(what)}", sys.stderr)
         return 2
     return 0
 

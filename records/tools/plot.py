@@ -27,7 +27,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
 
 import numpy as np
-from run_folder import RunError, RunFolder, blame
+from run_folder import RunError, RunFolder, blame, printable
 
 import endings
 from train_gpt import CAP_BYTES, UserError, package, write_atomically
@@ -496,7 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
             with endings.held():
                 write_atomically(out, picture.getvalue())
     except (UserError, OSError) as error:
-        endings.say(f"error: {error}", sys.stderr)
+        endings.say(f"error: {printable(str(error))}", sys.stderr)
         return 2
     endings.say(f"wrote {out}")
     return 0

@@ -29,6 +29,8 @@ import endings  # noqa: E402
 import train_gpt  # noqa: E402
 
 MOST_BLOCKS_BYTES = 2**26  # 64 bytes for 1,024 targets each
+MOST_MEMBERS = 64
+DIRECTORY_ENTRY = b"PK\x01\x02"  # begins each of a zip's list of members
 FILES = {"code": "train_gpt.py", "artifact": "artifact.bin", "tokenizer": "tokenizer.model"}
 # The lines that a finished run has, and their numbers that a submission rests on.
 FINAL_LINES = {
@@ -71,15 +73,16 @@ def read_columns(data: bytes) -> dict[str, np.ndarray]:
     """The arrays of an .npz, not to be written to. Unlike by np.load, each has the bytes that are
     there: a header that lies about its shape allocates nothing. ValueError and others"""
     columns = {}
+    if data.count(DIRECTORY_ENTRY) > MOST_MEMBERS:  # which zipfile would make objects of first
+        raise ValueError(f"more than {MOST_MEMBERS} members")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         claimed = sum(member.file_size for member in members)
-        if claimed > len(data):  # np.savez does not compress
-            raise ValueError(f"its members claim {claimed} bytes of {len(data)}")
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if packed or claimed > len(data):  # np.savez does not compress
+            raise ValueError(f"its members are compressed or claim {claimed} bytes of {len(data)}")
         if len({member.filename for member in members}) < len(members):
             raise ValueError("a member stands twice")
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("a member is compressed")  # to who knows how much
         for member in members:
             stored = archive.read(member)
             stream = io.BytesIO(stored)
@@ -102,7 +105,11 @@ class RunFolder(train_gpt.RunLog):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        lines = map(train_gpt.parse_line, self.read("metrics.jsonl").splitlines())
+        text = self.read("metrics.jsonl")
+        if (count := text.count("\n")) > train_gpt.MOST_LOG_LINES:
+            most = f"at most {train_gpt.MOST_LOG_LINES:,} are read"
+            raise RunError(f"{self.path}: metrics.jsonl has {count:,} lines, {most}")
+        lines = map(train_gpt.parse_line, text.splitlines())
         self.lines = [line for line in lines if line]
 
     def read(self, name: str, most: int = train_gpt.MOST_BYTES) -> str:
@@ -118,7 +125,8 @@ class RunFolder(train_gpt.RunLog):
         """config.env."""
         source = str(self.path / "config.env")
         try:
-            return train_gpt.parse_pairs(self.read("config.env").splitlines(), source)
+            text = self.read("config.env", train_gpt.MOST_TEXT_BYTES)
+            return train_gpt.parse_pairs(text.splitlines(), source)
         except train_gpt.ConfigError as error:
             raise RunError(str(error)) from None
 

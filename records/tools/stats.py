@@ -36,6 +36,7 @@ import train_gpt
 from train_gpt import (
     CAP_BYTES,
     MOST_STREAM_BYTES,
+    MOST_TEXT_BYTES,
     UserError,
     printable,
     read_regular,
@@ -223,7 +224,7 @@ def holds(verification: str) -> bool:
 def kept_verdict(folder: Path) -> str:
     """What a verify.json of the folder says of these files, whoever wrote it; or why nothing"""
     try:
-        kept = parse_object(read_regular(folder / "verify.json"), "verify.json")
+        kept = parse_object(read_regular(folder / "verify.json", MOST_TEXT_BYTES), "verify.json")
         said = printable(verdict(kept))
         same = kept["sha256"] == marks(folder)
     except FileNotFoundError:

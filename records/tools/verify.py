@@ -53,7 +53,6 @@ SAME_SUM = 1e-6  # bits per byte between the claim and what the decode adds up
 SLACK_BYTES = 16  # of the coder's last words
 MASS_LIMIT = 1e-9  # float64 sums over the vocabulary stay below 1e-12
 MOST_WEIGHTS = 2**28  # that are unpacked, 3 GB
-WEIGHTS_A_BYTE = 256  # an artifact of zeros is no bomb yet
 SAME_DEVICE = 1e-4  # nats a token of two scorings in fp32, in other shapes
 OTHER_DEVICE = 0.02  # bf16 on one side
 UNSIGNED = {"author", "github_id", "name", "date", "sha256"}  # of submission.json: not in the log
@@ -61,10 +60,10 @@ UNPROVABLE = "seed, steps, seconds, hardware, names, dates, the training text, o
 PATHS = ("DATA_PATH", "TOKENIZER_PATH")
 STATUSES = ("ok", "FAILED", "not checked")
 MOST = {  # what is looked at -> bytes at most
-    "submission.json": train_gpt.MOST_BYTES,
+    "submission.json": train_gpt.MOST_TEXT_BYTES,
     "metrics.jsonl": train_gpt.MOST_BYTES,
     "log.txt": train_gpt.MOST_BYTES,
-    "config.env": train_gpt.MOST_BYTES,
+    "config.env": train_gpt.MOST_TEXT_BYTES,
     "train_gpt.py": CAP_BYTES,
     "artifact.bin": CAP_BYTES,
     "tokenizer.model": train_gpt.MOST_BYTES,
@@ -336,7 +335,7 @@ def artifact(case: Case) -> str:
         here = getattr(case.cfg, name)
         require(there == here, f"its {name.upper()} is {there!r}, config.env says {here!r}")
     weights = train_gpt.count_parameters(case.cfg)
-    if weights > min(MOST_WEIGHTS, WEIGHTS_A_BYTE * len(content)):
+    if weights > MOST_WEIGHTS:
         raise NotChecked(f"{weights:,} weights in {len(content):,} bytes are not unpacked here")
     model = case.model.cfg
     total = sum(len(case.file(name)) for name in ("train_gpt.py", "artifact.bin"))

@@ -4,22 +4,29 @@
     python tests/stress/fuzz.py --mutations 500 --kinds artifact,stream --seed 7
     python tests/stress/fuzz.py --again stream:123 --seed 7      # one of them, with its traceback
 
+Two in three are changed bytes (mutate.py); the others are what only an enemy makes (hostile.py):
+links, pipes, folders, sparse files, bombs, lies about size, escapes. Commands are run in this
+process, with 1 GB of memory said to be free; verify.py's decode is made without a process of its
+own, and that of the honest stream once.
+
 A mutation is explained if the file is refused in one line that names it, or if what is read equals
 the original's meaning, or is what the changed file says by another way of reading it. Not explained
 are: any other exception, a line that names nothing, a death of the process, more than LIMIT_S
-seconds, more than 4 times the memory that the original takes + 64 MB (an allocation beyond
-2 GiB fails, and counts), a program started or a connection opened, and a wrong reading. Each case
-is drawn from (seed, kind, number) alone; those not explained are kept in --failures.
+seconds, more than 4 times the memory that the original takes + 64 MB, of hostile files 300 MB (an
+allocation beyond 2 GiB fails, and counts), a program started or a connection opened, output that
+moves a cursor, anything written beside a command's own outputs, and a wrong reading. PROVED with
+another number or text than the honest folder's is never explained. Each case is drawn from (seed,
+kind, number) alone; those not explained are kept in --failures.
 """
 
 import argparse
 import contextlib
-import functools
 import gzip
 import hashlib
 import io
 import json
 import lzma
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -53,20 +60,26 @@ from helpers import (  # noqa: E402  (it puts the others' folders on the path)
 )
 
 # isort: split
+import as_written  # noqa: E402
 import compress  # noqa: E402
+import hostile  # noqa: E402
 import mutate  # noqa: E402
 import plot  # noqa: E402
 import run_folder  # noqa: E402
+import stats  # noqa: E402
+import submit  # noqa: E402
 import verify  # noqa: E402
 
 import prepare  # noqa: E402
 import prepare_text  # noqa: E402
 
-LIMIT_S, GRACE_S = 20, 20  # of a case; of a worker that does not even hear the alarm
+LIMIT_S, GRACE_S = 60, 20  # of a case; of a worker that does not even hear the alarm
 FREE_MB, TIMES, CEILING = 64, 4, 2**31
+HOSTILE_MB = 300  # of a file that may have 16 MB, in lines or as JSON; of a text to prepare
 VOCAB = 512
 LANES = dict(model_dim=16, num_heads=2, num_kv_heads=1, eval_lanes=4, ngram_max_order=4)
-CHECKS = ("code", "files", "artifact", "text", "coverage", "val_bpb", "log")  # made in moments
+MEMORY = 10**9  # bytes that are free, as readers are told
+HOSTILE_SHARE = 1 / 3
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")
 FORBIDDEN += ("pickle.find_class", "socket.connect", "ctypes.dlopen")
 OUTCOMES = ("refused", "equal", "legal")
@@ -87,6 +100,7 @@ REFUSALS = (
     verify.Failed,
     verify.NotChecked,
     Refused,
+    OSError,  # main prints it in a line; it must name its file as all do
 )
 
 
@@ -98,6 +112,7 @@ class Kind(NamedTuple):
     change: Callable[[np.random.Generator, bytes], bytes]
     read: Callable[[Path], Any]  # -> its meaning, comparable; or one of REFUSALS
     honest: Callable[[Path, Any], bool]  # whether another meaning is what the file says
+    content: str | None = ""  # of hostile.CONTENT; None: not even another thing in its place
 
 
 def digest(*parts: Any) -> str:
@@ -177,16 +192,14 @@ def stream_is(path: Path, meaning: str) -> bool:
     return meaning == header["text"]
 
 
-@functools.cache
-def compressor(folder: Path) -> compress.Compressor:
-    return compress.Compressor(folder / "artifact.bin")
-
-
 def read_pgz(path: Path) -> str:
-    """As restore_file does it, the Compressor kept."""
-    packed = path.read_bytes()
-    compress.device_of(packed, str(path))
-    return train_gpt.sha256(compressor(path.parent).restore(packed, str(path)))
+    """As the command restores it."""
+    artifact = path.with_name("artifact.bin")
+    packed = path.with_name("notes.pgz")
+    command(compress.main, "--restore", packed, "--artifact", artifact, "--output", "restored")
+    restored = Path("restored").read_bytes()
+    Path("restored").unlink()
+    return train_gpt.sha256(restored)
 
 
 def pgz_is(path: Path, meaning: str) -> bool:
@@ -203,40 +216,82 @@ def signed_claims(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in claims.items() if name not in verify.UNSIGNED}
 
 
+def decode_here(case: verify.Case, folder: Path, **given: str) -> str:
+    """verify.Case.run_script without a process; the first stream, the honest one, once for all."""
+    if "DECODE" not in given:
+        raise verify.NotChecked("not scored again while files are fuzzed")
+    files = folder / "artifact.bin", folder / "stream.bin"
+    key = digest(*(train_gpt.sha256(path.read_bytes()) for path in files))
+    if key in DECODED:
+        line, tokens = DECODED[key]
+        (folder / "decoded.npy").write_bytes(tokens)
+        return line
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            train_gpt.decode_folder(train_gpt.Config(decode=str(folder), device="cpu"))
+        except train_gpt.UserError as error:
+            raise verify.Failed(str(error)) from None
+    if not DECODED:
+        DECODED[key] = printed.getvalue(), (folder / "decoded.npy").read_bytes()
+    return printed.getvalue()
+
+
+DECODED: dict[str, tuple[str, bytes]] = {}  # what the honest stream gives
+PROVED: list[str] = []  # what verify.py says of the honest folder
+
+
 def read_run(path: Path) -> tuple:
-    """What verify.py compares of a run folder, and what it then stands for."""
+    """What a folder that verify.py calls PROVED stands for; refused for any other verdict."""
     case = verify.Case(path.parent, 0)
-    for row in verify.examine(case, CHECKS):
-        if row.status == "FAILED":
-            kind = MemoryError if row.reason.startswith("MemoryError") else verify.Failed
-            raise kind(f"{path} {row.reason}")
-    files = (columns(path.with_name(name)) for name in ("blocks.npz", "scores.npz"))
+    rows = [*verify.examine(case)]
+    reasons = [row.reason for row in rows if row.status != "ok"]
+    require_printable("\n".join([*(row.reason for row in rows), *case.notes]))
+    status, word, why = verify.verdict(rows)
+    if status:
+        kind = MemoryError if any(map(out_of_memory, map(Exception, reasons))) else verify.Failed
+        raise kind(f"{path} {word} {why} {reasons}")
+    line = verify.last_line(case, status)
+    PROVED.append(line)
+    if line != PROVED[0]:
+        raise AssertionError(f"PROVED {PROVED.pop()}, which is not {PROVED[0]}")
     lines = case.run.lines  # as text: 1 and "1" are one
     text = [train_gpt.log_line(x["key"], x["value"], train_gpt.line_fields(x)) for x in lines]
-    return text, signed_claims(path.parent), *files
+    return text, signed_claims(path.parent), path.name in UNPROVED and path.read_bytes()
 
 
-def scores_are(path: Path, meaning: tuple) -> bool:
-    """Columns that the quick checks leave to the slow ones, or that nothing reads."""
-    return path.name == "scores.npz" and meaning == read_run(path)
+UNPROVED = ("config.env", "stream.bin")  # their rest may say anything, once the decode is right
 
 
-def command(main: Callable[[list[str]], int], *arguments: Any) -> None:
-    """Refused with its one line, if its status is 2."""
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
+def rest_is_unproved(path: Path, meaning: tuple) -> bool:
+    """The same number by other settings of training, or a header with other words."""
+    return path.name in UNPROVED
+
+
+def require_printable(text: str) -> None:
+    """What goes to a terminal holds nothing that it would obey."""
+    if run_folder.printable(text) != text.replace("\n", "\\n"):
+        raise AssertionError(f"output moves the cursor: {ascii(text)[:500]}")
+
+
+PROGRESS = "verifying ", "restoring: "  # begin lines that are no errors
+
+
+def command(main: Callable[[list[str]], int], *arguments: Any) -> str:
+    """What it prints; refused with its one line, if its status is 2."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()) as printed:
         status = main([str(argument) for argument in arguments])
+    lines = errors.getvalue().splitlines()
+    line = "\n".join(line for line in lines if not line.startswith(PROGRESS))
+    require_printable(printed.getvalue() + errors.getvalue())
     if status:
-        raise Refused(errors.getvalue().rstrip("\n") if status == 2 else f"\nstatus {status}")
+        raise Refused(line if status == 2 else f"\nstatus {status}")
+    return printed.getvalue()
 
 
 def read_submission(path: Path) -> str:
-    written = path.with_name("submission.json")
-    kept = written.read_bytes()
-    try:
-        command(run_folder.main, path.parent)
-        return digest(signed_claims(path.parent))
-    finally:
-        written.write_bytes(kept)
+    command(run_folder.main, path.parent)
+    return digest(signed_claims(path.parent))
 
 
 def claims_are_finite(path: Path, meaning: str) -> bool:
@@ -244,9 +299,66 @@ def claims_are_finite(path: Path, meaning: str) -> bool:
     return True
 
 
+def read_statistics(path: Path) -> str:
+    """With a verify.json that somebody left there, or none."""
+    return digest(command(stats.main, path.parent), command(stats.main, path.parent, "--json"))
+
+
+def verified(command: list, **_: Any) -> SimpleNamespace:
+    """stats.py's process of verify.py, which is fuzzed by itself."""
+    said = json.dumps(dict(verdict="PROVED", text="a text"))
+    return SimpleNamespace(stdout=said, stderr="", returncode=0)
+
+
+def write_verdict(path: Path) -> str:
+    return digest(command(stats.main, path.parent, "--verify"))
+
+
+def read_seeds(path: Path) -> str:
+    """A submission made of the run; nothing but regular files is in it."""
+    about = ["--name", "fuzzed", "--author", "a", "--github-id", "a", "--date", "2026-01-01"]
+    command(submit.main, path.parent, *about, "--out", "made", "--force")
+    try:
+        files = [found for found in sorted(Path("made").rglob("*")) if not found.is_dir()]
+        if not all(found.is_file() and not found.is_symlink() for found in files):
+            raise AssertionError("a submission with links")
+        return digest(*[part for found in files for part in (str(found), found.read_bytes())])
+    finally:
+        shutil.rmtree("made")
+
+
+def read_pseudo(path: Path) -> str:
+    """A published scorer on the columns of the run."""
+    given, sys.argv = sys.argv, ["as_written.py", str(path.parent)]
+    try:
+        return command(lambda _: as_written.main())
+    finally:
+        sys.argv = given
+
+
+def score_again(path: Path, artifact: Path, given: dict[str, str]) -> str:
+    """EVAL_ONLY, as verify.py asks for it -> the score"""
+    given = given | dict(DEVICE="cpu", CODEC_TOKENS="0", SAVE_SCORES="0", NGRAM_SCHEME="")
+    given |= dict(EVAL_ONLY=str(artifact), RUN_ID="again", DATA_PATH="set")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_gpt.run(train_gpt.Config.from_env(given | dict(TOKENIZER_PATH="set/tokenizer.model")))
+    score = run_folder.RunFolder("runs/again").last("final_ngram_exact")["val_bpb"]
+    shutil.rmtree("runs")
+    return repr(score)
+
+
+def score_artifact(path: Path) -> str:
+    return score_again(path, path, train_gpt.read_pairs(Path("run/config.env")))
+
+
+def score_by_config(path: Path) -> str:
+    pairs = train_gpt.read_pairs(path)
+    return score_again(path, path.with_name("artifact.bin"), pairs)
+
+
 def read_picture(path: Path) -> str:
-    command(plot.main, path.parent, "--out", "report.png")
-    return digest(Path("report.png").read_bytes())
+    command(plot.main, path.parent)
+    return digest((path.parent / "report.png").read_bytes())
 
 
 def read_config(environ: dict[str, str]) -> str:
@@ -294,6 +406,8 @@ def read_text(path: Path) -> str:
 
 def text_is(path: Path, meaning: str) -> bool:
     """By the standard library's own readers."""
+    if not path.stat().st_size:
+        return meaning == digest([])
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "rt", encoding="utf-8", newline="") as file:
         text = file.read()
@@ -326,11 +440,13 @@ def read_checkpoint(path: Path) -> str:
 
 def checkpoint_is(path: Path, meaning: str) -> bool:
     """The one before; or other numbers, if they were signed."""
-    kept, moved = path.read_bytes(), path.with_suffix(".away")
-    entry = {}
-    with contextlib.suppress(ValueError, RecursionError):
+    moved, entry = path.with_suffix(".away"), {}
+    with contextlib.suppress(ValueError, RecursionError, OSError):
+        kept = train_gpt.read_regular(path)
         entry = json.loads(kept) if path.suffix == ".json" else {}
-    if entry.get("sha256") == mutate.checkpoint_seal(entry.get("state")):
+    if not os.path.lexists(path):
+        return meaning == read_checkpoint(path)
+    if entry and entry.get("sha256") == mutate.checkpoint_seal(entry.get("state")):
         return True
     path.rename(moved)
     try:
@@ -339,31 +455,85 @@ def checkpoint_is(path: Path, meaning: str) -> bool:
         moved.rename(path)
 
 
+# Pipes are waited for where they are an honest way to give a text.
+ENDLESS = {("pipe", read_text), ("pipe", load_tokenizer)}
+# What commands write beside the file of a case.
+OUTPUTS = {Path("run/submission.json"), Path("run/report.png"), Path("run/verify.json")}
+OUTPUTS |= {Path("coded/decoded.npy"), Path(mutate.CHECKPOINT + ".json")}
 XZ = mutate.packed_text(lzma.compress, lzma.decompress, mutate.json_lines)
 GZ = mutate.packed_text(gzip.compress, gzip.decompress)
 ARTIFACT = mutate.container(train_gpt.ARTIFACT_PREFIX, mutate.weights)
 STREAM, PGZ = mutate.container(train_gpt.STREAM_PREFIX), mutate.container(compress.PREFIX)
 KINDS = {
-    "shard": Kind("set/x_val_000000.bin", 14, mutate.shard, read_shard, shard_is),
-    "artifact": Kind("coded/artifact.bin", 16, ARTIFACT, read_artifact, artifact_is),
-    "stream": Kind("coded/stream.bin", 12, STREAM, read_stream, stream_is),
-    "pgz": Kind("pgz/notes.pgz", 8, PGZ, read_pgz, pgz_is),
-    "blocks": Kind("run/blocks.npz", 7, mutate.archive, read_run, no_meaning),
-    "scores": Kind("run/scores.npz", 7, mutate.archive, read_run, scores_are),
-    "claims": Kind("run/submission.json", 6, mutate.json_file, read_run, no_meaning),
-    "metrics": Kind("run/metrics.jsonl", 5, mutate.json_lines, read_run, no_meaning),
-    "log": Kind("run/log.txt", 1, mutate.any_bytes, read_run, no_meaning),
+    "shard": Kind("set/x_val_000000.bin", 14, mutate.shard, read_shard, shard_is, "shard"),
+    "artifact": Kind("coded/artifact.bin", 16, ARTIFACT, read_artifact, artifact_is, "artifact"),
+    "stream": Kind("coded/stream.bin", 12, STREAM, read_stream, stream_is, "stream"),
+    "stream_artifact": Kind("coded/artifact.bin", 2, ARTIFACT, read_stream, no_meaning, "artifact"),
+    "pgz": Kind("pgz/notes.pgz", 8, PGZ, read_pgz, pgz_is, "pgz"),
+    "pgz_artifact": Kind("pgz/artifact.bin", 2, ARTIFACT, read_pgz, no_meaning, "artifact"),
+    "pgz_tokenizer": Kind("pgz/tokenizer.model", 2, mutate.tokenizer, read_pgz, no_meaning),
+    "claims": Kind("run/submission.json", 6, mutate.json_file, read_run, no_meaning, "json"),
+    "metrics": Kind("run/metrics.jsonl", 6, mutate.json_lines, read_run, no_meaning, "lines"),
+    "log": Kind("run/log.txt", 2, mutate.any_bytes, read_run, no_meaning, "log"),
+    "config": Kind("run/config.env", 5, mutate.settings, read_run, rest_is_unproved, "settings"),
+    "weights": Kind("run/artifact.bin", 6, ARTIFACT, read_run, no_meaning, "artifact"),
+    "proof": Kind("run/stream.bin", 6, STREAM, read_run, rest_is_unproved, "stream"),
+    "script": Kind("run/train_gpt.py", 1, mutate.any_bytes, read_run, no_meaning),
+    "own_tokenizer": Kind("run/tokenizer.model", 1, mutate.tokenizer, read_run, no_meaning),
     "submit_metrics": Kind(
-        "run/metrics.jsonl", 6, mutate.json_lines, read_submission, claims_are_finite
+        "run/metrics.jsonl", 6, mutate.json_lines, read_submission, claims_are_finite, "lines"
     ),
-    "submit_blocks": Kind("run/blocks.npz", 4, mutate.archive, read_submission, any_meaning),
-    "submit_config": Kind("run/config.env", 2, mutate.settings, read_submission, any_meaning),
-    "plot_metrics": Kind("run/metrics.jsonl", 2, mutate.json_lines, read_picture, any_meaning),
-    "plot_blocks": Kind("run/blocks.npz", 1, mutate.archive, read_picture, any_meaning),
+    "submit_blocks": Kind("run/blocks.npz", 4, mutate.archive, read_submission, any_meaning, "npz"),
+    "submit_config": Kind(
+        "run/config.env", 2, mutate.settings, read_submission, any_meaning, "settings"
+    ),
+    "submit_claims": Kind("run/submission.json", 1, mutate.json_file, read_submission, no_meaning),
+    "stats_metrics": Kind(
+        "run/metrics.jsonl", 5, mutate.json_lines, read_statistics, any_meaning, "lines"
+    ),
+    "stats_blocks": Kind("run/blocks.npz", 5, mutate.archive, read_statistics, any_meaning, "npz"),
+    "stats_config": Kind(
+        "run/config.env", 2, mutate.settings, read_statistics, any_meaning, "settings"
+    ),
+    "stats_kept": Kind(
+        "run/verify.json", 4, mutate.json_file, read_statistics, any_meaning, "json"
+    ),
+    "stats_verify": Kind("run/verify.json", 1, mutate.json_file, write_verdict, no_meaning, "json"),
+    "seeds_metrics": Kind(
+        "run/metrics.jsonl", 4, mutate.json_lines, read_seeds, any_meaning, "lines"
+    ),
+    "seeds_claims": Kind(
+        "run/submission.json", 3, mutate.json_file, read_seeds, any_meaning, "json"
+    ),
+    "seeds_config": Kind("run/config.env", 3, mutate.settings, read_seeds, any_meaning, "settings"),
+    "seeds_log": Kind("run/log.txt", 1, mutate.any_bytes, read_seeds, any_meaning, "log"),
+    "seeds_stream": Kind("run/stream.bin", 1, STREAM, read_seeds, any_meaning, "stream"),
+    "plot_metrics": Kind(
+        "run/metrics.jsonl", 2, mutate.json_lines, read_picture, any_meaning, "lines"
+    ),
+    "plot_blocks": Kind("run/blocks.npz", 1, mutate.archive, read_picture, any_meaning, "npz"),
+    "plot_output": Kind("run/report.png", 1, mutate.any_bytes, read_picture, no_meaning),
+    "pseudo_scores": Kind("run/scores.npz", 5, mutate.archive, read_pseudo, any_meaning, "npz"),
+    "pseudo_config": Kind(
+        "run/config.env", 2, mutate.settings, read_pseudo, any_meaning, "settings"
+    ),
+    "score_artifact": Kind(
+        "coded/artifact.bin", 1, ARTIFACT, score_artifact, any_meaning, "artifact"
+    ),
+    "score_config": Kind(
+        "run/config.env", 1, mutate.settings, score_by_config, any_meaning, "settings"
+    ),
+    "dataset": Kind("set/dataset.json", 4, mutate.json_file, read_shard, no_meaning, "json"),
+    "val_text": Kind("set/x_val.jsonl", 3, mutate.json_lines, read_shard, no_meaning, "lines"),
     "record": Kind(
-        "checkout/records/fuzzed/config.env", 6, mutate.settings, read_record, any_meaning
+        "checkout/records/fuzzed/config.env",
+        6,
+        mutate.settings,
+        read_record,
+        any_meaning,
+        "settings",
     ),
-    "environment": Kind("environment", 8, mutate.settings, read_environment, any_meaning),
+    "environment": Kind("environment", 8, mutate.settings, read_environment, any_meaning, None),
     "tokenizer": Kind(
         "coded/tokenizer.model", 7, mutate.tokenizer, read_tokenizer, tables_are_sound
     ),
@@ -371,15 +541,20 @@ KINDS = {
         "coded/tokenizer.model", 3, mutate.tokenizer, load_tokenizer, any_meaning
     ),
     "checkpoint": Kind(
-        mutate.CHECKPOINT + ".json", 7, mutate.checkpoint, read_checkpoint, checkpoint_is
+        mutate.CHECKPOINT + ".json", 7, mutate.checkpoint, read_checkpoint, checkpoint_is, "state"
     ),
     "checkpoint_tensors": Kind(
-        mutate.CHECKPOINT + ".safetensors", 5, mutate.any_bytes, read_checkpoint, checkpoint_is
+        mutate.CHECKPOINT + ".safetensors",
+        5,
+        mutate.any_bytes,
+        read_checkpoint,
+        checkpoint_is,
+        "tensors",
     ),
     "text": Kind("text/a.txt", 3, mutate.any_bytes, read_text, text_is),
-    "text_gz": Kind("text/a.txt.gz", 3, GZ, read_text, text_is),
-    "jsonl": Kind("text/a.jsonl", 5, mutate.json_lines, read_text, text_is),
-    "jsonl_xz": Kind("text/a.jsonl.xz", 4, XZ, read_text, text_is),
+    "text_gz": Kind("text/a.txt.gz", 3, GZ, read_text, text_is, "gz"),
+    "jsonl": Kind("text/a.jsonl", 5, mutate.json_lines, read_text, text_is, "text lines"),
+    "jsonl_xz": Kind("text/a.jsonl.xz", 4, XZ, read_text, text_is, "xz"),
 }
 
 
@@ -394,11 +569,17 @@ def build(folder: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         prepare_text.write_dataset(train[:40], val, folder / "set", "x", VOCAB)
         env = SHRUNK | dict(DATA_PATH=str(folder / "set"), ITERATIONS="2")
-        close, train_gpt.close_run = train_gpt.close_run, lambda rt: None
+        env |= dict(SCORER="documents", CODEC_TOKENS="-1", SAVE_SCORES="1", OMP_NUM_THREADS="1")
+        train_gpt.close_run = lambda rt: None
         run_here(folder, "run", **env)
-        train_gpt.close_run = close
         (folder / "runs/run").rename(folder / "run")
+        (folder / "runs").rmdir()
         run_folder.main([str(folder / "run")])
+    said = dict(verdict="PROVED", text="a text", sha256=stats.marks(folder / "run"))
+    (folder / "run/verify.json").write_text(json.dumps(said), encoding="utf-8")
+    (folder / "run/report.png").write_bytes(b"an old picture")
+    (folder / "outside").mkdir()
+    (folder / "outside/canary").write_bytes(b"a canary")
     build_text(folder / "text", val)
     build_coded(folder)
     with contextlib.chdir(folder):
@@ -466,6 +647,7 @@ class Result(NamedTuple):
     message: str = ""
     seconds: float = 0.0
     memory_mb: float = 0.0
+    how: str = "bytes"  # or a name of hostile.PLACES or hostile.CONTENT
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -485,15 +667,31 @@ def status_mb(name: str) -> float:
         return next(int(line.split()[1]) / 1000 for line in file if line.startswith(name))
 
 
+def remove(path: Path) -> None:
+    """Whatever it is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class Worker:
     """A folder of its own with the originals, and what they mean."""
 
     def __init__(self, base: Path, folder: Path, seed: int):
         shutil.copytree(base, folder, symlinks=True)
         os.chdir(folder)
+        self.base, self.before = base, self.looks()
+        mine = sorted(os.sched_getaffinity(0))  # threads of a process that forked wait for ever
+        os.sched_setaffinity(0, {mine[os.getpid() % len(mine)]})
         self.seed, self.known, self.watching, self.seen = seed, {}, False, ""
         self.original = {name: Path(kind.file).read_bytes() for name, kind in KINDS.items()}
         os.environ["DATA_PATH"] = str(folder / "set")
+        train_gpt.available_memory = compress.free_memory = lambda: MEMORY
+        prepare_text.free_memory = lambda: MEMORY // 5  # which it may fill with text
+        train_gpt.close_run = lambda rt: None  # draws a picture, in a process
+        os.fsync = lambda file: None  # no power is cut here
+        verify.Case.run_script, stats.subprocess = decode_here, SimpleNamespace(run=verified)
         sys.addaudithook(self.audit)
         signal.signal(signal.SIGALRM, self.alarm)
 
@@ -504,30 +702,80 @@ class Worker:
     def alarm(self, *_: Any) -> None:
         raise Hang
 
-    def mutated(self, name: str, number: int) -> bytes:
-        """Drawn from seed, kind and number alone; never the original."""
+    def mutated(self, name: str, number: int) -> tuple[str, bytes | None]:
+        """-> how, what is written (None: something of hostile.PLACES); drawn from seed, kind and
+        number alone, never the original."""
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), number])
-        data = original = self.original[name]
+        kind, original = KINDS[name], self.original[name]
+        if kind.content is not None and rng.random() < HOSTILE_SHARE:
+            content = hostile.CONTENT[kind.content]
+            places = [place for place in hostile.PLACES if (place, kind.read) not in ENDLESS]
+            how = mutate.choose(rng, [*places, *[*content] * 4])
+            return how, content[how](rng, original) if how in content else None
+        data = original
         while data == original:
-            data = KINDS[name].change(rng, original)
-        return data
+            data = kind.change(rng, original)
+        return "bytes", data
+
+    def put(self, name: str, number: int) -> str:
+        """The changed file in the original's place -> how"""
+        path = Path(KINDS[name].file)
+        how, data = self.mutated(name, number)
+        path.unlink()
+        if data is None:
+            hostile.PLACES[how](path)
+        else:
+            path.write_bytes(data)
+        if how == "tensors that lie":
+            hostile.sign_checkpoint(data)
+        return how
+
+    def looks(self) -> dict[Path, tuple]:
+        """Every file of the worker's folder: kind, size, time; without outputs."""
+        found = {}
+        for path in Path().rglob("*"):
+            status = path.lstat()
+            if not path.is_dir() or path.is_symlink():
+                found[path] = status.st_mode, status.st_size, status.st_mtime_ns
+        return found
+
+    def tidy(self, name: str) -> list[str]:
+        """Put back what the case changed. -> what it should not have changed"""
+        before, now = self.before, self.looks()
+        differ = [path for path in before.keys() | now.keys() if before.get(path) != now.get(path)]
+        own = Path(KINDS[name].file)
+        differ = [path for path in differ if own not in path.parents]
+        remove(own)
+        for path in {*differ, own}:
+            remove(path)
+            if path in before:
+                shutil.copyfile(self.base / path, path)
+                self.before[path] = (
+                    (status := path.lstat()).st_mode,
+                    status.st_size,
+                    status.st_mtime_ns,
+                )
+        return [str(path) for path in differ if path != own and path not in OUTPUTS]
 
     def reference(self, name: str) -> tuple[Any, float]:
         """Meaning of the original, and MB that reading it takes once everything is imported."""
         if name not in self.known:
             for _ in range(2):
                 meaning, memory = self.measured(KINDS[name].read, Path(KINDS[name].file))
+                self.tidy(name)
             self.known[name] = meaning, memory
         return self.known[name]
 
-    def measured(self, read: Callable[[Path], Any], path: Path) -> tuple[Any, float]:
-        """-> what read returns or raises, MB that it took at most"""
+    def measured(
+        self, read: Callable[[Path], Any], path: Path, limit: int = 0
+    ) -> tuple[Any, float]:
+        """-> what read returns or raises, MB that it took at most; limit: seconds"""
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # VmHWM begins anew
         before, limits = status_mb("VmHWM"), resource.getrlimit(resource.RLIMIT_AS)
         most = int(1000 * 1000 * status_mb("VmSize")) + CEILING
         resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
-        signal.alarm(LIMIT_S)
+        signal.alarm(limit)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 found = read(path)
@@ -540,24 +788,25 @@ class Worker:
 
     def run(self, name: str, number: int) -> Result:
         kind, (meaning, honest_mb) = KINDS[name], self.reference(name)
-        path, began = Path(kind.file), time.perf_counter()
-        path.write_bytes(self.mutated(name, number))
+        path, how = Path(kind.file), self.put(name, number)
+        began = time.perf_counter()
         self.seen, self.watching = "", True
-        found, memory_mb = self.measured(kind.read, path)
+        found, memory_mb = self.measured(kind.read, path, LIMIT_S)
         self.watching, seconds = False, time.perf_counter() - began
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 outcome, message = self.explain(kind, path, found, meaning)
         except Exception as error:  # the other way of reading fails: this file is no such file
             outcome, message = "misread", f"read, but {type(error).__name__}: {error}"
-        finally:
-            path.write_bytes(self.original[name])
-            torch.set_num_threads(1)
+        if wrong := self.tidy(name):
+            outcome, message = "litter", f"{' '.join(wrong)} changed; {message}"
+        torch.set_num_threads(1)
         if self.seen:
             outcome, message = "code", self.seen
-        if memory_mb > FREE_MB + TIMES * max(0, honest_mb):
+        free = FREE_MB if how == "bytes" else HOSTILE_MB
+        if memory_mb > free + TIMES * max(0, honest_mb):
             outcome, message = "memory", f"{memory_mb:.0f} MB, {honest_mb:.0f} as a rule; {message}"
-        return Result(name, number, outcome, message, seconds, memory_mb)
+        return Result(name, number, outcome, message, seconds, memory_mb, how)
 
     def explain(self, kind: Kind, path: Path, found: Any, meaning: Any) -> tuple[str, str]:
         """-> outcome, message"""
@@ -592,6 +841,8 @@ def serve(base: Path, seed: int, pipe: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
         worker = Worker(base, Path(folder, "w"), seed)
         while (case := pipe.recv()) is not None:
+            worker.reference(case[0])  # the first imports and compiles, in its own time
+            pipe.send(None)
             pipe.send(worker.run(*case))
 
 
@@ -618,7 +869,7 @@ class Pool:
         while True:
             for worker in self.workers:
                 if worker.case is None and (case := next(cases, None)) is not None:
-                    worker.case, worker.since = case, time.perf_counter()
+                    worker.case, worker.since = case, math.inf
                     worker.pipe.send(case)
             busy = [worker for worker in self.workers if worker.case]
             if not busy:
@@ -626,13 +877,19 @@ class Pool:
             ready = multiprocessing.connection.wait([worker.pipe for worker in busy], 1.0)
             for worker in busy:
                 if worker.pipe in ready:
-                    yield self.received(worker)
+                    if result := self.received(worker):
+                        yield result
                 elif time.perf_counter() - worker.since > LIMIT_S + GRACE_S:
                     yield self.replaced(worker, "hang", "does not even hear the alarm")
 
-    def received(self, worker: SimpleNamespace) -> Result:
+    def received(self, worker: SimpleNamespace) -> Result | None:
+        """None: the case begins now"""
         try:
-            result, worker.case = worker.pipe.recv(), None
+            result = worker.pipe.recv()
+            if result is None:
+                worker.since = time.perf_counter()
+            else:
+                worker.case = None
             return result
         except (EOFError, ConnectionError):
             worker.process.join()
@@ -677,6 +934,17 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines) + (f"\nnot explained: {others}" if others else "")
 
 
+def table_of_classes(results: list[Result]) -> str:
+    """How often each way of hostile.py was tried, and what was not explained of it."""
+    lines = [f"{'class':<28}{'cases':>8}{'unexplained':>13}{'slowest':>10}{'most MB':>9}"]
+    for how in sorted({result.how for result in results}):
+        mine = [result for result in results if result.how == how]
+        wrong = sum(result.outcome not in OUTCOMES for result in mine)
+        slowest, most = max(r.seconds for r in mine), max(r.memory_mb for r in mine)
+        lines.append(f"{how:<28}{len(mine):>8,}{wrong:>13,}{slowest:>9.2f}s{most:>9.0f}")
+    return "\n".join(lines)
+
+
 def fuzz(options: argparse.Namespace, base: Path) -> list[Result]:
     """All results; those not explained are printed and kept as they come."""
     cases, results = spread(options.mutations, options.kinds), []
@@ -705,13 +973,14 @@ class Keeper:
         worker = SimpleNamespace(seed=self.options.seed)
         worker.original = {result.kind: (self.base / kind.file).read_bytes()}
         with contextlib.chdir(self.base):
-            data = Worker.mutated(worker, result.kind, result.number)
+            how, data = Worker.mutated(worker, result.kind, result.number)
         stem = f"{result.kind}_{result.number}_{self.options.seed}"
-        (self.options.failures / f"{stem}_{Path(kind.file).name}").write_bytes(data)
+        if data is not None:
+            (self.options.failures / f"{stem}_{Path(kind.file).name}").write_bytes(data)
         (self.options.failures / f"{stem}.txt").write_text(result.message, errors="replace")
         last = result.message.strip().splitlines()[-1:] or [""]
         name = f"--again {result.kind}:{result.number} --seed {self.options.seed}"
-        print(f"{result.outcome}: {name}: {ascii(last[0])[:160]}", flush=True)
+        print(f"{result.outcome}: {name}: {how}: {ascii(last[0])[:160]}", flush=True)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -738,7 +1007,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
         base = Path(folder, "base")
         base.mkdir()
-        build(base)
+        made = multiprocessing.get_context("fork").Process(target=build, args=(base,))
+        made.start()  # apart: threads of this process could not be used by those it forks
+        made.join()
         if options.again:
             name, _, number = options.again.partition(":")
             result = Worker(base, Path(folder, "w"), options.seed).run(name, int(number))
@@ -746,7 +1017,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(*result, sep="\n")
             return int(result.outcome not in OUTCOMES)
         results = fuzz(options, base)
-    print(table(results))
+    print(table(results), table_of_classes(results), sep="\n\n")
     print(f"seed {options.seed}, {time.perf_counter() - began:.0f} s")
     return int(any(result.outcome not in OUTCOMES for result in results))
 

@@ -1,17 +1,26 @@
 """Broken input: properties of every reader, and a short run of fuzz.py, which must notice whatever
 a reader can do wrong."""
 
+import errno
 import io
 import json
 import re
+import tempfile
+from types import SimpleNamespace
 
+import as_written
 import compress
+import hostile
 import numpy as np
+import plot
 import pytest
 import run_folder
-from helpers import ROOT, launch, train_gpt
+import stats
+import zstandard
+from helpers import ROOT, launch, model_of, tiny, train_gpt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from run_folders import make_run
 
 import prepare_text
 
@@ -181,12 +190,166 @@ def test_variables_that_are_no_utf_8_are_refused():
 
 
 # -----------------------------------------------------------------------------
+# What is no file, asks for too much, or leads elsewhere
+
+TOKENIZER = model_of("one two three four five six seven eight nine ten " * 20, 40)
+NO_FILES = {  # none of these has an end, or bytes to give
+    name: hostile.PLACES[name]
+    for name in ("pipe", "socket", "folder", "link to /dev/zero", "link to itself", "dangling link")
+} | {"sparse, 40 GB": hostile.PLACES["sparse, 40 GB"], "empty": hostile.PLACES["empty"]}
+
+
+@pytest.fixture(autouse=True)
+def one_gigabyte(monkeypatch):
+    """Is free on every machine."""
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: 10**9)
+
+
+no_files = pytest.mark.parametrize("make", NO_FILES.values(), ids=NO_FILES)
+
+
+def line_of(capsys):
+    """What a tool said: one line, and nothing that moves a cursor"""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert run_folder.printable(line) == line
+    return line
+
+
+@no_files
+def test_a_tokenizer_is_a_file(make, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    make(path)
+    with pytest.raises(train_gpt.UserError, match="TOKENIZER_PATH.*tokenizer.model"):
+        train_gpt.load_tokenizer(path, 0)
+
+
+def test_a_tokenizer_may_be_a_link_of_the_user(tmp_path):
+    (tmp_path / "kept").write_bytes(TOKENIZER)
+    (tmp_path / "tokenizer.model").symlink_to(tmp_path / "kept")
+    assert train_gpt.load_tokenizer(tmp_path / "tokenizer.model", 0).vocab_size() > 9
+
+
+@no_files
+def test_an_artifact_to_score_is_a_file(make, tmp_path):
+    path = tmp_path / "artifact.bin"
+    make(path)
+    with pytest.raises(train_gpt.UserError, match="artifact.bin"):
+        train_gpt.load_artifact(path, "cpu", train_gpt.read_eval_only(tiny(eval_only=str(path))))
+
+
+@no_files
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_checkpoint_is_two_files(make, suffix, tmp_path):
+    for other in (".json", ".safetensors"):
+        (tmp_path / f"step_00000001{other}").write_bytes(b"{}")
+    path = tmp_path / f"step_00000001{suffix}"
+    path.unlink()
+    make(path)
+    with pytest.raises(train_gpt.DamagedCheckpoint):
+        train_gpt.read_checkpoint(path.with_suffix(".json"))
+
+
+@no_files
+def test_settings_are_a_file(make, tmp_path):
+    path = tmp_path / "config.env"
+    make(path)
+    if path.is_file():
+        path.write_bytes(b"\n" * (train_gpt.MOST_TEXT_BYTES + 1))
+    with pytest.raises(OSError, match="config.env"):
+        train_gpt.read_pairs(path)
+
+
+@pytest.mark.parametrize("how", sorted(NO_FILES.keys() - {"empty"}))  # a log may still be empty
+def test_statistics_and_pictures_are_of_files(how, tmp_path, capsys):
+    """Whatever lies there in the place of one; a picture needs no blocks, which may be missing."""
+    for name in ("metrics.jsonl", "blocks.npz"):
+        folder = make_run(tmp_path / name.partition(".")[0])
+        (folder / name).unlink()
+        NO_FILES[how](folder / name)
+        for main in (stats.main, plot.main):
+            if main is stats.main or name == "metrics.jsonl" or (folder / name).exists():
+                assert main([str(folder)]) == 2
+                assert str(folder) in line_of(capsys)
+
+
+def test_more_than_the_memory_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1000))
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: 1000 * train_gpt.COPIES)
+    assert train_gpt.read_regular(path) == bytes(1000)
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: 1000 * train_gpt.COPIES - 1)
+    with pytest.raises(OSError, match="memory.*file") as raised:
+        train_gpt.read_regular(path)
+    assert raised.value.errno == errno.ENOMEM
+
+
+def test_zeros_are_no_weights():
+    """A consistent artifact of a few kilobytes that unpacks to 40 MB."""
+    header = train_gpt.artifact_header(tiny(bigram_vocab_size=10**6, bigram_dim=32))
+    assert header["size"] > train_gpt.MOST_BYTES
+    packed = zstandard.ZstdCompressor().compress(bytes(header["size"]))
+    sealed = train_gpt.seal(train_gpt.ARTIFACT_PREFIX, header, packed)
+    with pytest.raises(train_gpt.ArtifactError, match="bytes in .* packed ones"):
+        train_gpt.load_artifact("artifact.bin", "cpu", sealed)
+
+
+@pytest.mark.parametrize("how", hostile.NPZ)
+def test_hostile_archives_are_no_columns(how, monkeypatch):
+    monkeypatch.setattr(hostile, "BOMB_BYTES", 10**7)
+    np.savez(buffer := io.BytesIO(), bytes=np.arange(9), logp_model=np.ones(9))
+    data = hostile.NPZ[how](np.random.default_rng(0), buffer.getvalue())
+    with pytest.raises(ValueError, match="twice|members|claim"):
+        run_folder.read_columns(data)
+
+
+def test_a_log_has_so_many_lines(tmp_path, capsys):
+    """16 MB of empty ones would be 900 MB of strings."""
+    folder = make_run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b"\n" * (train_gpt.MOST_LOG_LINES + 1))
+    for main in (run_folder.main, stats.main, plot.main):
+        assert main([str(folder)]) == 2
+        assert "lines, at most" in line_of(capsys)
+
+
+def test_errors_move_no_cursor(tmp_path, capsys, monkeypatch):
+    """A folder's name is somebody else's."""
+    folder = tmp_path / "a\x1b[2K\rPROVED"
+    folder.mkdir()
+    monkeypatch.setattr("sys.argv", ["as_written.py", str(folder)])
+    container = folder / "a.pgz"
+    container.write_bytes(b"x")
+    restore = ["--restore", str(container), "--artifact", str(folder / "artifact.bin")]
+    for status in (as_written.main(), plot.main([str(folder)]), compress.main(restore)):
+        assert status == 2
+    for line in capsys.readouterr().err.split("\n"):
+        assert run_folder.printable(line) == line
+
+
+def test_no_partial_name_is_followed(tmp_path, monkeypatch, capsys):
+    """Of stats.py --verify, not even where a link waits under the names that are drawn first."""
+    folder, canary = make_run(tmp_path / "run"), tmp_path / "canary"
+    canary.write_text("mine")
+    drawn = [f"{number:08}" for number in range(5)]
+    monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter(drawn))
+    names = [f"{train_gpt.PARTIAL}{name}_verify.json" for name in drawn[:4]]
+    for name in (".verify.json.partial", "verify.json", *names):
+        (folder / name).symlink_to(canary)
+    said = SimpleNamespace(stdout='{"verdict": "PROVED", "text": "a"}', stderr="", returncode=0)
+    monkeypatch.setattr(stats.subprocess, "run", lambda *_, **__: said)
+    assert stats.main([str(folder), "--verify"]) == 0
+    assert canary.read_text() == "mine"
+    assert json.loads((folder / "verify.json").read_text())["verdict"] == "PROVED"
+    assert not (folder / "verify.json").is_symlink()
+
+
+# -----------------------------------------------------------------------------
 # The script
 
 
 def test_mutations_are_explained(tmp_path):
-    """The tool itself, without the pictures, which are slow; 10,000 are fuzz.py."""
-    kinds = [name for name in KINDS if not name.startswith("plot")]
+    """The tool itself, without pictures and scoring, which are slow; 10,000 are fuzz.py."""
+    kinds = [name for name in KINDS if not name.startswith(("plot", "score"))]
     arguments = ["--mutations", "200", "--jobs", "1", "--failures", tmp_path / "failures"]
     arguments += ["--kinds", ",".join(kinds)]
     done = launch(FUZZ, arguments, {}, 1, tmp_path)
@@ -220,6 +383,13 @@ def hidden(path):
   except MemoryError as error:
     raise fuzz.run_folder.RunError("file: unreadable") from error
 
+def litter(path):
+  path.with_name("beside").write_bytes(b"x")
+  return "original"
+
+def cursor(path):
+  return fuzz.command(lambda _: print("\x1b[2K") or 0)
+
 def refuse(words):
   def read(path):
     raise fuzz.run_folder.RunError(words)
@@ -232,11 +402,11 @@ READERS = dict(exception=lambda path: {}[0], leaves=sys.exit, crash=lambda path:
   abort=lambda path: os.abort(), hang=hang, deaf=deaf, memory=memory, hidden=hidden,
   code=lambda path: str(subprocess.run(["true"])), nameless=refuse("wrong"),
   misread=lambda path: "other", refused=refuse("file: wrong"),
-  equal=lambda path: "original")
+  equal=lambda path: "original", litter=litter, cursor=cursor)
 fuzz.LIMIT_S, fuzz.GRACE_S = 1, 1
 
 fuzz.KINDS = {name: fuzz.Kind("folder/file", 1, fuzz.mutate.flip, once_changed(read),
-  fuzz.no_meaning) for name, read in READERS.items()}
+  fuzz.no_meaning, None) for name, read in READERS.items()}
 base = pathlib.Path("base")
 (base / "folder").mkdir(parents=True)
 (base / "folder/file").write_bytes(b"original")
@@ -253,7 +423,14 @@ def test_whatever_a_reader_does_wrong_is_noticed(tmp_path):
     assert done.returncode == 0, done.stderr
     wanted = dict(abort="crash", code="code", crash="crash", deaf="hang", equal="equal")
     wanted |= dict(exception="exception", hang="hang", hidden="memory", leaves="exception")
-    wanted |= dict(memory="memory", misread="misread", nameless="nameless", refused="refused")
+    wanted |= dict(
+        cursor="exception",
+        litter="litter",
+        memory="memory",
+        misread="misread",
+        nameless="nameless",
+        refused="refused",
+    )
     assert done.stdout.splitlines()[-1] == f"found {sorted(wanted.items())}"
     kept = {path.name.split("_")[0] for path in (tmp_path / "failures").glob("*.txt")}
     assert kept == wanted.keys() - {"equal", "refused"}
