@@ -32,8 +32,9 @@ import prepare_text
 for name in os.environ.keys() - clean_environment().keys():
     del os.environ[name]
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, which we keep to,
-    signal.signal(signal.SIGHUP, lambda *_: None)  # but what we start is to hear it
+for number in (signal.SIGHUP, signal.SIGINT):  # under nohup or in a shell's background, which
+    if signal.getsignal(number) == signal.SIG_IGN:  # we keep to, but what we start is to hear them
+        signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

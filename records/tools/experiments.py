@@ -470,7 +470,7 @@ def cut_validation(source: Path, folder: Path, tokens: int) -> str:
     tokens alone -> its path; four passes over all of it would take longer than the training."""
     val = train_gpt.find_shards(source, "val")
     for path in source.iterdir():
-        if path not in val and not path.name.endswith(".jsonl"):
+        if path not in val and path.suffix not in (".json", ".jsonl"):  # of the whole text
             (folder / path.name).symlink_to(path.resolve())
     stream = train_gpt.read_shard(val[0], vocab_size=2**16)
     prepare_text.write_shards(stream[:tokens], folder / val[0].name.removesuffix("_000000.bin"))
