@@ -101,13 +101,14 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -1409,9 +1410,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a file that anybody may have put there, read once. OSError for a link, for a
-    pipe or device, which might never end, and for more than `most` bytes or the memory here."""
+@contextlib.contextmanager
+def open_regular(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A file that anybody may have put there, and its bytes. OSError for a link, and for a pipe or
+    device, which might never end."""
     try:
         file = open(path, "rb", opener=open_no_link)
     except OSError as error:
@@ -1422,14 +1424,20 @@ def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
-        if status.st_size > most:
-            reason = f"has {status.st_size:,} bytes, at most {most:,} are read"
+        yield file, status.st_size
+
+
+def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of such a file, read once. OSError, for more than `most` bytes, too."""
+    with open_regular(path) as (file, size):
+        if size > most:
+            reason = f"has {size:,} bytes, at most {most:,} are read"
             raise OSError(errno.EFBIG, reason, str(path))
         free = available_memory()
-        if free is not None and COPIES * status.st_size > free:
-            reason = f"has {status.st_size:,} bytes, too many for {free:,} of free memory"
+        if free is not None and COPIES * size > free:
+            reason = f"has {size:,} bytes, too many for {free:,} of free memory"
             raise OSError(errno.ENOMEM, reason, str(path))
-        return file.read(status.st_size)
+        return file.read(size)
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> None:
@@ -1596,7 +1604,8 @@ def check_disk(rt: Runtime, cfg: Config, notes: list[str]) -> None:
         raise UserError(f"{place}: not writable; fix: run in a folder that is")
     old = sum(path.stat().st_size for path in rt.folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(place).free + old
-    val = sum(path.stat().st_size for path in Path(cfg.data_path).glob("*_val_*.bin"))
+    shards = Path(cfg.data_path).glob("*_val_*.bin")
+    val = sum(path.stat().st_size for path in shards if path.is_file())
     need = payload_type(parameter_specs(cfg)).itemsize + val * (28 if cfg.save_scores else 1)
     if cfg.checkpoint_every != "0" and not cfg.eval_only:
         need += (KEPT_CHECKPOINTS + 1) * state_bytes(cfg)
@@ -1617,8 +1626,10 @@ def check_memory(rt: Runtime, cfg: Config) -> None:
         kept = tokens * (cfg.vocab_size + 4 * cfg.num_layers * cfg.model_dim)  # for backward
         needs["TRAIN_BATCH_TOKENS"] = state_bytes(cfg) + kept * number
     if cfg.scorer == "documents":
-        shards = [np.fromfile(path, "<u2") for path in Path(cfg.data_path).glob("*_val_*.bin")]
-        documents = sum(int((shard[512:] == BOS).sum()) for shard in shards)  # after the header
+        documents = 0
+        for path in Path(cfg.data_path).glob("*_val_*.bin"):
+            with contextlib.suppress(BadShard):  # find_shards tells
+                documents += int((map_shard(path) == BOS).sum())
         lanes = -(-min(cfg.eval_lanes, documents) // rt.world_size)
         width = 2 * cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
         needs["EVAL_LANES"] = cfg.num_layers * lanes * cfg.window * width * number
@@ -1660,7 +1671,7 @@ def keep_sources(rt: Runtime, cfg: Config) -> None:
     names = [name for name in VARIABLES if name not in PER_RUN]
     lines = [f"{name}={show(getattr(cfg, name.lower()))}\n" for name in names]
     write_atomically(rt.folder / "config.env", "".join(lines).encode())
-    write_atomically(rt.folder / "tokenizer.model", Path(cfg.tokenizer_path).read_bytes())
+    write_atomically(rt.folder / "tokenizer.model", read_tokenizer(cfg.tokenizer_path))
 
 
 # -----------------------------------------------------------------------------
@@ -1673,11 +1684,13 @@ SHARD_HEADER_BYTES = 1024  # 256 int32: magic, version, number of tokens, then z
 BOS = 1  # begins a document
 MOST_PIECES = 65_536  # tokens are uint16
 SPACE = "▁".encode()  # how SentencePiece writes a space, U+2581
-DATASET_FACTS = {"tokenizer_sha256": str, "val_tokens_sha256": str, "lossy": bool}
+DIGESTS = ("tokenizer_sha256", "val_tokens_sha256", "val_text_sha256")
+DATASET_FACTS = dict.fromkeys(DIGESTS, str) | {"lossy": bool}
 PIECE_TOKENS = 1 << 16  # decoded at once
 FIRST_CHECKED = 1 << 24  # tokens whose bytes are checked before training, in seconds
 FIRST_DOCUMENTS = 200_000  # and in how many documents
-MOST_COMPARED = 100  # documents that a tokenizer altered are encoded again
+MOST_TOKENIZER_BYTES = 2**28
+ENCODER_CHARS = 1_000_000  # data/prepare_text.py encodes at most so many at once
 BYTE_SPACE = ("<0xE2>", "<0x96>", "<0x81>")  # U+2581 in byte tokens
 LOSSY_SAMPLES = (  # of what many tokenizers alter; a: a word that they know
     *(" a", "a ", "a  a", "a\ta", "a\r\na", "a\u3000a", "a\u200ba"),
@@ -1688,27 +1701,50 @@ SCAN_DOCUMENTS = 1 << 16
 OVERLAP_SECONDS = 5.0  # that the first step waits at most
 
 
-def read_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """The uint16 tokens of a shard, mapped; UserError for a header or a token that cannot be."""
-    size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 3) if size >= SHARD_HEADER_BYTES else (0, 0, 0)
-    magic, version, count = map(int, header)
+class BadShard(UserError):
+    """A shard that cannot be read, on every rank alike."""
+
+
+def shard_tokens(path: Path) -> int:
+    """The number of its tokens, by header and size; BadShard where these or the kind of file cannot
+    be a shard's."""
+    fix = "fix: write or download it again"
+    try:
+        with open_regular(os.path.realpath(path)) as (file, size):
+            head = file.read(SHARD_HEADER_BYTES)
+    except OSError as error:
+        raise BadShard(f"{path}: {error.strerror}; {fix}") from error
+    whole = len(head) == SHARD_HEADER_BYTES
+    magic, version, count = np.frombuffer(head, "<i4", 3).tolist() if whole else (0, 0, 0)
     wanted = SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES + 2 * count
     if (magic, version, size) != wanted or count < 1:
         found = f"magic {magic}, version {version}, length {size} for {count} tokens"
-        raise UserError(f"{path}: {found} instead of {wanted}; fix: write or download it again")
-    tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
+        raise BadShard(f"{path}: {found} instead of {wanted}; {fix}")
+    return count
+
+
+def map_shard(path: Path) -> np.ndarray:
+    """The uint16 tokens of a shard, mapped; BadShard."""
+    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, shard_tokens(path))
+
+
+def read_shard(path: Path, vocab_size: int) -> np.ndarray:
+    """The same, looked through; BadShard for a token that cannot be, too."""
+    tokens = map_shard(path)
     if tokens.max() >= vocab_size:
         highest = f"token {tokens.max()} >= vocabulary {vocab_size}"
-        raise UserError(f"{path}: {highest}; fix: its tokenizer")
+        raise BadShard(f"{path}: {highest}; fix: its tokenizer, or write it again")
     return tokens
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
-    """The shards of a split, "train" or "val", by dataset and number; UserError for none."""
+    """The shards of a split, "train" or "val", by dataset and number; UserError for none, and for
+    any that cannot be one: training would meet it in its middle."""
     shards = sorted(Path(folder).glob(f"*_{split}_*.bin"), key=numeric_order)
     if not shards:
         raise UserError(f"DATA_PATH={folder!r}: no *_{split}_*.bin; fix: see data/prepare_text.py")
+    for path in shards:
+        shard_tokens(path)
     return shards
 
 
@@ -1732,7 +1768,8 @@ class TokenLoader:
         self.shards = shards
         self.vocab_size = vocab_size
         self.begins = begins
-        self.total = sum(map(shard_tokens, shards))
+        self.ends = np.cumsum([shard_tokens(path) for path in shards])
+        self.total = int(self.ends[-1])
         self.opened: dict[int, np.ndarray] = {}
         self.restore((0, 0))
 
@@ -1741,12 +1778,14 @@ class TokenLoader:
         return self.shard, self.offset
 
     def restore(self, state: tuple[int, int]) -> None:
-        self.shard, self.offset = state
-        if self.shard not in self.opened:  # each is looked through once
-            tokens = read_shard(self.shards[self.shard], self.vocab_size)
-            self.opened[self.shard] = np.asarray(tokens)  # no memmap: slices of it are slow
-            self.begins(self.shard)
-        self.tokens = self.opened[self.shard]
+        shard, offset = state
+        if shard not in self.opened:  # each is looked through once
+            tokens = read_shard(self.shards[shard], self.vocab_size)
+            self.opened[shard] = np.asarray(tokens)  # no memmap: slices of it are slow
+            self.begins(shard)
+        self.shard = shard
+        self.offset = offset
+        self.tokens = self.opened[shard]
 
     def read(self, count: int) -> np.ndarray:
         """The next tokens, uint16 (count,)."""
@@ -1761,9 +1800,15 @@ class TokenLoader:
         return np.concatenate(parts) if parts else self.tokens[:0]
 
     def rows(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
+        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each. Where
+        a shard is bad, the place stays."""
         size = cfg.train_batch_tokens + 1
-        batch = self.read(min(size, self.total))
+        place = self.state()
+        try:
+            batch = self.read(min(size, self.total))
+        except BadShard:
+            self.restore(place)
+            raise
         if size > self.total:  # a lap ends where it began: the others are the same
             self.read(size % self.total)
             batch = np.resize(batch, size)
@@ -1774,9 +1819,10 @@ class TokenLoader:
         return inputs.chunk(rt.world_size)[rt.rank], targets.chunk(rt.world_size)[rt.rank]
 
 
-def shard_tokens(path: Path) -> int:
-    """By its size."""
-    return max(0, path.stat().st_size - SHARD_HEADER_BYTES) // 2
+def last_shard(ends: np.ndarray, steps: int, cfg: Config) -> int:
+    """The furthest one that so many steps read of; ends (shards,): in tokens from the first on."""
+    read = steps * cfg.train_batch_tokens + 1
+    return min(int(np.searchsorted(ends, read)), len(ends) - 1)
 
 
 # Bytes of tokens.
@@ -1795,11 +1841,21 @@ class TokenBytes(NamedTuple):
         return self.base_bytes[targets] + space
 
 
+def read_tokenizer(path: str | Path) -> bytes:
+    """The bytes of the tokenizer's file; UserError."""
+    try:
+        return read_regular(os.path.realpath(path), MOST_TOKENIZER_BYTES)
+    except OSError as error:
+        reason = "no such file" if error.errno == errno.ENOENT else error.strerror
+        fix = "the tokenizer of these shards as tokenizer.model in DATA_PATH, or set TOKENIZER_PATH"
+        raise UserError(f"TOKENIZER_PATH={str(path)!r}: {reason}; fix: {fix}") from error
+
+
 def load_tokenizer(path: str | Path, vocab_size: int) -> Any:
     """The SentencePiece model in a file, of this size (0: any); UserError."""
     sentencepiece = package("sentencepiece")
+    model = read_tokenizer(path) or b"empty"  # no bytes would load
     try:
-        model = read_regular(os.path.realpath(path))  # links are the user's own
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
         pieces = tokenizer.vocab_size()
         tokenizer.id_to_piece([*range(pieces)])  # all of them text
@@ -1861,6 +1917,9 @@ class Decoder:
         others = np.flatnonzero((self.byte < 0) & ~self.control).tolist()
         visible = (i for i in others if not tokenizer.is_unknown(i) and tokenizer.decode([i]))
         self.anchor = [*itertools.islice(visible, 1)]  # something to follow
+        spelt = {names[i]: i for i in spelling}
+        mark = [spelt.get(name) for name in BYTE_SPACE]
+        self.mark = [] if None in mark else mark  # a literal U+2581
         in_bytes = "<0xE2>" in "".join(tokenizer.encode("a \ue000  b", out_type=str))
         own_spaces = (self.byte[stream] == ord(" ")).any()
         marks = [names.index(name) for name in BYTE_SPACE] if in_bytes and not own_spaces else []
@@ -1911,9 +1970,15 @@ class Decoder:
         return b"".join(parts)
 
     def again(self, text: str) -> bytes:
-        """What the text becomes, with any U+2581 a space."""
-        ids = np.array(self.tokenizer.encode(text), int)
-        return self.spell(ids).replace(SPACE, b" ")
+        """What the text becomes in the tokens that data/prepare_text.py makes of it: U+2581 is that
+        of the text in byte tokens, if there are any, and the rest is cut as there."""
+        ids: list[int] = []
+        most = rf".{{1,{ENCODER_CHARS}}}"
+        for number, run in enumerate(text.split(SPACE.decode()) if self.mark else [text]):
+            ids += self.mark * (number > 0)
+            for part in re.findall(rf"(?s){most}(?= |\Z)|{most}", run):
+                ids += self.tokenizer.encode(part)
+        return self.spell(np.array(ids, int))
 
     def alters(self) -> bool:
         """Does it make another text of what many texts have? Unknown tokens are no change."""
@@ -1921,7 +1986,7 @@ class Decoder:
         for sample in LOSSY_SAMPLES:
             text = sample.replace("a", word)
             unknown = self.tokenizer.unk_id() in self.tokenizer.encode(text)
-            if not unknown and self.again(text) != text.encode():
+            if not unknown and self.again(text).replace(SPACE, b" ") != text.encode():
                 return True
         return False
 
@@ -1947,7 +2012,7 @@ def read_dataset(cfg: Config) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: {reason}; fix: prepare or download the data again") from error
-    ours = sha256(Path(cfg.tokenizer_path).read_bytes())
+    ours = sha256(read_tokenizer(cfg.tokenizer_path))
     theirs = facts.get("tokenizer_sha256", ours)
     if theirs != ours:
         reason = f"its sha256 {ours[:12]} is not {theirs[:12]}, that of the shards' by {path}"
@@ -2024,6 +2089,15 @@ class ValidationText:
 
     def measure_text(self) -> int:
         """UTF-8 bytes of the text beside the shards; UserError where it cannot be theirs."""
+        digest = hashlib.sha256()
+        for path in self.sources:
+            with open(path, "rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+        ours = digest.hexdigest()
+        known = self.facts.get("val_text_sha256", ours)
+        if known != ours:
+            found = f"its sha256 {ours[:12]} is not {known[:12]}, that in dataset.json"
+            raise UserError(f"{self.sources[0]}: {found}; fix: prepare the data again")
         sizes = [len(text) for text in read_texts(self.sources)]
         documents = len(self.edges) - 1
         if len(sizes) != documents:
@@ -2058,16 +2132,14 @@ class ValidationText:
         return found
 
     def require_ours(self, number: int, text: bytes, spelt: bytes) -> None:
-        """A document that the tokenizer altered is what it makes of the text, white space aside, or
-        these are not its tokens (UserError)."""
-        if self.changed < MOST_COMPARED:
-            ours = self.decoder.again(text.decode())
-            if b"".join(ours.split()) != b"".join(spelt.replace(SPACE, b" ").split()):
-                reason = f"validation document {number} spells {len(spelt):,} bytes, none of the"
-                known = f"{len(text):,} of {' and '.join(map(str, self.sources))}"
-                fix = "the tokenizer and text that these shards were made with"
-                path = self.cfg.tokenizer_path
-                raise UserError(f"TOKENIZER_PATH={path!r}: {reason} {known}; fix: {fix}")
+        """A document that the tokenizer altered is to the byte what it makes of the text, or these
+        are not its tokens (UserError). By dataset.json none may be altered where it says so."""
+        if self.facts.get("lossy") is False or self.decoder.again(text.decode()) != spelt:
+            reason = f"validation document {number} spells {len(spelt):,} bytes, not what it makes"
+            known = f"of the {len(text):,} of {' and '.join(map(str, self.sources))}"
+            fix = "the tokenizer and text that these shards were made with"
+            path = self.cfg.tokenizer_path
+            raise UserError(f"TOKENIZER_PATH={path!r}: {reason} {known}; fix: {fix}")
         self.changed += 1
 
 
@@ -2085,15 +2157,18 @@ class Overlap:
         self.unknown = text.unknown
         self.pool = ThreadPoolExecutor(1)
         self.scans: list[Future] = []  # of each shard, in their order
-        begins = np.array(text.edges[:-1]) + 1
-        ends = np.array(text.edges[1:])
+        edges = np.array(text.edges)
+        full = np.diff(edges) > 1
+        begins = edges[:-1][full] + 1
+        ends = edges[1:][full]
         keys = document_keys(text.stream, begins, ends).tolist()
-        documents = zip(begins.tolist(), ends.tolist(), keys, strict=True)
-        # Fingerprint -> key, of the documents not found so far.
-        self.missing = {fingerprint_of(text.stream[b:e]): key for b, e, key in documents if e > b}
+        prints = [fingerprint_of(text.stream[b:e]) for b, e in zip(begins, ends, strict=True)]
+        self.missing = dict(zip(prints, keys, strict=True))  # those not found so far
+        self.times = Counter(prints)
         self.keys = np.unique([*self.missing.values()])  # only documents with one are fingerprinted
-        self.longest = int((ends - begins).max())
-        self.distinct = len(self.missing)
+        self.longest = int((ends - begins).max(initial=0))
+        self.ends = np.cumsum([shard_tokens(path) for path in shards])
+        self.shared = 0  # documents of validation, also those that stand there more than once
         self.documents = 0  # of training, empty ones aside
         self.logged = -1  # the last shard of the last line
         self.unknown_tokens = 0
@@ -2120,11 +2195,9 @@ class Overlap:
             last += self.heads(number + 1, self.longest + 1 - len(last[0]))
             whole = np.concatenate(last)
             self.strike_out(whole, np.array([0]), np.array([len(whole)]))
-        shared = self.distinct - len(self.missing)
         of = f"{number + 1}/{len(self.shards)}"
-        return dict(
-            documents=shared, train_documents=self.documents, shards=of
-        ), self.unknown_tokens
+        counts = dict(documents=self.shared, train_documents=self.documents, shards=of)
+        return counts, self.unknown_tokens
 
     def heads(self, number: int, room: int) -> Iterator[np.ndarray]:
         """The tokens from shard `number` on up to a BOS, at most `room`."""
@@ -2141,15 +2214,15 @@ class Overlap:
         self.documents += len(full)
         keys = document_keys(tokens, begins[full], ends[full])
         for i in full[np.isin(keys, self.keys)].tolist():
-            self.missing.pop(fingerprint_of(tokens[begins[i] : ends[i]]), None)
+            found = fingerprint_of(tokens[begins[i] : ends[i]])
+            if self.missing.pop(found, None) is not None:
+                self.shared += self.times[found]
         self.keys = np.unique([*self.missing.values()])
 
     def log(self, steps: int, seconds: float | None = None) -> None:
         """A line on the shards that so many steps read, unless it stands in the log; none where it
         would take more than so many seconds to wait for."""
-        ends = np.cumsum([shard_tokens(path) for path in self.shards])
-        read = steps * self.cfg.train_batch_tokens + 1
-        shard = min(int(np.searchsorted(ends, read)), len(ends) - 1)
+        shard = last_shard(self.ends, steps, self.cfg)
         self.ask(shard)
         scans = self.scans[: shard + 1]  # none on other ranks
         if not scans or shard == self.logged or wait(scans, seconds).not_done:
@@ -2931,21 +3004,24 @@ def checkpoint_state(trainer: "Trainer") -> CheckpointState:
         seconds=trainer.elapsed,
         snapshots=trainer.averages.snapshots,
         loader=trainer.loader.state(),
-        settings=bound_settings(trainer),
+        settings=bound_settings(trainer, trainer.step),
         logs=[log.size() for log in trainer.rt.logs],
     )
 
 
-def bound_settings(trainer: "Trainer") -> dict[str, Any]:
-    """What must be the same where a run goes on."""
-    shards = trainer.loader.shards
-    sizes = [path.stat().st_size for path in shards]
-    heads = np.concatenate([np.fromfile(path, np.uint8, 4096) for path in shards])
+def bound_settings(trainer: "Trainer", step: int) -> dict[str, Any]:
+    """What must be the same where a run goes on from a step. Shards that it has not read yet may be
+    mended: their sizes count."""
+    loader = trainer.loader
+    count = len(loader.shards)
+    size = count * SHARD_HEADER_BYTES + 2 * loader.total
+    read = loader.shards[: last_shard(loader.ends, step, trainer.cfg) + 1]
+    heads = np.concatenate([np.fromfile(path, np.uint8, 4096) for path in read])
     names = stored_names("checkpoint")
     settings = {name.upper(): show(getattr(trainer.cfg, name)) for name in names}
     digest = sha256(heads)[:12]
     settings["RANKS"] = trainer.rt.world_size
-    settings["SHARDS"] = f"{len(sizes)} of {sum(sizes)} bytes, {digest}"
+    settings["SHARDS"] = f"{count} of {size} bytes, {digest}"
     return settings
 
 
@@ -2954,7 +3030,7 @@ def restore_checkpoint(
 ) -> None:
     """State and tensors into the trainer. DamagedCheckpoint for what cannot be of this run,
     UserError for a run with other settings; then nothing has changed."""
-    for name, now in bound_settings(trainer).items():
+    for name, now in bound_settings(trainer, state.step).items():
         was = state.settings.get(name)
         if was is None:
             raise DamagedCheckpoint(f"{name} is missing")
@@ -4624,8 +4700,15 @@ class Trainer:
             due = self.checkpoints_due()
             while not self.done:
                 previous = loss
-                with rt.clock("train"):
-                    loss = self.update(lr_factor(self.step, self.elapsed, cfg))
+                try:
+                    with rt.clock("train"):
+                        loss = self.update(lr_factor(self.step, self.elapsed, cfg))
+                except BadShard as error:
+                    self.agree(previous)
+                    if self.step == 0:
+                        raise
+                    then = f"once it is mended: step {self.step}, {self.save()}"
+                    raise UserError(f"{error}; {then}") from error
                 self.agree(previous)
                 rt.tick("train", self.step, cfg.iterations)
                 logs = self.step <= 10 or self.every(cfg.train_log_every)
@@ -4661,15 +4744,19 @@ class Trainer:
         -> checkpoints due by now."""
         now = self.checkpoints_due()
         if now > due or self.signal:
-            saved = "no checkpoint, package safetensors is missing"
-            if has_package("safetensors"):
-                save_checkpoint(self)
-                saved = "checkpoint written, RESUME=auto goes on"
+            saved = self.save()
             if self.signal:
                 number = int(self.signal)
                 self.rt.log("note", f"signal {number} at step {self.step}: {saved}")
                 sys.exit(128 + number)
         return now
+
+    def save(self) -> str:
+        """A checkpoint, if that can be. -> what became of it."""
+        if not has_package("safetensors"):
+            return "no checkpoint, package safetensors is missing"
+        save_checkpoint(self)
+        return "checkpoint written, RESUME=auto goes on"
 
     def restore(self, state: CheckpointState) -> None:
         """The counters of a checkpoint; restore_checkpoint fills the tensors."""
@@ -5161,7 +5248,8 @@ def begin_run(rt: Runtime, cfg: Config) -> Report:
     earlier one is touched before it is known that this one can be."""
     notes = preflight(rt, cfg) if rt.rank == 0 else []
     rt.barrier()
-    find_shards(cfg.data_path, "val")
+    for split in ["val"] + ["train"] * (not cfg.eval_only):
+        find_shards(cfg.data_path, split)
     vocab_size = len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes)
     report = Report(rt, replace(cfg, vocab_size=vocab_size))
     open_run(rt)

@@ -11,8 +11,9 @@ training side that is in validation too, word for word, is dropped.
 
 The output folder gets <name>_train_000000.bin, <name>_val_000000.bin, <name>_val.jsonl (the
 validation text as it was, for whoever checks a score), dataset.json and tokenizer.model, which is
-moved in last. dataset.json: sha256 of tokenizer.model and of the validation tokens (uint16, without
-the headers of shards), whether any document changes on the way back, and counts of documents.
+moved in last. dataset.json: sha256 of tokenizer.model, of the validation tokens (uint16, without
+the headers of shards) and of <name>_val.jsonl, whether any document changes on the way back, and
+counts of documents.
 
 The tokenizer is lossless: decode(encode(text)) == text is checked for every document, and the
 UTF-8 bytes of the tokens add up to the bytes of the text. One character needs help: SentencePiece
@@ -653,15 +654,19 @@ def write_dataset(
         processor = load_tokenizer(Path(work, "tokenizer.model"))
         train = write_split(processor, train_docs, Path(work, f"{name}_train"))
         val = write_split(processor, val_docs, Path(work, f"{name}_val"))
-        with open(Path(work, f"{name}_val.jsonl"), "w", encoding="utf-8", newline="\n") as file:
+        text = hashlib.sha256()
+        with open(Path(work, f"{name}_val.jsonl"), "wb") as file:
             for document in val_docs:
-                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+                line = json.dumps({"text": document}, ensure_ascii=False).encode() + b"\n"
+                text.update(line)
+                file.write(line)
         changed = train.changed + val.changed
         if tokenizer is None and changed:
             raise DataError(f"{changed} documents do not decode to themselves; please report this")
         facts = dict(
             tokenizer_sha256=hashlib.sha256(model).hexdigest(),
             val_tokens_sha256=val.sha256,
+            val_text_sha256=text.hexdigest(),
             lossy=changed > 0,
             train_documents=train.documents,
             val_documents=val.documents,

@@ -578,6 +578,7 @@ def test_dataset_json(tmp_path, english_model):
     assert facts_of(out) == dict(
         tokenizer_sha256=hashlib.sha256((out / "tokenizer.model").read_bytes()).hexdigest(),
         val_tokens_sha256=hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest(),
+        val_text_sha256=hashlib.sha256(next(out.glob("*_val.jsonl")).read_bytes()).hexdigest(),
         lossy=False,
         train_documents=1,
         val_documents=1,

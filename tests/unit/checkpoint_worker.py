@@ -139,6 +139,14 @@ def spoiled(step, rank=0, value=float("nan"), name="q_gain"):
     return spoil
 
 
+def bad_token(path, place):
+    """Put a token that no vocabulary has into a shard. -> the bytes that it had"""
+    content = path.read_bytes()
+    begin = 1024 + 2 * place
+    path.write_bytes(content[:begin] + b"\xff\xff" + content[begin + 2 :])
+    return content
+
+
 # -----------------------------------------------------------------------------
 # On two ranks
 
@@ -167,6 +175,21 @@ def signalled(whole, cfg, folder):
     names = sorted(path.name for path in (folder / "signalled/checkpoint").iterdir())
     dist.barrier()
     return dict(code=end.code, names=names, different=same(train(cfg, folder), whole, 5))
+
+
+def mended(whole, cfg, folder):
+    """The last shard, which step 4 begins to read, is bad at first."""
+    cfg = replace(cfg, run_id="mended", checkpoint_every="0")
+    path = shards(folder)[-1]
+    content = bad_token(path, 0) if dist.get_rank() == 0 else b""
+    dist.barrier()
+    error, _ = died(cfg, folder, train_gpt.UserError)
+    names = sorted(path.name for path in (folder / "mended/checkpoint").iterdir())
+    dist.barrier()
+    if content:
+        path.write_bytes(content)
+    dist.barrier()
+    return dict(error=str(error), names=names, different=same(train(cfg, folder), whole, 3))
 
 
 def poisoned(whole, cfg, folder, name):
@@ -202,6 +225,7 @@ def main():
         results = dict(
             interrupted=interrupted(whole, cfg, folder),
             signalled=signalled(whole, cfg, folder),
+            mended=mended(whole, cfg, folder),
             bank=poisoned(whole, cfg, folder, "qo_bank"),
             small=poisoned(whole, cfg, folder, "tok_emb"),
         )

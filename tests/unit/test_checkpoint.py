@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,12 @@ import torch
 from checkpoint_worker import (
     STEPS,
     Killed,
+    bad_token,
     configuration,
     died,
     finite,
     new_trainer,
+    shards,
     spoiled,
     state,
     train,
@@ -36,6 +39,7 @@ from helpers import (
     clean_environment,
     cores,
     launch,
+    no_validation,
     random_stream,
     run_here,
     train_gpt,
@@ -158,6 +162,71 @@ def test_the_cap_counts_the_seconds_before(tmp_path):
     again = train(cfg, tmp_path, stop=7)  # would die at another step
     assert again.step == 7 and again.rt.seconds["train"] == 315
     assert all(torch.equal(w, whole.weights[n]) for n, w in again.weights.items())
+
+
+# -----------------------------------------------------------------------------
+# A shard that turns out to be bad in the middle
+
+
+@pytest.mark.parametrize("every", ["0", "1"])
+@pytest.mark.parametrize(("number", "place", "step"), [(1, 0, 2), (1, -1, 2), (2, 0, 3), (2, 9, 3)])
+def test_what_was_trained_before_a_bad_shard_is_kept(number, place, step, every, tmp_path):
+    """And goes on to the same bits once the shard is mended, wherever it was bad."""
+    path = shards(tmp_path)[number]
+    content = bad_token(path, place % train_gpt.shard_tokens(path))
+    cfg = configuration(checkpoint_every=every)
+    for _ in range(2):  # not mended yet: the same again
+        error, trainer = died(cfg, tmp_path, train_gpt.UserError)
+        text = f"; once it is mended: step {step}, checkpoint written, RESUME=auto goes on"
+        assert str(error).startswith(f"{path}: token 65535 >= vocabulary 64; fix: ")
+        assert str(error).endswith(text) and trainer.step == step
+    path.write_bytes(content)
+    trainer, (losses, _, wanted) = train(cfg, tmp_path), uninterrupted(0)
+    assert trainer.losses == {index: losses[index] for index in range(step, STEPS)}
+    assert state(trainer) == wanted
+
+
+def lost(path):
+    path.unlink()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize("lose", [lost, cut])
+def test_a_shard_that_goes_in_the_middle(lose, tmp_path):
+    path = shards(tmp_path)[2]
+    content = path.read_bytes()
+    cfg = configuration(late_qat_threshold=0.99)
+    trainer = new_trainer(cfg, tmp_path)
+    lose(path)
+    with pytest.raises(train_gpt.UserError, match=re.escape(f"{path}: ") + ".*RESUME=auto"):
+        trainer.run(no_validation)
+    path.write_bytes(content)
+    assert train(cfg, tmp_path).losses.keys() == {*range(3, STEPS)}
+
+
+def test_a_bad_shard_before_the_first_step_leaves_no_checkpoint(tmp_path):
+    path = shards(tmp_path)[1]
+    bad_token(path, 5)
+    for warmup in (0, 1):
+        cfg = configuration(warmup_steps=warmup, train_batch_tokens=256, checkpoint_every="1")
+        error, trainer = died(cfg, tmp_path, train_gpt.UserError)
+        assert str(path) in str(error) and "RESUME" not in str(error)
+        assert not trainer.folder.exists() and trainer.loader.state() == (0, 0)
+
+
+def test_shards_that_were_read_bind(tmp_path):
+    """Others of the same size are other data."""
+    cfg = configuration(checkpoint_every="4")
+    died(cfg, tmp_path, stop=4)
+    for path in shards(tmp_path):
+        content = path.read_bytes()
+        path.write_bytes(content[:1026] + bytes([content[1026] ^ 1]) + content[1027:])
+        with pytest.raises(train_gpt.UserError, match="SHARDS="):
+            new_trainer(cfg, tmp_path)
+        path.write_bytes(content)
 
 
 # -----------------------------------------------------------------------------
@@ -652,6 +721,14 @@ def ranks(tmp_path_factory):
 def test_two_ranks_go_on_bit_equal(ranks):
     for results in ranks[0]:
         assert results["interrupted"]["different"] == results["signalled"]["different"] == []
+
+
+def test_a_bad_shard_ends_all_ranks_with_a_checkpoint(ranks):
+    names = ["step_00000003.json", "step_00000003.safetensors"]
+    for results in ranks[0]:
+        found = results["mended"]
+        assert found["names"] == names and found["different"] == []
+        assert found["error"].endswith("step 3, checkpoint written, RESUME=auto goes on")
 
 
 def test_a_signal_to_one_rank_ends_all_at_the_same_step(ranks):

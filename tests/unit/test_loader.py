@@ -74,12 +74,50 @@ def test_odd_byte_is_refused(tmp_path):
 def test_shards_are_found_in_order_and_by_split(tmp_path):
     names = ["b_train_000001.bin", "b_train_000000.bin", "b_val_000000.bin", "b_train.txt"]
     for name in names:
-        (tmp_path / name).touch()
+        write_shard(tmp_path / name, [1, 2])
     found = [path.name for path in train_gpt.find_shards(str(tmp_path), "train")]
     assert found == ["b_train_000000.bin", "b_train_000001.bin"]
     assert len(train_gpt.find_shards(str(tmp_path), "val")) == 1
     with pytest.raises(UserError, match="DATA_PATH='nowhere'"):
         train_gpt.find_shards("nowhere", "train")
+
+
+NO_SHARDS = {  # what stands where a shard should
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a FIFO": lambda path: path.unlink() or os.mkfifo(path),
+    "a folder": lambda path: path.unlink() or path.mkdir(),
+    "a dangling link": lambda path: path.unlink() or path.symlink_to("nowhere"),
+    "a link in a circle": lambda path: path.unlink() or path.symlink_to(path),
+    "a device": lambda path: path.unlink() or path.symlink_to("/dev/zero"),
+    "a link to a FIFO": lambda path: (
+        path.unlink() or os.mkfifo(path.with_suffix(".fifo")),
+        path.symlink_to(path.with_suffix(".fifo")),
+    ),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", NO_SHARDS)
+def test_every_shard_is_looked_at_before_the_first_step(kind, split, dataset, tmp_path):
+    """By all who look for shards, and by preflight, whose other checks read them, too."""
+    for side, number in itertools.product(("train", "val"), range(3)):
+        write_shard(tmp_path / f"x_{side}_{number}.bin", [1, 300, 301])
+    NO_SHARDS[kind](bad := tmp_path / f"x_{split}_1.bin")
+    match = rf"{re.escape(str(bad))}: .*fix: "
+    with pytest.raises(UserError, match=match):
+        train_gpt.find_shards(tmp_path, split)
+    paths = dict(data_path=str(tmp_path), tokenizer_path=str(dataset / "tokenizer.model"))
+    cfg = tiny(vocab_size=512, scorer="documents", **paths)
+    with pytest.raises(train_gpt.Missing, match=match) as caught:
+        train_gpt.preflight(train_gpt.Runtime(cfg), cfg)
+    assert "\n" not in str(caught.value)
+
+
+def test_links_to_shards_are_shards(tmp_path):
+    write_shard(tmp_path / "kept", [1, 2])
+    (tmp_path / "b_val_0.bin").symlink_to(tmp_path / "kept")
+    assert train_gpt.read_shard(*train_gpt.find_shards(tmp_path, "val"), 3).tolist() == [1, 2]
 
 
 # -----------------------------------------------------------------------------
@@ -284,9 +322,19 @@ def test_wrong_tokenizers_are_refused(dataset, tmp_path):
         train_gpt.token_bytes(str(path), 1024)
     (tmp_path / "junk.model").write_bytes(b"junk")
     (tmp_path / "empty.model").touch()
-    for name in ("junk.model", "empty.model", "none.model", "."):
-        with pytest.raises(UserError, match="TOKENIZER_PATH"):
-            train_gpt.token_bytes(str(tmp_path / name), 0)
+    os.mkfifo(tmp_path / "fifo.model")
+    (tmp_path / "link.model").symlink_to("none.model")
+    missing = "no such file; fix: the tokenizer of these shards as tokenizer.model in DATA_PATH"
+    reasons = {"junk": "must be SentencePiece's", "empty": "must be SentencePiece's"}
+    reasons |= {"none": missing, "link": missing, "fifo": "is no regular file; fix"}
+    for name, reason in reasons.items():
+        place = f"TOKENIZER_PATH='{tmp_path}/{name}.model'"
+        with pytest.raises(UserError, match=re.escape(f"{place}: {reason}")):
+            train_gpt.token_bytes(f"{tmp_path}/{name}.model", 0)
+    with pytest.raises(UserError, match="TOKENIZER_PATH.*irectory; fix"):
+        train_gpt.token_bytes(str(tmp_path), 0)
+    (tmp_path / "good.model").symlink_to(path)
+    assert len(train_gpt.token_bytes(str(tmp_path / "good.model"), 512).base_bytes) == 512
 
 
 # -----------------------------------------------------------------------------
@@ -364,7 +412,7 @@ def test_shards_are_in_the_order_of_their_numbers(tmp_path):
         *("x10_val_0.bin",),
     ]
     for name in reversed(names):
-        (tmp_path / name).touch()
+        write_shard(tmp_path / name, [1, 2])
     found = [path.name for path in train_gpt.find_shards(tmp_path, "val")]
     by_dataset = ["a", "x", "x2", "x10"]
     wanted = [name for key in by_dataset for name in names if name.startswith(f"{key}_")]
@@ -488,6 +536,8 @@ def test_counted_bytes_are_those_of_the_decoded_text(kind, fallback, source, tmp
             documents = [DOCUMENTS[i] for i in random.permutation(len(DOCUMENTS))[:5]]
             documents.append("Hello")
             encoded = [processor.encode(document) for document in documents]
+            if known:
+                encoded = prepare_text.encode_documents(processor, documents)
             write_val(tmp_path, encoded)
             (tmp_path / "x_val.jsonl").unlink(missing_ok=True)
             if known:
@@ -663,7 +713,116 @@ def test_shards_of_another_tokenizer_are_refused(dataset, tmp_path):
         text_of(tmp_path, other)
 
 
-DAMAGED = ["", "[]", "{", "nan", "\xff", "[" * 99_999, '{"lossy": 1}', '{"tokenizer_sha256": null}']
+ALTERED = {  # texts of which no tokenizer makes these tokens -> of the one that was there
+    "doubled spaces": lambda text: text.replace(" ", "  "),
+    "no spaces": lambda text: text.replace(" ", ""),
+    "tabs": lambda text: text.replace(" ", "\t"),
+    "a last line": lambda text: text + "\n",
+    "a space before": lambda text: " " + text,
+    "space marks": lambda text: text.replace(" ", "\u2581"),
+    "wide spaces": lambda text: text.replace(" ", "\u3000"),
+    "nothing": lambda text: "",
+}
+
+
+@pytest.mark.parametrize("kind", ALTERED)
+def test_white_space_is_text(kind, dataset, tmp_path):
+    """The divisor was 618 for 498 bytes, and proved."""
+    model = dataset / "tokenizer.model"
+    documents = ["the cat sat on the mat", "and on it sat"]
+    processor = prepare_text.load_tokenizer(model)
+    write_val(tmp_path, prepare_text.encode_documents(processor, documents))
+    write_text(tmp_path, documents)
+    assert text_of(tmp_path, model).text_bytes == len("".join(documents))
+    for number in range(2):
+        changed = documents.copy()
+        changed[number] = ALTERED[kind](documents[number])
+        write_text(tmp_path, changed)
+        with pytest.raises(UserError, match=rf"document {number} spells .*x_val\.jsonl; fix"):
+            text_of(tmp_path, model)
+
+
+def altering(tmp_path):
+    """The path of a tokenizer that makes one space of two, and its processor."""
+    path = trained(tmp_path, **MODELS["official FineWeb"])
+    return path, prepare_text.load_tokenizer(path)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@given(text=st.text("ab \u2581 1\n\u3000\ufb01\U0001f44b", max_size=30), cut=st.integers(1, 9))
+def test_altered_text_is_compared_as_it_is_prepared(model, text, cut):
+    """Documents of prepare_text.py, wherever it cuts them, against what a Decoder says of it."""
+    _, path, processor = model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "ENCODER_CHARS", cut)
+        patch.setattr(prepare_text, "ENCODER_CHARS", cut)
+        (ids,) = prepare_text.encode_documents(processor, [text])
+        tokens = np.array(ids, int)
+        decoder = train_gpt.Decoder(processor, train_gpt.token_bytes(path, 0), tokens)
+        assert decoder.again(text) == decoder.spell(tokens)
+
+
+def test_no_document_may_be_altered_where_dataset_json_says_so(tmp_path):
+    path, processor = altering(tmp_path)
+    write_val(tmp_path, [processor.encode("the  cat sat")])
+    write_text(tmp_path, ["the  cat sat"])
+    assert text_of(tmp_path, path).changed == 1
+    (tmp_path / "dataset.json").write_text('{"lossy": true}')
+    assert text_of(tmp_path, path).lossy
+    (tmp_path / "dataset.json").write_text('{"lossy": false}')
+    with pytest.raises(UserError, match=r"document 0 spells 11 bytes.* 12 .*x_val\.jsonl; fix"):
+        text_of(tmp_path, path)
+
+
+def test_every_altered_document_is_compared(tmp_path):
+    """The 102nd was not."""
+    path, processor = altering(tmp_path)
+    documents = ["the  cat"] * 150
+    write_val(tmp_path, [processor.encode(text) for text in documents])
+    write_text(tmp_path, documents)
+    assert text_of(tmp_path, path).changed == 150
+    for number in (101, 149):
+        write_text(tmp_path, documents[:number] + ["anything else "] + documents[number + 1 :])
+        with pytest.raises(UserError, match=rf"document {number} spells"):
+            text_of(tmp_path, path)
+
+
+def test_dataset_json_binds_the_text(dataset, tmp_path):
+    model = dataset / "tokenizer.model"
+    write_shard(tmp_path / "x_val_000000.bin", [1, 300, 301])
+    text = sentencepiece.SentencePieceProcessor(model_file=str(model)).decode([300, 301])
+    write_text(tmp_path, [text])
+    content = (tmp_path / "x_val.jsonl").read_bytes()
+    facts = dict(val_text_sha256=train_gpt.sha256(content))
+    (tmp_path / "dataset.json").write_text(json.dumps(facts))
+    assert text_of(tmp_path, model).sources
+    (tmp_path / "x_val.jsonl").write_bytes(content + b"\n")  # the same documents
+    with pytest.raises(UserError, match=r"x_val\.jsonl: its sha256 .*dataset\.json; fix: "):
+        text_of(tmp_path, model)
+    (tmp_path / "x_val.jsonl").unlink()
+    assert not text_of(tmp_path, model).sources
+
+
+def test_prepared_text_is_bound(tmp_path):
+    out = tmp_path / "set"
+    prepare_text.write_dataset(["the cat sat on the mat"] * 9, ["a cat", "a mat"], out, "x", 300)
+    assert text_of(out, out / "tokenizer.model").sources
+    write_text(out, ["a cat", "a  mat"])
+    with pytest.raises(UserError, match=r"x_val\.jsonl: its sha256"):
+        text_of(out, out / "tokenizer.model")
+
+
+DAMAGED = [
+    "",
+    "[]",
+    "{",
+    "nan",
+    "\xff",
+    "[" * 99_999,
+    '{"lossy": 1}',
+    '{"val_text_sha256": 1}',
+    '{"tokenizer_sha256": null}',
+]
 
 
 @pytest.mark.parametrize("content", [*DAMAGED, " " * (1 << 20) + "{}", "folder", "fifo"])
@@ -752,7 +911,7 @@ few_tokens = st.lists(st.sampled_from([1, 1, 4, 5, 6]), min_size=1, max_size=25)
     block=st.integers(1, 4),
 )
 def test_shared_documents_are_those_of_two_sets(tmp_path, val, shards, steps, block):
-    """Against sets of tuples, over documents that reach over one or more ends of shards."""
+    """Each one of validation against a set of tuples, also over one or more ends of shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "SCAN_TOKENS", 3)
         patch.setattr(train_gpt, "SCAN_DOCUMENTS", block)
@@ -765,11 +924,16 @@ def test_shared_documents_are_those_of_two_sets(tmp_path, val, shards, steps, bl
     begun = whole[: ends[read - 1]]
     wanted = documents_of(begun + last)
     values = dict(
-        documents=len(set(documents_of(val)) & set(wanted)),
+        documents=sum(document in set(wanted) for document in documents_of(val)),
         train_documents=len(wanted),
         shards=f"{read}/{len(shards)}",
     )
     assert lines == [("overlap", None, values)]
+
+
+def test_documents_of_validation_count_each_time(tmp_path):
+    lines = compare(tmp_path, [1, 4, 1, 4, 1, 5, 1, 4], [[1, 4, 1, 4]], 1)
+    assert lines[0][2] == dict(documents=3, train_documents=2, shards="1/1")
 
 
 def test_unknown_tokens_of_training_are_noted(tmp_path):
