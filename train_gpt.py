@@ -108,7 +108,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -1410,10 +1410,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-@contextlib.contextmanager
-def open_regular(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A file that anybody may have put there, and its bytes. OSError for a link, and for a pipe or
-    device, which might never end."""
+def read_regular(path: str | Path, most: int = MOST_BYTES, first: int = 0) -> bytes:
+    """The bytes of a file that anybody may have put there, read once, or its `first` ones. OSError
+    for a link, for a pipe or device, which might never end, and for more than `most` bytes or the
+    memory that is free."""
     try:
         file = open(path, "rb", opener=open_no_link)
     except OSError as error:
@@ -1424,15 +1424,10 @@ def open_regular(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
-        yield file, status.st_size
-
-
-def read_regular(path: str | Path, most: int = MOST_BYTES) -> bytes:
-    """The bytes of such a file, read once. OSError, for more than `most` bytes, too."""
-    with open_regular(path) as (file, size):
-        if size > most:
-            reason = f"has {size:,} bytes, at most {most:,} are read"
+        if status.st_size > most and not first:
+            reason = f"has {status.st_size:,} bytes, at most {most:,} are read"
             raise OSError(errno.EFBIG, reason, str(path))
+        size = first or status.st_size
         free = available_memory()
         if free is not None and COPIES * size > free:
             reason = f"has {size:,} bytes, too many for {free:,} of free memory"
@@ -1629,7 +1624,7 @@ def check_memory(rt: Runtime, cfg: Config) -> None:
         documents = 0
         for path in Path(cfg.data_path).glob("*_val_*.bin"):
             with contextlib.suppress(BadShard):  # find_shards tells
-                documents += int((map_shard(path) == BOS).sum())
+                documents += int((read_shard(path, MOST_PIECES) == BOS).sum())
         lanes = -(-min(cfg.eval_lanes, documents) // rt.world_size)
         width = 2 * cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
         needs["EVAL_LANES"] = cfg.num_layers * lanes * cfg.window * width * number
@@ -1706,12 +1701,11 @@ class BadShard(UserError):
 
 
 def shard_tokens(path: Path) -> int:
-    """The number of its tokens, by header and size; BadShard where these or the kind of file cannot
-    be a shard's."""
+    """Their number, by header and size; BadShard where these or the kind of file are no shard's."""
     fix = "fix: write or download it again"
     try:
-        with open_regular(os.path.realpath(path)) as (file, size):
-            head = file.read(SHARD_HEADER_BYTES)
+        head = read_regular(os.path.realpath(path), first=SHARD_HEADER_BYTES)
+        size = path.stat().st_size
     except OSError as error:
         raise BadShard(f"{path}: {error.strerror}; {fix}") from error
     whole = len(head) == SHARD_HEADER_BYTES
@@ -1723,14 +1717,9 @@ def shard_tokens(path: Path) -> int:
     return count
 
 
-def map_shard(path: Path) -> np.ndarray:
-    """The uint16 tokens of a shard, mapped; BadShard."""
-    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, shard_tokens(path))
-
-
 def read_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """The same, looked through; BadShard for a token that cannot be, too."""
-    tokens = map_shard(path)
+    """The uint16 tokens of a shard, mapped; BadShard, for a token that cannot be, too."""
+    tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, shard_tokens(path))
     if tokens.max() >= vocab_size:
         highest = f"token {tokens.max()} >= vocabulary {vocab_size}"
         raise BadShard(f"{path}: {highest}; fix: its tokenizer, or write it again")
@@ -1800,14 +1789,13 @@ class TokenLoader:
         return np.concatenate(parts) if parts else self.tokens[:0]
 
     def rows(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each. Where
-        a shard is bad, the place stays."""
+        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
         size = cfg.train_batch_tokens + 1
         place = self.state()
         try:
             batch = self.read(min(size, self.total))
         except BadShard:
-            self.restore(place)
+            self.restore(place)  # a checkpoint goes on from here
             raise
         if size > self.total:  # a lap ends where it began: the others are the same
             self.read(size % self.total)
@@ -1917,9 +1905,8 @@ class Decoder:
         others = np.flatnonzero((self.byte < 0) & ~self.control).tolist()
         visible = (i for i in others if not tokenizer.is_unknown(i) and tokenizer.decode([i]))
         self.anchor = [*itertools.islice(visible, 1)]  # something to follow
-        spelt = {names[i]: i for i in spelling}
-        mark = [spelt.get(name) for name in BYTE_SPACE]
-        self.mark = [] if None in mark else mark  # a literal U+2581
+        spells_mark = {*BYTE_SPACE} <= {names[i] for i in spelling}
+        self.mark = [names.index(name) for name in BYTE_SPACE if spells_mark]  # a literal U+2581
         in_bytes = "<0xE2>" in "".join(tokenizer.encode("a \ue000  b", out_type=str))
         own_spaces = (self.byte[stream] == ord(" ")).any()
         marks = [names.index(name) for name in BYTE_SPACE] if in_bytes and not own_spaces else []
@@ -2089,11 +2076,7 @@ class ValidationText:
 
     def measure_text(self) -> int:
         """UTF-8 bytes of the text beside the shards; UserError where it cannot be theirs."""
-        digest = hashlib.sha256()
-        for path in self.sources:
-            with open(path, "rb") as file:
-                hashlib.file_digest(file, lambda: digest)
-        ours = digest.hexdigest()
+        ours = sha256(b"".join(path.read_bytes() for path in self.sources))
         known = self.facts.get("val_text_sha256", ours)
         if known != ours:
             found = f"its sha256 {ours[:12]} is not {known[:12]}, that in dataset.json"
@@ -2137,9 +2120,8 @@ class ValidationText:
         if self.facts.get("lossy") is False or self.decoder.again(text.decode()) != spelt:
             reason = f"validation document {number} spells {len(spelt):,} bytes, not what it makes"
             known = f"of the {len(text):,} of {' and '.join(map(str, self.sources))}"
-            fix = "the tokenizer and text that these shards were made with"
-            path = self.cfg.tokenizer_path
-            raise UserError(f"TOKENIZER_PATH={path!r}: {reason} {known}; fix: {fix}")
+            fix = "fix: the tokenizer and text that these shards were made with"
+            raise UserError(f"TOKENIZER_PATH={self.cfg.tokenizer_path!r}: {reason} {known}; {fix}")
         self.changed += 1
 
 
@@ -2164,7 +2146,7 @@ class Overlap:
         keys = document_keys(text.stream, begins, ends).tolist()
         prints = [fingerprint_of(text.stream[b:e]) for b, e in zip(begins, ends, strict=True)]
         self.missing = dict(zip(prints, keys, strict=True))  # those not found so far
-        self.times = Counter(prints)
+        self.times = Counter(prints)  # of the same
         self.keys = np.unique([*self.missing.values()])  # only documents with one are fingerprinted
         self.longest = int((ends - begins).max(initial=0))
         self.ends = np.cumsum([shard_tokens(path) for path in shards])
@@ -2215,8 +2197,8 @@ class Overlap:
         keys = document_keys(tokens, begins[full], ends[full])
         for i in full[np.isin(keys, self.keys)].tolist():
             found = fingerprint_of(tokens[begins[i] : ends[i]])
-            if self.missing.pop(found, None) is not None:
-                self.shared += self.times[found]
+            self.shared += self.times.pop(found, 0)
+            self.missing.pop(found, None)
         self.keys = np.unique([*self.missing.values()])
 
     def log(self, steps: int, seconds: float | None = None) -> None:

@@ -191,7 +191,7 @@ class Case:
         """The verifier's"""
         try:
             train_gpt.prepare_sample(self.cfg.data_path)
-            return Path(self.cfg.tokenizer_path).read_bytes()
+            return train_gpt.read_tokenizer(self.cfg.tokenizer_path)
         except (train_gpt.UserError, OSError) as error:
             raise NotChecked(f"no tokenizer: {error}; or set DATA_PATH") from None
 
