@@ -76,11 +76,17 @@ UNTRAINABLE = SPACE_MARK + "\u2585\0"  # the trainer takes these for space, unkn
 TRAINER_TEXT_BYTES = 100_000_000
 TRAINER_LINE_CHARS = 1_000  # at most 4,000 bytes; the trainer drops lines over 4,192
 ENCODER_CHARS = 1_000_000
+# Protocol buffers merge what is appended: field 3, normalizer_spec, with add_dummy_prefix (3) and
+# remove_extra_whitespaces (4) false.
+WITHIN_TEXT = b"\x1a\x04\x18\0\x20\0"
 DATASET_FILE = "dataset.json"  # train_gpt.py reads it
 TEXT_MEMORY = 6  # bytes that a byte of text takes at most: as read, decoded, cut into documents
 USUAL_RATIO, ALWAYS_UNPACKED = 200, 1 << 28  # a bomb unpacks to more than both
 MODEL_BYTES = 1 << 28  # of a tokenizer at most
+ENCODING_BYTES = 1 << 16  # by which an encoding is known
 READ_BYTES, ZSTD_BYTES = 1 << 20, 1 << 10  # at a time; a kilobyte of zstd can hold 32 megabytes
+STREAM_BYTES = 1 << 16  # of xz and bzip2 at a time
+PADDING = re.compile(rb"\0*")
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 PACKED_SUFFIXES = (".gz", ".xz", ".lzma", ".bz2", ".zst", ".zstd")
 FORMATS = [  # offset and bytes by which files that are no text are known
@@ -184,6 +190,22 @@ def zstd_parts(packed: bytes) -> Iterator[bytes]:
         start -= len(frame.unused_data)
 
 
+def stream_parts(begin: Callable[[], Any], packed: bytes) -> Iterator[bytes]:
+    """The content of one xz or bzip2 stream after the other, the zeros between them skipped;
+    EOFError where one is cut, the decompressor's own error for what is no stream. (lzma.open and
+    bz2.open pass over all that follows a zero.)"""
+    start = 0
+    while start < len(packed):
+        stream = begin()
+        while not stream.eof:
+            part = packed[start : start + STREAM_BYTES] if stream.needs_input else b""
+            if stream.needs_input and not part:
+                raise EOFError("it ends within a stream")
+            yield stream.decompress(part, READ_BYTES)
+            start += len(part)
+        start = PADDING.match(packed, start - len(stream.unused_data)).end()
+
+
 def parts_of(stream: Any) -> Iterator[bytes]:
     """What a file object gives, piece by piece."""
     return iter(lambda: stream.read(READ_BYTES), b"")
@@ -195,10 +217,10 @@ def unpacker(packed: bytes, path: Path) -> Callable[[bytes], Iterator[bytes]] | 
     if packed.startswith(b"\x1f\x8b"):
         return lambda packed: parts_of(gzip.open(io.BytesIO(packed)))
     if packed.startswith(b"\xfd7zXZ\0") or suffix == ".lzma":
-        return lambda packed: parts_of(lzma.open(io.BytesIO(packed)))
+        return partial(stream_parts, lzma.LZMADecompressor)
     if re.match(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", packed):
-        return lambda packed: parts_of(bz2.open(io.BytesIO(packed)))
-    if packed.startswith(b"\x28\xb5\x2f\xfd"):
+        return partial(stream_parts, bz2.BZ2Decompressor)
+    if re.match(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", packed):  # or a skippable frame
         return zstd_parts
     if packed and suffix in PACKED_SUFFIXES:
         raise DataError(
@@ -247,11 +269,28 @@ def encoding_of(data: bytes | bytearray) -> str:
         return "UTF-32"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "UTF-16"
-    head = data[:512]
-    halves = all(head[0::2]), all(head[1::2])
-    if len(head) >= 8 and any(halves) and any(not any(head[n::2]) for n in (0, 1)):
-        return "UTF-16LE" if halves[0] else "UTF-16BE"  # every other byte of Latin text is 0
+    head = data[:ENCODING_BYTES]
+    wide = "UTF-32LE", "UTF-32BE", f"UTF-16{byte_order(head)}"
+    if len(head) >= 8 and head.count(0) >= 0.01 * len(head):
+        return next((name for name in wide if reads_as(head, name)), "")
     return ""
+
+
+def byte_order(data: bytes | bytearray) -> str:
+    """LE or BE, if it is UTF-16: where the high bytes lie, which are small in most scripts."""
+    small = [sum(byte < 32 for byte in data[lane::2]) for lane in (0, 1)]
+    return "LE" if small[1] > small[0] else "BE"
+
+
+def reads_as(data: bytes | bytearray, encoding: str) -> bool:
+    """Whether UTF-8 that has NULs is text in an encoding of 2 or 4 bytes: nearly all of it is
+    readable then, and nearly all highest bytes are below 32 (up to U+1FFF), which those of two
+    bytes of UTF-8 text are not."""
+    width = int(encoding[4:6]) // 8
+    text = data[: len(data) // width * width].decode(encoding, "replace")
+    readable = sum((c.isprintable() or c.isspace()) and c != "\ufffd" for c in text)
+    lane = data[width - 1 if encoding.endswith("LE") else 0 :: width]
+    return readable >= 0.9 * len(text) and sum(byte < 32 for byte in lane) >= 0.7 * len(lane)
 
 
 def decode_text(data: bytes | bytearray, path: Path) -> str:
@@ -262,10 +301,10 @@ def decode_text(data: bytes | bytearray, path: Path) -> str:
         text, byte = data.decode("utf-8"), None
     except UnicodeDecodeError as error:
         byte = f"byte 0x{data[error.start]:02x} at offset {error.start:,}"
+    if (byte or b"\0" in data[:ENCODING_BYTES]) and (encoding := encoding_of(data)):
+        fix = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW_FILE"
+        raise DataError(f"{path}: {encoding}, not UTF-8; convert it: {fix}")
     if binary or byte:
-        if encoding := encoding_of(data):
-            fix = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW_FILE"
-            raise DataError(f"{path}: {encoding}, not UTF-8; convert it: {fix}")
         for offset, magic, name in FORMATS:
             if data.startswith(magic, offset):
                 raise DataError(f"{path}: {name}, no text; leave it out or extract its text")
@@ -284,6 +323,9 @@ def text_of(record: Any) -> str:
     return text
 
 
+JSON_START = re.compile(r"[^\s,\[\]]")  # what is neither white space nor an array's
+LINE = re.compile(r"[^\n]*")
+OBJECT_CHARS = 1 << 16  # of an object over several lines at most
 BAD_RECORD = ValueError, KeyError, TypeError, AttributeError, RecursionError
 
 
@@ -322,14 +364,86 @@ def read_json(text: str, path: Path) -> list[str]:
     return documents
 
 
+def object_at(text: str, start: int) -> tuple[Any, int]:
+    """The JSON object that begins there, and its end; (None, end of the line) for none. Pieces are
+    parsed, as an error counts all lines before it."""
+    end = LINE.match(text, start).end()
+    for piece in (text[start:end], text[start : start + OBJECT_CHARS]):
+        if piece.startswith("{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                record, length = json.JSONDecoder().raw_decode(piece)
+                return record, start + length
+    return None, end
+
+
+def json_objects(text: str) -> list[tuple[int, Any]]:
+    """(offset, object) of all JSON objects of a text that is little else, and (offset, None) of
+    each line that is none; [] for any other text. One object a line or over many, with commas and
+    the brackets of an array or without: nine lines of ten must be such, or all but one."""
+    found, wrong, position = [], 0, 0
+    most = max(1, (text.count("\n") + 1) // 10)
+    while start := JSON_START.search(text, position):
+        record, position = object_at(text, start.start())
+        found.append((start.start(), record))
+        wrong += record is None
+        if wrong > min(most, 100 + len(found) // 2):
+            return []
+    return found if len(found) - wrong >= 2 + (wrong > 0) else []
+
+
+def has_text(record: Any) -> bool:
+    with contextlib.suppress(*BAD_RECORD):
+        text_of(record)
+        return True
+    return False
+
+
+def refuse_objects(text: str, path: Path) -> None:
+    """DataError for a file of JSON objects that cannot be read as documents as it is."""
+    found = json_objects(text)
+    objects = [record for _, record in found if record is not None]
+    if not objects:
+        return
+    good = sum(map(has_text, objects))
+    target = "FILE > NEW_FILE.jsonl"
+    if path.is_file():
+        target = f"{shlex.quote(str(path))} > {shlex.quote(path.stem + '.jsonl')}"
+    if good < len(objects) / 2:
+        named, program = keys_of(objects)
+        raise DataError(
+            f'{path}: {len(objects):,} JSON objects without a "text", keys: {named}; name that of'
+            f' the text "text": jq -c {shlex.quote(program)} {target}'
+        )
+    what = f'{path}: {good:,} JSON objects with a "text", but'
+    wrong = [start for start, record in found if not has_text(record)]
+    if not wrong:
+        raise DataError(f"{what} not one a line: jq -c . {target}")
+    line = text.count("\n", 0, wrong[0]) + 1
+    kind = ".json" if text.lstrip().startswith("[") else ".jsonl"
+    rename = f", then rename the file to {path.stem}{kind}" if path.is_file() else ""
+    raise DataError(f"{what} line {line:,} is none; correct or remove it{rename}")
+
+
+def keys_of(objects: Iterable[dict[str, Any]]) -> tuple[str, str]:
+    """The five keys with the most text, as JSON, and the jq program that makes documents of the
+    first."""
+    sizes = Counter()
+    for record in objects:
+        sizes.update({k: len(v) if isinstance(v, str) else 0 for k, v in record.items()})
+    keys = {json.dumps(key, ensure_ascii=False): size for key, size in sizes.most_common(5)}
+    first, size = next(iter(keys.items()), ("", 0))
+    return ", ".join(keys) or "none", f"{{text: .[{first}]}}" if size else "{text: tostring}"
+
+
 def read_plain(text: str, path: Path, separator: str) -> list[str]:
-    """The parts of a text. DataError for JSON lines under another name: their syntax would become
-    text; of a pipe, which has no name, they are read."""
+    """The parts of a text. DataError for JSON lines under another name, one of them bad or not:
+    their syntax would become text; of a pipe, which has no name, they are read."""
     documents = []
     if re.match(r"\s*(\[\s*)?\{", text):
         with contextlib.suppress(DataError):
             documents = read_json(text, path)
     if not documents:
+        refuse_objects(text, path)
         return text.split(separator) if separator else [text]
     if path.is_file():
         raise DataError(
@@ -375,13 +489,15 @@ def read_documents(
 ) -> list[str]:
     """All documents of `files` that are not empty, in order; `separator` may be empty. A .json of
     anything else than texts is taken as it stands, unless the user `named` it."""
-    documents, others, files = [], [], list(files)
+    documents, others, cuts, files = [], [], [], list(files)
     room, named = free_memory() // TEXT_MEMORY, {*map(Path, named)}
     with progress_bar(len(files), "reading", "file") as progress:
         for path in files:
             data = read_file(path, room)
             room -= len(data)
             text = decode_text(data, path)
+            if kind_of(path) not in (*JSON_LINES, ".json"):
+                cuts.append((separator in text, separator.replace("\n", "\r\n") in text))
             try:
                 documents += documents_of(text, path, separator)
             except NotRecords:
@@ -393,7 +509,22 @@ def read_documents(
     if others:
         what = f'{len(others)} .json without "text", {others[0]} the first'
         endings.say(f"note: {what}: taken as plain text", sys.stderr)
+    if separator:
+        note_separator(separator, cuts)
     return [document for document in documents if document]
+
+
+def note_separator(separator: str, cuts: Sequence[tuple[bool, bool]]) -> None:
+    """Say where a separator cuts nothing. cuts: of each file, whether it has it, and whether it
+    has it with \\r\\n for \\n."""
+    found = sum(as_given for as_given, _ in cuts)
+    crlf = sum(with_crlf and not as_given for as_given, with_crlf in cuts)
+    if found and not crlf:
+        return
+    windows = separator.replace("\n", "\r\n")
+    hint = f"; lines of {crlf} end in \\r\\n: give {windows!r}"
+    what = f"note: --separator {separator!r}: in {found} of {len(cuts)} files that are no JSON"
+    endings.say(f"{what}; the others stay whole{hint * (crlf > 0)}", sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -549,19 +680,30 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None, model: bytes
 
 
 def encode_documents(tokenizer: Any, documents: Sequence[str]) -> list[list[int]]:
-    """Token ids (list of int, no BOS) of each document; a literal U+2581 becomes byte tokens."""
+    """Token ids (list of int, no BOS) of each document; a literal U+2581 becomes byte tokens.
+
+    What follows one is encoded as it stands: a tokenizer that puts a space before each text, or
+    takes spaces away, does so with the first part of a document only.
+    """
     escaped = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
     byte_fallback = all(map(tokenizer.is_byte, escaped))
     split_at = re.compile(f"({SPACE_MARK})" if byte_fallback else r"(?!)")
-    parts, owners = [], []
-    for owner, document in enumerate(documents):
-        for run in split_at.split(document):
-            cut = spans(run, ENCODER_CHARS)  # no piece reaches over a space, so no token changes
-            parts += cut
-            owners += [owner] * len(cut)
-    tokens = [[] for _ in documents]
-    for owner, part, ids in zip(owners, parts, tokenizer.encode(parts), strict=True):
-        tokens[owner] += escaped if byte_fallback and part == SPACE_MARK else ids
+    parts = [  # no piece reaches over a space, so no token changes
+        [cut for run in split_at.split(document) for cut in spans(run, ENCODER_CHARS)]
+        for document in documents
+    ]
+    begun = tokenizer.encode([cut[0] if cut else "" for cut in parts])
+    within = sentencepiece.SentencePieceProcessor(
+        model_proto=tokenizer.serialized_model_proto() + WITHIN_TEXT
+    )
+    rest = iter(within.encode([part for cut in parts for part in cut[1:]]))
+    tokens = []
+    for cut, first in zip(parts, begun, strict=True):
+        ids = []
+        for number, part in enumerate(cut):
+            encoded = next(rest) if number else first
+            ids += escaped if byte_fallback and part == SPACE_MARK else encoded
+        tokens.append(ids)
     return tokens
 
 
@@ -757,7 +899,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--name", help="how the shards' names begin; default: as the folder's")
     add("--vocab-size", type=int, help=f"{MIN_VOCAB} to {MAX_VOCAB}; default {DEFAULT_VOCAB}")
     add("--tokenizer", help="a SentencePiece model to use instead of training one")
-    add("--separator", help=r"cuts files other than JSON; \n and \t are understood")
+    add("--separator", help=r"cuts files other than JSON; \n, \r, \t understood")
     add("--val-fraction", type=float, default=0.05, help="between 0 and 1; default 0.05")
     add("--seed", type=int, default=1337, help="of the shuffle; default 1337")
     options = parser.parse_args(arguments)
@@ -777,7 +919,9 @@ def prepare(options: argparse.Namespace) -> None:
     """The whole way from files to a dataset."""
     name = options.out.resolve().name if options.name is None else options.name
     check_target(options.out, name)
-    separator = (options.separator or "").replace(r"\n", "\n").replace(r"\t", "\t")
+    separator = options.separator or ""
+    for written, character in ((r"\n", "\n"), (r"\r", "\r"), (r"\t", "\t")):
+        separator = separator.replace(written, character)
     files = input_files(options.input, options.out)
     documents = read_documents(files, separator, options.input)
     if not documents:

@@ -9,6 +9,8 @@ import json
 import lzma
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -349,6 +351,73 @@ def test_text_that_looks_a_little_like_json_is_text(text, tmp_path):
     assert documents_in(tmp_path) == [text]
 
 
+OTHER_KEY = [json.dumps({"id": n, "content": text}) for n, text in enumerate(RECORDS)]
+ALMOST_JSON = {  # text, and what is said of it
+    "bad last": (json_lines() + "oops", "line 61 is none; correct or remove it, then rename"),
+    "cut last": (json_lines()[:-9], "line 60 is none"),
+    "cut, few": (json_lines(RECORDS[:4])[:-9], "line 4 is none"),
+    "comment": ("# a comment\n" + json_lines(), "line 1 is none"),
+    "blank lines, bad inside": (json_lines(["a"] * 9) + "\n\n{'text'}\n" + json_lines(), "line 12"),
+    "one without text": (json_lines() + '{"id": 7}\n', "line 61 is none"),
+    "lone surrogate": (json_lines() + '{"text": "\\ud800"}\n', "line 61 is none"),
+    "crlf": (json_lines().replace("\n", "\r\n") + "oops\r\n", "line 61 is none"),
+    "cut array": ("[" + ",\n".join(json_lines().splitlines())[:-9], "rename the file to a.json$"),
+    "pretty": ("".join(json.dumps({"text": t}, indent=1) + "\n" for t in RECORDS), "jq -c ."),
+    "one line": (json_lines().replace("\n", " "), "60 JSON objects .* not one a line"),
+    "other key": ("\n".join(OTHER_KEY), 'keys: "content", "id"; name that'),
+    "other key, bad": ("\n".join(OTHER_KEY)[:-5], 'keys: "content", "id"; name that'),
+    "other key, array": (f"[{','.join(OTHER_KEY)}]", """jq -c '{text: .\\["content"]}' """),
+    "no text at all": ('{"a": 1}\n{"a": 2}\n', 'keys: "a"; .* jq -c .{text: tostring}'),
+}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.log", "a", "a.jsonl.xz.bak"])
+@pytest.mark.parametrize("case", ALMOST_JSON)
+def test_nearly_json_by_a_plain_name_is_refused(case, name, tmp_path):
+    """In a folder, too: one bad line would make text of all the syntax."""
+    text, said = ALMOST_JSON[case]
+    said = said.replace("a.json$", f"{Path(name).stem}.json$")
+    (tmp_path / name).write_bytes(text.encode())
+    with pytest.raises(prepare_text.DataError, match=f"{name}: .*{said}") as refused:
+        documents_in(tmp_path, separator="\n")
+    assert "\n" not in str(refused.value)
+
+
+def test_nearly_json_of_a_pipe_is_refused(tmp_path):
+    (tmp_path / "in").write_text(json_lines() + "oops")
+    done = shell(f"{PREPARE} --out out --input <(cat in)", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "line 61 is none; correct or remove it\n" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["content", 'it\'s "a" key'])
+def test_other_keys_are_renamed_by_what_is_said(key, tmp_path):
+    if not shutil.which("jq"):
+        pytest.skip("jq is not installed")
+    lines = [json.dumps({"id": n, key: text}) for n, text in enumerate(RECORDS)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    with pytest.raises(prepare_text.DataError) as refused:
+        documents_in(tmp_path)
+    shell(str(refused.value).partition('"text": ')[2], tmp_path)
+    assert documents_in(tmp_path, tmp_path / "a.jsonl") == RECORDS
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Two examples:\n" + '{"a": 1}\n' * 2,
+        "words\n" * 2 + '{"text": "one"}\n' * 12,
+        "if (x) {\n  y = [];\n}\n" * 50,
+        "{}\n[]\n",
+        "[\n" * 50,
+        '{"a": 1}',
+    ],
+)
+def test_text_with_some_json_in_it_is_text(text, tmp_path):
+    (tmp_path / "a.md").write_text(text)
+    assert documents_in(tmp_path) == [text]
+
+
 CONFIGURATION = '{"name": "x", "version": [1]}'
 
 
@@ -383,6 +452,32 @@ def test_packed_text_is_known_by_its_bytes(name, packer, tmp_path):
     path.write_bytes(pack("zwölf".encode() * 50)[:-5])
     with pytest.raises(prepare_text.DataError, match="cannot be read"):
         documents_in(tmp_path)
+
+
+STREAMS = {"gz": b"\0" * 3, "xz": b"\0" * 8, "bz2": b"", "zst": b"\x50\x2a\x4d\x18\4\0\0\0abcd"}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_every_stream_of_a_file_is_read(kind, tmp_path):
+    """Also after padding (zstd: a skippable frame), and what is no stream is not passed over."""
+    pack, between = PACKERS[f".{kind}"], STREAMS[kind]
+    texts = ["eins " * 9, "zwei" * 300_000, "drei"]
+    streams = [pack(text.encode()) for text in texts]
+    path = tmp_path / f"a.txt.{kind}"
+    for padding in (b"", between, between * 50_000):
+        path.write_bytes(padding.join(streams) + padding)
+        assert documents_in(tmp_path) == ["".join(texts)]
+        path.write_bytes(padding.join(streams)[:-3])
+        with pytest.raises(prepare_text.DataError, match="cannot be read"):
+            documents_in(tmp_path)
+        path.write_bytes(padding.join(streams) + padding + b"other bytes")
+        with pytest.raises(prepare_text.DataError, match="cannot be read"):
+            documents_in(tmp_path)
+
+
+def test_zstd_that_begins_with_a_skippable_frame(tmp_path):
+    (tmp_path / "a").write_bytes(STREAMS["zst"] + zstandard.compress(b"text"))
+    assert documents_in(tmp_path) == ["text"]
 
 
 def parquet_like():
@@ -421,6 +516,43 @@ def test_the_format_of_what_is_no_text_is_named(name, packed, tmp_path):
     with pytest.raises(prepare_text.DataError, match=name) as refused:
         documents_in(tmp_path)
     assert name[:3] != "UTF" or f"iconv -f {name} -t UTF-8 '" in str(refused.value)
+
+
+WIDE = {
+    "english": "A line of text.\r\n" * 40,
+    "quotes": "\u2018It was a word\u2019, he said \u2014 \U0001f600 caf\xe9\t" * 40,
+    "russian": "Широкая электрификация южных губерний.\n" * 40,
+    "late": "中文" * 200 + "and then English text, much of it\n" * 90,
+    "one long line": "word " * 50_000,
+    "short": "some text",
+}
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_encodings_are_named(name, encoding, bom, tmp_path):
+    """And the command that is given makes the text of it."""
+    path = tmp_path / "a.txt"
+    path.write_bytes((bom + WIDE[name]).encode(encoding))
+    known = encoding[:6] if bom else encoding
+    with pytest.raises(prepare_text.DataError, match=f"{known}, not UTF-8") as refused:
+        documents_in(tmp_path)
+    command = str(refused.value).partition("convert it: ")[2]
+    assert command == f"iconv -f {known} -t UTF-8 {path} > NEW_FILE"
+    if name == "late" and not bom:
+        return
+    shell(command, tmp_path)
+    assert (tmp_path / "NEW_FILE").read_bytes().decode() == WIDE[name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["hello\0 world, so", "abc\0" * 90, "a\0" * 3, "\0" * 800, "\n" * 800 + "\0", TRAPS * 9],
+)
+def test_utf8_with_nul_is_text(text, tmp_path):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert documents_in(tmp_path) == [text]
 
 
 @pytest.mark.parametrize(
@@ -735,6 +867,43 @@ def test_separator_escapes(tmp_path):
     tokens, documents, _ = read_val(out)
     assert len(documents) == 2 == (tokens == prepare_text.BOS).sum()
     assert all("\n" not in document for document in documents)
+
+
+@pytest.mark.parametrize(
+    ("files", "separator", "said"),
+    [
+        ({"a.txt": "one\r\n\r\ntwo"}, r"\n\n", r"in 0 of 1 files .*give '\\r\\n\\r\\n'$"),
+        ({"a.txt": "a\r\n\r\nb", "b.txt": "a\n\nb"}, r"\n\n", "in 1 of 2 .* lines of 1 end"),
+        ({"a.txt": "one two"}, "===", "'===': in 0 of 1 files that are no JSON; the others stay"),
+        ({"a.jsonl": json_lines()}, r"\n", "in 0 of 0 files"),
+        ({"a.txt": "one===two", "b.txt": "three"}, "===", ""),
+        ({"a.txt": "one\r\n\r\ntwo"}, r"\r\n\r\n", ""),
+    ],
+)
+def test_a_separator_that_cuts_nothing_is_said(files, separator, said, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name, text in files.items():
+        (tmp_path / "in" / name).write_bytes(text.encode())
+    arguments = ["--input", tmp_path / "in", "--out", tmp_path / "out", "--separator", separator]
+    assert run(*arguments) == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == (said != "")
+    assert re.search(said, err)
+
+
+@pytest.mark.parametrize("strips", [True, False])
+def test_no_space_is_invented_within_a_text(strips):
+    """By a tokenizer that puts one before each text."""
+    options = dict(byte_fallback=True, remove_extra_whitespaces=strips)
+    model = model_of("the cat sat on the mat\n" * 50, 290, **options)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    texts = ["cat\u2581the\u2581\u2581mat sat", "\u2581cat", "the\u2581 cat", "the cat", "\u2581"]
+    tokens = prepare_text.encode_documents(tokenizer, texts)
+    assert tokenizer.decode(tokens) == texts
+    for text, ids in zip(texts, tokens, strict=True):
+        invented = text[0] != "\u2581"  # before the text, where decoding takes it away
+        assert rule_bytes(tokenizer, ids) == len(text.encode()) + invented
+    assert tokens[3] == tokenizer.encode(texts[3])
 
 
 def test_reused_tokenizer(tmp_path, english_model, capsys):

@@ -206,6 +206,16 @@ def test_nobody_reads_what_it_says(run_dir):
     png_size(run_dir / "report.png")
 
 
+def test_names_in_another_encoding(tmp_path):
+    make_run(tmp_path / "é")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, ROOT / "records/tools/plot.py", "é"]
+    how = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, **how)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "wrote \\xe9/report.png\n"
+
+
 def test_nothing_to_draw(tmp_path, capsys):
     folder = make_run(tmp_path / "empty", [], gain=0)
     assert draw(folder) == draw(tmp_path / "nowhere") == 2
