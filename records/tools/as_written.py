@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from run_folder import RunFolder, blame, printable, read_columns
+from run_folder import RunFolder, blame, read_columns
 from torch import Tensor
 
 import endings
@@ -41,6 +41,7 @@ from train_gpt import (
     UserError,
     bits_per_byte,
     ngram_counts,
+    printable,
     read_pairs,
     read_regular,
 )

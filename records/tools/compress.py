@@ -41,13 +41,13 @@ if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
 import numpy as np
 import torch
 import zstandard
-from run_folder import blame, printable  # puts train_gpt and data/ on the path
+from run_folder import blame  # puts train_gpt and data/ on the path
 from tqdm import tqdm
 
 import endings
 import train_gpt
 from prepare_text import DataError, encode_documents, free_memory, load_tokenizer
-from train_gpt import BOS, CodingPlan, Config, UserError
+from train_gpt import BOS, CodingPlan, Config, UserError, printable
 
 SUFFIX, PREFIX = ".pgz", b"PGZ\x01"
 LANES, LANE_TOKENS = 32, 512  # lanes at most; tokens in each at least

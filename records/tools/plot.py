@@ -27,10 +27,10 @@ if __name__ == "__main__":
         signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
 
 import numpy as np
-from run_folder import RunError, RunFolder, blame, printable
+from run_folder import RunError, RunFolder, blame
 
 import endings
-from train_gpt import CAP_BYTES, UserError, package, write_atomically
+from train_gpt import CAP_BYTES, UserError, package, printable, write_atomically
 
 # Okabe and Ito's palette, safe for colour-blind readers; each run also has its own marker.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]

@@ -269,7 +269,7 @@ def rest_is_unproved(path: Path, meaning: tuple) -> bool:
 
 def require_printable(text: str) -> None:
     """What goes to a terminal holds nothing that it would obey."""
-    if run_folder.printable(text) != text.replace("\n", "\\n"):
+    if train_gpt.printable(text) != text.replace("\n", "\\n"):
         raise AssertionError(f"output moves the cursor: {ascii(text)[:500]}")
 
 

@@ -211,7 +211,7 @@ no_files = pytest.mark.parametrize("make", NO_FILES.values(), ids=NO_FILES)
 def line_of(capsys):
     """What a tool said: one line, and nothing that moves a cursor"""
     (line,) = capsys.readouterr().err.splitlines()
-    assert run_folder.printable(line) == line
+    assert train_gpt.printable(line) == line
     return line
 
 
@@ -323,7 +323,7 @@ def test_errors_move_no_cursor(tmp_path, capsys, monkeypatch):
     for status in (as_written.main(), plot.main([str(folder)]), compress.main(restore)):
         assert status == 2
     for line in capsys.readouterr().err.split("\n"):
-        assert run_folder.printable(line) == line
+        assert train_gpt.printable(line) == line
 
 
 def test_no_partial_name_is_followed(tmp_path, monkeypatch, capsys):
