@@ -167,7 +167,7 @@ RUNTIME = [
     Fault(
         "hangup",
         "SIGHUP ends a run like a kill",
-        "test_runtime.py -k hangup_leaves",
+        "test_runtime.py -k after_a_hangup",
         script(
             "[signal.SIGINT, signal.SIGTERM] + [HANGUP] * (HANGUP is not None)",
             "[signal.SIGINT, signal.SIGTERM]",

@@ -394,6 +394,7 @@ def test_a_second_signal_ends_at_once_and_handlers_come_back(rt, handlers):
 def test_after_a_hangup_only_ctrl_c_ends_at_once(rt, handlers):
     """bash and the kernel both send SIGHUP, torchrun that is hit twice adds SIGTERM."""
     with rt.signals() as came:
+        assert callable(signal.getsignal(signal.SIGHUP))  # or it ends us here
         rt.hold_signals()
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
             send(number)
