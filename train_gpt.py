@@ -3376,8 +3376,8 @@ class WindowScorer:
         self.adapters = adapters or dict
         self.forward = rt.compile(self.score_rows)
         # Roundtrip windows keep this of every input: activations, distributions in float64.
-        hidden = int(model.cfg.mlp_mult * model.cfg.model_dim)
-        each = 24 * model.cfg.vocab_size + 16 * model.cfg.model_dim + 8 * hidden
+        hidden = int(cfg.mlp_mult * cfg.model_dim)
+        each = 24 * cfg.vocab_size + 16 * cfg.model_dim + 8 * hidden
         what = f"EVAL_BATCH_SEQS={self.batch} windows of {self.length} tokens (EVAL_SEQ_LEN)"
         require_memory(self.batch * self.length * each, what, rt.device)
 
