@@ -76,7 +76,8 @@ if __name__ == "__main__":  # before the imports, which take seconds
         finally:
             os._exit(128 + number)
 
-    signal.signal(signal.SIGINT, stop_at_once)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # scripts' background jobs ignore it
+        signal.signal(signal.SIGINT, stop_at_once)
 
 import bisect
 import contextlib
@@ -95,6 +96,7 @@ import platform
 import re
 import shlex
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -404,7 +406,8 @@ class Config:
 
     backoff = group("Published n-gram mixture, on exact counts")
     ngram_min_count: int = backoff(2,
-        "least count of a context for its order to be used", aliases=("NGRAM_EVAL_MIN_COUNT",))
+        "least count of a context for its order to be used",
+        least=1, aliases=("NGRAM_EVAL_MIN_COUNT",))
     ngram_alpha_min: float = backoff(0.05,
         "least weight of the counts", most=1, aliases=("NGRAM_EVAL_ALPHA_MIN", "NGRAM_ENT_BASE"))
     ngram_alpha_max: float = backoff(0.6,
@@ -461,7 +464,6 @@ class Config:
         layers = self.num_layers
         head = self.model_dim // self.num_heads
         orders = range(2, self.ngram_max_order + 1)
-        every = self.checkpoint_every.removesuffix("m")
         proof = self.scorer == "documents"
         # the decoder has no pre-enrichment's change to boost alpha by, and the five prove nothing
         unproved = proof and self.codec_tokens and self.mixer == "cascade"
@@ -481,9 +483,14 @@ class Config:
             ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
             ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
             ("NGRAM_MIN_ORDER", self.ngram_min_order not in orders, f"2 to {orders[-1]}"),
-            ("CHECKPOINT_EVERY", not every.isdecimal(), "10 or 10m"),
+            (
+                "CHECKPOINT_EVERY",
+                not re.fullmatch("0|[1-9][0-9]{0,8}m?", self.checkpoint_every),
+                "10 or 10m, or 0",
+            ),
             ("MODEL_DIM", count_parameters(self) >= 2**31, "smaller"),
             ("RUN_ID", not Path(self.run_id).name == self.run_id != "..", "a plain folder name"),
+            ("RUN_ID", len(os.fsencode(self.run_id)) > 255, "a name of at most 255 bytes"),
             ("TTT_CHUNK_TOKENS", chunk, "a multiple of EVAL_SEQ_LEN"),
             ("SCORER", self.ttt_enabled and proof, "sliding with TTT_ENABLED=1"),
             ("NGRAM_MIXER", unproved, "blend, or CODEC_TOKENS=0"),
@@ -543,7 +550,10 @@ def parse(name: str, text: str) -> Any:
     try:
         if isinstance(default, tuple):
             element = get_args(VARIABLES[name].type)[0]
-            return tuple(map(element, text.split(",") if text or default else ()))
+            values = tuple(map(element, text.split(",") if text or default else ()))
+            if all(map(math.isfinite, values)):
+                return values
+            raise ValueError
         value = type(default)(text)
         if setting.least <= value <= setting.most:
             return value
@@ -553,6 +563,14 @@ def parse(name: str, text: str) -> Any:
     if isinstance(default, tuple):
         wanted = f"{kind_of(name)} with commas between them"
     raise ConfigError(f"{name}={text!r}: must be {wanted}, such as {show(default) or '1,2'}")
+
+
+def is_legal(name: str, text: str) -> bool:
+    """Can parse read it?"""
+    with contextlib.suppress(ConfigError):
+        parse(name, text)
+        return True
+    return False
 
 
 def show(value: Any) -> str:
@@ -582,6 +600,8 @@ ALIASES = {  # name in a sibling script -> (our name, how its value is read)
     for name, setting in SETTINGS.items()
     for alias in (Alias(a) if isinstance(a, str) else a for a in setting.aliases)
 }
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what may end a line, and its like
+OTHERS = {"NUM_THREADS", "OVERRIDE"}  # well-known names of others, near ours
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
 
 
@@ -600,6 +620,9 @@ def resolve(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, str]], lis
     texts["RECORD"] = (record, "env" if "RECORD" in given else "default")
     for name, folder in default_paths(given, record).items():
         texts[name] = (str(folder), "default")
+    for name, (text, _) in texts.items():
+        if CONTROL.search(text):
+            raise ConfigError(f"{name}={text!r}: must be text without control characters")
     return texts, notes + why
 
 
@@ -646,21 +669,26 @@ def only_value(name: str, text: str, known: list[str]) -> ConfigError:
 
 
 def refuse_misspelt(names: Mapping[str, str]) -> list[str]:
-    """ConfigError for what is nearly certainly a slip of a name of ours: two letters where both
-    have 8; of our families one letter, or a name's beginning. The rest is somebody else's, such as
-    MODEL_DIR=/x or CLI=1. -> notes on what looks like a family of ours."""
+    """ConfigError for what is nearly certainly a slip of a name of ours, by its value as well: two
+    letters where both have 8; of our families one letter, or a name's beginning. -> notes on what
+    is near, or of a family, but has a value that ours cannot have: it may be somebody else's, such
+    as MODEL_ID=gpt2, and a password."""
     notes = []
-    for name in sorted(names.keys() - VARIABLES.keys()):
+    for name in sorted(names.keys() - VARIABLES.keys() - OTHERS):
         family = name.startswith(FAMILIES)
-        distance, near = min((edit_distance(name, ours), ours) for ours in VARIABLES)
-        slips = 2 if min(len(name), len(near)) >= 8 else int(family)
         begun = [ours for ours in VARIABLES if family and ours.startswith(f"{name}_")]
-        path = "/" in names[name] and near not in PER_RUN
-        if begun or (distance <= slips and not path):
-            meant = (begun or [near])[0]
-            raise ConfigError(f"{name}={names[name]!r} is not a variable; did you mean {meant}?")
-        if family:
-            notes.append(f"{name} is no variable of this script, see --help")
+        distances = sorted((edit_distance(name, ours), ours) for ours in VARIABLES)
+        near = begun + [
+            ours
+            for distance, ours in distances
+            if distance <= (2 if min(len(name), len(ours)) >= 8 else int(family))
+        ]
+        if meant := [ours for ours in near if is_legal(ours, names[name])]:
+            reason = f"{name}={names[name]!r} is not a variable"
+            raise ConfigError(f"{reason}; did you mean {meant[0]}?")
+        if family or near:
+            hint = f"; did you mean {near[0]}?" if near else ""
+            notes.append(f"{name} is no variable of this script, see --help{hint}")
     return notes
 
 
@@ -968,10 +996,13 @@ def print_dry_run(rt: "Runtime", cfg: Config) -> None:
 
 LAUNCH = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)  # torchrun's variables
 RENDEZVOUS = (*LAUNCH, "MASTER_ADDR", "MASTER_PORT")  # what ranks need to find each other
-HANGUP = getattr(signal, "SIGHUP", None)  # a terminal or session ended; not on Windows
-SIGNALS = [signal.SIGINT, signal.SIGTERM] + [HANGUP] * (HANGUP is not None)
+# What warns of an end: of a session, by Slurm's --signal, by `ulimit -t` (every second).
+WARNING_NAMES = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # none on Windows
+WARNINGS = [getattr(signal, name) for name in WARNING_NAMES if hasattr(signal, name)]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *WARNINGS]
 CGROUPS = Path("/sys/fs/cgroup")
 LOGS = ("log.txt", "metrics.jsonl")
+COUNTED = ("train_gpt.py", "artifact.bin")  # whose bytes the cap is on
 OUTPUTS = (  # of a run, the mark of a finished one first
     *("submission.json", *LOGS, "artifact.bin", "train_gpt.py", "tokenizer.model", "config.env"),
     *("blocks.npz", "scores.npz", "scores_ema.npz", "stream.bin", "report.png"),
@@ -979,14 +1010,14 @@ OUTPUTS = (  # of a run, the mark of a finished one first
 
 
 def log_line(key: str, value: Any, values: Mapping[str, Any]) -> str:
-    """`key:value name:x`; floats in full in final lines only."""
+    """`key:value name:x`, one line whatever is in it; floats in full in final lines only."""
     words = [key if value is None else f"{key}:{value}"]
     for name, x in values.items():
         unit = "ms" if name.endswith("_ms") else ""
         if isinstance(x, float) and not key.startswith("final_"):
             x = f"{x:.2f}" if unit else f"{x:.4f}"
         words.append(f"{name.removesuffix('_ms')}:{x}{unit}")
-    return " ".join(words)
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], " ".join(words))
 
 
 class Runtime:
@@ -1015,6 +1046,7 @@ class Runtime:
         self.received: list[int] = []  # signals
         self.unsaved = False  # trained weights lie in no file yet
         self.lock: Any = None
+        self.essential: dict[str, bytes] = {}  # files of the folder, see `write`
         self.threads_by = "cores"  # what limits them
         self.bar = ProgressBar(self)
 
@@ -1033,6 +1065,7 @@ class Runtime:
             if absent:
                 fix = f"torchrun --nproc_per_node={self.world_size}, or unset WORLD_SIZE"
                 raise ConfigError(f"WORLD_SIZE={self.world_size} without {absent}; fix: {fix}")
+            require_address(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
             backends = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
             try:
                 dist.init_process_group(backends, timeout=timedelta(minutes=15))
@@ -1085,22 +1118,33 @@ class Runtime:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[list[int]]:
-        """-> SIGINT, SIGTERM and SIGHUP that came. The first one raises Interrupted, where work is
-        unsaved only once that lies in a file. A second one kills, but not after a SIGHUP: when a
-        session ends, shell and kernel both send it, and torchrun, hit twice, adds SIGTERM. One
-        that is ignored from the start (nohup) stays so."""
+        """-> the SIGNALS that came. The first one raises Interrupted, where work is unsaved only
+        once that lies in a file. A second one kills, but no warning does, and no SIGTERM after a
+        warning: when a session ends, shell and kernel both send SIGHUP, and torchrun, hit twice,
+        adds SIGTERM. One that is ignored from the start (nohup, trap '' INT) stays so."""
         previous = {}
+        echo: list[int] = []
 
         def handle(number: int, _: Any) -> None:
+            if number in echo:
+                return echo.clear()
             self.received.append(number)
-            spared = {HANGUP} | ({signal.SIGTERM} if number == HANGUP else set())
-            for each in previous:
-                signal.signal(each, signal.SIG_IGN if each in spared else signal.SIG_DFL)
-            if not self.unsaved:
-                self.release_signals()
+            spared = WARNINGS + [signal.SIGTERM] * (self.received[0] in WARNINGS)
+            if len(self.received) == 1:
+                # Python asks the new handlers what to do with signals that came with this one, and
+                # stumbles over SIG_DFL; it hands them over while this one is raised once more.
+                echo.append(number)
+                signal.raise_signal(number)
+                for each in previous:
+                    signal.signal(each, signal.SIG_IGN if each in spared else signal.SIG_DFL)
+                if not self.unsaved:
+                    self.release_signals()
+            elif number not in spared:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
 
         for each in SIGNALS:
-            if each != HANGUP or signal.getsignal(each) != signal.SIG_IGN:
+            if signal.getsignal(each) not in (signal.SIG_IGN, None):
                 previous[each] = signal.signal(each, handle)
         try:
             yield self.received
@@ -1120,6 +1164,8 @@ class Runtime:
 
     def kept(self) -> str:
         """How to go on from what an interrupted run leaves."""
+        if (self.folder / "submission.json").exists():
+            return f"{self.folder} is finished, but perhaps for its picture"
         if saved := sorted(self.folder.glob("checkpoint/step_*.json")):
             return f"{saved[-1].stem} is kept, RESUME=auto goes on"
         artifact = self.folder / "artifact.bin"
@@ -1130,12 +1176,41 @@ class Runtime:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = self.lock or lock_folder(self)
 
+    def write(self, name: str, content: bytes) -> None:
+        """A file without which the run folder is worth nothing."""
+        self.essential[name] = content
+        write_atomically(self.folder / name, content)
+
+    def mend_folder(self) -> None:
+        """On rank 0: what somebody has deleted is written again, logs included; in another folder
+        where another run has taken this one."""
+        lock = self.folder / ".lock"
+        names = [*self.essential, *(log.path.name for log in self.logs)]
+        gone = [name for name in names if not (self.folder / name).exists()]
+        if self.lock and not is_open_as(self.lock, lock):
+            if lock.exists() or (self.folder / "submission.json").exists():
+                self.folder = self.folder.with_name(f"{self.folder.name}_{os.getpid()}")
+            self.lock.close()
+            self.lock = None
+            self.take_folder()
+            gone = names
+        for name, content in self.essential.items():
+            if name in gone:
+                write_atomically(self.folder / name, content)
+        for log in self.logs:
+            if log.path.name in gone:
+                log.restore(self.folder)
+        if gone:
+            self.log("note", f"deleted meanwhile, written again in {self.folder}: {' '.join(gone)}")
+
     def close(self) -> None:
         """The bar, and the lock on the run folder."""
         self.bar.close()
         if self.lock:
+            path = self.folder / ".lock"
             with contextlib.suppress(OSError):
-                (self.folder / ".lock").unlink()
+                if is_open_as(self.lock, path):
+                    path.unlink()
             self.lock.close()
             self.lock = None
 
@@ -1195,6 +1270,18 @@ def launch_numbers(environ: Mapping[str, str]) -> dict[str, int]:
             both = f"{rank}={numbers[rank]}: must be below {ranks}={numbers[ranks]}"
             raise ConfigError(f"{both}; fix: unset them, or start it by torchrun")
     return numbers
+
+
+def require_address(host: str, port: str) -> None:
+    """ConfigError for what no rank can listen at: torch would wait for it, silently."""
+    fix = "start it by torchrun"
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise ConfigError(f"MASTER_PORT={port!r}: must be int, 1 to 65535; fix: {fix}")
+    try:
+        socket.getaddrinfo(host or ".", port)
+    except (OSError, UnicodeError) as error:
+        fix = f"the name or address of rank 0's host, or {fix}"
+        raise ConfigError(f"MASTER_ADDR={host!r}: no such host ({error}); fix: {fix}") from error
 
 
 def use_attention(name: str, cuda: bool) -> None:
@@ -1466,6 +1553,11 @@ def remove_partial_files(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_open_as(file: Any, path: Path) -> bool:
+    """Is that still the file which is open?"""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
 def flush_to_disk(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
@@ -1481,9 +1573,12 @@ class LogFile:
     each line is on standard output as well."""
 
     def __init__(self, path: Path):
+        self.open(path)
+
+    def open(self, path: Path) -> None:
         self.path = path
         how = dict(encoding="utf-8", errors="backslashreplace", opener=open_no_link)
-        self.file: Any = open(path, "a", **how)
+        self.file: Any = open(path, "a+", **how)
 
     def add(self, line: str) -> None:
         try:
@@ -1494,6 +1589,14 @@ class LogFile:
             with contextlib.suppress(OSError):
                 self.file.close()  # tries once more
             self.file = io.StringIO()
+
+    def restore(self, folder: Path) -> None:
+        """All its lines in a new file there: what was deleted can be read while it is open."""
+        self.file.seek(0)
+        text = self.file.read()
+        self.file.close()
+        self.open(folder / self.path.name)
+        self.add(text.rstrip("\n"))
 
     def size(self) -> int:
         """Bytes on the disk, for a checkpoint."""
@@ -1526,7 +1629,8 @@ def open_run(rt: Runtime) -> None:
             rt.open_logs()
     except OSError as error:
         fix = "a run must be able to write and clear that; move it away or give another RUN_ID"
-        raise ConfigError(f"{error.filename}: {error.strerror}; fix: {fix}") from error
+        reason = f"{error.filename or rt.folder}: {error.strerror or error}"
+        raise ConfigError(f"{reason}; fix: {fix}") from error
 
 
 def lock_folder(rt: Runtime) -> Any:
@@ -1534,8 +1638,11 @@ def lock_folder(rt: Runtime) -> Any:
     closed in the programs that it starts; ConfigError where another process has it. Where the file
     system knows no locks, a note."""
     path = rt.folder / ".lock"
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    file = open(os.open(path, flags, 0o644), "r+", encoding="utf-8")
+    number = open_no_link(str(path), os.O_RDWR | os.O_CREAT)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    file = open(number, "r+", encoding="utf-8")
     try:
         import fcntl  # no module of Windows
 
@@ -1546,7 +1653,7 @@ def lock_folder(rt: Runtime) -> Any:
         raise ConfigError(f"RUN_ID={rt.cfg.run_id!r}: {user}; fix: {fix}") from error
     except (ImportError, OSError) as error:
         rt.log("note", f"{path}: no lock ({error}): start no other run with this RUN_ID")
-    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+    if not is_open_as(file, path):
         return lock_folder(rt)  # its last user removed it before we had it
     file.truncate(0)
     print(f"{os.getpid()} on {platform.node()}", file=file, flush=True)
@@ -1586,6 +1693,9 @@ def lacking(*checks: tuple) -> list[str]:
     return faults
 
 
+LOG_BYTES = 10**6  # of logs, config.env, submission.json and picture, about
+
+
 def state_bytes(cfg: Config) -> int:
     """Of a checkpoint at least: weights, a moment of each, averages."""
     return 4 * count_parameters(cfg) * (2 + cfg.ema_enabled + cfg.swa_enabled)
@@ -1601,11 +1711,15 @@ def check_disk(rt: Runtime, cfg: Config, notes: list[str]) -> None:
     free = shutil.disk_usage(place).free + old
     shards = Path(cfg.data_path).glob("*_val_*.bin")
     val = sum(path.stat().st_size for path in shards if path.is_file())
-    need = payload_type(parameter_specs(cfg)).itemsize + val * (28 if cfg.save_scores else 1)
+    sources = [CODE, Path(cfg.tokenizer_path)]
+    need = sum(path.stat().st_size for path in sources if path.is_file()) + LOG_BYTES
+    # stream.bin, decoded.npy and sums, and a file or two of 56 bytes a token
+    columns = 28 * (cfg.save_scores or cfg.ngram_scheme != "") + 28 * (cfg.ngram_scheme != "")
+    need += payload_type(parameter_specs(cfg)).itemsize + val * (3 + columns)
     if cfg.checkpoint_every != "0" and not cfg.eval_only:
         need += (KEPT_CHECKPOINTS + 1) * state_bytes(cfg)
     if need > free:
-        reason = f"{free / 1e6:,.0f} MB are free, results and checkpoints need {need / 1e6:,.0f}"
+        reason = f"{free / 1e6:,.1f} MB are free, results and checkpoints need {need / 1e6:,.1f}"
         raise UserError(f"{place}: {reason}; fix: make room there")
     if need + state_bytes(cfg) > free and not cfg.eval_only:
         notes.append(f"{place}: no room for a checkpoint, a signal would end the run without one")
@@ -1662,11 +1776,11 @@ def cut_logs(folder: Path, saved: list[Path]) -> None:
 
 def keep_sources(rt: Runtime, cfg: Config) -> None:
     """What the run was made with, into its folder: the script, every setting, the tokenizer."""
-    write_atomically(rt.folder / "train_gpt.py", CODE.read_bytes())
+    rt.write("train_gpt.py", CODE.read_bytes())
     names = [name for name in VARIABLES if name not in PER_RUN]
     lines = [f"{name}={show(getattr(cfg, name.lower()))}\n" for name in names]
-    write_atomically(rt.folder / "config.env", "".join(lines).encode())
-    write_atomically(rt.folder / "tokenizer.model", read_tokenizer(cfg.tokenizer_path))
+    rt.write("config.env", "".join(lines).encode())
+    rt.write("tokenizer.model", read_tokenizer(cfg.tokenizer_path))
 
 
 # -----------------------------------------------------------------------------
@@ -2934,6 +3048,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
     """Called on every rank; the others wait until the files are on rank 0's disk."""
     momenta = trainer.optimizers.muon.gather_momenta()
     if trainer.rt.rank == 0:
+        trainer.rt.mend_folder()
         tensors = {name: x.clone() for name, x in changing_tensors(trainer, momenta).items()}
         write_checkpoint(trainer.folder, checkpoint_state(trainer), tensors)
     trainer.rt.barrier()
@@ -4604,11 +4719,14 @@ class Trainer:
         self.optimizers = Optimizers(model, rt, cfg)
         self.averages = Averages(model, cfg)
         self.compiled_loss = rt.compile(model, fullgraph=True)
-        self.folder = rt.folder / "checkpoint"
         self.step = 0  # steps that are done
         self.qat_since: int | None = None  # step at which late QAT began
         self.elapsed = 0.0  # seconds of training, the slowest rank's
         self.signal = 0  # on any rank, as of the last agreement
+
+    @property
+    def folder(self) -> Path:
+        return self.rt.folder / "checkpoint"
 
     def gradients(self) -> Tensor:
         """Of this rank's rows. -> mean loss."""
@@ -4810,6 +4928,7 @@ def token_flops(cfg: Config) -> int:
 # 14. Report and main
 # Final lines, submission.json, and the story: configure, train, quantise, reload, score, prove.
 
+MASS_LIMIT = 1e-9  # of sums in float64 over the vocabulary, which stay below 1e-12
 BLOCK = 1024  # targets of a row of blocks.npz
 UPSTREAM_TRACK = "10min_16mb"
 
@@ -4860,6 +4979,7 @@ class Report:
         cfg = self.cfg
         claim = final
         codec: dict[str, Any] = {}
+        rt.mend_folder()
         if cfg.scorer == "documents":
             coded, codec = prove(self, final[coding.targets])
             mass_error = coded.mass_error
@@ -4867,14 +4987,18 @@ class Report:
                 claim = final * (coded.nats / -final.sum())  # as the decoder there adds up
         else:
             mass_error = window_mass(model, rt, cfg, self.text.stream)
+        if not mass_error <= MASS_LIMIT:
+            reason = f"mass_error {mass_error:.3g}: NGRAM_MIXER={cfg.mixer} is no distribution here"
+            fix = f"other NGRAM_ settings; EVAL_ONLY={rt.folder / 'artifact.bin'} scores it"
+            raise UserError(f"{reason}, so there is no val_bpb; fix: {fix}")
         orders = show_orders(weighed_orders(cfg.mixer, cfg))
         self.score("ngram", claim, mixer=cfg.mixer, orders=orders, mass_error=mass_error)
         save_columns(self, scores, final)
         log_pseudo_score(rt, cfg)
         if codec:
             rt.log("final_codec", **codec)
-        code = (rt.folder / "train_gpt.py").stat().st_size
-        weights = (rt.folder / "artifact.bin").stat().st_size
+        rt.mend_folder()
+        code, weights = (len(rt.essential[name]) for name in COUNTED)
         total = code + weights
         rt.log("final_artifact_bytes", code=code, weights=weights, total=total, cap=CAP_BYTES)
         spent = {f"{stage}_seconds": seconds for stage, seconds in rt.seconds.items()}
@@ -4924,8 +5048,12 @@ def save_scores(report: Report, name: str, scores: Scores, final: np.ndarray) ->
 
 
 def save_arrays(rt: Runtime, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """For statistics and pictures alone: a failure is noted and does not fail the run."""
     if rt.rank == 0:
-        write_atomically(rt.folder / name, functools.partial(np.savez, **arrays))
+        try:
+            write_atomically(rt.folder / name, functools.partial(np.savez, **arrays))
+        except UserError as error:
+            rt.log("note", f"no {name}: {error}")
 
 
 def log_pseudo_score(rt: Runtime, cfg: Config) -> None:
@@ -4954,7 +5082,8 @@ def close_run(rt: Runtime) -> None:
         rt.log("note", f"no submission.json: {error}; then run {again}")
     program = ROOT / "records/tools/plot.py"
     if program.exists() and has_package("matplotlib"):
-        if run_program([sys.executable, program, rt.folder]):
+        command = [sys.executable, program, rt.folder]
+        if run_program(command, start_new_session=True):  # a Ctrl-C is ours to answer
             rt.log("note", f"records/tools/plot.py failed; run it again on {rt.folder}")
 
 
@@ -5267,13 +5396,14 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
         rt.log("overlap", documents="unknown")  # of what it was trained on
     weights = {} if cfg.eval_only else train_model(report)
     note_caps(rt, train_seconds=rt.seconds["train"])
-    path = rt.folder / "artifact.bin"
     with rt.clock("eval"):  # quantisation is in its budget
         if rt.rank == 0:
-            write_atomically(path, packed or pack_artifact(weights, cfg, rt.log))
-            note_caps(rt, bytes=path.stat().st_size + CODE.stat().st_size)
+            rt.mend_folder()
+            rt.write("artifact.bin", packed or pack_artifact(weights, cfg, rt.log))
+            note_caps(rt, bytes=sum(len(rt.essential[name]) for name in COUNTED))
         rt.release_signals()
     report.check_rest()
+    path = rt.folder / "artifact.bin"
     with rt.clock("eval"):
         model = load_artifact(path, rt.device, rt.share(path))
         scores, coding = evaluate(model, weights, report)

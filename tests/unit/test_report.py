@@ -255,7 +255,7 @@ def test_seconds_over_the_cap_are_a_fact(dataset, tmp_path, monkeypatch):
     def slow(rt, stage):
         with clock(rt, stage):
             yield
-        rt.seconds[stage] += 400
+        rt.seconds[stage] += 250
 
     monkeypatch.setattr(train_gpt.Runtime, "clock", slow)
     run = run_here(tmp_path, "slow", **SHORT | dict(EVAL_STRIDE="64"), DATA_PATH=str(dataset))
@@ -282,6 +282,28 @@ def test_what_is_over_a_cap(spent, over):
 
 
 @pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("error", [1.1e-9, 0.95, math.nan, math.inf])
+@pytest.mark.parametrize("scorer", ["sliding", "documents"])
+def test_no_score_without_a_distribution(scorer, error, dataset, tmp_path, monkeypatch):
+    """Where the mass is off 1 there is no val_bpb; the artifact stays."""
+    monkeypatch.setattr(train_gpt, "window_mass", lambda *_: error)
+    prove = train_gpt.prove
+
+    def proved(*arguments):
+        coded, codec = prove(*arguments)
+        return coded._replace(mass_error=error), codec
+
+    monkeypatch.setattr(train_gpt, "prove", proved)
+    changes = dict(SCORER=scorer, ITERATIONS="1", WARMUP_STEPS="0")
+    with pytest.raises(train_gpt.UserError, match="mass_error .* no val_bpb; fix: ") as caught:
+        run_here(tmp_path, "mass", **SHRUNK | changes, DATA_PATH=str(dataset))
+    folder = tmp_path / "runs/mass"
+    text = (folder / "log.txt").read_text()
+    assert "runs/mass/artifact.bin" in str(caught.value) and (folder / "artifact.bin").exists()
+    assert "final_int6_roundtrip_exact" in text and "final_ngram_exact" not in text
+    assert not (folder / "submission.json").exists()
+
+
 def test_eval_only_into_its_own_folder_keeps_the_artifact(base, dataset, tmp_path):
     """An unfinished folder is cleared, and a finished one, but never of the artifact that is to be
     scored; a batch that fits no training is not asked about."""

@@ -386,20 +386,57 @@ def test_a_second_signal_ends_at_once_and_handlers_come_back(rt, handlers):
         send(signal.SIGTERM)
         assert came == [signal.SIGTERM]
         second = dict.fromkeys([signal.SIGINT, signal.SIGTERM], signal.SIG_DFL)
-        assert handlers() == second | {signal.SIGHUP: signal.SIG_IGN}
+        assert handlers() == second | dict.fromkeys(train_gpt.WARNINGS, signal.SIG_IGN)
         raise KeyError  # an end by an exception counts, too
     assert handlers() == before and before[signal.SIGTERM] is mine
 
 
-def test_after_a_hangup_only_ctrl_c_ends_at_once(rt, handlers):
-    """bash and the kernel both send SIGHUP, torchrun that is hit twice adds SIGTERM."""
+WARNINGS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+
+
+@pytest.mark.parametrize("warning", WARNINGS)
+def test_after_a_warning_only_ctrl_c_ends_at_once(warning, rt, handlers):
+    """bash and the kernel both send SIGHUP, torchrun that is hit twice adds SIGTERM; the kernel
+    sends SIGXCPU each second."""
     with rt.signals() as came:
         assert callable(signal.getsignal(signal.SIGHUP))  # or it ends us here
         rt.hold_signals()
-        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+        for number in (warning, warning, signal.SIGTERM, signal.SIGXCPU, warning):
             send(number)
-        assert came == [signal.SIGHUP]
+        assert came == [warning]
         assert handlers()[signal.SIGINT] == signal.SIG_DFL
+
+
+TOGETHER = """
+import os, signal, sys, train_gpt
+from helpers import tiny
+rt = train_gpt.Runtime(tiny())
+with rt.signals() as came:
+  rt.hold_signals()
+  signal.pthread_sigmask(signal.SIG_BLOCK, numbers := [*map(int, sys.argv[1:])])
+  for number in numbers:
+    os.kill(os.getpid(), number)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+  print(came[:1], flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "status"),
+    [
+        ([signal.SIGHUP, signal.SIGINT], -signal.SIGINT),
+        ([signal.SIGINT, signal.SIGTERM], -signal.SIGTERM),
+        ([signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU], 0),
+        ([signal.SIGHUP, signal.SIGTERM], 0),
+    ],
+)
+def test_signals_that_come_together(numbers, status, tmp_path):
+    """While the process is in one long call: Python hands over one after the other, and that is
+    no traceback (`Signal 2 ignored due to race condition`)."""
+    (tmp_path / "together.py").write_text(TOGETHER)
+    done = launch(tmp_path / "together.py", [int(n) for n in numbers], {}, 1, tmp_path)
+    assert done.returncode == status and done.stderr == ""
+    assert done.stdout == ("" if status else f"[{numbers[0]:d}]\n")
 
 
 def test_a_signal_waits_for_what_lies_in_no_file(rt):
@@ -413,7 +450,7 @@ def test_a_signal_waits_for_what_lies_in_no_file(rt):
     assert reached and caught.value.code == 129
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *WARNINGS])
 def test_a_signal_with_nothing_unsaved_ends_here(number, rt):
     with pytest.raises(SystemExit) as caught, rt.signals():
         send(number)
@@ -421,12 +458,27 @@ def test_a_signal_with_nothing_unsaved_ends_here(number, rt):
     assert caught.value.code == 128 + number
 
 
-def test_an_ignored_hangup_stays_ignored(rt, handlers):
-    """As nohup starts us."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *WARNINGS])
+def test_an_ignored_signal_stays_ignored(number, rt, handlers):
+    """As nohup starts us, and a script its background jobs."""
+    signal.signal(number, signal.SIG_IGN)
     with rt.signals() as came:
-        send(signal.SIGHUP)
-    assert came == [] and handlers()[signal.SIGHUP] == signal.SIG_IGN
+        send(number)
+    assert came == [] and handlers()[number] == signal.SIG_IGN
+
+
+def test_a_ctrl_c_that_is_ignored_does_not_end_the_imports(tmp_path):
+    command = ["bash", "-c", f"trap '' INT; exec {sys.executable} {SCRIPT}"]
+    env = clean_environment() | dict(DRY_RUN="1", DEVICE="cpu")
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=tmp_path, env=env, **streams) as started:
+        deadline = time.monotonic() + 60
+        while "numpy" not in Path(f"/proc/{started.pid}/maps").read_text():
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate(timeout=60)
+    assert started.returncode == 0 and err == "" and "byte_budget" in out
 
 
 def test_how_to_go_on_is_said(rt, tmp_path):
@@ -437,6 +489,8 @@ def test_how_to_go_on_is_said(rt, tmp_path):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/step_00000007.json").touch()
     assert rt.kept() == "step_00000007 is kept, RESUME=auto goes on"
+    (tmp_path / "submission.json").touch()
+    assert rt.kept() == f"{tmp_path} is finished, but perhaps for its picture"
 
 
 @contextlib.contextmanager
@@ -483,6 +537,48 @@ def test_a_hangup_leaves_a_checkpoint(ranks, times, dataset, tmp_path):
     assert "checkpoint written, RESUME=auto goes on" in text()
     (path,) = (tmp_path / "runs/x/checkpoint").glob("*.json")
     assert train_gpt.read_checkpoint(path)[0].step >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("numbers", "status"),
+    [
+        ([signal.SIGUSR1, signal.SIGTERM], 138),  # Slurm: a warning, later the end
+        ([signal.SIGXCPU, signal.SIGXCPU], 152),
+        ([signal.SIGUSR2], 140),
+    ],
+)
+def test_a_warning_leaves_a_checkpoint(numbers, status, dataset, tmp_path):
+    env = SHRUNK | ENDLESS | dict(DATA_PATH=str(dataset))
+    with process(tmp_path, "step:3/", **env) as (started, text):
+        for number in numbers:
+            started.send_signal(number)
+            time.sleep(0.02)
+        assert started.wait(60) == status
+        printed = text()
+    assert f"note:signal {status - 128} at step " in printed and "Traceback" not in printed
+    assert len([*(tmp_path / "runs/x/checkpoint").glob("*.json")]) == 1
+
+
+@pytest.mark.slow
+def test_a_ctrl_c_that_is_ignored_stops_no_training(dataset, tmp_path):
+    env = SHRUNK | dict(DATA_PATH=str(dataset), RUN_ID="x", WARMUP_STEPS="0")
+    wrapper = ["bash", "-c", "trap '' INT; exec \"$@\"", "x"]
+    with process(tmp_path, "step:3/", wrapper=wrapper, **env) as (started, text):
+        started.send_signal(signal.SIGINT)
+        assert started.wait(100) == 0
+        assert "signal" not in text()
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_picture_is_drawn(dataset, tmp_path):
+    env = SHRUNK | dict(DATA_PATH=str(dataset), RUN_ID="x", WARMUP_STEPS="0")
+    with process(tmp_path, "peak_memory", **env) as (started, text):
+        while not (tmp_path / "runs/x/submission.json").exists():
+            time.sleep(0.01)
+        started.send_signal(signal.SIGINT)
+        assert started.wait(60) == 130
+        assert text().splitlines()[-1].startswith("note:signal 2: runs/x is finished")
 
 
 @pytest.mark.slow
@@ -727,6 +823,142 @@ def test_a_lock_is_no_link_and_no_heirloom(tmp_path, monkeypatch):
     child.communicate(b"\n")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", [".lock", "log.txt"])
+def test_a_pipe_in_the_place_of_a_file_of_ours(name, make, tmp_path, monkeypatch):
+    """log.txt is cleared, unless it is a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/x").mkdir(parents=True)
+    make(tmp_path / "runs/x" / name)
+    if name == "log.txt" and make is os.mkfifo:
+        return train_gpt.open_run(locked_runtime())
+    with pytest.raises(train_gpt.ConfigError, match=f"runs/x/{name}: .*fix: ") as caught:
+        train_gpt.open_run(locked_runtime())
+    assert "None" not in str(caught.value)
+
+
+# -----------------------------------------------------------------------------
+# A run folder that somebody deletes
+
+
+def delete(folder):
+    shutil.rmtree(folder)
+
+
+def rename(folder):
+    folder.rename(folder.with_name("moved"))
+
+
+def empty(folder):
+    """rm -rf runs/x/*: the lock stays"""
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            path.unlink()
+
+
+def without_lock(folder):
+    (folder / ".lock").unlink()
+
+
+@pytest.mark.parametrize(
+    ("vanish", "place"),
+    [
+        (delete, "Averages.final"),
+        (delete, "evaluate"),
+        (delete, "log_pseudo_score"),
+        (rename, "Averages.final"),
+        (empty, "Averages.final"),
+        (without_lock, "evaluate"),
+    ],
+)
+def test_a_deleted_folder_costs_nothing(vanish, place, dataset, tmp_path, monkeypatch):
+    """Before the artifact is written, while it is scored, once it is: with all earlier lines."""
+    *owner, name = place.split(".")
+    owner = getattr(train_gpt, owner[0]) if owner else train_gpt
+    before = getattr(owner, name)
+
+    def lose(*arguments):
+        vanish(tmp_path / "runs/gone")
+        return before(*arguments)
+
+    monkeypatch.setattr(owner, name, lose)
+    run = run_here(tmp_path, "gone", **variables(dataset))
+    (note,) = [line for line in run.lines if "written again in runs/gone" in line]
+    assert len(run.metrics()) == len(run.lines) and run.lines[0].startswith(("note", "config"))
+    assert run.submission()["val_bpb"] == run.val_bpb() and "step:2/2" in "".join(run.lines)
+    assert {*OUTPUTS} - {"scores.npz", "scores_ema.npz", "stream.bin", "blocks.npz"} <= {
+        *os.listdir(run.folder)
+    }
+    assert ".lock" not in os.listdir(run.folder)
+
+
+def test_a_folder_that_another_run_has_taken_is_left_alone(tmp_path, monkeypatch):
+    """The first run goes on in one of its own."""
+    monkeypatch.chdir(tmp_path)
+    train_gpt.open_run(first := locked_runtime())
+    first.write("artifact.bin", b"first")
+    first.log("a", "line")
+    delete(first.folder)
+    train_gpt.open_run(second := locked_runtime())
+    second.write("artifact.bin", b"second")
+    before = content(second.folder)
+    first.mend_folder()
+    first.mend_folder()  # nothing is left to do
+    first.log("another", "line")
+    found = content(tmp_path / f"runs/x_{os.getpid()}")
+    assert found["artifact.bin"] == b"first" and content(second.folder) == before
+    note, *more = [line for line in found["log.txt"].decode().splitlines() if "note" in line]
+    assert found["log.txt"].startswith(b"a:line\n") and found["log.txt"].endswith(b"another:line\n")
+    assert more == [] and len(found["metrics.jsonl"].splitlines()) == 3
+    first.close()
+    assert content(second.folder) == before  # and its lock
+    second.mend_folder()
+    assert content(second.folder) == before
+
+
+def test_a_checkpoint_after_a_deletion(dataset, tmp_path, monkeypatch):
+    """RESUME=auto finds it, and the logs as it knows them."""
+    save = train_gpt.save_checkpoint
+
+    def lose(trainer):
+        delete(trainer.rt.folder)
+        save(trainer)
+        raise train_gpt.UserError("killed")
+
+    monkeypatch.setattr(train_gpt, "save_checkpoint", lose)
+    env = variables(dataset, CHECKPOINT_EVERY="1")
+    with pytest.raises(train_gpt.UserError, match="killed"):
+        run_here(tmp_path, "gone", **env)
+    monkeypatch.undo()
+    run = run_here(tmp_path, "gone", **env, RESUME="auto")
+    steps = [line.split()[0] for line in run.lines if line.startswith("step:")]
+    assert steps == ["step:1/2", "step:2/2"] and len(run.metrics()) == len(run.lines)
+
+
+def test_the_script_may_vanish_meanwhile(dataset, tmp_path, monkeypatch):
+    """As by a checkout of another branch: what was kept counts."""
+    evaluate = train_gpt.pack_artifact
+
+    def lose(*arguments):
+        monkeypatch.setattr(train_gpt, "CODE", tmp_path / "gone.py")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train_gpt, "pack_artifact", lose)
+    run = run_here(tmp_path, "code", **variables(dataset))
+    assert int(run.final("artifact_bytes")["code"]) == SCRIPT.stat().st_size
+
+
+def test_a_log_line_is_one_line(rt, tmp_path, monkeypatch):
+    """Whatever it tells of, such as a file's name; verify.py makes the same of metrics.jsonl."""
+    rt.folder = tmp_path
+    rt.open_logs()
+    rt.log("note", "a\nb\u2028c\x1b[1m", text="d\r\x85 \u00e9")
+    assert (tmp_path / "log.txt").read_text() == (
+        "note:a\\nb\\u2028c\\x1b[1m text:d\\r\\x85 \u00e9\n"
+    )
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
@@ -937,13 +1169,44 @@ def test_main_prints_a_line_each(tmp_path):
 def test_room_for_checkpoints(checked, monkeypatch):
     """The second checkpoint is written while two are kept; one on a signal alone is a note."""
     state = train_gpt.state_bytes(tiny(vocab_size=1024))
-    for free, every, noted in ((5 * state, "1", 0), (state // 2, "0", 1), (5 * state, "0", 0)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, n=free: types.SimpleNamespace(free=n))
+
+    def leave(count):
+        """So many checkpoints beside 2 MB, which results and logs need."""
+        free = int(2e6 + count * state)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+
+    monkeypatch.setattr(train_gpt, "state_bytes", lambda _: state)
+    state *= 9
+    for count, every, noted in ((5, "1", 0), (0, "0", 1), (2, "0", 0)):
+        leave(count)
         assert len(checked(checkpoint_every=every)) == noted
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=3 * state))
+    leave(2)
     (line,) = faults(checked, checkpoint_every="1")
     assert "MB are free, results and checkpoints need" in line
     checked(checkpoint_every="1", eval_only="x")  # writes none
+
+
+def test_room_for_all_that_a_run_writes(checked, dataset, monkeypatch):
+    """To the byte: weights, script, tokenizer, logs, proof, columns; nothing is begun without."""
+    cfg = tiny(vocab_size=1024)
+    (shard,) = dataset.glob("*_val_*.bin")
+    val = shard.stat().st_size
+    need = train_gpt.payload_type(train_gpt.parameter_specs(cfg)).itemsize + 10**6
+    need += SCRIPT.stat().st_size + (dataset / "tokenizer.model").stat().st_size
+    for changes, each in (
+        ({}, 3),
+        (dict(save_scores=True), 31),
+        (dict(ngram_scheme="pr864"), 59),
+        (dict(eval_only="x"), 3),
+    ):
+        for free, enough in ((need + each * val, True), (need + each * val - 1, False)):
+            usage = types.SimpleNamespace(free=free)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+            if enough:
+                checked(**changes)
+            else:
+                (line,) = faults(checked, **changes)
+                assert "MB are free, results and checkpoints need" in line
 
 
 def test_memory_for_lanes(checked, monkeypatch):
@@ -1101,7 +1364,7 @@ def test_dataset_on_a_full_disk(tmp_path, capsys):
 
 
 def test_container_on_a_full_disk(tmp_path):
-    with room(100), pytest.raises(OSError, match="too large"):
+    with room(100), pytest.raises(train_gpt.UserError, match="too large"):
         compress.place(tmp_path / "a.pgz", bytes(500))
     assert os.listdir(tmp_path) == []
 
@@ -1142,6 +1405,36 @@ def test_full_disk(size, missing, dataset, tmp_path):
         assert notes == [] and "step:2/2" in (tmp_path / "runs/full/log.txt").read_text()
     else:
         assert ["log.txt: " in notes[0], "metrics.jsonl: " in notes[1]] == [True] * len(notes)
+
+
+@pytest.mark.slow
+def test_a_small_disk_is_seen_before_training(dataset, tmp_path):
+    """300 KB, in a tmpfs, where one can be mounted."""
+    mount = f"mount -t tmpfs -o size=300k none {tmp_path} && cd {tmp_path} && $RUN"
+    out, err, status = shell(f"unshare -m bash -c '{mount}'", tmp_path, **variables(dataset))
+    if "mount" in err or "unshare" in err:
+        pytest.skip(err)
+    (line,) = err.splitlines()
+    assert status == 2 and "0.3 MB are free, results and checkpoints need" in line
+    assert "step:" not in out
+
+
+def test_columns_on_a_full_disk_are_a_note(dataset, tmp_path, monkeypatch):
+    """They serve statistics alone: every final line and submission.json stand."""
+    write = train_gpt.write_atomically
+
+    def full(path, content):
+        if path.suffix == ".npz":
+            with room(100):
+                return write(path, content)
+        return write(path, content)
+
+    monkeypatch.setattr(train_gpt, "write_atomically", full)
+    run = run_here(tmp_path, "full", **variables(dataset, SAVE_SCORES="1"))
+    for name in ("blocks.npz", "scores.npz"):
+        (note,) = [line for line in run.lines if line.startswith(f"note:no {name}: ")]
+        assert "too large" in note and not (run.folder / name).exists()
+    assert run.submission()["val_bpb"] == run.val_bpb() and run.final("budget")
 
 
 def test_a_log_on_a_full_disk_ends_alone(capsys):

@@ -294,11 +294,13 @@ def test_validation_score_is_the_scorer_s(dataset, rt):
     """A stage's line is -sum / ln 2 / bytes over the whole stream, by hand."""
     cfg = tiny(vocab_size=512, data_path=str(dataset), tokenizer_path=f"{dataset}/tokenizer.model")
     text, lines = train_gpt.ValidationText(cfg), []
-    fake = SimpleNamespace(log=lambda key, **values: lines.append((key, values)))
+    fake = SimpleNamespace(log=lambda key, *_, **values: lines.append((key, values)))
     log_prob = np.linspace(-9, -1, len(text.targets))
-    train_gpt.Report(fake, cfg).score("stage", log_prob, stride=4)
-    (first, sizes), (key, values) = lines
-    assert first == "val_text"
+    report = train_gpt.Report(fake, cfg)
+    report.log_text()
+    report.score("stage", log_prob, stride=4)
+    (first, sizes), (second, _), (key, values) = lines
+    assert (first, second) == ("val_text", "bytes_check")
     assert sizes == dict(tokens=len(text.targets), bytes=int(text.bytes.sum()))
     assert key == "final_stage_exact" and values["stride"] == 4
     assert values["val_loss"] == pytest.approx(-log_prob.mean(), rel=1e-14)
