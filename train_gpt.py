@@ -1477,6 +1477,7 @@ def require_memory(needed: int, what: str, device: Any = "cpu") -> None:
 MOST_BYTES = 2**24  # of a file that is read whole, where nothing else is said
 MOST_TEXT_BYTES = 2**20  # of settings or claims
 MOST_LOG_LINES = 2**18
+MOST_LINE_BYTES = 2**27  # of a document
 MOST_ARTIFACT_BYTES = 2**31  # of weights that numpy can hold; caps are told, not enforced
 MOST_STREAM_BYTES = 2**28  # twice what FineWeb's 62 million validation tokens take as they are
 MOST_CHECKPOINT_BYTES = 2**40
@@ -2126,7 +2127,11 @@ def read_texts(paths: Iterable[Path]) -> Iterator[bytes]:
     """UTF-8 of the "text" of each line of *_val.jsonl files; UserError."""
     for path in paths:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            lines = iter(lambda: file.readline(MOST_LINE_BYTES), b"")
+            for number, line in enumerate(lines, 1):
+                if len(line) == MOST_LINE_BYTES:
+                    reason = f"line {number} has {len(line):,} bytes or more"
+                    raise UserError(f"{path}: {reason}; fix: prepare the data again")
                 try:
                     text = json.loads(line)["text"].encode() if line.strip() else None
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -565,7 +565,7 @@ def main(arguments: list[str] | None = None) -> int:
             with blame("records/README.md"):
                 endings.say(f"wrote {write_table()}")
         else:
-            with blame(" ".join(options.runs)):
+            with blame(", ".join(options.runs)):
                 text, result = report(options)
             endings.say(json.dumps(result, indent=2, allow_nan=False) if options.json else text)
     except (UserError, OSError) as error:

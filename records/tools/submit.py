@@ -348,9 +348,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
     try:
-        options = parser().parse_args(arguments)
-        with blame(" ".join(options.runs)):
+        with blame(", ".join(options.runs)):
             path, notes = make(options)
     except (UserError, OSError) as error:
         endings.say(f"error: {printable(str(error))}", sys.stderr)

@@ -16,11 +16,12 @@ import plot
 import pytest
 import run_folder
 import stats
+import submit
 import zstandard
 from helpers import ROOT, launch, model_of, tiny, train_gpt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_folders import make_run
+from run_folders import make_run, write_log
 
 import prepare_text
 
@@ -310,6 +311,36 @@ def test_a_log_has_so_many_lines(tmp_path, capsys):
     for main in (run_folder.main, stats.main, plot.main):
         assert main([str(folder)]) == 2
         assert "lines, at most" in line_of(capsys)
+
+
+@pytest.mark.parametrize("main", [stats.main, submit.main])
+@pytest.mark.parametrize("key", ["final_codec", "final_ngram_pseudo"])
+def test_a_line_may_lack_its_numbers(key, main, tmp_path, capsys, monkeypatch):
+    """Of a log that is somebody else's: one line, and nothing is made."""
+    folder = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["key"] != key]
+    write_log(folder, [*kept, dict(key=key, value=None, decoded="ok")])
+    for name in ("stream.bin", "log.txt"):
+        (folder / name).write_bytes(b"x")
+    run_folder.main([str(folder)])
+    monkeypatch.setattr(stats, "verify", lambda folder: "PROVED on a text")
+    about = ["--name", "x", "--author", "a", "--github-id", "a", "--out", str(tmp_path / "out")]
+    status = main([str(folder), *(about if main is submit.main else ())])
+    assert status == (0 if (main is stats.main) == (key == "final_codec") else 2)
+    errors = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("verifying")]
+    assert len(errors) == (status == 2) and all(str(folder) in error for error in errors)
+    assert status == 0 or not [*tmp_path.rglob("*_x")]
+
+
+def test_a_text_without_lines_is_not_read_whole(tmp_path, monkeypatch):
+    path = tmp_path / "x_val.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + b" " * 50)
+    monkeypatch.setattr(train_gpt, "MOST_LINE_BYTES", 60)
+    assert [*train_gpt.read_texts([path])] == [b"a"]
+    monkeypatch.setattr(train_gpt, "MOST_LINE_BYTES", 40)
+    with pytest.raises(train_gpt.UserError, match="x_val.jsonl: line 2 .*fix:"):
+        [*train_gpt.read_texts([path])]
 
 
 def test_errors_move_no_cursor(tmp_path, capsys, monkeypatch):
