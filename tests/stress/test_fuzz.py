@@ -381,7 +381,7 @@ def test_no_partial_name_is_followed(tmp_path, monkeypatch, capsys):
 def test_mutations_are_explained(tmp_path):
     """The tool itself, without pictures and scoring, which are slow; 10,000 are fuzz.py."""
     kinds = [name for name in KINDS if not name.startswith(("plot", "score"))]
-    arguments = ["--mutations", "200", "--jobs", "1", "--failures", tmp_path / "failures"]
+    arguments = ["--mutations", "220", "--jobs", "1", "--failures", tmp_path / "failures"]
     arguments += ["--kinds", ",".join(kinds)]
     done = launch(FUZZ, arguments, {}, 1, tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
