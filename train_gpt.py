@@ -1616,8 +1616,10 @@ def open_run(rt: Runtime) -> None:
         saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
         trains_on = cfg.resume == "auto" and not cfg.eval_only
         goes_on = bool(saved) and trains_on and not cfg.overwrite
-        if (finished or saved) and not goes_on and not cfg.overwrite:
-            state = "finished" if finished else f"unfinished, with {saved[-1].stem}"
+        scorable = (rt.folder / "artifact.bin").exists() and cfg.resume != "auto"
+        if (finished or saved or scorable) and not goes_on and not cfg.overwrite:
+            left = saved[-1].stem if saved else "artifact.bin, which EVAL_ONLY scores"
+            state = "finished" if finished else f"unfinished, with {left}"
             resumable = not finished and not cfg.eval_only
             fix = "OVERWRITE=1" + (" or RESUME=auto" if resumable else "")
             reason = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
@@ -2195,17 +2197,17 @@ class ValidationText:
 
     def measure_text(self) -> int:
         """UTF-8 bytes of the text beside the shards; UserError where it cannot be theirs."""
-        ours = sha256(b"".join(path.read_bytes() for path in self.sources))
-        known = self.facts.get("val_text_sha256", ours)
-        if known != ours:
-            found = f"its sha256 {ours[:12]} is not {known[:12]}, that in dataset.json"
-            raise UserError(f"{self.sources[0]}: {found}; fix: prepare the data again")
         sizes = [len(text) for text in read_texts(self.sources)]
         documents = len(self.edges) - 1
         if len(sizes) != documents:
             found = f"{len(sizes):,} documents, the validation shards have {documents:,}"
             fix = "prepare the data again, or move it away"
             raise UserError(f"{self.sources[0]}: {found}; fix: {fix}")
+        ours = sha256(b"".join(path.read_bytes() for path in self.sources))
+        known = self.facts.get("val_text_sha256", ours)
+        if known != ours:
+            found = f"its sha256 {ours[:12]} is not {known[:12]}, that in dataset.json"
+            raise UserError(f"{self.sources[0]}: {found}; fix: prepare the data again")
         return sum(sizes)
 
     def check(self, rest: bool = False) -> dict[str, int]:

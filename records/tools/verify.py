@@ -66,7 +66,7 @@ MOST = {  # what is looked at -> bytes at most
     "config.env": train_gpt.MOST_TEXT_BYTES,
     "train_gpt.py": CAP_BYTES,
     "artifact.bin": CAP_BYTES,
-    "tokenizer.model": train_gpt.MOST_BYTES,
+    "tokenizer.model": train_gpt.MOST_TOKENIZER_BYTES,
     "stream.bin": train_gpt.MOST_STREAM_BYTES,
 }
 # What a folder can do to its reader; other errors are of this machine.
@@ -157,11 +157,14 @@ class Case:
 
     @cached_property
     def own_text(self) -> str:
-        """The DATA_PATH that the run was given, if it was and the verifier names none: a text that
-        is not known here; "" for the checkout's own"""
-        logged = str(self.run.last("config").get("DATA_PATH", ""))
-        given = logged.endswith("(env)") and not os.environ.get("DATA_PATH")
-        return logged.removesuffix("(env)") if given else ""
+        (
+            """The text that the run names, where it is another one than the verifier's and that was
+        not asked for by DATA_PATH: it is not known here; else """
+            ""
+        )
+        logged, _, origin = str(self.run.last("config").get("DATA_PATH", "")).rpartition("(")
+        other = origin == "env)" or Path(logged).name != Path(self.cfg.data_path).name
+        return logged if other and not os.environ.get("DATA_PATH") else ""
 
     @cached_property
     def cfg(self) -> train_gpt.Config:
@@ -227,7 +230,8 @@ class Case:
     def stream(self) -> tuple[train_gpt.StreamHeader, bytes]:
         """Header and coder's words"""
         if "stream.bin" in self.errors and self.errors["stream.bin"].errno == errno.ENOENT:
-            raise NotChecked(f"no stream.bin (SCORER={self.cfg.scorer}), so no proof")
+            how = f"SCORER={self.cfg.scorer}, CODEC_TOKENS={self.cfg.codec_tokens}"
+            raise NotChecked(f"no stream.bin ({how}), so no proof")
         self.file("stream.bin")
         try:
             return train_gpt.read_stream(self.folder / "stream.bin")
@@ -307,7 +311,9 @@ def code(case: Case) -> str:
     found = sha256(case.file("train_gpt.py"))
     reason = f"train_gpt.py has sha256 {found[:12]}, this checkout's has {OUR_CODE[:12]}"
     require(found == OUR_CODE, f"{reason}; fix: read it, or check out the commit that it is from")
-    with contextlib.suppress(OSError):  # of a submission, whose seeds share it
+    with contextlib.suppress(OSError):
+        if not case.origin.resolve().name.startswith("seed_"):  # of a submission: they share it
+            raise FileNotFoundError
         above = sha256(read_regular(case.origin.resolve().parent / "train_gpt.py", CAP_BYTES))
         require(above == found, f"another one lies above the folder, sha256 {above[:12]}")
     return f"train_gpt.py is this checkout's, sha256 {found[:12]}"
@@ -442,8 +448,7 @@ def here_or_not_checked(case: Case, header: train_gpt.StreamHeader) -> None:
     try:
         rt = train_gpt.Runtime(replace(case.cfg, device=kind.split()[0]))
     except train_gpt.ConfigError:
-        fix = "CODEC_DEVICE=cpu codes for any CPU"
-        raise NotChecked(f"made on {kind}, which is not here; {fix}") from None
+        raise NotChecked(f"made on {kind}, which is not here; fix: a machine like that") from None
     for name, here in train_gpt.fingerprint(rt, b"", b"").items():
         there = made.get(name)
         if name not in ("threads", "code", "artifact") and there != here:
@@ -506,10 +511,10 @@ def rescored(case: Case) -> str:
         raise NotChecked(str(why)) from None
     found = run_folder.RunFolder(case.temporary / "runs/again").last("final_ngram_exact")
     case.rescored_bpb = found["val_bpb"]
-    device = case.rt.device.type
+    device = train_gpt.fingerprint(case.rt, b"", b"")["device"]
     made = "unknown"
     with contextlib.suppress(NotChecked, Failed):
-        made = str(case.stream[0].made["device"]).split()[0]
+        made = case.stream[0].made["device"]
     limit = SAME_DEVICE if made == device else OTHER_DEVICE
     there = case.claim("val_loss")
     number = isinstance(there, int | float)
@@ -626,8 +631,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         case = Case(options.folder, options.minutes)
     except (RunError, OSError) as error:
-        reason = shortened(str(error))
-        endings.say(f"error: {reason}; fix: give the folder of a run", sys.stderr)
+        fix = "give the folder of a run" if isinstance(error, RunError) else "make room in TMPDIR"
+        endings.say(f"error: {shortened(str(error))}; fix: {fix}", sys.stderr)
         return 2
     rows = []
     with contextlib.closing(examine(case)) as examined:

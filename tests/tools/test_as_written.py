@@ -603,8 +603,10 @@ def test_confidence_comes_with_the_scores(folder, monkeypatch, capsys):
     ],
 )
 def test_command_line_refuses(folder, options, setting, told, monkeypatch, capsys):
-    with open(folder / "config.env", "a", encoding="utf-8") as file:
-        file.write(setting or "")
+    name = (setting or "none").partition("=")[0]
+    lines = (folder / "config.env").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not line.startswith(f"{name}=")]
+    (folder / "config.env").write_text("\n".join([*kept, setting or ""]), encoding="utf-8")
     if setting is None:  # a run that was not asked for them
         (folder / "scores_ema.npz").unlink()
     status, out, err = called(monkeypatch, capsys, folder, *options)

@@ -102,7 +102,7 @@ def test_ablation_end_to_end(dataset, tmp_path, monkeypatch):
     for name in ("averaged_bpb", "int6_bpb"):
         assert plain[name] != relu2[name] and 2 < plain[name] < 12
     assert plain["steps"] == 4 and plain["step_ms"] > 0
-    assert plain["artifact_bytes"] < plain["total_bytes"] < 300_000
+    assert plain["artifact_bytes"] < plain["total_bytes"] < 400_000
     change = relu2["int6_bpb"] - plain["int6_bpb"]
     assert table_rows(tmp_path)[SWITCHES[0].words][4] == f"{change:+.4f}"
     assert not any((tmp_path / "temporary").iterdir())

@@ -296,11 +296,6 @@ TAMPERINGS = {  # name: (what is done, the check that finds it, its message)
         "artifact",
         "TOKENIZER_PATH is no setting",
     ),
-    "another script above it": (
-        lambda f: append(Path(shutil.copy(f / "train_gpt.py", f.parent)), "#\n"),
-        "code",
-        "another one lies above the folder",
-    ),
 }
 
 
@@ -313,6 +308,26 @@ def test_tampering_is_caught(name, folder, decoded):
     failed = {row.check: row.reason for row in found if row.status == "FAILED"}
     assert message in failed.get(check, ""), failed
     assert "\n" not in failed[check] and verify.verdict(found)[0] == 1
+
+
+def test_a_seed_s_script_is_that_of_its_submission(proved, tmp_path, decoded):
+    folder = shutil.copytree(proved, tmp_path / "seed_7")
+    append(Path(shutil.copy(folder / "train_gpt.py", tmp_path)), "#\n")
+    assert "another one lies above the folder" in reasons(folder, decoded)["code"]
+
+
+def test_a_run_on_fineweb_is_no_failure_without_it(folder, decoded, monkeypatch):
+    """A laptop has the embedded text alone; the run names what it was scored on."""
+    monkeypatch.delenv("DATA_PATH")
+
+    def by_default(line):
+        if line["key"] == "config":
+            line["DATA_PATH"] = "/root/data/datasets/fineweb10B_sp1024(default)"
+
+    relog(folder, by_default)
+    found = rows(folder, decoded)
+    assert found["text"][0] == "not checked" and "fineweb10B" in found["text"][1]
+    assert "FAILED" not in {status for status, _ in found.values()}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.62, 0.8, 0.95])
@@ -561,7 +576,7 @@ def test_sliding_windows_have_no_proof(tmp_path_factory, data):
     case = verify.Case(folder)
     found = list(verify.examine(case))
     assert [row.check for row in found if row.status != "ok"] == ["stream", *PROOF]
-    assert "no stream.bin (SCORER=sliding), so no proof" in found[EVERY.index("stream")].reason
+    assert "no stream.bin (SCORER=sliding, CODEC" in found[EVERY.index("stream")].reason
     words = "CONSISTENT, NOT PROVED", "not checked: stream, decode, score"
     assert verify.verdict(found) == (3, *words) and found[-1].check == "rescored"
     assert case.rescored_bpb == pytest.approx(case.claim("val_bpb"), abs=1e-9)
@@ -615,7 +630,7 @@ def test_another_machine(folder, monkeypatch):
     reseal(folder, lambda header, words: header["made"].update(device="cuda NVIDIA H100"))
     monkeypatch.setattr(train_gpt.torch.cuda, "is_available", lambda: False)
     found = rows(folder)
-    assert "cuda NVIDIA H100, which is not here; CODEC_DEVICE=cpu" in found["decode"][1]
+    assert "cuda NVIDIA H100, which is not here" in found["decode"][1]
     assert "limit 0.02" in found["rescored"][1]
 
 
