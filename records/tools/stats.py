@@ -134,7 +134,8 @@ def over_budget(run: Result) -> list[str]:
     total = run.claims["bytes_total"]
     if total > CAP_BYTES:
         found.append(f"{total:,} bytes, the cap is {CAP_BYTES:,}")
-    slack = dict(train_seconds=1, eval_seconds=0)
+    stopped = any(line["key"].startswith("stopping_early") for line in run.folder.lines)
+    slack = dict(train_seconds=1 if stopped else 0, eval_seconds=0)
     spent = run.folder.last("final_budget")
     for name, late in slack.items():
         if spent[name] > CAP_SECONDS + late:

@@ -230,9 +230,9 @@ def test_what_is_no_object_of_ours_is_refused(text):
         run_folder.parse_object(text.encode("latin-1"), "x")
 
 
-def archive(members):
+def archive(members, how=zipfile.ZIP_DEFLATED):
     packed = io.BytesIO()
-    with warnings.catch_warnings(), zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+    with warnings.catch_warnings(), zipfile.ZipFile(packed, "w", how) as file:
         warnings.simplefilter("ignore")
         for name, content in members:
             file.writestr(name, content)
@@ -243,9 +243,9 @@ def test_archives_that_claim_more_than_they_hold():
     """A member that stands twice, or many times; one that unpacks to a thousand times itself."""
     column = io.BytesIO()
     np.save(column, np.zeros(10))
-    twice = archive([("a.npy", column.getvalue())] * 2)
+    twice = archive([("a.npy", column.getvalue())] * 2, zipfile.ZIP_STORED)
     with pytest.raises(ValueError, match="twice"):
-        run_folder.read_columns(twice + bytes(2000))
+        run_folder.read_columns(twice)
     one = archive([("a.npy", column.getvalue())])
     with pytest.raises(ValueError, match="compressed"):
         run_folder.read_columns(one + bytes(2000))
