@@ -1604,28 +1604,34 @@ class LogFile:
         return self.path.stat().st_size if self.path.exists() else 0
 
 
+def checkpoints_to_go_on(rt: Runtime) -> list[Path]:
+    """Those of the run folder, if the run goes on from them; ConfigError where it would lose what
+    a finished run, a checkpoint or an artifact without its score holds, unasked."""
+    cfg = rt.cfg
+    finished = (rt.folder / "submission.json").exists()
+    saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
+    scorable = (rt.folder / "artifact.bin").exists() and cfg.resume != "auto"
+    if cfg.overwrite or not (finished or saved or scorable):
+        return []
+    if saved and cfg.resume == "auto" and not cfg.eval_only:
+        return saved
+    left = saved[-1].stem if saved else "artifact.bin, which EVAL_ONLY scores"
+    state = "finished" if finished else f"unfinished, with {left}"
+    resumable = saved and not finished and not cfg.eval_only
+    fix = "OVERWRITE=1" + (" or RESUME=auto" if resumable else "")
+    reason = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
+    raise ConfigError(f"RUN_ID={cfg.run_id!r}: {reason}")
+
+
 def open_run(rt: Runtime) -> None:
     """runs/<RUN_ID>/ with its logs open on rank 0: as the last checkpoint saw it, where the run
-    goes on, else cleared. What another process uses, or a finished run or a checkpoint holds, is
-    not lost unasked (ConfigError)."""
-    cfg = rt.cfg
+    goes on, else cleared. What another process uses or holds is not lost (ConfigError)."""
     try:
         if rt.rank == 0:
             rt.take_folder()
-        finished = (rt.folder / "submission.json").exists()
-        saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
-        trains_on = cfg.resume == "auto" and not cfg.eval_only
-        goes_on = bool(saved) and trains_on and not cfg.overwrite
-        scorable = (rt.folder / "artifact.bin").exists() and cfg.resume != "auto"
-        if (finished or saved or scorable) and not goes_on and not cfg.overwrite:
-            left = saved[-1].stem if saved else "artifact.bin, which EVAL_ONLY scores"
-            state = "finished" if finished else f"unfinished, with {left}"
-            resumable = not finished and not cfg.eval_only
-            fix = "OVERWRITE=1" + (" or RESUME=auto" if resumable else "")
-            reason = f"{rt.folder} is {state}; fix: {fix}, or another RUN_ID"
-            raise ConfigError(f"RUN_ID={cfg.run_id!r}: {reason}")
+        saved = checkpoints_to_go_on(rt)
         if rt.rank == 0:
-            if goes_on:
+            if saved:
                 cut_logs(rt.folder, saved)
             else:
                 clear_run(rt.folder)
@@ -5364,6 +5370,7 @@ def score_unquantised(model: GPT, weights: Mapping[str, Tensor], report: Report)
 def begin_run(rt: Runtime, cfg: Config) -> Report:
     """All that a run needs, then its folder and what stands at the top of its log: nothing of an
     earlier one is touched before it is known that this one can be."""
+    checkpoints_to_go_on(rt)  # seconds before it is done, and again once the folder is ours
     notes = preflight(rt, cfg) if rt.rank == 0 else []
     rt.barrier()
     for split in ["val"] + ["train"] * (not cfg.eval_only):

@@ -218,7 +218,8 @@ def verdict(result: dict[str, Any]) -> str:
 def holds(verification: str) -> bool:
     """Was it made now, and is the score this checkout's own: proved, or scored again here?"""
     word, _, why = verification.partition(" (")
-    return word.startswith("PROVED") or (word in VERDICTS and why.endswith(f"{SCORED_AGAIN})"))
+    again = word == "CONSISTENT, NOT PROVED" and why.endswith(f"{SCORED_AGAIN})")
+    return word.startswith("PROVED") or again
 
 
 def kept_verdict(folder: Path) -> str:

@@ -353,13 +353,15 @@ def test_a_forged_verdict_is_not_believed(runs, refused, real_verdicts):
     assert error.count("verify.py says FAILED") == 2
 
 
-def test_a_run_that_changes_meanwhile_is_refused(runs, refused, monkeypatch):
+def test_a_run_that_changes_meanwhile_is_refused(runs, tmp_path, monkeypatch, capsys):
     def swap(run):
         (run.folder.path / "stream.bin").write_bytes(b"another")
         return "PROVED on a text"
 
     monkeypatch.setattr(stats, "verify", swap)
-    assert "changed since it was verified" in refused(runs)
+    assert call(tmp_path / "out", runs) == 2
+    assert "changed since it was verified" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_files_that_cannot_be_pushed(made, refused, monkeypatch):

@@ -139,9 +139,8 @@ def test_checkpoints_by_the_minute(saved, tmp_path):
     assert saved == [3, 6, 8, 11, STEPS] and trainer.rt.seconds["train"] == 45 * STEPS
 
 
-@pytest.mark.parametrize("every", ["0", "0m"])
-def test_no_checkpoints_unless_asked_for(every, saved, tmp_path):
-    train(configuration(checkpoint_every=every), tmp_path)
+def test_no_checkpoints_unless_asked_for(saved, tmp_path):
+    train(configuration(checkpoint_every="0"), tmp_path)
     assert saved == []
 
 
