@@ -2082,13 +2082,22 @@ class Decoder:
     def again(self, text: str) -> bytes:
         """What the text becomes in the tokens that data/prepare_text.py makes of it: U+2581 is that
         of the text in byte tokens, if there are any, and the rest is cut as there."""
-        ids: list[int] = []
+        mark = SPACE.decode()
         most = rf".{{1,{ENCODER_CHARS}}}"
-        for number, run in enumerate(text.split(SPACE.decode()) if self.mark else [text]):
-            ids += self.mark * (number > 0)
-            for part in re.findall(rf"(?s){most}(?= |\Z)|{most}", run):
-                ids += self.tokenizer.encode(part)
+        runs = re.split(f"({mark})", text) if self.mark else [text]
+        parts = [p for run in runs for p in re.findall(rf"(?s){most}(?= |\Z)|{most}", run)]
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            encoder = self.within if number else self.tokenizer
+            ids += self.mark if self.mark and part == mark else encoder.encode(part)
         return self.spell(np.array(ids, int))
+
+    @functools.cached_property
+    def within(self) -> Any:
+        """Of a text's later parts, before which no space is put or taken away. Protocol buffers
+        merge what is appended, here normalizer_spec without these two."""
+        model = self.tokenizer.serialized_model_proto() + b"\x1a\x04\x18\0\x20\0"
+        return package("sentencepiece").SentencePieceProcessor(model_proto=model)
 
     def alters(self) -> bool:
         """Does it make another text of what many texts have? Unknown tokens are no change."""
