@@ -1610,7 +1610,9 @@ def checkpoints_to_go_on(rt: Runtime) -> list[Path]:
     cfg = rt.cfg
     finished = (rt.folder / "submission.json").exists()
     saved = sorted(rt.folder.glob("checkpoint/step_*.json"))
-    scorable = (rt.folder / "artifact.bin").exists() and cfg.resume != "auto"
+    artifact = rt.folder / "artifact.bin"
+    scored_now = cfg.eval_only and Path(cfg.eval_only).resolve() == artifact.resolve()
+    scorable = artifact.exists() and cfg.resume != "auto" and not scored_now
     if cfg.overwrite or not (finished or saved or scorable):
         return []
     if saved and cfg.resume == "auto" and not cfg.eval_only:
