@@ -464,6 +464,7 @@ class Config:
         layers = self.num_layers
         head = self.model_dim // self.num_heads
         orders = range(2, self.ngram_max_order + 1)
+        every = self.checkpoint_every
         proof = self.scorer == "documents"
         # the decoder has no pre-enrichment's change to boost alpha by, and the five prove nothing
         unproved = proof and self.codec_tokens and self.mixer == "cascade"
@@ -483,11 +484,7 @@ class Config:
             ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
             ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
             ("NGRAM_MIN_ORDER", self.ngram_min_order not in orders, f"2 to {orders[-1]}"),
-            (
-                "CHECKPOINT_EVERY",
-                not re.fullmatch("0|[1-9][0-9]{0,8}m?", self.checkpoint_every),
-                "10 or 10m, or 0",
-            ),
+            ("CHECKPOINT_EVERY", not re.fullmatch("[0-9]{1,9}m?", every), "10 or 10m"),
             ("MODEL_DIM", count_parameters(self) >= 2**31, "smaller"),
             ("RUN_ID", not Path(self.run_id).name == self.run_id != "..", "a plain folder name"),
             ("RUN_ID", len(os.fsencode(self.run_id)) > 255, "a name of at most 255 bytes"),
@@ -1118,8 +1115,8 @@ class Runtime:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[list[int]]:
-        """-> the SIGNALS that came. The first one raises Interrupted, where work is unsaved only
-        once that lies in a file. A second one kills, but no warning does, and no SIGTERM after a
+        """-> the first of SIGNALS that comes. It raises Interrupted, where work is unsaved only once
+        that lies in a file. A second one kills, but no warning does, and no SIGTERM after a
         warning: when a session ends, shell and kernel both send SIGHUP, and torchrun, hit twice,
         adds SIGTERM. One that is ignored from the start (nohup, trap '' INT) stays so."""
         previous = {}
@@ -1128,11 +1125,13 @@ class Runtime:
         def handle(number: int, _: Any) -> None:
             if number in echo:
                 return echo.clear()
-            self.received.append(number)
+            first = not self.received
+            if first:
+                self.received.append(number)
             spared = WARNINGS + [signal.SIGTERM] * (self.received[0] in WARNINGS)
-            if len(self.received) == 1:
-                # Python asks the new handlers what to do with signals that came with this one, and
-                # stumbles over SIG_DFL; it hands them over while this one is raised once more.
+            if first:
+                # What came with this one must be handed over before the handlers change: Python
+                # would stumble over SIG_DFL. It is, while this one is raised once more.
                 echo.append(number)
                 signal.raise_signal(number)
                 for each in previous:
@@ -1727,7 +1726,7 @@ def check_disk(rt: Runtime, cfg: Config, notes: list[str]) -> None:
     # stream.bin, decoded.npy and sums, and a file or two of 56 bytes a token
     columns = 28 * (cfg.save_scores or cfg.ngram_scheme != "") + 28 * (cfg.ngram_scheme != "")
     need += payload_type(parameter_specs(cfg)).itemsize + val * (3 + columns)
-    if cfg.checkpoint_every != "0" and not cfg.eval_only:
+    if cfg.checkpoint_every.strip("0m") and not cfg.eval_only:
         need += (KEPT_CHECKPOINTS + 1) * state_bytes(cfg)
     if need > free:
         reason = f"{free / 1e6:,.1f} MB are free, results and checkpoints need {need / 1e6:,.1f}"

@@ -255,7 +255,7 @@ def test_seconds_over_the_cap_are_a_fact(dataset, tmp_path, monkeypatch):
     def slow(rt, stage):
         with clock(rt, stage):
             yield
-        rt.seconds[stage] += 250
+        rt.seconds[stage] += 250  # in two parts of evaluation
 
     monkeypatch.setattr(train_gpt.Runtime, "clock", slow)
     run = run_here(tmp_path, "slow", **SHORT | dict(EVAL_STRIDE="64"), DATA_PATH=str(dataset))
@@ -304,6 +304,7 @@ def test_no_score_without_a_distribution(scorer, error, dataset, tmp_path, monke
     assert not (folder / "submission.json").exists()
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_eval_only_into_its_own_folder_keeps_the_artifact(base, dataset, tmp_path):
     """An unfinished folder is cleared, and a finished one, but never of the artifact that is to be
     scored; a batch that fits no training is not asked about."""

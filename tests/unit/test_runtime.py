@@ -1177,7 +1177,7 @@ def test_room_for_checkpoints(checked, monkeypatch):
 
     monkeypatch.setattr(train_gpt, "state_bytes", lambda _: state)
     state *= 9
-    for count, every, noted in ((5, "1", 0), (0, "0", 1), (2, "0", 0)):
+    for count, every, noted in ((5, "1", 0), (0, "0", 1), (2, "0", 0), (2, "0m", 0), (2, "00", 0)):
         leave(count)
         assert len(checked(checkpoint_every=every)) == noted
     leave(2)
