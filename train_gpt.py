@@ -1115,7 +1115,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[list[int]]:
-        """-> the first of SIGNALS that comes. It raises Interrupted, where work is unsaved only once
+        """-> the first of SIGNALS that came. It raises Interrupted, where work is unsaved only once
         that lies in a file. A second one kills, but no warning does, and no SIGTERM after a
         warning: when a session ends, shell and kernel both send SIGHUP, and torchrun, hit twice,
         adds SIGTERM. One that is ignored from the start (nohup, trap '' INT) stays so."""

@@ -541,8 +541,8 @@ def test_a_finished_run_is_left_alone(ended, killed, go_on, capsys, monkeypatch)
     shutil.copytree(ended.folder, folder, dirs_exist_ok=True)
     (folder / "submission.json").write_text("{}")
     before = files(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    monkeypatch.setattr(train_gpt, "Report", None)
-    with contextlib.suppress(OSError):  # run_here reads a Run, which is there
+    with monkeypatch.context() as patch, contextlib.suppress(OSError):  # run_here reads a Run
+        patch.setattr(train_gpt, "Report", None)
         go_on()
     assert "finished" in capsys.readouterr().out
     assert (files(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*")}) == before
