@@ -1116,26 +1116,26 @@ class Runtime:
     @contextlib.contextmanager
     def signals(self) -> Iterator[list[int]]:
         """-> the first of SIGNALS that came. It raises Interrupted, where work is unsaved only once
-        that lies in a file. A second one kills, but no warning does, and no SIGTERM after a
+        that lies in a file. A later one kills, but no warning does, and no SIGTERM after a
         warning: when a session ends, shell and kernel both send SIGHUP, and torchrun, hit twice,
         adds SIGTERM. One that is ignored from the start (nohup, trap '' INT) stays so."""
         previous = {}
-        echo: list[int] = []
+        together: list[int] = []  # the first one, while its handler runs
 
         def handle(number: int, _: Any) -> None:
-            if number in echo:
-                return echo.clear()
-            first = not self.received
-            if first:
+            if together:
+                return
+            warned = (self.received or [number])[0] in WARNINGS
+            spared = WARNINGS + [signal.SIGTERM] * warned
+            if not self.received:
                 self.received.append(number)
-            spared = WARNINGS + [signal.SIGTERM] * (self.received[0] in WARNINGS)
-            if first:
-                # What came with this one must be handed over before the handlers change: Python
-                # would stumble over SIG_DFL. It is, while this one is raised once more.
-                echo.append(number)
+                # What came with this one, in an order that nobody knows, is handed over while it is
+                # raised once more; after the handlers have changed Python would stumble over it.
+                together.append(number)
                 signal.raise_signal(number)
                 for each in previous:
                     signal.signal(each, signal.SIG_IGN if each in spared else signal.SIG_DFL)
+                together.clear()
                 if not self.unsaved:
                     self.release_signals()
             elif number not in spared:
