@@ -35,6 +35,7 @@ import endings
 import train_gpt
 from train_gpt import (
     CAP_BYTES,
+    CAP_SECONDS,
     MOST_STREAM_BYTES,
     MOST_TEXT_BYTES,
     UserError,
@@ -47,7 +48,6 @@ from train_gpt import (
 SAME_SCORE = 2e-6  # bits per byte, between a claim and what verify.py found to be it
 IMPROVEMENT_NATS = 0.005  # upstream's rule for a new record,
 ALPHA = 0.01  # at p below this
-CAP_SECONDS = 600  # of training, and of evaluation
 # Settings that may differ between seeds: none of them changes a result.
 NO_RESULT = {"SEED", "RESUME", "OVERWRITE", "CHECKPOINT_EVERY"}
 STREAM = "sha256 of stream.bin's words"

@@ -50,8 +50,6 @@ from train_gpt import BOS, CAP_BYTES, printable, read_regular, sha256
 
 OUR_CODE = sha256(train_gpt.CODE.read_bytes())
 SAME_SUM = 1e-6  # bits per byte between the claim and what the decode adds up
-SLACK_BYTES = 16  # of the coder's last words
-MASS_LIMIT = 1e-9  # float64 sums over the vocabulary stay below 1e-12
 MOST_WEIGHTS = 2**28  # that are unpacked, 3 GB
 SAME_DEVICE = 1e-4  # nats a token of two scorings in fp32, in other shapes
 OTHER_DEVICE = 0.02  # bf16 on one side
@@ -453,7 +451,7 @@ def here_or_not_checked(case: Case, header: train_gpt.StreamHeader) -> None:
         there = made.get(name)
         if name not in ("threads", "code", "artifact") and there != here:
             raise NotChecked(f"made with {name} {there}, here is {here}: bits may differ")
-    needed = train_gpt.lane_bytes(case.model, header.plan.lanes, header.plan.window)
+    needed = train_gpt.lane_bytes(case.cfg, header.plan.lanes, header.plan.window, rt.cuda)
     train_gpt.require_memory(needed, f"{header.plan.lanes} lanes", rt.device)
 
 
@@ -472,7 +470,9 @@ def coded_stretch_differs(decoded: np.ndarray, text: np.ndarray) -> int | None:
 def score(case: Case) -> str:
     """What the decode added up is what is claimed, of probabilities that add up to 1."""
     found = case.decoded
-    require(found.mass_error <= MASS_LIMIT, f"masses are up to {found.mass_error:.3g} off 1")
+    require(
+        found.mass_error <= train_gpt.MASS_LIMIT, f"masses are up to {found.mass_error:.3g} off 1"
+    )
     size = case.text.text_bytes * math.log(2)
     sums = [(case.val_bpb, ("val_bpb",)), (found.nats / found.targets, ("val_loss",))]
     if case.cfg.codec_device == "same":  # else the network alone was scored on another device
@@ -487,7 +487,7 @@ def score(case: Case) -> str:
     bytes_here = math.ceil(found.nats / math.log(256))
     near = isinstance(claimed, int) and abs(claimed - bytes_here) <= 1
     require(near, f"claimed_bytes is {claimed}, {bytes_here} by the decode")
-    slack = found.targets * 2 * case.cfg.vocab_size / 2**train_gpt.PRECISION / 8 + SLACK_BYTES
+    slack = train_gpt.coder_slack(found.targets, case.cfg)
     reason = f"{coded:,} bytes are coded, {bytes_here:,} claimed: more than {slack:.0f} apart"
     require(abs(coded - bytes_here) <= slack, reason)
     return (
