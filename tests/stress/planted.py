@@ -169,7 +169,7 @@ RUNTIME = [
         "SIGHUP ends a run like a kill",
         "test_runtime.py -k after_a_hangup",
         script(
-            "[signal.SIGINT, signal.SIGTERM] + [HANGUP] * (HANGUP is not None)",
+            "[signal.SIGINT, signal.SIGTERM, *WARNINGS]",
             "[signal.SIGINT, signal.SIGTERM]",
         ),
     ),
@@ -177,7 +177,7 @@ RUNTIME = [
         "nohup",
         "SIGHUP is heard where the caller ignores it",
         "test_runtime.py -k ignored_hangup",
-        script("if $each != HANGUP or signal.getsignal($each) != signal.SIG_IGN:", "if True:"),
+        script("if signal.getsignal($each) not in (signal.SIG_IGN, None):", "if True:"),
     ),
     Fault(
         "unsaved",
@@ -213,7 +213,10 @@ RUNTIME = [
         "lock_link",
         "the lock is written through a link",
         "test_runtime.py -k lock_is_no_link",
-        script('os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)', "os.O_RDWR | os.O_CREAT"),
+        script(
+            "open_no_link(str($path), os.O_RDWR | os.O_CREAT)",
+            "os.open(str($path), os.O_RDWR | os.O_CREAT)",
+        ),
     ),
     Fault(
         "quota",
@@ -246,7 +249,7 @@ RUNTIME = [
         "sizes",
         "read_regular reads however much there is",
         "test_runtime.py -k only_regular_files",
-        script("if size > most:", "if False:"),
+        script("if status.st_size > $most and not $first:", "if False:"),
     ),
     Fault(
         "memory",
@@ -772,7 +775,7 @@ VERIFY = [
         "mass",
         "probabilities need not add up to 1",
         "test_verify.py -k unnormalised",
-        tool("verify", "require(found.mass_error <= MASS_LIMIT,", "require(True,"),
+        tool("verify", "require(found.mass_error <= train_gpt.MASS_LIMIT,", "require(True,"),
     ),
     Fault(
         "other_code",
