@@ -167,7 +167,7 @@ RUNTIME = [
     Fault(
         "hangup",
         "SIGHUP ends a run like a kill",
-        "test_runtime.py -k after_a_hangup",
+        "test_runtime.py -k after_a_warning",
         script(
             "[signal.SIGINT, signal.SIGTERM, *WARNINGS]",
             "[signal.SIGINT, signal.SIGTERM]",
@@ -176,7 +176,7 @@ RUNTIME = [
     Fault(
         "nohup",
         "SIGHUP is heard where the caller ignores it",
-        "test_runtime.py -k ignored_hangup",
+        "test_runtime.py -k ignored_signal_stays",
         script("if signal.getsignal($each) not in (signal.SIG_IGN, None):", "if True:"),
     ),
     Fault(
