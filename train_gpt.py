@@ -639,7 +639,8 @@ def canonical_names(environ: Mapping[str, str]) -> tuple[dict[str, str], list[st
         text = alias_value(alias, environ)
         before = given.setdefault(ours, text)
         if before != text and parse(ours, before) != parse(ours, text):
-            raise ConfigError(f"{name}={environ[name]!r} contradicts {ours}={before!r}")
+            both = f"{name}={environ[name]!r} contradicts {ours}={before!r}"
+            raise ConfigError(f"{both}; fix: leave one out")
         notes.append(f"{name} is read as {ours}={text}")
     return given, notes
 
@@ -743,7 +744,7 @@ def parse_pairs(lines: Iterable[str], source: str) -> dict[str, str]:
         if not line.strip() or line.startswith("#"):
             continue
         if not equals:
-            raise ConfigError(f"{source}: {line!r} is not NAME=value")
+            raise ConfigError(f"{source}: {line!r} is not NAME=value; fix: write it so, or # it")
         if name in pairs:
             raise ConfigError(f"{source}: {name} stands twice; fix: leave one out")
         pairs[name] = value.strip()
@@ -773,7 +774,7 @@ def read_record(path: Path) -> dict[str, str]:
     pairs = read_pairs(path)
     for name, text in pairs.items():
         if name not in VARIABLES or name in PER_RUN:
-            raise ConfigError(f"{path}: {name}={text} is not a setting")
+            raise ConfigError(f"{path}: {name}={text} is not a setting; fix: leave it out there")
     return pairs
 
 
@@ -1541,6 +1542,8 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> None
         flush_to_disk(path.parent)
     except OSError as error:
         fix = "make room there" if path.parent.is_dir() else f"mkdir {path.parent}"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            fix = "run in a folder that can be written"
         raise UserError(f"{path}: {error}; fix: {fix}") from error
     finally:
         if partial:
@@ -1971,7 +1974,8 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Any:
         pieces = tokenizer.vocab_size()
         tokenizer.id_to_piece([*range(pieces)])  # all of them text
     except (RuntimeError, OSError, UnicodeError) as error:
-        raise UserError(f"TOKENIZER_PATH={path!r}: must be SentencePiece's") from error
+        fix = "fix: the tokenizer.model that these shards were made with"
+        raise UserError(f"TOKENIZER_PATH={path!r}: must be SentencePiece's; {fix}") from error
     bos = tokenizer.bos_id()
     if bos != BOS or pieces > MOST_PIECES:
         found = f"BOS id {bos}, {pieces} pieces; must be BOS id {BOS}, at most {MOST_PIECES} pieces"
@@ -5043,7 +5047,7 @@ def over_caps(**spent: float) -> dict[str, str]:
     caps = dict(bytes=CAP_BYTES, train_seconds=CAP_SECONDS, eval_seconds=CAP_SECONDS)
     late = dict(train_seconds=1)
     over = [name for name in spent if spent[name] > caps[name] + late.get(name, 0)]
-    return {name: f"{spent[name]:.0f} > {caps[name]} {name}" for name in over}
+    return {name: f"{name} {round(spent[name], 1):,}, the cap is {caps[name]:,}" for name in over}
 
 
 def note_caps(rt: Runtime, **spent: float) -> None:
@@ -5185,7 +5189,8 @@ def write_submission(folder: Path, code: Path | None = None) -> Path:
     run = RunLog(lines, read_pairs(folder / "config.env"))
     for key in FINAL_LINES:
         if not run.last(key):
-            raise UserError(f"{folder}/metrics.jsonl: no line {key}")
+            unfinished = f"{folder}/metrics.jsonl: no line {key}"
+            raise UserError(f"{unfinished}; fix: let the run end, RESUME=auto goes on")
     entries = submission(run, folder, code)
     content = json.dumps(entries, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path = folder / "submission.json"
@@ -5448,9 +5453,9 @@ def run(cfg: Config) -> None:
     """What the variables ask for: decode a folder, show what would run, or run it."""
     if cfg.decode:
         return decode_folder(cfg)
+    cfg = without_missing_parts(cfg)
     if cfg.dry_run:
         return print_dry_run(Runtime(cfg), cfg)
-    cfg = without_missing_parts(cfg)
     rt = Runtime(cfg)
     try:
         rt.start()

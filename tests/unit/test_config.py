@@ -337,7 +337,7 @@ def test_a_script_in_a_folder_whose_name_is_no_text(tmp_path, monkeypatch):
 
 def test_a_wrong_config_beside_the_script_is_named(add_record, tmp_path):
     (tmp_path / "config.env").write_text("DATA_PATH=/x\n")
-    with pytest.raises(ConfigError, match=r"config\.env: DATA_PATH=/x is not a setting"):
+    with pytest.raises(ConfigError, match=r"config\.env: DATA_PATH=/x is not a setting; fix: "):
         Config.from_env(dict(DEVICE="cpu"))
 
 

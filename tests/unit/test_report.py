@@ -237,9 +237,9 @@ def test_artifact_over_the_cap_is_loud(base, dataset, tmp_path, monkeypatch):
     run = run_here(tmp_path, "large", **SHORT, DATA_PATH=str(dataset))
     (line,) = [line for line in run.lines if "OVER THE CAP" in line]
     total = int(run.final("artifact_bytes")["total"])
-    assert str(total) in line and run.submission()["bytes_total"] == total
+    assert f"{total:,}" in line and run.submission()["bytes_total"] == total
     assert line == run.lines[-1] and run.submission()["over"] == ["bytes"]
-    early = f"note:over the cap of the 10-minute track: {total} > 1000 bytes"
+    early = f"note:over the cap of the 10-minute track: bytes {total:,}, the cap is 1,000"
     keys = [line.partition(" ")[0] for line in run.lines]
     assert run.lines.index(early) < keys.index("final_int6_roundtrip_exact")
     assert run.submission()["over_cap"] is True
@@ -262,7 +262,7 @@ def test_seconds_over_the_cap_are_a_fact(dataset, tmp_path, monkeypatch):
     keys = [line.partition(" ")[0] for line in run.lines]
     (train,) = [i for i, line in enumerate(run.lines) if line.startswith("note:over the cap")]
     assert keys.index("averages") < train < keys.index("final_int6_roundtrip_exact")
-    assert "> 600 train_seconds" in run.lines[train]
+    assert ", the cap is 600" in run.lines[train]
     assert run.lines[-1].startswith("over the cap of the 10-minute track:")
     assert run.submission()["over"] == ["train_seconds"]
     assert run.submission()["over_cap"] is False
