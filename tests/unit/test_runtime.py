@@ -1621,7 +1621,7 @@ def test_two_hosts_with_their_own_disks(one_host, dataset, tmp_path):
     for folder in folders:
         (folder / "runs/nodes").mkdir(parents=True)
         shutil.copyfile(one_host.folder / "artifact.bin", folder / "runs/nodes/artifact.bin")
-    with hosts(folders, ENV | dict(SEED="7"), dataset) as both:
+    with hosts(folders, ENV | dict(SEED="7", OVERWRITE="1"), dataset) as both:
         statuses, text = finish(both)
     assert statuses == [0, 0], text[-3000:]
     (log,) = tmp_path.glob("*/runs/nodes/log.txt")
