@@ -94,6 +94,7 @@ import lzma
 import math
 import platform
 import re
+import select
 import shlex
 import shutil
 import socket
@@ -1347,9 +1348,13 @@ def available_memory() -> int | None:
     return max(0, min(found)) if found else None
 
 
+STALLED_SECONDS = 60  # that a run waits for a reader who takes nothing, a frozen terminal
+ATOMIC_BYTES = 512  # that a pipe or terminal which can be written takes at once (POSIX)
+
+
 class Screen:
-    """sys.stdout or sys.stderr, whose terminal, reader or disk may be lost: from then on what is
-    written goes nowhere, and Runtime.log notes the first reason in log.txt."""
+    """sys.stdout or sys.stderr, whose terminal, reader or disk may be lost, or stand still: from
+    then on what is written goes nowhere, and Runtime.log notes the first reason in log.txt."""
 
     lost: list[str] = []  # which, and why
 
@@ -1362,10 +1367,22 @@ class Screen:
 
     def write(self, text: str) -> int:
         try:
-            self.stream.write(text)
+            self.stream.flush()
+            for begin in range(0, len(text), ATOMIC_BYTES // 4):  # a character has four at most
+                self.wait_for_reader()
+                self.stream.write(text[begin : begin + ATOMIC_BYTES // 4])
+                self.stream.flush()
         except OSError as error:
             self.lose(error)
         return len(text)
+
+    def wait_for_reader(self) -> None:
+        """TimeoutError where nobody takes what is written."""
+        if hasattr(select, "poll"):  # not on Windows
+            poll = select.poll()
+            poll.register(self.stream.fileno(), select.POLLOUT)
+            if not poll.poll(1000 * STALLED_SECONDS):
+                raise TimeoutError(f"nobody has read it for {STALLED_SECONDS} s")
 
     def flush(self) -> None:
         try:
@@ -4985,6 +5002,11 @@ class Report:
         known = " ".join(path.name for path in text.sources) or "unknown"
         more = dict(changed=text.changed) if text.changed else {}
         self.rt.log("bytes_check", **checked, of=len(text.targets), text=known, **more)
+        if not text.sources and "tokenizer_sha256" not in text.facts:
+            note = "no dataset.json and no text beside the shards: that they are of this tokenizer,"
+            self.rt.log("note", f"{note} and with it val_bpb, is the word of who gave DATA_PATH")
+        if len(text.edges) == 2 and text.positions[0] == 0:
+            self.rt.log("note", "no BOS in the validation shards: all of it is one document")
         if text.lossy:
             under = "those of the text" if text.sources else "those that the tokens spell"
             note = f"LOSSY: the tokenizer alters text; the bytes under val_bpb are {under}"

@@ -403,7 +403,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The checked command line."""
-    summary, _, details = __doc__.partition("\n")
+    summary, _, details = (__doc__ or "\n").partition("\n")
     layout = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=summary, epilog=details, formatter_class=layout)
     add = parser.add_argument

@@ -105,7 +105,7 @@ def differences(facts: dict[str, object]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on what is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "\n").partition("\n")[0])
     parser.add_argument("--out", default=DATA / "datasets" / "sample_en", help="dataset folder")
     options = parser.parse_args(arguments)
     try:

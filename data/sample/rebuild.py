@@ -83,7 +83,7 @@ def plain_text(markup: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 if the JSON lines have the published sha256, 1 if not, 2 without them."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "\n").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl.xz to write")
     options = parser.parse_args(arguments)
     out = options.out

@@ -417,7 +417,7 @@ def score_folder(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "\n").split("\n")[0])
     parser.add_argument("folder", type=Path, help="run folder")
     parser.add_argument("--scheme", choices=SCHEMES, default="pr864")
     parser.add_argument("--weights", choices=("artifact", "ema"), default="artifact")

@@ -466,7 +466,7 @@ def restore_file(options: argparse.Namespace) -> None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 where it is wrong."""
-    summary, _, details = __doc__.partition("\n")
+    summary, _, details = (__doc__ or "\n").partition("\n")
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=layout)
     add = parser.add_argument

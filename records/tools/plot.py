@@ -480,7 +480,7 @@ def check_output(out: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "\n").splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, help="default: RUN_DIR/report.png; or .pdf, .svg")
     given = parser.parse_args(arguments)

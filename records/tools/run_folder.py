@@ -227,7 +227,7 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int =
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "\n").splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
     status = 0
     for folder in parser.parse_args(arguments).runs:

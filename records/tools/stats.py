@@ -538,7 +538,7 @@ def write_table(root: Path = RECORDS) -> Path:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(description=(__doc__ or "\n").splitlines()[0])
     made.add_argument("runs", nargs="*", metavar="RUN_DIR")
     help_text = "val_loss in nats, or a submission.json or folders of the record to beat"
     made.add_argument("--against", nargs="+", metavar="RECORD", help=help_text)

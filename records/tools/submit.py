@@ -330,7 +330,7 @@ def make(options: argparse.Namespace) -> tuple[Path, list[str]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(description=(__doc__ or "\n").splitlines()[0])
     made.add_argument("runs", nargs="+", metavar="RUN_DIR")
     made.add_argument(
         "--name", required=True, help="of the submission; the folder is <date>_<name>"

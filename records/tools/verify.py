@@ -615,7 +615,7 @@ def minutes(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(description=(__doc__ or "\n").splitlines()[0])
     made.add_argument("folder", type=Path, metavar="RUN_DIR")
     limit = "for the decode, and again for scoring; default 60"
     made.add_argument("--minutes", type=minutes, default=60, help=limit)

@@ -637,6 +637,23 @@ def lost_stream(path, monkeypatch, buffering):
     return train_gpt.Screen("stdout", open(path, "w", buffering))
 
 
+def test_a_reader_who_reads_no_more_stops_no_run(monkeypatch):
+    """A frozen terminal, `less`: the pipe is full, and stays so."""
+    monkeypatch.setattr(train_gpt.Screen, "lost", [])
+    monkeypatch.setattr(train_gpt, "STALLED_SECONDS", 0.2)
+    reader, writer = os.pipe()
+    screen = train_gpt.Screen("stdout", open(writer, "w"))
+    began = time.monotonic()
+    while not train_gpt.Screen.lost and time.monotonic() < began + 30:
+        print("x" * 5000, file=screen, flush=True)
+    print("and on", file=screen, flush=True)
+    assert train_gpt.Screen.lost == ["stdout is lost: nobody has read it for 0.2 s"]
+    os.set_blocking(reader, False)
+    assert os.read(reader, 1 << 20).strip(b"x\n") == b""
+    os.close(reader)
+    screen.stream.close()
+
+
 @pytest.mark.parametrize("buffering", [-1, 1], ids=["file", "terminal"])
 def test_a_lost_stream_goes_nowhere_and_is_noted_once(buffering, rt, tmp_path, monkeypatch):
     """A file fails when it is flushed, a terminal, whose buffer is a line, when it is written."""

@@ -21,7 +21,7 @@ VARIABLES = train_gpt.VARIABLES
 
 # What may be longer than 60 lines, and why.
 LONG = {"parameter_specs": "a table: a row a parameter"}
-MOST_LINES = 5500  # past it, the next issue's note asks which feature has not earned its place
+MOST_LINES = 6000  # past it, the next issue's note asks which feature has not earned its place
 
 
 def length(function):
@@ -171,6 +171,15 @@ def test_input_is_never_checked_by_assert():
 def test_no_unfinished_notes():
     for path in [SCRIPT, *ROOT.glob("data/**/*.py"), *ROOT.glob("records/tools/*.py")]:
         assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", path.read_text(encoding="utf-8")), path
+
+
+def test_programs_start_without_docstrings():
+    """python -OO: `__doc__` is None then."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"), *ROOT.glob("records/tools/*.py")]
+    assert [p.name for p in paths if re.search(r"\b__doc__\.", p.read_text("utf-8"))] == []
+    for path in ("records/tools/verify.py", "data/prepare_text.py"):
+        command = [sys.executable, "-OO", ROOT / path, "--help"]
+        assert subprocess.run(command, capture_output=True).returncode == 0, path
 
 
 def test_import_has_no_side_effects(tmp_path):
