@@ -119,6 +119,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  (imported later, it keeps gloo alive)
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CODE = Path(__file__).resolve()
 ROOT = CODE.parent
@@ -1057,7 +1058,7 @@ class Runtime:
         if self.cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        if self.cfg.attn_impl in ("fa3", "fa4"):
+        if self.cfg.attn_impl in FLASH:
             use_attention(self.cfg.attn_impl, self.cuda)
         if self.world_size > 1:
             absent = ", ".join(name for name in RENDEZVOUS if name not in os.environ)
@@ -1102,7 +1103,20 @@ class Runtime:
 
     def largest(self, *values: float) -> np.ndarray:
         """Of each value the largest of all ranks, float64 (len(values),)."""
-        return self.sum(np.array(values, float), dist.ReduceOp.MAX)
+        return self.start_largest(*values)()
+
+    def start_largest(self, *values: float) -> Callable[[], np.ndarray]:
+        """-> function that waits for what `largest` gives."""
+        found = np.array(values, float)
+        if self.world_size == 1:
+            return lambda: found
+        work = dist.all_reduce(torch.from_numpy(found), dist.ReduceOp.MAX, async_op=True)
+
+        def finish() -> np.ndarray:
+            work.wait()
+            return found
+
+        return finish
 
     def barrier(self) -> None:
         """Wait for all ranks, however long rank 0 takes."""
@@ -1226,6 +1240,13 @@ class Runtime:
         """bf16 on CUDA; fp32 on the CPU, where bf16 is slower."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
 
+    def attention(self) -> contextlib.AbstractContextManager:
+        """Around passes over rows: the kernels of ATTN_IMPL=fa3|fa4 alone, which torch would try
+        only after cuDNN's; else torch's choice."""
+        if self.cfg.attn_impl in FLASH:
+            return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+        return contextlib.nullcontext()
+
     def graph(self, function: Callable, *inputs: Tensor) -> Callable:
         """On CUDA one launch, captured here with these inputs; outputs are overwritten by the next
         call. Elsewhere the function itself."""
@@ -1257,6 +1278,23 @@ class Runtime:
         return most * (1 if sys.platform == "darwin" else 1024) // 10**6
 
 
+class Reading:
+    """A number on its way from the device to the host, which need not wait for it yet."""
+
+    def __init__(self, value: Tensor):
+        self.host = torch.empty((), dtype=value.dtype, pin_memory=value.is_cuda)
+        self.host.copy_(value, non_blocking=True)
+        self.arrival = torch.cuda.Event() if value.is_cuda else None
+        if self.arrival:
+            self.arrival.record()
+
+    def get(self) -> float:
+        """Wait for it."""
+        if self.arrival:
+            self.arrival.synchronize()
+        return self.host.item()
+
+
 def launch_numbers(environ: Mapping[str, str]) -> dict[str, int]:
     """torchrun's variables, those of a process alone where it did not set them; ConfigError."""
     numbers = dict(LAUNCH)
@@ -1283,6 +1321,9 @@ def require_address(host: str, port: str) -> None:
     except (OSError, UnicodeError) as error:
         fix = f"the name or address of rank 0's host, or {fix}"
         raise ConfigError(f"MASTER_ADDR={host!r}: no such host ({error}); fix: {fix}") from error
+
+
+FLASH = ("fa3", "fa4")  # ATTN_IMPL: FlashAttention-3 or -4, in packages of their own
 
 
 def use_attention(name: str, cuda: bool) -> None:
@@ -1944,10 +1985,51 @@ class TokenLoader:
             self.read(size % self.total)
             batch = np.resize(batch, size)
         self.offset -= 1
-        batch = torch.from_numpy(batch.astype(np.int64))
-        inputs = batch[:-1].view(-1, cfg.train_seq_len)
-        targets = batch[1:].view(-1, cfg.train_seq_len)
-        return inputs.chunk(rt.world_size)[rt.rank], targets.chunk(rt.world_size)[rt.rank]
+        share = cfg.train_batch_tokens // rt.world_size
+        mine = torch.from_numpy(batch[rt.rank * share :][: share + 1].astype(np.int64))
+        inputs = mine[:-1].view(-1, cfg.train_seq_len)
+        targets = mine[1:].view(-1, cfg.train_seq_len)
+        return inputs, targets
+
+
+class Prefetch:
+    """A loader's batches, one ahead: while the device works on a step, a thread reads the next
+    one's rows into pinned memory, from where they travel without a wait."""
+
+    def __init__(self, loader: TokenLoader, rt: Runtime, cfg: Config):
+        self.loader = loader
+        self.rt = rt
+        self.cfg = cfg
+        self.pool = ThreadPoolExecutor(1)
+        self.coming: Future | None = None
+        self.place = loader.state()  # shard and offset of the batch that `take` gives next
+
+    def read(self) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        inputs, targets = self.loader.rows(self.cfg, self.rt)
+        if self.rt.cuda:
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return (inputs, targets), self.loader.state()
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets of the next step, on its device; BadShard."""
+        coming = self.coming or self.pool.submit(self.read)
+        self.coming = None
+        sides, self.place = coming.result()
+        self.coming = self.pool.submit(self.read)
+        inputs, targets = (side.to(self.rt.device, non_blocking=True) for side in sides)
+        return inputs, targets
+
+    def restore(self, place: tuple[int, int]) -> None:
+        self.close()
+        self.loader.restore(place)
+        self.place = place
+
+    def close(self) -> None:
+        """Forget what was read ahead."""
+        if self.coming:
+            wait([self.coming])
+            self.coming = None
+            self.loader.restore(self.place)
 
 
 def last_shard(ends: np.ndarray, steps: int, cfg: Config) -> int:
@@ -2507,6 +2589,13 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
+def stream_dtype(x: Tensor) -> Tensor:
+    """x as the residual stream carries it: in bf16 under autocast, as PR #549's does; embeddings
+    and gains are fp32, and a sum with one of them would make all of the stream so."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def rotary_table(cfg: Config, positions: Tensor) -> Tensor:
     """positions (n,) -> cos and sin, float32 (2, n, ROPE_DIMS / 2). Training longer than
     ROPE_TRAIN_SEQ_LEN stretches the base (NTK rule)."""
@@ -2697,10 +2786,11 @@ class GPT(nn.Module):
         x = self.embed(ids, context)
         if cfg.pre_enrich_dim:
             x = rms_norm(self.enrich(x))
+        x = stream_dtype(x)
         context.start(x, self.value_embedding(ids))
         for i in range(cfg.num_layers):
             if i >= half and skips:
-                x = x + self.skip_weights[i - half] * skips.pop()
+                x = x + self.skip_weights[i - half].type_as(x) * skips.pop()
             for _ in range(1 + (i in cfg.depth_recurrence)):
                 x = self.block(i, x, context)
             if i < half:
@@ -2752,15 +2842,17 @@ class GPT(nn.Module):
     def block(self, i: int, x: Tensor, context: Context) -> Tensor:
         """Layer i: attention, then MLP, each on a normed input. (B, T, D) -> (B, T, D)"""
         scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
-        x = self.resid_mix[i, 0] * x + self.resid_mix[i, 1] * context.x0
-        x = x + self.attn_scale[i] * self.attention(i, rms_norm(x) * scale, context)
+        mix = self.resid_mix[i].type_as(x)
+        x = mix[0] * x + mix[1] * context.x0
+        h = rms_norm(x) * scale
+        x = x + self.attn_scale[i].type_as(x) * self.attention(i, h, context)
         up = F.linear(rms_norm(x) * scale, context.up[i])
         if self.cfg.polyglu_enabled:  # PR #1026
             slope = torch.sigmoid(self.routing_alpha[i]).type_as(up)
             up = torch.where(up > 0, up, slope * up)
         else:
             up = F.leaky_relu(up, self.cfg.leaky_slope)
-        return x + self.mlp_scale[i] * F.linear(up.square(), context.down[i])
+        return x + self.mlp_scale[i].type_as(x) * F.linear(up.square(), context.down[i])
 
     def attention(self, i: int, h: Tensor, context: Context) -> Tensor:
         """Grouped queries and keys, normed and partly rotated. (B, T, D) -> (B, T, D)"""
@@ -2872,14 +2964,18 @@ class ParallelMuon:
     def __init__(self, weights: list[nn.Parameter], rt: Runtime, cfg: Config):
         weights = sorted(weights, key=Tensor.numel, reverse=True)  # the longest transfer first
         self.banks = [MuonBank(weight, rt) for weight in weights]
+        self.orthogonalise = rt.compile(newton_schulz)
         self.rt = rt
         self.cfg = cfg
 
-    def reduce(self) -> list[Tensor]:
-        """-> averaged gradients of this rank's shares."""
+    def start_reduce(self) -> None:
+        """Send the gradients off; `shares` waits for them."""
         for bank in self.banks:
             torch.div(bank.weight.grad, self.rt.world_size, out=bank.whole)
             bank.start(reduce_scatter, bank.gradient, bank.padded)
+
+    def shares(self) -> list[Tensor]:
+        """-> averaged gradients of this rank's shares."""
         for bank in self.banks:
             bank.wait()
         return [bank.gradient for bank in self.banks]
@@ -2887,15 +2983,18 @@ class ParallelMuon:
     @torch.no_grad()
     def step(self, rate: float, momentum: float, nonfinite: Tensor) -> None:
         """Nesterov momentum, orthogonalised; where nonfinite, a bool, no weight changes."""
-        decay = 1 - rate * self.cfg.muon_wd * ~nonfinite
-        for bank in self.banks:
-            bank.momentum.mul_(momentum).add_(bank.gradient)
-            nesterov = bank.gradient.add(bank.momentum, alpha=momentum)
-            update = newton_schulz(nesterov, self.cfg.muon_backend_steps)
+        gradients = [bank.gradient for bank in self.banks]
+        momenta = [bank.momentum for bank in self.banks]
+        torch._foreach_mul_(momenta, momentum)
+        torch._foreach_add_(momenta, gradients)
+        nesterov = torch._foreach_add(gradients, momenta, alpha=momentum)
+        for bank, ahead in zip(self.banks, nesterov, strict=True):
+            update = self.orthogonalise(ahead, self.cfg.muon_backend_steps)
             bank.start(all_gather, bank.padded, update)
+        weights = [bank.weight for bank in self.banks]
+        torch._foreach_mul_(weights, 1 - rate * self.cfg.muon_wd * ~nonfinite)
         for bank in self.banks:
             bank.wait()
-            bank.weight.mul_(decay)
             bank.weight.add_(bank.whole.masked_fill_(nonfinite, 0), alpha=-rate * bank.scale)
 
     def gather_momenta(self) -> list[Tensor]:
@@ -2933,13 +3032,14 @@ def optimizer_groups(cfg: Config) -> dict[str, OptimizerGroup]:
     return {name: members for name, members in groups.items() if members.names}
 
 
-def average_gradients(weights: Sequence[Tensor], rt: Runtime) -> None:
-    """Over ranks, by one all-reduce."""
+def average_gradients(weights: Sequence[Tensor], rt: Runtime, more: Sequence[Tensor] = ()) -> None:
+    """Over ranks, by one all-reduce; of `more`, tensors as well, the sum."""
     if rt.world_size > 1:
         gradients = [weight.grad for weight in weights]
-        flat = nn.utils.parameters_to_vector(gradients)
+        flat = nn.utils.parameters_to_vector([*gradients, *more])
         dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat / rt.world_size, gradients)
+        flat[: len(flat) - sum(x.numel() for x in more)] /= rt.world_size
+        nn.utils.vector_to_parameters(flat, [*gradients, *more])
 
 
 class Optimizers:
@@ -2948,7 +3048,7 @@ class Optimizers:
     A loss or gradient that is not finite must change no weight on any rank, and without a wait for
     the device, so the veto is data, too: `nonfinite` is 1 on every rank if it is on one. AdamW
     skips its step by it (found_inf), Muon multiplies decay and update away; the host learns of it
-    from the loss, a step later (Trainer.agree), and ends the run.
+    from the loss, a step or two later (Trainer.agree), and ends the run.
     """
 
     def __init__(self, model: GPT, rt: Runtime, cfg: Config):
@@ -2980,21 +3080,21 @@ class Optimizers:
         that is so on any rank, no weight changes."""
         gradients = [weight.grad for weight in self.weights]
         loss = loss + 0 * torch.stack(torch._foreach_norm(gradients)).sum()
-        nonfinite = (~loss.isfinite()).float()
-        if self.rt.world_size > 1:
-            dist.all_reduce(nonfinite, dist.ReduceOp.MAX)
+        ranks = (~loss.isfinite()).float()  # where it is not finite
         if self.cfg.clip == "local":  # as published
             self.clip(gradients, [])
-        average_gradients(self.small, self.rt)
-        shards = self.muon.reduce()
+        self.muon.start_reduce()  # the long transfers first
+        average_gradients(self.small, self.rt, [ranks])
+        nonfinite = ranks > 0
+        shares = self.muon.shares()
         if self.cfg.clip == "global":
-            self.clip([weight.grad for weight in self.small], shards)
+            self.clip([weight.grad for weight in self.small], shares)
         for adam_group in self.adam.param_groups:
             adam_group["lr"] = adam_group["base_lr"] * factor
-        self.adam.found_inf = nonfinite  # skips, without a wait
+        self.adam.found_inf = nonfinite.float()  # skips, without a wait
         self.adam.step()
         rate = self.cfg.matrix_lr * factor
-        self.muon.step(rate, muon_momentum(step, self.cfg), nonfinite > 0)
+        self.muon.step(rate, muon_momentum(step, self.cfg), nonfinite)
         self.model.zero_grad()
         return loss
 
@@ -3137,13 +3237,21 @@ def changing_tensors(trainer: "Trainer", momenta: list[Tensor]) -> dict[str, Ten
     return {f"{name}.{i}": x for name, tensors in groups.items() for i, x in enumerate(tensors)}
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
 def checkpoint_state(trainer: "Trainer") -> CheckpointState:
     return CheckpointState(
         step=trainer.step,
         qat_since=trainer.qat_since,
         seconds=trainer.elapsed,
         snapshots=trainer.averages.snapshots,
-        loader=trainer.loader.state(),
+        loader=trainer.batches.place,
         settings=bound_settings(trainer, trainer.step),
         logs=[log.size() for log in trainer.rt.logs],
     )
@@ -4760,6 +4868,7 @@ class Trainer:
 
     def __init__(self, model: GPT, loader: TokenLoader, rt: Runtime, cfg: Config):
         self.model = model
+        self.batches = Prefetch(loader, rt, cfg)
         self.loader = loader
         self.rt = rt
         self.cfg = cfg
@@ -4771,30 +4880,50 @@ class Trainer:
         self.qat_since: int | None = None  # step at which late QAT began
         self.elapsed = 0.0  # seconds of training, the slowest rank's
         self.signal = 0  # on any rank, as of the last agreement
+        self.agreement: Callable[[], np.ndarray] | None = None  # that is under way
 
     @property
     def folder(self) -> Path:
         return self.rt.folder / "checkpoint"
 
-    def gradients(self) -> Tensor:
+    def gradients(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Of this rank's rows. -> mean loss."""
-        ids, targets = (side.to(self.rt.device) for side in self.loader.rows(self.cfg, self.rt))
         total = 0.0
         batches = zip(ids.chunk(self.passes), targets.chunk(self.passes), strict=True)
         for batch_ids, batch_targets in batches:
-            with self.rt.autocast():
+            with self.rt.autocast(), self.rt.attention():
                 loss = self.compiled_loss(batch_ids, batch_targets) / self.passes
             loss.backward()
             total += loss.detach()
         return total
 
+    def optimize(self, ids: Tensor, targets: Tensor, factor: float) -> Tensor:
+        """From this rank's rows to new weights and averages. -> mean loss."""
+        loss = self.optimizers.step(self.step, factor, self.gradients(ids, targets))
+        self.averages.update(self.step, factor)
+        return loss
+
     def warm_up(self) -> None:
-        """Compile on real data, then rewind: no weight, average or optimizer state has moved."""
-        state = self.loader.state()
-        for _ in range(self.cfg.warmup_steps):
-            self.gradients()
-        self.model.zero_grad()
-        self.loader.restore(state)
+        """Whole steps on random tokens before the clock starts, for what a first use compiles,
+        connects and allocates; then everything is as it was, by its sha256."""
+        cfg = self.cfg
+        if not cfg.warmup_steps:
+            return
+        momenta = [bank.momentum for bank in self.optimizers.muon.banks]
+        tensors = changing_tensors(self, momenta)
+        kept = {name: tensor.clone() for name, tensor in tensors.items()}
+        before = tensors_sha256(kept)
+        random = torch.Generator().manual_seed(self.rt.rank)
+        rows = cfg.train_batch_tokens // self.rt.world_size // cfg.train_seq_len
+        for _ in range(cfg.warmup_steps):
+            sides = torch.randint(cfg.vocab_size, (2, rows, cfg.train_seq_len), generator=random)
+            self.optimize(*sides.to(self.rt.device), factor=1.0)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(kept[name])
+        if tensors_sha256(changing_tensors(self, momenta)) != before:
+            fix = "WARMUP_STEPS=0, and tell us"
+            raise UserError(f"WARMUP_STEPS={cfg.warmup_steps}: left a trace; fix: {fix}")
 
     def update(self, factor: float) -> Tensor:
         """One optimizer step at a rate factor. -> training loss."""
@@ -4804,18 +4933,26 @@ class Trainer:
             self.rt.log("late_qat:enabled", step=self.step, scale=factor)
         if self.qat_since is not None and (self.step - self.qat_since) % cfg.qat_every == 0:
             update_qat_grids(self.model, cfg)
-        loss = self.optimizers.step(self.step, factor, self.gradients())
-        self.averages.update(self.step, factor)
+        loss = self.optimize(*self.batches.take(), factor)
         self.step += 1
         return loss
 
-    def agree(self, loss: Tensor) -> None:
+    def agree(self, loss: Reading, soon: bool = False) -> None:
         """Wait for this loss; one clock and signal for all ranks; UserError, on all of them, for a
-        loss that is not finite."""
+        loss that is not finite. `soon`: what is said now is agreed by the next call."""
         with self.rt.clock("train"):
-            nonfinite = 0 if math.isfinite(loss.item()) else self.rt.rank + 1
+            nonfinite = 0 if math.isfinite(loss.get()) else self.rt.rank + 1
         signal_here = max(self.rt.received, default=0)
-        found = self.rt.largest(self.rt.seconds["train"], signal_here, nonfinite)
+        said = self.rt.start_largest(self.rt.seconds["train"], signal_here, nonfinite)
+        said_before, self.agreement = self.agreement, said
+        if said_before:
+            self.apply(said_before())
+        if not soon or self.rt.world_size == 1:
+            self.agreement = None
+            self.apply(said())
+
+    def apply(self, found: np.ndarray) -> None:
+        """An agreement; UserError where it says that a loss is not finite."""
         self.elapsed, self.signal, nonfinite = found.tolist()
         if nonfinite:
             last = max(self.folder.glob("step_*.json"), default="none")
@@ -4836,13 +4973,14 @@ class Trainer:
         process once the step is done and the checkpoint written, with status 128 + its number.
 
         The host launches a step while the device works on the one before: it waits for the
-        previous loss, not for this one's, unless something is to be logged, validated or saved.
+        previous loss, not for this one's, and for what the ranks said a step before that, unless
+        something is to be logged, validated or saved.
         """
         cfg = self.cfg
         rt = self.rt
-        loss = torch.zeros(())
+        loss = Reading(torch.zeros(()))
         self.warm_up()
-        with rt.signals():
+        with contextlib.closing(self.batches), rt.signals():
             rt.hold_signals()
             self.agree(loss)
             due = self.checkpoints_due()
@@ -4850,21 +4988,21 @@ class Trainer:
                 previous = loss
                 try:
                     with rt.clock("train"):
-                        loss = self.update(lr_factor(self.step, self.elapsed, cfg))
+                        loss = Reading(self.update(lr_factor(self.step, self.elapsed, cfg)))
                 except BadShard as error:
                     self.agree(previous)
                     if self.step == 0:
                         raise
                     then = f"once it is mended: step {self.step}, {self.save()}"
                     raise UserError(f"{error}; {then}") from error
-                self.agree(previous)
+                self.agree(previous, soon=True)
                 rt.tick("train", self.step, cfg.iterations)
                 logs = self.step <= 10 or self.every(cfg.train_log_every)
                 validates = self.every(cfg.val_loss_every)
                 if logs or validates or self.signal or self.checkpoints_due() > due:
                     self.agree(loss)
                 if logs or self.done:
-                    mean = rt.sum(np.array([loss.item()])).item() / rt.world_size
+                    mean = rt.sum(np.array([loss.get()])).item() / rt.world_size
                     self.log_step(train_loss=mean)
                 if self.every(cfg.val_loss_every):
                     self.log_step(**validate())
@@ -4912,7 +5050,7 @@ class Trainer:
         self.qat_since = state.qat_since
         self.rt.seconds["train"] = state.seconds
         self.averages.resume(state.snapshots)
-        self.loader.restore(tuple(state.loader))
+        self.batches.restore(tuple(state.loader))
 
     def log_step(self, **values: Any) -> None:
         self.rt.log("step", f"{self.step}/{self.cfg.iterations}", **values, **self.speed())

@@ -46,8 +46,8 @@ class Watched(train_gpt.Trainer):
         self.rt.seconds["train"] += self.seconds
         return loss
 
-    def gradients(self):
-        loss = super().gradients()
+    def gradients(self, *sides):
+        loss = super().gradients(*sides)
         self.spoil(self)
         return loss
 
@@ -111,12 +111,11 @@ def state(trainer):
         found[f"momentum {i}"] = bank.momentum
     found["rng"] = torch.get_rng_state()
     values = {n: x.detach().numpy().tobytes() for n, x in found.items()}
-    loader = trainer.loader
     return values | dict(
         step=trainer.step,
         qat_since=trainer.qat_since,
         snapshots=averages.snapshots,
-        loader=(loader.shard, loader.offset),
+        loader=tuple(trainer.batches.place),
     )
 
 

@@ -213,7 +213,7 @@ def test_a_bad_shard_before_the_first_step_leaves_no_checkpoint(tmp_path):
         cfg = configuration(warmup_steps=warmup, train_batch_tokens=256, checkpoint_every="1")
         error, trainer = died(cfg, tmp_path, train_gpt.UserError)
         assert str(path) in str(error) and "RESUME" not in str(error)
-        assert not trainer.folder.exists() and trainer.loader.state() == (0, 0)
+        assert not trainer.folder.exists() and trainer.batches.place == (0, 0)
 
 
 def test_shards_that_were_read_bind(tmp_path):

@@ -119,7 +119,8 @@ def test_banked_muon_is_torch_s_slice_by_slice(rt, monkeypatch):
             bank.grad = gradient
             for part, own in zip(parts, matrices(gradient), strict=True):
                 part.grad = own.clone()
-        muon.reduce()
+        muon.start_reduce()
+        muon.shares()
         muon.step(0.02, 0.9, torch.tensor(False))
         oracle.step()
         for bank, parts in zip(banks, slices, strict=True):
@@ -137,7 +138,8 @@ def test_muon_momentum_and_nesterov_by_hand(rt):
     for step, momentum in enumerate((0.5, 0.7, 0.9)):
         (gradient,) = bank_gradients([bank], step)
         bank.grad = gradient.clone()
-        muon.reduce()
+        muon.start_reduce()
+        muon.shares()
         muon.step(0.1, momentum, torch.tensor(False))
         buffer = momentum * buffer + gradient
         update = train_gpt.newton_schulz(gradient + momentum * buffer, cfg.muon_backend_steps)
@@ -153,7 +155,8 @@ def test_zero_matrices_stay_zero(rt):
     for step in range(2):
         (bank.grad,) = bank_gradients([bank], step)
         bank.grad[1] = 0
-        muon.reduce()
+        muon.start_reduce()
+        muon.shares()
         muon.step(0.1, 0.9, torch.tensor(False))
     assert (bank[1] == 0).all() and bank[0].norm() > 0
 

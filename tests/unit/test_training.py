@@ -175,9 +175,8 @@ def test_validation_at_its_steps_and_at_the_end(trainer, monkeypatch):
 def test_logged_loss_is_that_of_the_batch(trainer, monkeypatch):
     run = trainer(iterations=1, grad_accum_steps=2)
     with torch.no_grad():
-        state = run.loader.state()
-        wanted = run.model(*run.loader.rows(run.cfg, run.rt)).item()
-        run.loader.restore(state)
+        wanted = run.model(*run.batches.take()).item()
+        run.batches.restore((0, 0))
     lines = logged(run, monkeypatch)
     run.run(no_validation)
     (loss,) = [line[2]["train_loss"] for line in lines if "train_loss" in line[2]]
