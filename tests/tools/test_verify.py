@@ -536,9 +536,7 @@ def test_a_leaky_mixture_fails_the_decode(folder, monkeypatch):
     """It raises the next token's probability: short, and no decoder can follow."""
     case = verify.Case(folder)
     plan = case.stream[0].plan
-    read = train_gpt.tokens_of_text(case.text.stream)
-    steps = train_gpt.run_lanes(None, case.rt, plan, [], read)
-    order = train_gpt.coding_order(case.text.stream, steps)
+    order = train_gpt.LaneSchedule(case.text.stream, plan).order(case.text.stream)
     upcoming = case.text.stream[order.targets + 1].tolist()
 
     class Leaky(train_gpt.Mixture):

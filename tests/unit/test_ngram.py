@@ -30,12 +30,12 @@ from oracles import (
 
 import prepare
 from train_gpt import (
-    Backoff,
     Blend,
     CountStore,
     Mixture,
     Scores,
     backoff_alpha,
+    confidence,
     make_mixer,
     ngram_counts,
 )
@@ -350,18 +350,12 @@ def test_confidence_is_causal_and_bounded(delta, place):
     """Over the largest change so far: 1.5 there, more than 0.5 everywhere, and nothing that comes
     later, be it larger than all before, changes a bit."""
 
-    def boosts(*parts):  # of chunks in turn
-        mixer = Backoff((2,), CFG)
-        return np.concatenate([mixer.boost(part) for part in parts])
-
     delta = np.array(delta)
-    boost = boosts(delta)
+    boost = confidence(delta)
     assert (boost > 0.5).all() and (boost <= 1.5).all() and boost[0] == 1.5
     assert boost.tolist() == [0.5 + d / delta[: t + 1].max() for t, d in enumerate(delta)]
-    assert boosts(delta[:place], delta[place:]).tobytes() == boost.tobytes()
-    other = boosts(np.append(delta[:place], 1e9))
+    other = confidence(np.append(delta[:place], 1e9))
     assert other[:-1].tobytes() == boost[:place].tobytes() and other[-1] == 1.5
-    assert Backoff((2,), CFG).boost(None) == 1.0
 
 
 def test_confidence_enters_the_backoff_of_a_run():

@@ -247,7 +247,7 @@ def test_artifact_over_the_cap_is_loud(base, dataset, tmp_path, monkeypatch):
     assert base.submission()["over"] == [] and base.submission()["over_cap"] is False
 
 
-def test_seconds_over_the_cap_are_a_fact(dataset, tmp_path, monkeypatch):
+def test_seconds_over_the_cap_are_said_as_loudly(dataset, tmp_path, monkeypatch):
     """Of training before the evaluation, of that before the proof, in submission.json and last."""
     clock = train_gpt.Runtime.clock
 
@@ -263,7 +263,7 @@ def test_seconds_over_the_cap_are_a_fact(dataset, tmp_path, monkeypatch):
     (train,) = [i for i, line in enumerate(run.lines) if line.startswith("note:over the cap")]
     assert keys.index("averages") < train < keys.index("final_int6_roundtrip_exact")
     assert ", the cap is 600" in run.lines[train]
-    assert run.lines[-1].startswith("over the cap of the 10-minute track:")
+    assert run.lines[-1].startswith("OVER THE CAP of the 10-minute track:")
     assert run.submission()["over"] == ["train_seconds"]
     assert run.submission()["over_cap"] is False
 

@@ -79,7 +79,7 @@ def distribution(model, cfg, stream, stride, target):
     one, end = scorer(model, cfg), target // stride * stride + stride
     ids, rows, _ = one.windows(stream, np.full(one.batch, end), stride)
     with torch.no_grad():
-        return one.predict(ids, rows)[0][0, target - end + stride].exp().numpy()
+        return one.predict(one.rows(ids), rows)[0][0, target - end + stride].exp().numpy()
 
 
 shapes = st.tuples(
