@@ -209,6 +209,48 @@ def test_a_stretch_is_the_first_steps(targets):
 
 
 # -----------------------------------------------------------------------------
+# The schedule
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    lanes=st.integers(1, 6),
+    groups=st.integers(1, 3),
+    last=st.sampled_from(["text", "BOS"]),
+)
+def test_the_schedule_is_what_lanes_come_to_as_they_go(sizes, lanes, groups, last):
+    """run_lanes, along the text, without a network."""
+    stream = documents(*sizes)
+    if last == "BOS" or len(stream) < 2:
+        stream = np.append(stream, np.uint16(BOS))
+    plan = CodingPlan.of(stream, tiny(**SMALL | dict(eval_lanes=lanes)), groups)
+    with pytest.MonkeyPatch.context() as patch:
+        nothing = torch.zeros(plan.lanes // groups, 1), torch.zeros(plan.lanes // groups)
+        patch.setattr(train_gpt, "require_lanes", lambda *_: None)
+        patch.setattr(train_gpt, "lane_pass", lambda *_: lambda *_: nothing)
+        runtime = train_gpt.Runtime(tiny())
+        read = train_gpt.tokens_of_text(stream)
+        steps = train_gpt.run_lanes(None, runtime, plan, read)
+    schedule = train_gpt.LaneSchedule(stream, plan)
+    inputs, places = schedule.steps(0, len(steps) + 3, slice(None))
+    assert (inputs[len(steps) :] < 0).all() and schedule.lengths.max() == len(steps)
+    starts = np.flatnonzero(stream == BOS)
+    order, times, who = [], [0] * len(steps[0].lanes), [*steps[0].lanes]
+    for t, step in enumerate(steps):
+        assert np.flatnonzero(inputs[t] >= 0).tolist() == step.lanes.tolist()
+        assert places[t, step.lanes].tolist() == step.places.tolist()
+        order += (starts[step.documents] + step.places).tolist()
+        assert inputs[t, step.lanes].tolist() == order[-len(step.lanes) :]
+        times += [t + 1] * len(step.lanes)
+        who += [*step.lanes]
+    coding = schedule.order(stream)
+    assert coding.targets.tolist() == order
+    assert coding.tokens.tolist() == [BOS] * len(steps[0].lanes) + stream[1:][order].tolist()
+    assert [column.tolist() for column in coding.schedule] == [times, who]
+
+
+# -----------------------------------------------------------------------------
 # The order of coding, and the cost
 
 
