@@ -18,6 +18,7 @@ The library must be loaded before torch is imported, so this module imports torc
 EMULATED_CUDA_HOLDS=meta: tensors of the device hold no values, for counts of large models.
 """
 
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -36,7 +37,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tally import add_work, note, place
+from tally import add_work, note, place, works
 
 HERE = Path(__file__).resolve().parent
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
@@ -155,12 +156,15 @@ def held(value: Any) -> Any:
     return value
 
 
-def tensors_in(*values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
+def tensors_in(values: Any, found: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Of arguments or a result, in order."""
+    found = [] if found is None else found
+    for value in values if type(values) in (list, tuple) else (values,):
         if isinstance(value, torch.Tensor):
-            yield value
+            found.append(value)
         elif type(value) in (list, tuple):
-            yield from tensors_in(*value)
+            tensors_in(value, found)
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -175,6 +179,8 @@ IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 IDLE |= {"_unsafe_view", "_reshape_alias", "record_stream", "detach_", "set_", "alias"}
 # Of their first tensor they read as much as they write.
 GATHERING = {"embedding", "index", "gather", "index_select", "take", "_unsafe_index"}
+# What they write into they do not read; nor does an operation with out=.
+FILLING = {"fill_", "zero_", "copy_", "normal_", "uniform_", "_foreach_zero_", "_foreach_copy_"}
 # torch's multi_tensor_apply: lists of tensors -> tensors a launch; blocks, and elements of one.
 TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 BLOCKS = 320
@@ -192,7 +198,7 @@ class Traits:
         self.indexing = self.name in INDEXING
         self.waits = self.name in WAITING or str(func) == "aten.repeat_interleave.Tensor"
         writes = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-        self.written = {i for i, write in enumerate(writes) if write}
+        self.written = [i for i, write in enumerate(writes) if write]
         self.names = [a.name for a in schema.arguments]
         self.listed = self.name.startswith(("_foreach_", "_fused_adam", "_fused_sgd"))
         self.flops = flop_registry.get(func.overloadpacket)
@@ -200,7 +206,7 @@ class Traits:
     def targets(self, args: tuple, kwargs: dict) -> list[torch.Tensor]:
         """What the operation writes into."""
         found = [args[i] if i < len(args) else kwargs.get(self.names[i]) for i in self.written]
-        return list(tensors_in(*found))
+        return tensors_in(found)
 
 
 traits_of = functools.cache(Traits)
@@ -221,12 +227,15 @@ def size_of(tensor: torch.Tensor) -> int:
 
 def traffic(traits: Traits, args: tuple, kwargs: dict, out: Any) -> int:
     """Bytes that an operation on held tensors reads and writes, each tensor once."""
-    given = list(tensors_in(args, *kwargs.values()))
-    made = list(tensors_in(out))
-    written = sum(map(size_of, made or traits.targets(args, kwargs)))
+    given = tensors_in((args, *kwargs.values()))
+    targets = traits.targets(args, kwargs)
+    written = sum(map(size_of, targets or tensors_in(out)))
     if traits.name in GATHERING:
         return 2 * written + sum(map(size_of, given[1:]))
-    return written + sum(map(size_of, given))
+    read = sum(map(size_of, given))
+    if traits.name in FILLING or "out" in kwargs:
+        read -= written
+    return written + read
 
 
 # -----------------------------------------------------------------------------
@@ -251,8 +260,8 @@ class Transfers:
 
     def to_device(self, target: Cuda, source: torch.Tensor, quick: bool) -> None:
         quick = quick and source.is_pinned()
-        put(target, source)
         note_copy("h2d", source, quick)
+        put(target, source)
         if not quick:
             return self.settle()
         seen = source.clone()
@@ -321,33 +330,29 @@ def dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
             return args[0]
     elif traits.name == "_to_copy" and torch.device(kwargs.get("device") or "cuda").type == "cpu":
         return copied_to_host(args[0], kwargs)
-    device = check_devices(traits, args, kwargs)
+    given = tensors_in((args, *kwargs.values()))
+    device = check_devices(traits, args, kwargs, given)
     if traits.waits:
         wait(traits.name)
         if HOLDS == "meta" and traits.name == "_local_scalar_dense":
             return 1.0
+    held_args = held(args)
     held_kwargs = {name: held(value) for name, value in kwargs.items()}
     if "device" in held_kwargs:
         held_kwargs["device"] = HOLDS
-    return run(func, traits, args, kwargs, (held(args), held_kwargs, device))
-
-
-def run(func: Any, traits: Traits, args: tuple, kwargs: dict, on: tuple) -> Any:
-    """The operation, counted. on: the same arguments with the held tensors, the device"""
-    held_args, held_kwargs, device = on
-    if Graph.recording:
+    if Graph.recording and traits.written:
         Graph.recording.keep(traits.targets(held_args, held_kwargs))
     function = SPECIAL.get(func, func)
     out = function(*held_args, **held_kwargs)
     if not traits.idle:
         count(traits, held_args, held_kwargs, out)
-    if Graph.recording:
-        Graph.recording.record(traits, function, held_args, held_kwargs, out)
-    for tensor in traits.targets(args, kwargs):
-        if isinstance(tensor, Cuda) and tensor.shape != tensor.held.shape:
-            refuse(f"{func} gives a tensor another shape")
-    known = {id(x.held): x for x in tensors_in(args, *kwargs.values()) if isinstance(x, Cuda)}
-    return wrapped(out, known, device)
+        if Graph.recording:
+            Graph.recording.record(function, held_args, held_kwargs, out)
+    if traits.written:
+        for tensor in traits.targets(args, kwargs):
+            if tensor.shape != tensor.held.shape:
+                refuse(f"{func} gives a tensor another shape")
+    return wrapped(out, {id(x.held): x for x in given if isinstance(x, Cuda)}, device)
 
 
 def wrapped(out: Any, known: dict[int, Cuda], device: torch.device) -> Any:
@@ -360,48 +365,63 @@ def wrapped(out: Any, known: dict[int, Cuda], device: torch.device) -> Any:
 
 
 def count(traits: Traits, args: tuple, kwargs: dict, out: Any) -> None:
-    """A launch, or several, and its work. args, kwargs and out: held"""
-    if traits.collective:
-        kernels = 1
-    elif traits.listed:
+    """A launch, or several, and its work, where somebody asks. args, kwargs and out: held"""
+    kernels = 1
+    if traits.listed:
         kernels = launches([x for x in args if type(x) is list and x] or [[]])
-    else:
-        kernels = 1
-    flops = traits.flops(*args, **kwargs, out_val=out) if traits.flops else 0
-    work = (traits.name, place()[0], kernels, traffic(traits, args, kwargs, out), flops)
+    work = None
+    if works():
+        flops = traits.flops(*args, **kwargs, out_val=out) if traits.flops else 0
+        work = kernels, traffic(traits, args, kwargs, out), flops
     if Graph.recording:
-        return Graph.recording.work.append(work)
-    note("collective" if traits.collective else "launch", traits.name, kernels)
-    add_work(*work)
+        Graph.recording.work.append((traits.name, place()[0], work))
+    else:
+        note("collective" if traits.collective else "launch", traits.name, kernels)
+        if work:
+            add_work(traits.name, place()[0], *work)
 
 
-def check_devices(traits: Traits, args: tuple, kwargs: dict) -> torch.device:
-    """-> the device; refused are two, and generators, masks and indices that a GPU does not take.
-    Numbers may come from the host, indices too, but these are copied."""
-    given = list(tensors_in(args, *kwargs.values()))
-    devices = {tensor.device for tensor in given if isinstance(tensor, Cuda)}
-    host = [tensor for tensor in given if not isinstance(tensor, Cuda)]
+def check_devices(traits: Traits, args: tuple, kwargs: dict, given: list) -> torch.device:
+    """-> the device. Refused are two of them, and a generator of the host. Numbers may come from
+    the host; indices, too, but these are copied."""
+    device = None
+    strange = False
+    for tensor in given:
+        if isinstance(tensor, Cuda):
+            strange |= device not in (None, tensor.device)
+            device = tensor.device
+        else:
+            strange |= tensor.dim() > 0 or traits.collective
     if traits.indexing:
-        if not isinstance(args[0], Cuda):
-            refuse(f"{traits.name} of a CPU tensor by a CUDA index")
-        for index in args[1]:
-            if isinstance(index, torch.Tensor) and not isinstance(index, Cuda):
-                note_copy("h2d", index, False)
-                TRANSFERS.settle()
-            if index is not None and index.dtype in (torch.bool, torch.uint8):
-                wait(f"{traits.name} by a mask")
-        host = [x for x in tensors_in(args[2:]) if not isinstance(x, Cuda)]
-    if len(devices) > 1 or any(tensor.dim() for tensor in host):
+        strange = check_index(traits, args)
+    if strange:
         places = [f"{tensor.device} {tuple(tensor.shape)}" for tensor in given]
         refuse(f"{traits.name} on different devices: {', '.join(places)}")
-    if traits.collective and host:
-        refuse(f"{traits.name} of a tensor on the CPU among CUDA's")
     if traits.collective and Graph.recording:
         refuse(f"{traits.name} in a captured graph")
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type != "cuda":
         refuse(f"{traits.name} on CUDA by a generator of the CPU")
-    return devices.pop()
+    return device
+
+
+def check_index(traits: Traits, args: tuple) -> bool:
+    """Copies of indices from the host, and the wait for a mask. -> whether devices are mixed"""
+    for index in args[1]:
+        if isinstance(index, torch.Tensor) and not isinstance(index, Cuda):
+            note_copy("h2d", index, False)
+            TRANSFERS.settle()
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            if not is_fill(traits, args):
+                wait(f"{traits.name} by a mask")
+    values = [x for x in tensors_in(args[2:]) if x.dim() and not isinstance(x, Cuda)]
+    return bool(values) or not isinstance(args[0], Cuda)
+
+
+def is_fill(traits: Traits, args: tuple) -> bool:
+    """x[mask] = number, which torch makes a masked_fill."""
+    values = args[2] if "put" in traits.name else None
+    return values is not None and values.numel() == 1 and not isinstance(values, Cuda)
 
 
 def copied_to_host(source: Cuda, kwargs: dict) -> torch.Tensor:
@@ -426,10 +446,10 @@ def flash_attention(
     return out, logsumexp, none, none, q.shape[2], k.shape[2], none, none, none
 
 
-def flash_attention_backward(grad, q, k, v, out, logsumexp, _, __, ___, ____, dropout, causal, *more,
-                             scale=None):  # fmt: skip
+def flash_attention_backward(grad, q, k, v, out, logsumexp, *more, scale=None):
+    dropout_p, is_causal = more[4:6]  # behind sequence lengths, which only varlen has
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(grad, q, k, v, out, logsumexp, dropout, causal, scale=scale)
+    return backward(grad, q, k, v, out, logsumexp, dropout_p, is_causal, scale=scale)
 
 
 def masked_attention(q, k, v, bias, *_, scale=None):
@@ -523,7 +543,7 @@ def arange(*numbers, dtype=None, layout=None, device=None, pin_memory=None):
     out = func(*numbers, **known)
     count(traits_of(func), numbers, known, out)
     if Graph.recording:
-        Graph.recording.record(traits_of(func), func, numbers, known, out)
+        Graph.recording.record(func, numbers, known, out)
     return Cuda(out, device_of(device))
 
 
@@ -580,19 +600,20 @@ class Graph:
             if address not in self.owned and address not in self.kept:
                 self.kept[address] = storage, storage.clone()
 
-    def record(self, traits: Traits, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        if traits.idle:
-            return  # a view stays one
-        given = {id(tensor) for tensor in tensors_in(args, *kwargs.values())}
+    def record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        given = {id(tensor) for tensor in tensors_in((args, *kwargs.values()))}
         fresh = [x for x in tensors_in(out) if id(x) not in given]
         for tensor in fresh:
             self.own(tensor)
         self.operations.append((func, args, kwargs, out, fresh))
 
-    def finish(self) -> None:
-        """As a GPU leaves it: others' tensors unchanged, its own without values."""
+    def restore(self) -> None:
+        """What others own, as it was."""
         for storage, before in self.kept.values():
             storage.copy_(before)
+
+    def finish(self) -> None:
+        """As a GPU leaves it: its own tensors have no values yet."""
         for *_, fresh in self.operations:
             for tensor in fresh:
                 if tensor.is_floating_point():
@@ -604,8 +625,9 @@ class Graph:
         if not self.ready:
             refuse("replay of a graph that was not captured")
         note("launch", "graph")
-        for work in self.work:
-            add_work(*work)
+        if works():
+            for name, function, work in self.work:
+                add_work(name, function, *work)
         for func, args, kwargs, out, fresh in self.operations:
             again = func(*args, **kwargs)
             if fresh:
@@ -630,6 +652,7 @@ def capture(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
         yield
     finally:
         Graph.recording = None
+        graph.restore()
     graph.finish()
 
 
@@ -775,3 +798,6 @@ def install() -> None:
     for module in (foreach_utils, optimizer_module):
         module._foreach_supported_types.append(Cuda)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    # Autograd's thread of a device lets go of its last tensors, which here are Python's, a moment
+    # after backward() has returned: at the interpreter's end it would find none.
+    atexit.register(time.sleep, 0.1)

@@ -2,7 +2,10 @@
 
     with counted() as tally:
         trainer.update(1.0)
-    tally.total("wait"), tally.by_function("launch"), tally.bytes, tally.flops
+    tally.total("wait"), tally.by_function("launch")
+    with counted(work=True) as tally:  # bytes and FLOPs, too, which takes time
+        trainer.update(1.0)
+    tally.bytes, tally.flops
 
 Kinds of events, each of which costs the host something:
 
@@ -60,7 +63,8 @@ class Work:
 class Tally:
     """Events and work of a stretch of the program."""
 
-    def __init__(self) -> None:
+    def __init__(self, asks: bool = False) -> None:
+        self.asks = asks  # for work
         self.events: Counter[Event] = Counter()
         self.work: defaultdict[tuple[str, str], Work] = defaultdict(Work)
 
@@ -102,10 +106,16 @@ TOTAL = Tally()  # since the process began
 OPEN = [TOTAL]
 
 
+def works() -> bool:
+    """Whether somebody asks for bytes and FLOPs."""
+    return any(tally.asks for tally in OPEN)
+
+
 @contextlib.contextmanager
-def counted() -> Iterator[Tally]:
-    """-> a Tally of what happens in the block, in any thread."""
-    tally = Tally()
+def counted(work: bool = False) -> Iterator[Tally]:
+    """-> a Tally of what happens in the block, in any thread. work: a graph that is replayed in the
+    block must have been captured in one like it"""
+    tally = Tally(work)
     OPEN.append(tally)
     try:
         yield tally
