@@ -174,11 +174,14 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 # The host must learn something of the values; masks as indices do so, too.
 WAITING = {"_local_scalar_dense", "is_nonzero", "item", "nonzero", "masked_select", "equal"}
 WAITING |= {"unique_consecutive", "_unique", "_unique2", "unique_dim", "allclose", "bincount"}
+READING = {"_local_scalar_dense", "is_nonzero", "item"}  # a copy and no more
 # Neither a view nor work.
 IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
 IDLE |= {"_unsafe_view", "_reshape_alias", "record_stream", "detach_", "set_", "alias"}
 # Of their first tensor they read as much as they write.
 GATHERING = {"embedding", "index", "gather", "index_select", "take", "_unsafe_index"}
+# Into it they write as much as they are given.
+SCATTERING = {"index_put_", "_index_put_impl_", "scatter_", "scatter_add_", "index_add_"}
 # What they write into they do not read; nor does an operation with out=.
 FILLING = {"fill_", "zero_", "copy_", "normal_", "uniform_", "_foreach_zero_", "_foreach_copy_"}
 # torch's multi_tensor_apply: lists of tensors -> tensors a launch; blocks, and elements of one.
@@ -194,7 +197,7 @@ class Traits:
         schema = func._schema
         self.name = schema.name.rpartition("::")[2]
         self.collective = func.namespace == "c10d"
-        self.idle = func.is_view or self.name in IDLE
+        self.idle = func.is_view or self.name in IDLE or self.name in READING
         self.indexing = self.name in INDEXING
         self.waits = self.name in WAITING or str(func) == "aten.repeat_interleave.Tensor"
         writes = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
@@ -232,6 +235,8 @@ def traffic(traits: Traits, args: tuple, kwargs: dict, out: Any) -> int:
     written = sum(map(size_of, targets or tensors_in(out)))
     if traits.name in GATHERING:
         return 2 * written + sum(map(size_of, given[1:]))
+    if traits.name in SCATTERING:
+        return sum(map(size_of, given[1:])) + size_of(given[-1])
     read = sum(map(size_of, given))
     if traits.name in FILLING or "out" in kwargs:
         read -= written
@@ -334,7 +339,7 @@ def dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
     device = check_devices(traits, args, kwargs, given)
     if traits.waits:
         wait(traits.name)
-        if HOLDS == "meta" and traits.name == "_local_scalar_dense":
+        if HOLDS == "meta" and traits.name in READING:
             return 1.0
     held_args = held(args)
     held_kwargs = {name: held(value) for name, value in kwargs.items()}

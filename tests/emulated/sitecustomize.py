@@ -1,6 +1,9 @@
 """Python imports this first where the folder is on PYTHONPATH: the process, and every one that it
-starts, has the emulated device."""
+starts with this Python, has the emulated device."""
 
-import emulated_cuda
+from importlib.util import find_spec
 
-emulated_cuda.install()
+if find_spec("torch"):
+    import emulated_cuda
+
+    emulated_cuda.install()

@@ -1,10 +1,12 @@
 """What test_cuda_path.py starts with tests/emulated on PYTHONPATH: the script on the emulated
 device, whole runs in runs/ of the working folder.
 
-cuda_worker.py FOLDER  # leaves facts_rank<r>.json there; a rank among others, or the only one
+cuda_worker.py FOLDER        # leaves facts_rank<r>.json there; a rank among others, or the only one
+cuda_worker.py FOLDER steps  # only what a step costs, which it prints
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -282,13 +284,20 @@ def steps(folder, rt):
 
 def main():
     folder = Path(sys.argv[1])
-    if "WORLD_SIZE" in os.environ:
+    ranks = "WORLD_SIZE" in os.environ
+    if sys.argv[2:] == ["steps"]:
+        if ranks:
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
+        facts = steps(folder, Runtime(tiny(**CUDA)))
+        print(json.dumps(facts, indent=1))
+    elif ranks:
         facts = {}
         whole_run(facts, lambda rt: facts.update(steps(folder, rt)))
-        torch.distributed.destroy_process_group()
     else:
         facts = alone(folder)
     leave(facts, folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
