@@ -9,7 +9,7 @@ from helpers import ROOT, SHRUNK, Run, launch, train_gpt
 pytestmark = pytest.mark.slow
 
 RANKS = 8
-# A row of 64 tokens a rank; banks of 6, 12 and 3 matrices, none a multiple of eight; the dataset's
+# A row of 64 tokens a rank; banks of 6 and 3 matrices, none a multiple of eight; the dataset's
 # twelve documents make twelve lanes, so sixteen: eight groups of two, the last two of none.
 SMALL = SHRUNK | dict(
     NUM_LAYERS="3",
