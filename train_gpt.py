@@ -380,6 +380,9 @@ class Config:
         "what feeds the n-gram mixture, sliding windows, or documents token by token, whose "
         "score a stream of bytes can prove")
     eval_lanes: int = scoring(1024, "documents read side by side, all ranks together", least=1)
+    eval_longest_first: int = scoring(0,
+        "so many of the longest documents are read before the others, or many lanes would wait for "
+        "one at the end; the bytes that name them count in the score", stored_in=())
     save_scores: bool = scoring(False, "write scores.npz, a row for each target")
     codec_tokens: int = scoring(1_000_000,
         "targets that are coded and decoded again; 0: none, -1: all", least=-1)
@@ -3749,6 +3752,7 @@ class CodingPlan(NamedTuple):
     groups: int  # of lanes, one a rank
     targets: int  # to code
     window: int  # keys and values a lane keeps
+    ahead: tuple[int, ...] = ()  # documents that are read first, ascending
 
     @staticmethod
     def of(stream: np.ndarray, cfg: Config, groups: int) -> "CodingPlan":
@@ -3757,7 +3761,53 @@ class CodingPlan(NamedTuple):
         size = len(stream) - 1
         last = 0 if stream[-1] == BOS else size - int(starts[-1])
         lanes = -(-min(cfg.eval_lanes, len(starts)) // groups) * groups
-        return CodingPlan(len(starts), last, lanes, groups, size, cfg.window)
+        plan = CodingPlan(len(starts), last, lanes, groups, size, cfg.window)
+        if len(starts) <= lanes:  # all begin at once
+            return plan
+        longest = np.argsort(-np.diff(starts, append=size), kind="stable")
+        return plan._replace(ahead=tuple(sorted(longest[: cfg.eval_longest_first].tolist())))
+
+    def queue(self) -> np.ndarray:
+        """The documents in the order in which they are begun, int64 (documents,)."""
+        ahead = np.array(self.ahead, int)
+        return np.append(ahead, np.setdiff1d(np.arange(self.documents), ahead))
+
+    def side_bytes(self) -> bytes:
+        """What the stream begins with: which documents are ahead, as the gaps between them, seven
+        bits a byte, the low ones first, with the eighth where more follow (LEB128)."""
+        packed = bytearray()
+        for gap in np.diff(self.ahead, prepend=-1).tolist():
+            while gap > 127:
+                packed.append(gap & 127 | 128)
+                gap >>= 7
+            packed.append(gap)
+        return bytes(packed)
+
+    def side_nats(self) -> float:
+        """What they cost."""
+        return len(self.side_bytes()) * math.log(256)
+
+
+def read_side_bytes(plan: CodingPlan, count: int, body: bytes) -> CodingPlan:
+    """The plan with the `count` documents that a stream's body begins with; ValueError."""
+    gaps: list[int] = []
+    gap = 0
+    shift = 0
+    for byte in body:
+        if len(gaps) == count or shift > 28:
+            break
+        gap |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            gaps.append(gap)
+            gap = 0
+            shift = 0
+    numbers = (np.cumsum(gaps) - 1).tolist()
+    plan = plan._replace(ahead=tuple(int(number) for number in numbers))
+    ascending = all(gap > 0 for gap in gaps) and (not gaps or plan.ahead[-1] < plan.documents)
+    if len(gaps) != count or not ascending or not body.startswith(plan.side_bytes()):
+        raise ValueError(f"it does not begin with the numbers of {count} documents")
+    return plan
 
 
 class LaneStep(NamedTuple):
@@ -3774,8 +3824,10 @@ class LaneSchedule:
 
     def __init__(self, stream: np.ndarray, plan: CodingPlan):
         """stream: a BOS and N targets."""
+        queue = plan.queue()
         starts = np.flatnonzero(stream[:-1] == BOS).astype(np.int32)
-        sizes = np.diff(starts, append=len(stream) - 1)  # in targets
+        sizes = np.diff(starts, append=len(stream) - 1)[queue]  # in targets
+        starts = starts[queue]
         free = [(0, lane) for lane in range(plan.lanes)]  # from which step on
         taken = []
         for size in sizes.tolist():
@@ -3846,8 +3898,9 @@ def run_lanes(
 ) -> list[LaneStep]:
     """The one loop of encoding and decoding: a token a lane a step.
 
-    Lanes begin with the first documents. A BOS ends a document (the last one, which no BOS
-    follows, ends by its length), and its lane takes the next that waits. The network runs each
+    Lanes begin with the first documents of the queue, which is the text's order but for those that
+    the plan has ahead. A BOS ends a document (the last one, which no BOS follows, ends by its
+    length), and its lane takes the next that waits. The network runs each
     group of lanes in its own cache; choose_tokens(their outputs, joined; who is at work where)
     says which token follows in each lane: read from a text, or from a range decoder. Since nothing
     else differs, encoder and decoder call the network with the same numbers in the same shapes.
@@ -3862,15 +3915,16 @@ def run_lanes(
     passes = [lane_pass(model, rt, group_size, plan.window) for _ in range(plan.groups)]
     ids = np.full(plan.lanes, BOS)
     places = np.zeros(plan.lanes, int)
-    documents = np.arange(plan.lanes)
-    waiting = plan.lanes  # the next document
+    queue = plan.queue()
+    taken = np.arange(plan.lanes)  # of the queue
+    waiting = plan.lanes  # the next of it
     coded = 0
     steps = []
-    while len(lanes := np.flatnonzero(documents < plan.documents)) and coded < plan.targets:
+    while len(lanes := np.flatnonzero(taken < plan.documents)) and coded < plan.targets:
         inputs = torch.as_tensor(np.stack([ids, places]), device=rt.device).split(group_size, 1)
         outputs = [forward(*group) for forward, group in zip(passes, inputs, strict=True)]
         joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
-        step = LaneStep(lanes, documents[lanes], places[lanes])
+        step = LaneStep(lanes, queue[taken[lanes]], places[lanes])
         steps.append(step)
         tokens = choose_tokens(joined, step)
         ids[lanes] = tokens
@@ -3881,7 +3935,7 @@ def run_lanes(
         for lane in lanes[over | (tokens == BOS)]:
             ids[lane] = BOS
             places[lane] = 0
-            documents[lane] = waiting
+            taken[lane] = waiting
             waiting += 1
     return steps
 
@@ -4620,7 +4674,9 @@ def mix_ngrams(scores: Scores, coding: CodingOrder, report: "Report") -> np.ndar
         mixed = mix(mixer, store, scores, times, rt.tick)
         final[coding.targets] = mixed
         if name == "cascade":
-            report.score("ngram_backoff", final, orders=show_orders(weighed_orders(name, cfg)))
+            report.score_in_order(
+                "ngram_backoff", final, orders=show_orders(weighed_orders(name, cfg))
+            )
     log_gains(rt, store.matched, mixed - scores.log_prob)
     return final
 
@@ -4813,7 +4869,7 @@ def run_codec(
 
     steps = run_lanes(model, rt, plan, choose_tokens)
     tokens = []
-    for document, text in texts.items():
+    for document, text in sorted(texts.items()):
         ended = document < plan.documents - 1 and text[-1] == BOS  # by the next one's BOS
         tokens += text[:-1] if ended else text
     coded = sum(len(step.lanes) for step in steps)
@@ -4830,7 +4886,8 @@ def range_coder() -> tuple[Any, Any]:
 def encode(
     model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray, plan: CodingPlan
 ) -> tuple[bytes, Coded]:
-    """-> words of the range coder, little-endian uint32, and what was coded."""
+    """-> the plan's side_bytes and words of the range coder, little-endian uint32, and what was
+    coded."""
     queue, family = range_coder()
     coder = queue.RangeEncoder()
     read = tokens_of_text(stream)
@@ -4841,13 +4898,14 @@ def encode(
         return tokens
 
     coded = run_codec(model, rt, cfg, plan, pick_tokens)
-    return coder.get_compressed().astype("<u4").tobytes(), coded
+    return plan.side_bytes() + coder.get_compressed().astype("<u4").tobytes(), coded
 
 
-def decode(model: GPT, rt: Runtime, cfg: Config, words: bytes, plan: CodingPlan) -> Coded:
-    """The text of encode's words; StreamError for words of another one."""
+def decode(model: GPT, rt: Runtime, cfg: Config, body: bytes, plan: CodingPlan) -> Coded:
+    """The text of encode's bytes; StreamError for those of another one."""
     queue, family = range_coder()
     try:
+        words = body[len(plan.side_bytes()) :]
         numbers = np.frombuffer(words, "<u4").astype(np.uint32)
     except ValueError as error:
         raise StreamError(f"no words of a range coder: {error}") from error
@@ -4884,14 +4942,17 @@ class StreamHeader(NamedTuple):
 
     def pack(self) -> dict[str, Any]:
         scoring = {name: show(value) for name, value in self.scoring.items()}
-        return dict(shape=self.plan, made=self.made, text=self.text, scoring=scoring)
+        *shape, ahead = self.plan
+        facts = dict(shape=shape, made=self.made, text=self.text, scoring=scoring)
+        return facts | (dict(ahead=len(ahead)) if ahead else {})
 
     @staticmethod
-    def parse(header: Any) -> "StreamHeader":
+    def parse(header: Any, body: bytes) -> "StreamHeader":
         """ValueError, KeyError, TypeError or AttributeError for what no encoder writes."""
-        plan = CodingPlan(*header["shape"])
+        *shape, window = header["shape"]
+        plan = CodingPlan(*shape, window=window)
         made = header["made"]
-        if any(type(number) is not int or number < 0 for number in plan) or plan.lanes < 1:
+        if any(type(number) is not int or number < 0 for number in plan[:-1]) or plan.lanes < 1:
             raise ValueError(f"a plan of {plan}")
         if made["device"].split()[:1] not in (["cpu"], ["cuda"]):
             raise ValueError(f"a device of {made['device']!r}")
@@ -4899,14 +4960,18 @@ class StreamHeader(NamedTuple):
             raise ValueError(f"{made['threads']!r} threads")
         if not 0 < plan.groups <= plan.lanes or plan.lanes % plan.groups:
             raise ValueError(f"{plan.groups} groups of {plan.lanes} lanes")
+        count = header.get("ahead", 0)
+        if type(count) is not int or not 0 <= count <= plan.documents:
+            raise ValueError(f"{count!r} documents ahead")
+        plan = read_side_bytes(plan, count, body)
         return StreamHeader(plan, made, header["text"], stored_values(header["scoring"], SCORING))
 
 
 def read_stream(path: Path) -> tuple[StreamHeader, bytes]:
-    """-> header, the range coder's words; StreamError."""
+    """-> header, what `encode` gave; StreamError."""
     try:
         header, words = unseal(STREAM_PREFIX, read_regular(path, MOST_STREAM_BYTES))
-        parsed = StreamHeader.parse(header)
+        parsed = StreamHeader.parse(header, words)
         # each lane codes a token at least: a forged number must not ask for the memory
         if parsed.plan.lanes > 1024 + 8 * len(words):
             raise ValueError("more lanes than its words could fill")
@@ -4949,7 +5014,9 @@ def decode_folder(cfg: Config) -> None:
         raise StreamError(f"{path}: decodes to another text than was coded; fix: use its machine")
     output = Path(cfg.decode, "decoded.npy")
     write_atomically(output, lambda partial: np.save(partial, decoded.text))
-    sums = {name: repr(getattr(decoded, name)) for name in ("nats", "model_nats")}
+    sums = dict(
+        nats=repr(decoded.nats + header.plan.side_nats()), model_nats=repr(decoded.model_nats)
+    )
     rt.log("decoded", decoded.targets, mass_error=f"{decoded.mass_error:.1e}", **sums)
 
 
@@ -4968,27 +5035,28 @@ def prove(report: "Report", log_prob: np.ndarray) -> tuple[Coded, dict[str, Any]
     if not most:
         read = tokens_of_text(stream)
         return run_codec(model, rt, cfg, plan, lambda _, step: read(None, step)), {}
-    words, coded = encode(model, rt, cfg, stream, plan)
+    body, coded = encode(model, rt, cfg, stream, plan)
     scoring = {name: getattr(cfg, name) for name in SCORING}
     code = (folder / "train_gpt.py").read_bytes()
     made = fingerprint(rt, code, artifact.read_bytes())
     header = StreamHeader(plan, made, sha256(coded.text), scoring)
-    sealed = seal(STREAM_PREFIX, header.pack(), words)
+    sealed = seal(STREAM_PREFIX, header.pack(), body)
     write_atomically(folder / "stream.bin", sealed)
     del model
     rt.release_memory()  # the decoder needs as much
     right = decoded_again(folder, coded.text)
-    claimed = -log_prob[: coded.targets].sum() / math.log(256)
+    side = len(plan.side_bytes())
+    claimed = -log_prob[: coded.targets].sum() / math.log(256) + side
     # Nobody changed the files meanwhile, and the score is that of these; a GPU and a CPU differ by
     # less than a thousandth.
     slack = coder_slack(coded.targets, cfg) + claimed / 1000 * (rt is not report.rt)
     right &= (folder / "stream.bin").read_bytes() == sealed
     right &= sha256(artifact.read_bytes()) == made["artifact"]
-    right &= abs(len(words) - claimed) <= slack
+    right &= abs(len(body) - claimed) <= slack
     if cfg.codec_device != "same":  # the decoder's arithmetic is what can be checked
-        claimed = coded.nats / math.log(256)
+        claimed = coded.nats / math.log(256) + side
     return coded, dict(
-        coded_bytes=len(words),
+        coded_bytes=len(body),
         claimed_bytes=math.ceil(claimed),
         proved_tokens=coded.targets,
         total_tokens=len(log_prob),
@@ -5322,10 +5390,22 @@ class Report:
         """A final line; log_prob (N,), nats."""
         self.rt.log(f"final_{stage}_exact", **self.losses(log_prob), **more)
 
+    def score_in_order(self, stage: str, log_prob: np.ndarray, **more: Any) -> None:
+        """A final line of what depends on the order of coding: with the bytes that name it."""
+        share = self.side_nats / len(log_prob)
+        self.score(stage, log_prob - share if share else log_prob, **more)
+
     def losses(self, log_prob: np.ndarray) -> dict[str, float]:
         """Mean loss in nats a token, and bits per byte."""
         bpb = bits_per_byte(log_prob, np.array(self.text.text_bytes))
         return dict(val_loss=float(-log_prob.mean()), val_bpb=bpb)
+
+    @property
+    def side_nats(self) -> float:
+        """What a decoder must be told beside the text."""
+        if self.cfg.scorer != "documents":
+            return 0.0
+        return CodingPlan.of(self.text.stream, self.cfg, self.rt.world_size).side_nats()
 
     def finish(self, model: GPT, scores: Scores, final: np.ndarray, coding: CodingOrder) -> None:
         """Proof, columns, bytes and seconds against the caps, submission.json, picture."""
@@ -5346,7 +5426,7 @@ class Report:
             fix = f"other NGRAM_ settings; EVAL_ONLY={rt.folder / 'artifact.bin'} scores it"
             raise UserError(f"{reason}, so there is no val_bpb; fix: {fix}")
         orders = show_orders(weighed_orders(cfg.mixer, cfg))
-        self.score("ngram", claim, mixer=cfg.mixer, orders=orders, mass_error=mass_error)
+        self.score_in_order("ngram", claim, mixer=cfg.mixer, orders=orders, mass_error=mass_error)
         save_columns(self, scores, final)
         log_pseudo_score(rt, cfg)
         if codec:

@@ -257,7 +257,7 @@ class Compressor:
                 plan = CodingPlan.of(stream, cfg, 1)
                 words, _ = train_gpt.encode(self.model, self.rt, cfg, stream, plan)
                 smaller = len(words) < len(raw)
-                blocks.append([plan if smaller else None, len(words if smaller else raw)])
+                blocks.append([plan[:-1] if smaller else None, len(words if smaller else raw)])
                 parts.append(words if smaller else raw)
         parts.append(b"" if held.all() else keep_aside(data, held))
         header = dict(bytes=len(data), sha256=train_gpt.sha256(data), made=self.made())

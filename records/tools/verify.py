@@ -428,7 +428,7 @@ def decode(case: Case) -> str:
     reason = f"{found.targets:,} tokens decode, submission.json says {claimed}"
     require(claimed == found.targets, reason)
     if not whole:
-        least = coded_stretch_differs(found.tokens, text)
+        least = coded_stretch_differs(found.tokens, text, header.plan)
         require(least is None, f"document {least} of the decoded stretch is not the text's")
         reason = f"{found.targets:,} of {len(text) - 1:,} tokens decode, as in the text"
         raise NotChecked(f"{reason}; no others are in stream.bin (CODEC_TOKENS)")
@@ -455,13 +455,18 @@ def here_or_not_checked(case: Case, header: train_gpt.StreamHeader) -> None:
     train_gpt.require_memory(needed, f"{header.plan.lanes} lanes", rt.device)
 
 
-def coded_stretch_differs(decoded: np.ndarray, text: np.ndarray) -> int | None:
-    """The first document that is not the beginning of one of the text, in their order; None where
-    all are. Both: uint16, a BOS before each document."""
+def coded_stretch_differs(
+    decoded: np.ndarray, text: np.ndarray, plan: train_gpt.CodingPlan
+) -> int | None:
+    """The first document that is not the beginning of its like in the text, of those that the plan
+    begins with; None where all are. Both: uint16, a BOS before each document."""
     ours = np.split(text, np.flatnonzero(text == BOS))[1:]
     theirs = np.split(decoded, np.flatnonzero(decoded == BOS))[1:]
-    for place, document in enumerate(theirs):
-        if place >= len(ours) or not np.array_equal(document, ours[place][: len(document)]):
+    begun = sorted(plan.queue()[: len(theirs)].tolist())
+    if len(begun) < len(theirs):
+        return len(begun)
+    for place, document in zip(begun, theirs, strict=True):
+        if not np.array_equal(document, ours[place][: len(document)]):
             return place
     return None
 

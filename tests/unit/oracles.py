@@ -221,7 +221,7 @@ def mixed(tokens, scores, **changes):
     report = SimpleNamespace(
         cfg=cfg,
         rt=SilentRuntime(),
-        score=lambda stage, log_prob, **more: stages.update(
+        score_in_order=lambda stage, log_prob, **more: stages.update(
             {stage: more | dict(log_prob=log_prob.copy())}
         ),
     )
@@ -237,5 +237,5 @@ def scored_documents(model, cfg, stream):
     scores, order = train_gpt.score_documents(model, train_gpt.Runtime(cfg), cfg, stream)
     if cfg.mixer == "none":
         return scores, scores.log_prob, order
-    report = SimpleNamespace(cfg=cfg, rt=SilentRuntime(), score=lambda *_, **__: None)
+    report = SimpleNamespace(cfg=cfg, rt=SilentRuntime(), score_in_order=lambda *_, **__: None)
     return scores, mix_ngrams(scores, order, report), order

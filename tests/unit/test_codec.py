@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,6 +106,55 @@ def round_trip(stream, groups=1, **changes):
     words, text, count = coded(tiny(**SMALL | changes), stream, groups)
     assert text.tobytes() == stream.tobytes() and count == len(stream) - 1
     return len(words)
+
+
+@settings(max_examples=200, deadline=None)
+@given(numbers=st.sets(st.integers(0, 70_000), max_size=40), tail=st.binary(max_size=6))
+def test_documents_ahead_come_back(numbers, tail):
+    plan = CodingPlan(70_001, 3, 2, 1, 99, 16, tuple(sorted(numbers)))
+    body = plan.side_bytes() + tail
+    bare = plan._replace(ahead=())
+    assert train_gpt.read_side_bytes(bare, len(numbers), body) == plan
+    assert sorted(plan.queue().tolist()) == [*range(70_001)]
+    assert plan.queue()[: len(numbers)].tolist() == [*plan.ahead]
+    assert plan.side_nats() == pytest.approx(len(plan.side_bytes()) * 8 * math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("count", "body"),
+    [
+        (1, b""),
+        (2, b"\x01\x80"),  # cut
+        (1, b"\x80\x00"),  # a longer way to say 0, which is no gap
+        (1, b"\x81\x00"),  # a longer way to say 1
+        (2, b"\x03\x00"),  # twice the same
+        (2, b"\x03\x08"),  # the eleventh of ten
+        (1, b"\xff" * 99),
+    ],
+)
+def test_side_bytes_that_nobody_wrote(count, body):
+    with pytest.raises(ValueError, match="numbers of"):
+        train_gpt.read_side_bytes(CodingPlan(10, 3, 2, 1, 99, 16), count, body)
+
+
+def test_the_longest_are_ahead():
+    """Of 12, 3, 40, 7 and 41 tokens; ties go to the first. Where all begin at once it is no use."""
+    stream = documents(11, 2, 39, 6, 40)
+    for count, ahead in ((0, ()), (1, (4,)), (2, (2, 4)), (3, (0, 2, 4)), (9, (0, 1, 2, 3, 4))):
+        cfg = tiny(**SMALL | dict(eval_lanes=2, eval_longest_first=count))
+        assert CodingPlan.of(stream, cfg, 1).ahead == ahead
+    cfg = tiny(**SMALL | dict(eval_lanes=5, eval_longest_first=2))
+    assert CodingPlan.of(stream, cfg, 1).ahead == ()
+    assert CodingPlan.of(documents(3, 3, 3), replace(cfg, eval_lanes=1), 1).ahead == (0, 1)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_longest_first_round_trip(groups):
+    """Its side bytes are part of what is coded; the text comes back in its own order."""
+    stream = documents(5, 40, 3, 9, 33, 2, 8, 8)
+    plain = round_trip(stream, groups)
+    ahead = round_trip(stream, groups, eval_longest_first=2)
+    assert ahead > 0 and abs(ahead - plain) < 40
 
 
 # -----------------------------------------------------------------------------
@@ -218,13 +268,15 @@ def test_a_stretch_is_the_first_steps(targets):
     lanes=st.integers(1, 6),
     groups=st.integers(1, 3),
     last=st.sampled_from(["text", "BOS"]),
+    ahead=st.integers(0, 13),
 )
-def test_the_schedule_is_what_lanes_come_to_as_they_go(sizes, lanes, groups, last):
+def test_the_schedule_is_what_lanes_come_to_as_they_go(sizes, lanes, groups, last, ahead):
     """run_lanes, along the text, without a network."""
     stream = documents(*sizes)
     if last == "BOS" or len(stream) < 2:
         stream = np.append(stream, np.uint16(BOS))
-    plan = CodingPlan.of(stream, tiny(**SMALL | dict(eval_lanes=lanes)), groups)
+    room = dict(eval_lanes=lanes, eval_longest_first=ahead)
+    plan = CodingPlan.of(stream, tiny(**SMALL | room), groups)
     with pytest.MonkeyPatch.context() as patch:
         nothing = torch.zeros(plan.lanes // groups, 1), torch.zeros(plan.lanes // groups)
         patch.setattr(train_gpt, "require_lanes", lambda *_: None)
