@@ -3,6 +3,7 @@ which not all can be checked."""
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -595,6 +596,33 @@ def test_a_stretch_is_not_the_whole(tmp_path_factory, data):
     assert statuses(found) == {"decode", "score"}
     assert "2,1" in found["decode"][1] and "no others are in stream.bin" in found["decode"][1]
     assert not [s for s, _ in found.values() if s == "FAILED"] and found["rescored"][0] == "ok"
+
+
+def test_the_longest_first_are_paid_for(tmp_path_factory, data):
+    """Of twelve documents in three lanes two are ahead: a byte each, in every figure."""
+    env = dict(EVAL_LANES="3", EVAL_LONGEST_FIRST="2")
+    folder = finished(tmp_path_factory, "ahead", data, **env)
+    case = verify.Case(folder)
+    found = list(verify.examine(case))
+    assert verify.verdict(found)[1] == "PROVED", [row for row in found if row.status != "ok"]
+    plan = case.stream[0].plan
+    assert len(plan.ahead) == 2 and len(plan.side_bytes()) == 2
+    with np.load(folder / "scores.npz") as scores:
+        nats = -scores["logp_final"].sum()
+    paid = 2 * math.log(256)
+    assert case.decoded.nats == pytest.approx(nats + paid, rel=1e-9)
+    assert case.claim("val_loss") * case.decoded.targets == pytest.approx(nats + paid, rel=1e-9)
+    assert case.claim("codec", "claimed_bytes") == math.ceil((nats + paid) / math.log(256))
+
+
+def test_other_documents_ahead_fail(tmp_path_factory, data):
+    """Of a stretch, too: which documents it holds follows from the text."""
+    env = dict(EVAL_LANES="3", EVAL_LONGEST_FIRST="2", CODEC_TOKENS="2100")
+    folder = finished(tmp_path_factory, "ahead_stretch", data, **env)
+    found = rows(folder)
+    assert statuses(found) == {"decode", "score"} and found["rescored"][0] == "ok"
+    reseal(folder, lambda header, body: b"\1\1" + body[2:])  # 0 and 1
+    assert "has shape" in reasons(folder)["stream"]
 
 
 def test_without_the_text(folder, tmp_path, monkeypatch):
