@@ -89,6 +89,7 @@ import hashlib
 import heapq
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -2030,7 +2031,8 @@ class Prefetch:
     def read(self) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         inputs, targets = self.loader.rows(self.cfg, self.rt)
         if self.rt.cuda:
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+            inputs = inputs.pin_memory()
+            targets = targets.pin_memory()
         return (inputs, targets), self.loader.state()
 
     def take(self) -> tuple[Tensor, Tensor]:
@@ -2616,7 +2618,9 @@ def stream_dtype(x: Tensor) -> Tensor:
     """x as the residual stream carries it: in bf16 under autocast, as PR #549's does; embeddings
     and gains are fp32, and a sum with one of them would make all of the stream so."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def rotary_table(cfg: Config, positions: Tensor) -> Tensor:
@@ -2694,6 +2698,29 @@ class Context:
         return attend(q, k, v)
 
 
+def varlen_attention(device: torch.device) -> Callable | None:
+    """torch's attention over sequences of their own lengths, where it can take the number of keys
+    that are filled from the device (CUDA, torch 2.13); None elsewhere."""
+    if device.type != "cuda":
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "seqused_k" in inspect.signature(varlen_attn).parameters else None
+
+
+def attend_seen(varlen: Callable, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """One query a lane: q (B, H, 1, d), keys and values (B, S, G, d), of which the first `seen`,
+    int32 (B,), are read -> (B, H, 1, d). varlen: of varlen_attention."""
+    lanes, slots = keys.shape[:2]
+    edges = torch.arange(lanes + 1, dtype=torch.int32, device=q.device)
+    rows = q[:, :, 0].type_as(keys)
+    flat = keys.flatten(0, 1), values.flatten(0, 1)
+    how = dict(seqused_k=seen, enable_gqa=q.shape[1] != keys.shape[2])
+    return varlen(rows, *flat, edges, edges * slots, 1, slots, **how).unsqueeze(2)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Grouped attention: q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d); causal, or by a mask
     that is True where a key is seen."""
@@ -2728,6 +2755,7 @@ class LaneCache(Context):
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(calls)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.slots = torch.arange(window, device=device)
+        self.varlen = varlen_attention(device)
         if device.type == "cuda":  # once, not in each step, as autocast would
             for banks in ("qo", "kv", "up", "down"):
                 setattr(self, banks, [weight.to(dtype) for weight in getattr(self, banks)])
@@ -2739,7 +2767,10 @@ class LaneCache(Context):
         self.first_values = None
         self.rope = rotary_table(self.cfg, positions)[:, :, None, None]
         self.slot = positions % len(self.slots)
-        self.seen = self.slots <= positions.unsqueeze(1)
+        if self.varlen:
+            self.seen = (positions + 1).clamp(max=len(self.slots)).int()
+        else:
+            self.seen = self.slots <= positions.unsqueeze(1)
 
     def previous(self, name: str, x: Tensor) -> Tensor:
         kept = self.past.setdefault(name, torch.zeros_like(x))
@@ -2753,6 +2784,8 @@ class LaneCache(Context):
         self.call += 1
         keys[self.lane, self.slot] = k[:, :, 0].type_as(keys)
         values[self.lane, self.slot] = v[:, :, 0].type_as(values)
+        if self.varlen:
+            return attend_seen(self.varlen, q, keys, values, self.seen)
         return attend(q, keys.transpose(1, 2), values.transpose(1, 2), self.seen[:, None, None])
 
 
@@ -2887,7 +2920,7 @@ class GPT(nn.Module):
         v = self.values(i, h, context)
         q = rotate(rms_norm(self.heads(F.linear(h, context.qo[i]))), *context.rope)
         k = rotate(rms_norm(self.heads(F.linear(h, context.kv[i]))), *context.rope)
-        q = q * self.q_gain[i].view(-1, 1, 1)
+        q = q.type_as(v) * self.q_gain[i].view(-1, 1, 1).type_as(v)  # kept in bf16 for backward
         y = context.attend(q, k, v)
         if i >= cfg.num_layers - cfg.xsa_last_n:
             y = exclude_self(y, v)  # (B, H, T, d)
@@ -5175,7 +5208,8 @@ class Trainer:
             nonfinite = 0 if math.isfinite(loss.get()) else self.rt.rank + 1
         signal_here = max(self.rt.received, default=0)
         said = self.rt.start_largest(self.rt.seconds["train"], signal_here, nonfinite)
-        said_before, self.agreement = self.agreement, said
+        said_before = self.agreement
+        self.agreement = said
         if said_before:
             self.apply(said_before())
         if not soon or self.rt.world_size == 1:

@@ -723,7 +723,7 @@ def rates() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "\n").splitlines()[0])
     parser.add_argument("--gpus", type=int, default=8, choices=range(1, 9), metavar="1..8")
     parser.add_argument("--table", action="store_true", help="own, the five and PR #549")
     parser.add_argument("--rates", action="store_true", help="what it rests on")

@@ -65,6 +65,8 @@ ctypes.CDLL(str(build()))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.nn.attention.varlen  # noqa: E402
+import torch.nn.functional as F  # noqa: E402, N812
 from torch.optim import optimizer as optimizer_module  # noqa: E402
 from torch.utils import _foreach_utils as foreach_utils  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
@@ -465,6 +467,18 @@ def masked_attention(q, k, v, bias, *_, scale=None):
     return out, logsumexp, none, none, q.shape[2], k.shape[2], none, none, none
 
 
+def lane_attention(q, k, v, edges_q, edges_k, max_q, max_k, *more):
+    """torch.nn.attention.varlen's, of one query a sequence: rows of q (B, H, d), keys and values
+    (B * max_k, G, d), of which each sequence has as many as `seqused_k` says."""
+    enable_gqa, filled = more[3:5]
+    keys, values = (x.unflatten(0, (-1, max_k)).transpose(1, 2) for x in (k, v))
+    mask = torch.arange(max_k, device=filled.device) < filled.unsqueeze(1)
+    how = dict(attn_mask=mask[:, None, None], enable_gqa=enable_gqa)
+    out = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, **how).squeeze(2)
+    none = q.new_zeros(0)
+    return out, none, none
+
+
 def rms_norm(x, shape, weight, eps):
     wide = x.float()
     eps = torch.finfo(x.dtype).eps if eps is None else eps
@@ -483,6 +497,7 @@ SPECIAL = {
     aten._scaled_dot_product_flash_attention.default: flash_attention,
     aten._scaled_dot_product_flash_attention_backward.default: flash_attention_backward,
     aten._scaled_dot_product_cudnn_attention.default: masked_attention,
+    torch.ops.torch_attn._varlen_attn.default: lane_attention,
     aten._fused_rms_norm.default: rms_norm,
     aten._fused_rms_norm_backward.default: rms_norm_backward,
 }

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -122,6 +123,9 @@ def scored(model, rt, cfg, stream):
     """name -> log p by each scorer, and the order of coding"""
     scores, order = train_gpt.score_documents(model, rt, cfg, stream)
     found = dict(documents=scores.log_prob)
+    with patch.object(train_gpt, "varlen_attention", lambda _: None):  # torch below 2.13
+        masked, _ = train_gpt.score_documents(model, rt, cfg, stream)
+    found["masked_documents"] = masked.log_prob
     found["windows"] = train_gpt.WindowScorer(model, rt, cfg).score(stream, 4).log_prob
     for lora in (False, True):
         learns = tiny(device=cfg.device, **MORE, **TTT, ttt_use_lora=lora)
@@ -202,9 +206,9 @@ FAULTS = {  # name -> (a line of the script, or its end; what stands there inste
         "dtype=torch.float64, device=positions.device) / dims",
         "dtype=torch.float64) / dims",
     ),
-    "the lanes' slots on the CPU": (
-        "self.slots = torch.arange(window, device=device)",
-        "self.slots = torch.arange(window)",
+    "the lanes' numbers on the CPU": (
+        "self.lane = torch.arange(count, device=device)",
+        "self.lane = torch.arange(count)",
     ),
     "numpy of a CUDA tensor": (
         "scored[:, : len(real)].cpu().numpy()",
