@@ -1050,6 +1050,7 @@ class Runtime:
         self.device = torch.device(f"cuda:{launched['LOCAL_RANK']}" if self.cuda else "cpu")
         self.finished = (self.folder / "submission.json").exists()
         self.seconds = {"train": 0.0, "eval": 0.0}
+        self.pace: dict[str, float] = {}  # of passes that the warm-up has measured, seconds each
         self.logs: list[LogFile] = []
         self.told_of_loss = False
         self.received: list[int] = []  # signals
@@ -1244,6 +1245,18 @@ class Runtime:
         began = time.perf_counter()
         yield
         self.seconds[stage] += time.perf_counter() - began
+
+    def measure(self, name: str, passes: int, run: Callable[[], Any]) -> None:
+        """Keep how long one of so many passes takes, which `run` makes and waits for."""
+        began = time.perf_counter()
+        run()
+        self.pace[name] = (time.perf_counter() - began) / passes
+
+    def expect(self, stage: str, passes: int, name: str) -> None:
+        """Before a stage of the evaluation: how long it will take, where that was measured."""
+        if name in self.pace:
+            seconds = passes * self.pace[name]
+            self.log("expect", stage, seconds=seconds, cap=CAP_SECONDS)
 
     def autocast(self) -> torch.autocast:
         """bf16 on CUDA; fp32 on the CPU, where bf16 is slower."""
@@ -3731,11 +3744,20 @@ class WindowScorer:
         log_probs, entropy = self.predict(hidden, positions)
         return torch.stack([log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy])
 
-    @torch.no_grad()
     def warm_up(self, stride: int) -> None:
-        """What scoring with this stride will run, once, on nothing."""
-        ids, wide, _ = self.windows(np.zeros(1, np.uint16), np.full(self.batch, stride), stride)
-        self.forward(self.hidden(ids), wide, torch.zeros_like(wide))
+        """What scoring with this stride will run, on nothing: compiled, then timed."""
+
+        ends = np.full(self.batch * self.rt.world_size, stride)
+        for _ in range(2):
+            self.rt.measure(
+                f"stride {stride}",
+                1,
+                lambda: self.score_windows(np.zeros(2, np.uint16), ends, stride),
+            )
+
+    def passes(self, targets: int, stride: int) -> int:
+        """Of each rank."""
+        return -(-targets // (stride * self.batch * self.rt.world_size))
 
     def windows(self, stream: np.ndarray, ends: np.ndarray, stride: int) -> list[Tensor]:
         """Inputs (B, T), scored positions and targets (B, S) of the windows that end before target
@@ -3774,6 +3796,7 @@ class WindowScorer:
 
 
 SCHEDULED_STEPS = 1024  # of lanes, that are laid out at a time
+WARM_UP_STEPS = 32  # of lanes, that are timed beforehand
 
 
 class CodingPlan(NamedTuple):
@@ -4015,6 +4038,8 @@ class LaneScorer:
     def __init__(self, model: GPT, rt: Runtime, count: int, window: int):
         shape = SCHEDULED_STEPS, count
         require_lanes(model, rt, count, window)
+        self.rt = rt
+        self.window = window
         self.forward = lane_forward(model, rt, count, window)
         # inputs, their places in the documents, targets
         self.schedule = torch.zeros(3, *shape, dtype=torch.int64, device=rt.device)
@@ -4030,8 +4055,15 @@ class LaneScorer:
         self.found.index_copy_(1, self.at, torch.stack([log_prob, entropy]).unsqueeze(1))
         self.at += 1
 
+    def warm_up(self) -> None:
+        """As it will run, with half the window full, and timed."""
+        columns = np.zeros((3, WARM_UP_STEPS, self.schedule.shape[2]), np.int64)
+        columns[1] = self.window // 2
+        for _ in range(2):
+            self.rt.measure("lane step", WARM_UP_STEPS, lambda: self.score(columns))
+
     @torch.no_grad()
-    def score(self, columns: np.ndarray, tick: Callable) -> np.ndarray:
+    def score(self, columns: np.ndarray, tick: Callable = lambda _: None) -> np.ndarray:
         """columns: int64 (3, steps, count) as `schedule` -> log p, entropy, float64 (2, steps,
         count)."""
         steps = columns.shape[1]
@@ -4056,6 +4088,7 @@ def score_documents(
     scorer = LaneScorer(model, rt, group_size, plan.window)
     columns = np.zeros((2, plan.targets))
     total = int(schedule.lengths[mine].max())
+    rt.expect("documents", int(schedule.lengths.max()), "lane step")
     for begin in range(0, total, SCHEDULED_STEPS):
         end = min(begin + SCHEDULED_STEPS, total)
         inputs, places = schedule.steps(begin, end, mine)
@@ -5766,7 +5799,7 @@ def train_model(report: Report) -> dict[str, Tensor]:
         return report.losses(scorer.score(stream, scorer.length).log_prob)
 
     trainer = Trainer(model, loader, rt, cfg)
-    warm_up_scoring(scorer, stream)
+    warm_up_scoring(model, rt, cfg, stream)
     if cfg.resume == "auto":
         resume_training(trainer)
     overlap.log(max(1, trainer.step), OVERLAP_SECONDS)
@@ -5781,19 +5814,19 @@ def train_model(report: Report) -> dict[str, Tensor]:
     return weights
 
 
-def warm_up_scoring(scorer: WindowScorer, stream: np.ndarray) -> None:
-    """On CUDA, before the clock starts: every shape that the evaluation will run is compiled."""
-    rt = scorer.rt
-    cfg = rt.cfg
+def warm_up_scoring(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> None:
+    """On CUDA, before the clock starts: every shape that the evaluation will run is compiled, and
+    timed for what is to be expected of it."""
     if not rt.cuda:
         return
+    model = for_scores(model)
+    scorer = WindowScorer(model, rt, cfg)
     scorer.warm_up(scorer.length)
     if scores_sliding(cfg):
         scorer.warm_up(cfg.eval_stride)
     if cfg.scorer == "documents":
         plan = CodingPlan.of(stream, cfg, rt.world_size)
-        lanes = plan.lanes // plan.groups
-        LaneScorer(scorer.model, rt, lanes, plan.window).step()
+        LaneScorer(model, rt, plan.lanes // plan.groups, plan.window).warm_up()
 
 
 def scores_sliding(cfg: Config) -> bool:
@@ -5809,11 +5842,16 @@ def evaluate(
     stream = report.text.stream
     scorer = WindowScorer(model, rt, cfg)
     coding = CodingOrder(stream, slice(None))
-    report.score("int6_roundtrip", scorer.score(stream, scorer.length).log_prob)
+    targets = len(stream) - 1
+    length = scorer.length
+    rt.expect("int6_roundtrip", scorer.passes(targets, length), f"stride {length}")
+    report.score("int6_roundtrip", scorer.score(stream, length).log_prob)
     speed = {}
     if scores_sliding(cfg):
+        stride = cfg.eval_stride
+        rt.expect("int6_sliding_window", scorer.passes(targets, stride), f"stride {stride}")
         began = time.perf_counter()
-        scores = scorer.score(stream, cfg.eval_stride)
+        scores = scorer.score(stream, stride)
         report.score("int6_sliding_window", scores.log_prob, stride=cfg.eval_stride)
         speed["sliding_tokens_per_s"] = tokens_per_second(stream, began)
     if cfg.scorer == "documents":
@@ -5885,6 +5923,7 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
     cfg = report.cfg
     if cfg.eval_only:
         rt.log("overlap", documents="unknown")  # of what it was trained on
+        warm_up_scoring(GPT(cfg).to(rt.device), rt, cfg, report.text.stream)
     weights = {} if cfg.eval_only else train_model(report)
     note_caps(rt, train_seconds=rt.seconds["train"])
     with rt.clock("eval"):  # quantisation is in its budget

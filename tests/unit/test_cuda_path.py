@@ -123,6 +123,9 @@ def test_a_whole_run_proves_its_score(ranks, request):
     assert {"final_documents_exact", "final_int6_sliding_window_exact"} <= stages
     assert {"final_ngram_backoff_exact", "final_ngram_exact"} <= stages
     assert any(text.startswith("late_qat:enabled step:2") for text in run.lines)
+    keys = [text.split()[0] for text in run.lines]
+    for stage in ("int6_roundtrip", "int6_sliding_window", "documents"):
+        assert keys.index(f"expect:{stage}") < keys.index(f"final_{stage}_exact")
 
 
 def test_a_run_goes_on_from_a_checkpoint_to_the_bit(one):
