@@ -5814,6 +5814,7 @@ def train_model(report: Report) -> dict[str, Tensor]:
     return weights
 
 
+@torch.no_grad()
 def warm_up_scoring(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> None:
     """On CUDA, before the clock starts: every shape that the evaluation will run is compiled, and
     timed for what is to be expected of it."""

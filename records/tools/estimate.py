@@ -88,8 +88,7 @@ TARGETS = 62_021_632
 DOCUMENTS = 50_000
 SPREAD = 1.0  # assumed: lengths are lognormal, their logarithms spread so far
 # What the script does today.
-LONGEST_FIRST = False  # lanes take documents in the text's order
-SEEN_KEYS_ONLY = False  # attention of a lane reads every slot of its window
+SEEN_KEYS_ONLY = True  # attention of a lane, by torch 2.13's varlen; else every slot
 CHUNK_CAPTURED = False  # a chunk of the blend is launched operation by operation
 CHUNK_LAUNCHES = 301  # of it, and
 OPTIMIZER_LAUNCHES = 50, 60, 20  # at least, for clipping, for each bank: on the emulated device
@@ -120,7 +119,7 @@ class Script:
     """Properties of a training script, beside its model's shape."""
 
     stream: int = 2  # bytes of a number of the residual stream
-    rotary: int = 4  # and of the rotated queries that are kept
+    rotary: int = 2  # and of the rotated queries that are kept
     waits: bool = False  # the host waits for each step before it prepares the next one
     pinned: bool = True  # tokens are prefetched
     all_rows: bool = False  # each rank reads the tokens of all
@@ -129,11 +128,14 @@ class Script:
 
 
 NOW = Script()
-BEFORE = Script(stream=4, waits=True, pinned=False, all_rows=True, veto_first=True)  # 72edfbf
+BEFORE = Script(  # of commit 72edfbf
+    stream=4, rotary=4, waits=True, pinned=False, all_rows=True, veto_first=True
+)
 # It waits for the flag of the clock, all-reduced after each step; its rotary table is bf16.
-PR549 = Script(rotary=2, waits=True, pinned=False, each_gradient=True)
+PR549 = Script(waits=True, pinned=False, each_gradient=True)
 CURES = (  # of BEFORE, one after the other
     ("bf16 residual stream", dict(stream=2)),
+    ("rotated queries kept in bf16", dict(rotary=2)),
     ("the host runs ahead, tokens prefetched", dict(waits=False, pinned=True, all_rows=False)),
     ("one all-reduce less, the long transfers first", dict(veto_first=False)),
 )
@@ -427,13 +429,13 @@ def document_lengths() -> np.ndarray:
 
 
 @cache
-def lane_steps(lanes: int, longest_first: bool) -> int:
-    """Until all documents are read, each by the lane that is free first; never less than targets /
-    lanes, nor than the longest document."""
+def lane_steps(lanes: int, ahead: int) -> int:
+    """Until all documents are read, `ahead` of the longest before the others, each by the lane that
+    is free first; never less than targets / lanes, nor than the longest document."""
     lengths = document_lengths()
-    order = np.sort(lengths)[::-1] if longest_first else lengths
+    longest = np.sort(np.argsort(-lengths, kind="stable")[:ahead])
     free = [0] * lanes
-    for size in order.tolist():
+    for size in [*lengths[longest].tolist(), *np.delete(lengths, longest).tolist()]:
         heapq.heapreplace(free, free[0] + size)
     return max(free)
 
@@ -467,12 +469,11 @@ def lanes_of(cfg: Config, ranks: int) -> int:
     return -(-min(cfg.eval_lanes, DOCUMENTS) // ranks)
 
 
-def documents_seconds(
-    cfg: Config, ranks: int, *, seen: bool = SEEN_KEYS_ONLY, longest: bool = LONGEST_FIRST
-) -> float:
+def documents_seconds(cfg: Config, ranks: int, *, seen: bool = SEEN_KEYS_ONLY) -> float:
     lanes = lanes_of(cfg, ranks)
     keys = keys_seen(cfg.window) if seen else cfg.window
-    return lane_steps(lanes * ranks, longest) * lane_step_seconds(cfg, lanes, keys)
+    steps = lane_steps(lanes * ranks, cfg.eval_longest_first)
+    return steps * lane_step_seconds(cfg, lanes, keys)
 
 
 def gathering_seconds(ranks: int) -> float:
@@ -605,14 +606,14 @@ def lanes_report(cfg: Config, ranks: int) -> Iterator[str]:
     """What the documents depend on."""
     lanes = lanes_of(cfg, ranks)
     held = train_gpt.lane_bytes(cfg, lanes, cfg.window, True) / 1e9
-    text = lane_steps(lanes * ranks, False)
-    first = lane_steps(lanes * ranks, True)
+    text = lane_steps(lanes * ranks, 0)
+    first = lane_steps(lanes * ranks, 1024)
     known = "FineWeb's" if train_gpt.has_fineweb() else "assumed"
     longest = f"the longest of {document_lengths().max():,}, {known}"
     ways = {"all slots": cfg.window, "seen keys alone": keys_seen(cfg.window)}
     ways["SDPA's math fallback"] = MATH_FALLBACK * cfg.window
     yield f"documents: {lanes} lanes a GPU, {held:.0f} GB, {lane_kernels(cfg)} kernels a step;"
-    yield f"  {text:,} steps in the text's order, {first:,} longest first ({longest})"
+    yield f"  {text:,} steps in the text's order, {first:,} with 1,024 longest first ({longest})"
     for name, keys in ways.items():
         one = lane_step_seconds(cfg, lanes, keys)
         both = f"{text * one:6.0f} s in the text's order, {first * one:6.0f} s longest first"
@@ -684,9 +685,7 @@ def cures(ranks: int) -> Iterator[tuple[str, ...]]:
     stages = [("before (commit 72edfbf)", cfg, BEFORE)]
     for name, properties in CURES:
         stages.append((name, cfg, replace(stages[-1][2], **properties)))
-    stages.append(("left: rotary table in bf16", cfg, replace(NOW, rotary=2)))
-    fewer = replace(cfg, xsa_last_n=4)
-    stages.append(("left: XSA in 4 layers", fewer, replace(NOW, rotary=2)))
+    stages.append(("left: XSA in 4 layers", replace(cfg, xsa_last_n=4), NOW))
     before = 0.0
     for name, shape, script in stages:
         step = step_seconds(shape, ranks, script)
@@ -696,21 +695,22 @@ def cures(ranks: int) -> Iterator[tuple[str, ...]]:
 
 
 def evaluation_cures(ranks: int) -> Iterator[tuple[str, ...]]:
-    """From today's on."""
+    """From that of before, without what was compiled on the clock, to what is left."""
     cfg = configuration({"RECORD": "own"})
-    quiet = replace(cfg, eval_sliding=False)
-    wide = replace(quiet, eval_lanes=2048)
-    parts = sum(evaluation_parts(cfg, ranks).values())
-    rest = sum(evaluation_parts(quiet, ranks).values()) - documents_seconds(quiet, ranks)
+    wide = replace(cfg, eval_lanes=2048)
+    rest = sum(evaluation_parts(cfg, ranks).values()) - documents_seconds(cfg, ranks)
+    sliding = windows_seconds(cfg, ranks, cfg.eval_stride)
     captured = blend_seconds(cfg, captured=True) - blend_seconds(cfg)
+    ordered = replace(cfg, eval_longest_first=0)
+    plain = rest + documents_seconds(ordered, ranks, seen=False)
     stages = {
-        "today": parts,
-        "EVAL_SLIDING=0": rest + documents_seconds(quiet, ranks),
-        "longest documents first": rest + documents_seconds(quiet, ranks, longest=True),
-        "seen keys alone": rest + documents_seconds(quiet, ranks, longest=True, seen=True),
-        "EVAL_LANES=2048": rest + documents_seconds(wide, ranks, longest=True, seen=True),
+        "sliding windows, the text's order, all slots": plain + sliding,
+        "EVAL_SLIDING=0": plain,
+        "longest documents first": rest + documents_seconds(cfg, ranks, seen=False),
+        "seen keys alone: today": rest + documents_seconds(cfg, ranks),
+        "left: a chunk of the blend captured": rest + documents_seconds(cfg, ranks) + captured,
     }
-    stages["a chunk of the blend is captured"] = stages["EVAL_LANES=2048"] + captured
+    stages["left: EVAL_LANES=2048"] = rest + documents_seconds(wide, ranks) + captured
     before = 0.0
     for name, seconds in stages.items():
         yield name, f"{seconds:.0f}", f"{before - seconds:.0f}" if before else ""
