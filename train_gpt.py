@@ -1050,6 +1050,7 @@ class Runtime:
         self.device = torch.device(f"cuda:{launched['LOCAL_RANK']}" if self.cuda else "cpu")
         self.finished = (self.folder / "submission.json").exists()
         self.seconds = {"train": 0.0, "eval": 0.0}
+        self.flash_alone = cfg.attn_impl in FLASH
         self.pace: dict[str, float] = {}  # of passes that the warm-up has measured, seconds each
         self.logs: list[LogFile] = []
         self.told_of_loss = False
@@ -1065,8 +1066,8 @@ class Runtime:
         threads, self.threads_by = choose_threads(self.local_ranks)
         torch.set_num_threads(threads)
         torch.manual_seed(self.cfg.seed)
+        self.use_device()
         if self.cuda:
-            torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.cfg.attn_impl in FLASH:
             use_attention(self.cfg.attn_impl, self.cuda)
@@ -1083,6 +1084,11 @@ class Runtime:
                 where = f"MASTER_ADDR={os.environ['MASTER_ADDR']!r}: {error}".splitlines()[0]
                 raise ConfigError(f"{where}; fix: start it by torchrun") from error
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+    def use_device(self) -> None:
+        """Make it this thread's."""
+        if self.cuda:
+            torch.cuda.set_device(self.device)
 
     def log(self, key: str, value: Any = None, **values: Any) -> None:
         """A line on rank 0: to standard output, log.txt and, as an object, metrics.jsonl."""
@@ -1265,7 +1271,7 @@ class Runtime:
     def attention(self) -> contextlib.AbstractContextManager:
         """Around passes over rows: the kernels of ATTN_IMPL=fa3|fa4 alone, which torch would try
         only after cuDNN's; else torch's choice."""
-        if self.cfg.attn_impl in FLASH:
+        if self.flash_alone:
             return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
         return contextlib.nullcontext()
 
@@ -1293,8 +1299,10 @@ class Runtime:
         kernels in every process, none chosen by its speed there."""
         if not self.cuda:
             return function
-        import torch._inductor.config as inductor  # takes seconds
+        import torch._dynamo.config as dynamo  # take seconds
+        import torch._inductor.config as inductor
 
+        dynamo.recompile_limit = 64  # of shapes of one function, instead of 8
         if repeatable and hasattr(inductor, "deterministic"):
             how["options"] = dict(deterministic=True)
         return torch.compile(function, dynamic=False, fullgraph=True, **how)
@@ -2037,7 +2045,8 @@ class Prefetch:
         self.loader = loader
         self.rt = rt
         self.cfg = cfg
-        self.pool = ThreadPoolExecutor(1)
+        # Pinned memory belongs to a device, which each thread chooses for itself.
+        self.pool = ThreadPoolExecutor(1, initializer=rt.use_device)
         self.coming: Future | None = None
         self.place = loader.state()  # shard and offset of the batch that `take` gives next
 

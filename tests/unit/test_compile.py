@@ -1,0 +1,158 @@
+"""What CUDA compiles is traced here without it: one graph each, no break, and none traced twice.
+
+Code is not generated, TorchDynamo's graphs are run as they are; under bf16 autocast, as on CUDA.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import perturbed, random_stream, tiny, train_gpt
+
+CFG = tiny(depth_recurrence=(1, 2), polyglu_enabled=True, pre_enrich_dim=16)
+
+
+GRAPHS = []  # that were traced
+
+
+def keep(graph, _):
+    """A backend; one function, as for the same one Dynamo looks for a graph that fits."""
+    GRAPHS.append(graph)
+    return graph.forward
+
+
+class Traced(train_gpt.Runtime):
+    """Compiles by Dynamo alone."""
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def compile(self, function, repeatable=False):
+        return torch.compile(function, dynamic=False, fullgraph=True, backend=keep)
+
+
+def new_graphs():
+    count = len(GRAPHS)
+    GRAPHS.clear()
+    return count
+
+
+@pytest.fixture
+def rt():
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    return Traced(CFG)
+
+
+def eval_model(cfg=CFG):
+    return perturbed(cfg).eval().requires_grad_(False)
+
+
+def test_training_is_one_graph_with_late_qat(rt):
+    model = perturbed(CFG)
+    compiled = rt.compile(model)
+    ids = torch.from_numpy(random_stream(2 * 32 - 1, 64).astype(np.int64)).view(2, 32)
+    losses = []
+    for _ in range(2):
+        with rt.autocast(), rt.attention():
+            loss = compiled(ids, ids)
+        loss.backward()
+        losses.append(loss.item())
+        train_gpt.update_qat_grids(model, CFG)
+    assert new_graphs() == 1 and losses[0] != losses[1]
+
+
+def test_the_residual_stream_is_bf16(rt):
+    """Where autocast is on, in every block; gains and embeddings stay fp32."""
+    model = eval_model()
+    kinds = []
+    block = train_gpt.GPT.block
+
+    def watched(self, i, x, context):
+        out = block(self, i, x, context)
+        kinds.append((x.dtype, out.dtype, context.x0.dtype))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt.GPT, "block", watched)
+        ids = torch.ones(1, 8, dtype=torch.int64)
+        with rt.autocast():
+            model.hidden(ids)
+        assert {*kinds} == {(torch.bfloat16,) * 3} and len(kinds) == CFG.num_layers + 2
+        kinds.clear()
+        model.hidden(ids)
+        assert {*kinds} == {(torch.float32,) * 3}
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_validation_and_evaluation_share_their_graphs(rt):
+    """The network once, the scored positions once a stride, whoever owns the weights."""
+    model = perturbed(CFG)
+    stream = random_stream(200, 64)
+    scorer = train_gpt.WindowScorer(train_gpt.for_scores(model), rt, CFG)
+    scorer.score(stream, scorer.length)
+    assert new_graphs() == 2
+    scorer.score(stream, 4)
+    assert new_graphs() == 1
+    packed = train_gpt.pack_artifact(dict(model.named_parameters()), CFG)
+    read = train_gpt.load_artifact("artifact.bin", content=packed)
+    for cfg in (CFG, replace(CFG, eval_lanes=7)):
+        again = train_gpt.WindowScorer(read, rt, cfg)
+        again.score(stream, again.length)
+        again.score(stream, 4)
+    assert new_graphs() == 0
+
+
+def test_lanes_of_scorer_and_codec_share_a_graph(rt):
+    """Encoder and decoder run as many groups as there were ranks, each with its own cache."""
+    model = eval_model()
+    rt.cuda = True  # what the first use makes is made beforehand
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    with torch.no_grad():
+        found = [train_gpt.lane_forward(model, rt, 3, 16)(*ids)[0] for _ in range(4)]
+    assert new_graphs() == 1
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
+def test_attention_by_lengths_is_no_break(rt):
+    """torch's varlen attention has no kernel here, so its graph is only traced."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
+    model = eval_model()
+    cache = train_gpt.LaneCache(model, 3, 16)
+
+    def forward(ids, places):
+        cache.begin(places)
+        with rt.autocast():
+            return model.hidden(ids.unsqueeze(1), cache)
+
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        raise NotImplementedError("traced")
+
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    with torch.no_grad():
+        forward(*ids)
+        cache.varlen = varlen
+        compiled = torch.compile(forward, dynamic=False, fullgraph=True, backend=backend)
+        with pytest.raises(Exception, match="traced"):
+            compiled(*ids)
+    assert sum("varlen" in target for target in targets) == CFG.num_layers + 2
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_test_time_training_has_no_break(lora, rt):
+    room = dict(scorer="sliding", ttt_enabled=True, ttt_use_lora=lora, ttt_chunk_tokens=64)
+    stream = random_stream(200, 64)
+    found = train_gpt.TestTimeTraining(eval_model(), rt, replace(CFG, **room)).score(stream)
+    assert np.isfinite(found.log_prob).all() and new_graphs() <= 3
+
+
+def test_flash_alone_is_no_break(rt):
+    """ATTN_IMPL=fa3|fa4: on a CPU its own flash attention is the one that is left."""
+    rt.flash_alone = True
+    scorer = train_gpt.WindowScorer(eval_model(), rt, CFG)
+    scorer.score(random_stream(100, 64), 4)
+    assert new_graphs() == 2
