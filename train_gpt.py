@@ -2743,11 +2743,20 @@ def attend_seen(varlen: Callable, q: Tensor, keys: Tensor, values: Tensor, seen:
     return varlen(rows, *flat, edges, edges * slots, 1, slots, **how).unsqueeze(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Grouped attention: q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d); causal, or by a mask
-    that is True where a key is seen."""
-    how = dict(is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, mask, **how)
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Grouped causal attention: q (B, H, T, d), k and v (B, G, T, d) -> (B, H, T, d)."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """One query a lane: q (B, H, 1, d), k and v (B, G, S, d), which are seen where the mask, bool
+    (B, S), is True -> (B, H, 1, d). The queries that share a key are rows of one head: no kernel
+    need copy keys for them, as some do and others refuse to."""
+    rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # (B, G, H / G, d)
+    return (
+        F.scaled_dot_product_attention(rows, k, v, mask[:, None, None]).flatten(1, 2).unsqueeze(2)
+    )
 
 
 class LaneCache(Context):
@@ -2808,7 +2817,7 @@ class LaneCache(Context):
         values[self.lane, self.slot] = v[:, :, 0].type_as(values)
         if self.varlen:
             return attend_seen(self.varlen, q, keys, values, self.seen)
-        return attend(q, keys.transpose(1, 2), values.transpose(1, 2), self.seen[:, None, None])
+        return attend_masked(q, keys.transpose(1, 2), values.transpose(1, 2), self.seen)
 
 
 class GPT(nn.Module):
