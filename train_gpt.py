@@ -1294,18 +1294,10 @@ class Runtime:
 
         return replay
 
-    def compile(self, function: Callable, repeatable: bool = False, **how: Any) -> Callable:
+    def compile(self, function: Callable, repeatable: bool = False) -> Callable:
         """On CUDA compiled, with no break; elsewhere the function itself. `repeatable`: to the same
         kernels in every process, none chosen by its speed there."""
-        if not self.cuda:
-            return function
-        import torch._dynamo.config as dynamo  # take seconds
-        import torch._inductor.config as inductor
-
-        dynamo.recompile_limit = 64  # of shapes of one function, instead of 8
-        if repeatable and hasattr(inductor, "deterministic"):
-            how["options"] = dict(deterministic=True)
-        return torch.compile(function, dynamic=False, fullgraph=True, **how)
+        return compile_for_cuda(function, repeatable) if self.cuda else function
 
     def release_memory(self) -> None:
         """Give the device what nobody holds any more, for another process."""
@@ -1321,6 +1313,17 @@ class Runtime:
 
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
         return most * (1 if sys.platform == "darwin" else 1024) // 10**6
+
+
+def compile_for_cuda(function: Callable, repeatable: bool) -> Callable:
+    import torch._dynamo.config as dynamo  # take seconds
+    import torch._inductor.config as inductor
+
+    dynamo.recompile_limit = 64  # of shapes of one function, instead of 8
+    options = (
+        dict(deterministic=True) if repeatable and hasattr(inductor, "deterministic") else None
+    )
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 class Reading:
