@@ -1283,7 +1283,8 @@ class Runtime:
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             function(*inputs)  # what a first use makes is not captured
-        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # not NCCL's threads
             outputs = function(*inputs)
 
         def replay(*values: Tensor) -> Any:
@@ -3842,12 +3843,15 @@ class CodingPlan(NamedTuple):
         if len(starts) <= lanes:  # all begin at once
             return plan
         longest = np.argsort(-np.diff(starts, append=size), kind="stable")
-        return plan._replace(ahead=tuple(sorted(longest[: cfg.eval_longest_first].tolist())))
+        ahead = sorted(longest[: cfg.eval_longest_first].tolist())
+        return plan._replace(ahead=() if ahead == [*range(len(ahead))] else tuple(ahead))
 
-    def queue(self) -> np.ndarray:
-        """The documents in the order in which they are begun, int64 (documents,)."""
-        ahead = np.array(self.ahead, int)
-        return np.append(ahead, np.setdiff1d(np.arange(self.documents), ahead))
+    def queue(self) -> Iterator[int]:
+        """The documents in the order in which they are begun, one by one: a forged number of them
+        must not ask for the memory."""
+        yield from self.ahead
+        ahead = {*self.ahead}
+        yield from (document for document in range(self.documents) if document not in ahead)
 
     def side_bytes(self) -> bytes:
         """What the stream begins with: which documents are ahead, as the gaps between them, seven
@@ -3901,7 +3905,7 @@ class LaneSchedule:
 
     def __init__(self, stream: np.ndarray, plan: CodingPlan):
         """stream: a BOS and N targets."""
-        queue = plan.queue()
+        queue = [*plan.queue()]
         starts = np.flatnonzero(stream[:-1] == BOS).astype(np.int32)
         sizes = np.diff(starts, append=len(stream) - 1)[queue]  # in targets
         starts = starts[queue]
@@ -3993,15 +3997,15 @@ def run_lanes(
     ids = np.full(plan.lanes, BOS)
     places = np.zeros(plan.lanes, int)
     queue = plan.queue()
-    taken = np.arange(plan.lanes)  # of the queue
-    waiting = plan.lanes  # the next of it
+    none = plan.documents
+    documents = np.array([next(queue, none) for _ in range(plan.lanes)])
     coded = 0
     steps = []
-    while len(lanes := np.flatnonzero(taken < plan.documents)) and coded < plan.targets:
+    while len(lanes := np.flatnonzero(documents < none)) and coded < plan.targets:
         inputs = torch.as_tensor(np.stack([ids, places]), device=rt.device).split(group_size, 1)
         outputs = [forward(*group) for forward, group in zip(passes, inputs, strict=True)]
         joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
-        step = LaneStep(lanes, queue[taken[lanes]], places[lanes])
+        step = LaneStep(lanes, documents[lanes], places[lanes])
         steps.append(step)
         tokens = choose_tokens(joined, step)
         ids[lanes] = tokens
@@ -4012,8 +4016,7 @@ def run_lanes(
         for lane in lanes[over | (tokens == BOS)]:
             ids[lane] = BOS
             places[lane] = 0
-            taken[lane] = waiting
-            waiting += 1
+            documents[lane] = next(queue, none)
     return steps
 
 
@@ -4267,7 +4270,7 @@ def ngram_counts(
     device: Any = "cpu",
     schedule: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (order, context_count, target_count, types, singletons) of these ascending orders; a
+    """Yields (order, context_count, target_count, types, singletons) of these orders, ascending; a
     number: of all up to it.
 
     Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
@@ -4285,7 +4288,7 @@ def ngram_counts(
     times = nothing if schedule is None else schedule[0]
     following = nothing if schedule is None else next_in_lane(schedule[1])
     text = TokenLinks(tokens.astype(np.int32), times, following)
-    wanted = range(1, orders + 1) if isinstance(orders, int) else orders
+    wanted = range(1, orders + 1) if isinstance(orders, int) else sorted({*orders})
     if has_package("numba") and torch.device(device).type == "cpu":
         counted = numba_orders(text, vocab_size, wanted)
     else:
@@ -5039,7 +5042,7 @@ class StreamHeader(NamedTuple):
         *shape, window = header["shape"]
         plan = CodingPlan(*shape, window=window)
         made = header["made"]
-        if any(type(number) is not int or number < 0 for number in plan[:-1]) or plan.lanes < 1:
+        if not all(type(n) is int and 0 <= n < 2**53 for n in plan[:-1]) or plan.lanes < 1:
             raise ValueError(f"a plan of {plan}")
         if made["device"].split()[:1] not in (["cpu"], ["cuda"]):
             raise ValueError(f"a device of {made['device']!r}")
@@ -5266,7 +5269,7 @@ class Trainer:
         self.agreement = said
         if said_before:
             self.apply(said_before())
-        if not soon or self.rt.world_size == 1:
+        if not soon or self.rt.world_size == 1 or self.near_cap:
             self.agreement = None
             self.apply(said())
 
@@ -5278,6 +5281,12 @@ class Trainer:
             where = f"by step {self.step} loss or gradient not finite on rank {nonfinite - 1:.0f}"
             fix = "lower rates, another RUN_ID"
             raise UserError(f"{where}; last good checkpoint: {last}; fix: {fix}")
+
+    @property
+    def near_cap(self) -> bool:
+        """Would a step or two more than the ranks have agreed on be over it?"""
+        later = self.elapsed * (1 + 3 / max(1, self.step))
+        return 0 < self.cfg.max_wallclock_seconds <= later
 
     @property
     def capped(self) -> bool:
@@ -5548,7 +5557,7 @@ def note_caps(rt: Runtime, **spent: float) -> None:
 
 def save_columns(report: Report, scores: Scores, final: np.ndarray) -> None:
     """blocks.npz, sums over BLOCK targets of log p by model and mixture and of bytes; scores.npz
-    where it was asked for. final: log p (N,), nats."""
+    where it was asked for. No target pays for a plan's side_bytes. final: log p (N,), nats."""
     columns = dict(logp_model=scores.log_prob, logp_final=final, bytes=report.text.bytes)
     edges = range(0, len(final), BLOCK)
     sums = {name: np.add.reduceat(column, edges) for name, column in columns.items()}

@@ -25,6 +25,7 @@ too.
 import argparse
 import contextlib
 import errno
+import itertools
 import json
 import lzma
 import math
@@ -462,7 +463,7 @@ def coded_stretch_differs(
     begins with; None where all are. Both: uint16, a BOS before each document."""
     ours = np.split(text, np.flatnonzero(text == BOS))[1:]
     theirs = np.split(decoded, np.flatnonzero(decoded == BOS))[1:]
-    begun = sorted(plan.queue()[: len(theirs)].tolist())
+    begun = sorted(itertools.islice(plan.queue(), len(theirs)))
     if len(begun) < len(theirs):
         return len(begun)
     for place, document in zip(begun, theirs, strict=True):

@@ -1,5 +1,6 @@
 """The codec: what is coded is decoded, at the price of the score; what was changed is refused."""
 
+import itertools
 import json
 import math
 import os
@@ -115,8 +116,8 @@ def test_documents_ahead_come_back(numbers, tail):
     body = plan.side_bytes() + tail
     bare = plan._replace(ahead=())
     assert train_gpt.read_side_bytes(bare, len(numbers), body) == plan
-    assert sorted(plan.queue().tolist()) == [*range(70_001)]
-    assert plan.queue()[: len(numbers)].tolist() == [*plan.ahead]
+    queue = [*plan.queue()]
+    assert sorted(queue) == [*range(70_001)] and queue[: len(numbers)] == [*plan.ahead]
     assert plan.side_nats() == pytest.approx(len(plan.side_bytes()) * 8 * math.log(2))
 
 
@@ -140,12 +141,21 @@ def test_side_bytes_that_nobody_wrote(count, body):
 def test_the_longest_are_ahead():
     """Of 12, 3, 40, 7 and 41 tokens; ties go to the first. Where all begin at once it is no use."""
     stream = documents(11, 2, 39, 6, 41)
-    for count, ahead in ((0, ()), (1, (4,)), (2, (2, 4)), (3, (0, 2, 4)), (9, (0, 1, 2, 3, 4))):
+    for count, ahead in ((0, ()), (1, (4,)), (2, (2, 4)), (3, (0, 2, 4)), (9, ())):
         cfg = tiny(**SMALL | dict(eval_lanes=2, eval_longest_first=count))
         assert CodingPlan.of(stream, cfg, 1).ahead == ahead
     cfg = tiny(**SMALL | dict(eval_lanes=5, eval_longest_first=2))
     assert CodingPlan.of(stream, cfg, 1).ahead == ()
-    assert CodingPlan.of(documents(3, 3, 3), replace(cfg, eval_lanes=1), 1).ahead == (0, 1)
+    assert CodingPlan.of(documents(3, 3, 4), replace(cfg, eval_lanes=1), 1).ahead == (0, 2)
+    assert CodingPlan.of(documents(3, 3, 3), replace(cfg, eval_lanes=1), 1).ahead == ()  # as it is
+
+
+def test_a_forged_number_of_documents_asks_for_no_memory():
+    plan = CodingPlan(10**12, 3, 2, 1, 99, 16, (5, 7))
+    assert [*itertools.islice(plan.queue(), 6)] == [5, 7, 0, 1, 2, 3]
+    header = dict(shape=[10**30, 3, 2, 1, 99, 16], made=dict(device="cpu x", threads=1))
+    with pytest.raises(ValueError, match="a plan of"):
+        train_gpt.StreamHeader.parse(header, b"")
 
 
 @pytest.mark.parametrize("groups", [1, 2])

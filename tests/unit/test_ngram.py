@@ -131,6 +131,19 @@ def test_counts_refuse_other_tokens():
 # Counts in the order of coding: steps of lanes that do not see each other
 
 
+@settings(max_examples=40, deadline=None)
+@given(wanted=st.lists(st.integers(1, 12), max_size=5), numba=st.booleans())
+def test_only_the_wanted_orders(wanted, numba):
+    """In any order, however often named: as among all of them."""
+    tokens = np.random.default_rng(0).integers(2, 5, 300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "has_package", lambda name: numba)
+        every = {order: rows for order, *rows in ngram_counts(tokens, 5, 12)}
+        some = {order: rows for order, *rows in ngram_counts(tokens, 5, wanted)}
+    assert [*some] == sorted({*wanted})
+    assert all(np.array_equal(some[order], every[order]) for order in some)
+
+
 def lanes_oracle(tokens, times, lanes, max_order):
     """The definition: context tuple -> {token: count}, read by all tokens of a step, then updated;
     a lane's history begins anew with a BOS."""
