@@ -146,7 +146,7 @@ def test_the_longest_are_ahead():
         assert CodingPlan.of(stream, cfg, 1).ahead == ahead
     cfg = tiny(**SMALL | dict(eval_lanes=5, eval_longest_first=2))
     assert CodingPlan.of(stream, cfg, 1).ahead == ()
-    assert CodingPlan.of(documents(3, 3, 4), replace(cfg, eval_lanes=1), 1).ahead == (0, 2)
+    assert CodingPlan.of(documents(3, 2, 5), replace(cfg, eval_lanes=1), 1).ahead == (0, 2)
     assert CodingPlan.of(documents(3, 3, 3), replace(cfg, eval_lanes=1), 1).ahead == ()  # as it is
 
 
