@@ -1,6 +1,6 @@
 """Checks and measurements of this program on one CUDA machine: a table, and the same as JSON.
 
-    tests/gpu/run.sh [--out FILE] [--parts parity,step] [--limit SECONDS] [--device cpu --quick]
+    tests/gpu/run.sh [--out FILE] [--parts script,step] [--limit SECONDS] [--device cpu --quick]
 
 Every part runs in a process of its own, which ends with its time box: what one part breaks, the
 next does not see. Parts that fit into the device's memory together prepare (compile) at the same
@@ -22,29 +22,23 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
 import checks
-import speed
+import lanes
+import ngrams
+import steps
 import torch
-from attention import attention
-from common import (
-    RANKS,
-    VOCAB_SIZE,
-    Job,
-    Options,
-    Skip,
-    record_names,
-    synthetic_stream,
-)
-from documents import documents
+import whole
+from common import VOCAB_SIZE, Job, Options, Skip, record_names, synthetic_stream
 from helpers import write_shard
+from projection import projection
 
 from train_gpt import peak_flops
 
-BUDGET_SECONDS = 600  # of training, and again of evaluation
-LANES = 4  # parts that prepare at the same time, at most
+TOGETHER = 5  # parts that prepare at the same time, at most
 
 
 class Part(NamedTuple):
@@ -56,27 +50,29 @@ class Part(NamedTuple):
 
 
 def all_parts():
-    """Name -> Part, in the order in which they run."""
-    steps = [
-        (f"step:{name}", Part(functools.partial(speed.steps, record=name), 150, 32))
-        for name in record_names()
-    ]
-    return dict(
-        [
-            ("parity", Part(checks.parity, 60, 3)),
-            ("recompile", Part(checks.recompile, 120, 3)),
-            ("scoring", Part(speed.scoring, 120, 10)),
-            ("documents", Part(documents, 120, 12)),
-            *steps[:2],
-            ("resume", Part(checks.resume, 60, 3)),
-            ("pack", Part(speed.pack, 90, 2)),
-            *steps[2:3],
-            ("counts", Part(speed.counts, 240, 12)),
-            ("attention", Part(attention, 90, 6)),
-            ("script", Part(speed.script, 150, 6)),
-            *steps[3:],
-        ]
-    )
+    """Name -> Part, in the order in which they run: first what we most need to know."""
+
+    def step(memory, **how):
+        return Part(functools.partial(steps.step, **how), 170, memory)
+
+    records = {f"step:{name}": step(40, record=name) for name in record_names() if name != "own"}
+    return {
+        "script": Part(whole.script, 170, 8),
+        "step:own": step(28, profiled=True),
+        "step:fp32": step(40, name="fp32", fp32_stream=True),
+        "lanes": Part(lanes.lanes, 170, 16),
+        "warmup": Part(whole.warmup, 170, 32),
+        "step:xsa4": step(28, name="xsa4", xsa_last_n=4),
+        "proof": Part(lanes.proof, 150, 56),
+        "counts": Part(ngrams.counts, 120, 14),
+        "step:fa3": step(28, name="fa3", attn_impl="fa3", profiled=True),
+        "step:fa4": step(28, name="fa4", attn_impl="fa4", profiled=True),
+        "ranks": Part(checks.ranks, 60, 4),
+        "resume": Part(checks.resume, 60, 3),
+        "parity": Part(checks.parity, 60, 3),
+        "windows": Part(lanes.windows, 90, 10),
+        **records,
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -109,7 +105,7 @@ def set_up(job):
     torch.manual_seed(0)
     if job.cuda:
         torch.cuda.set_device(0)
-        if job.part not in ("parity", "attention"):  # whose fp32 is a reference
+        if job.part != "parity":  # whose fp32 is a reference
             torch.set_float32_matmul_precision("high")
     else:
         torch.set_num_threads(1)
@@ -132,12 +128,12 @@ class Table:
     def __init__(self, path, machine):
         self.path, self.machine, self.rows, self.began = path, machine, [], time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{'s':>4}  {'part':<10} {'item':<26} {'':<5} result", flush=True)
+        print(f"{'s':>4}  {'part':<8} {'item':<22} {'':<5} result", flush=True)
 
     def add(self, row):
         row = dict(row, at=round(time.monotonic() - self.began, 1))
         self.rows.append(row)
-        place = f"{row['at']:>4.0f}  {row['part']:<10} {row['item']:<26} {row['status']:<5}"
+        place = f"{row['at']:>4.0f}  {row['part']:<8} {row['item']:<22} {row['status']:<5}"
         print(place, row["text"], flush=True)
         text = json.dumps(dict(machine=self.machine, rows=self.rows), indent=1, default=str)
         partial = self.path.with_name(f".{self.path.name}.partial")
@@ -148,12 +144,11 @@ class Table:
         part, _, item = name.partition(":")
         self.add(dict(part=part, item=item or part, status=status, text=text, values={}))
 
-    def value(self, part, key, **wanted):
-        """A value of the first row of a part that has it and these others, None without one."""
+    def value(self, part, key, item=None):
+        """A value of the first row of a part, and of this item, that has it; None without one."""
         for row in self.rows:
-            values = dict(row["values"], item=row["item"])
-            if row["part"] == part and key in values and wanted.items() <= values.items():
-                return values[key]
+            if row["part"] == part and key in row["values"] and item in (None, row["item"]):
+                return row["values"][key]
         return None
 
     def count(self, status):
@@ -176,27 +171,29 @@ class Worker:
         self.box = all_parts()[self.name].box
         self.deadline = min(time.monotonic() + self.box, self.overall)
 
-    def listen(self, go=False):
-        """Give the device or not, pass rows on -> whether the part now waits for the device."""
+    def hear(self):
+        """Take what the part says next -> "row", "ready" or "end"."""
         try:
-            if go:
-                self.pipe.send("go")
-            while self.pipe.poll(max(0.0, self.deadline - time.monotonic())):
-                kind, row = self.pipe.recv()
-                if kind != "row":
-                    return kind == "ready" or self.stop()
-                self.table.add(row)
-            self.stop("SKIP" if self.deadline == self.overall else "FAIL", "time is over")
+            kind, row = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(5)
             self.stop("FAIL", f"its process died, exit code {self.process.exitcode}")
-        return False
+            return "end"
+        if kind == "row":
+            self.table.add(row)
+        elif kind == "end":
+            self.stop()
+        return kind
+
+    def give_up(self):
+        over = self.deadline == self.overall
+        which = "limit" if over else f"{self.box} s box"
+        self.stop("SKIP" if over else "FAIL", f"time is over ({which})")
 
     def stop(self, status="", why=""):
         """End the process; with a status, say why it had to."""
         if status:
-            which = "limit" if status == "SKIP" else f"{self.box} s box"
-            self.table.note(self.name, status, f"{why} ({which})")
+            self.table.note(self.name, status, why)
             self.process.kill()
         self.process.join(30)
         self.pipe.close()
@@ -204,8 +201,29 @@ class Worker:
     def measure(self):
         """The device is this part's alone."""
         self.open_box()
-        while self.listen(go=True):
-            pass
+        with contextlib.suppress(OSError):  # hear() tells of a dead process
+            self.pipe.send("go")
+        listen([self])
+
+
+def listen(workers):
+    """Until each has ended, or is ready for the device -> those that are."""
+    busy, ready = list(workers), []
+    while busy:
+        spare = min(worker.deadline for worker in busy) - time.monotonic()
+        spoken = connection.wait([worker.pipe for worker in busy], max(0.0, spare))
+        for worker in list(busy):
+            if worker.pipe in spoken:
+                kind = worker.hear()
+                ready += [worker] if kind == "ready" else []
+                if kind == "row":
+                    continue
+            elif time.monotonic() < worker.deadline:
+                continue
+            else:
+                worker.give_up()
+            busy.remove(worker)
+    return [worker for worker in workers if worker in ready]
 
 
 def groups(names, memory):
@@ -213,7 +231,7 @@ def groups(names, memory):
     parts, group = all_parts(), []
     for name in names:
         together = sum(parts[n].memory for n in [*group, name])
-        if group and (together > memory or len(group) == LANES):
+        if group and (together > memory or len(group) == TOGETHER):
             yield group
             group = []
         group.append(name)
@@ -223,45 +241,15 @@ def groups(names, memory):
 
 def run_parts(names, options, table, memory):
     cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(2, cores // LANES)))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(2, cores // TOGETHER)))
     start = "spawn" if options.device == "cuda" else "fork"  # CUDA does not survive a fork
     for group in groups(names, memory):
         if time.monotonic() > options.deadline - 15:
             for name in group:
                 table.note(name, "SKIP", f"no time left; run --parts {name}")
             continue
-        workers = [Worker(name, options, table, start) for name in group]
-        for worker in [worker for worker in workers if worker.listen()]:
+        for worker in listen([Worker(name, options, table, start) for name in group]):
             worker.measure()
-
-
-def projection(table, peak):
-    """Rows of what 8 GPUs would need for each measured RECORD, communication left out."""
-    seconds = {
-        "windows": table.value("scoring", "seconds", kind="windows"),
-        "sliding": table.value("scoring", "seconds", kind="sliding"),
-        "documents": table.value("documents", "seconds", item="speed"),
-        "counts": table.value("counts", "seconds", item="exact"),
-        "blend": table.value("counts", "seconds", item="blend"),
-    }
-    packing = table.value("pack", "seconds")
-    known = [value for value in seconds.values() if value is not None]
-    spent = ", ".join(f"{n} {'?' if v is None else f'{v:.0f}'} s" for n, v in seconds.items())
-    spent += f", together {sum(known):.0f} of {BUDGET_SECONDS} s; quantise and compress "
-    spent += "? s" if packing is None else f"{packing:.0f} s"
-    whole, fits = len(known) == len(seconds), sum(known) <= BUDGET_SECONDS
-    late = "FAIL" if peak and peak >= 989e12 else "SKIP"  # the caps are for 8 such devices
-    status = ("PASS" if whole else "SKIP") if fits else late
-    row = dict(part="projection", item="evaluation", status=status, text=spent)
-    if known:
-        table.add(row | dict(values=dict(seconds, pack=packing)))
-    for record in record_names():
-        if step := table.value("step", "step_ms", item=record):
-            batch = table.value("step", "batch_tokens", item=record) * RANKS
-            made = 1e3 * BUDGET_SECONDS / step
-            text = f"{made:,.0f} steps in {BUDGET_SECONDS} s, {made * batch / 1e9:.2f} G tokens"
-            row = dict(part="projection", item=record, status="PASS", text=text)
-            table.add(row | dict(values=dict(steps=made)))
 
 
 # -----------------------------------------------------------------------------
@@ -283,7 +271,7 @@ def arguments():
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--quick", action="store_true", help="small shapes, for a look on a CPU")
     parser.add_argument("--parts", help="names, or their beginnings, with commas")
-    parser.add_argument("--limit", type=float, default=570.0, help="seconds for everything")
+    parser.add_argument("--limit", type=float, default=350.0, help="seconds for everything")
     default = Path(os.environ.get("OUT", ".")) / "gpu.json"
     parser.add_argument("--out", type=Path, default=default, help="JSON file")
     args = parser.parse_args()
@@ -312,7 +300,6 @@ def main():
     args, began = arguments(), time.monotonic()
     where = machine(args.device)
     print(" ".join(f"{name}:{value}" for name, value in where.items()))
-    print("MFU: 6 x matmul parameters + 12 x layers x T x D x 0.5 FLOP a token (speed.py)")
     table = Table(args.out, where)
     with tempfile.TemporaryDirectory() as folder:
         options = Options(args.device, args.quick, Path(folder), began + args.limit)

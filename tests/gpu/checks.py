@@ -1,22 +1,27 @@
-"""Parts that are right or wrong: CPU against CUDA, compilation, causality."""
+"""Parts that are right or wrong: CPU against CUDA, a process group, stopping and going on."""
 
 import contextlib
 import copy
 import math
 import signal
+import tempfile
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from common import Eager, Plain, Skip, Traced, all_switches, new_trainer, synthetic_stream
+from common import Eager, Plain, Skip, all_switches, new_trainer, step_losses
 from helpers import no_validation, perturbed, random_ids, train_gpt
-from torch._dynamo.utils import counters
 
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 3e-2  # of ||logits - true|| / ||true||
-STEP_TOLERANCE, COMPILED_TOLERANCE = 2e-3, 1e-2  # of a loss; Muon works in bf16 on CUDA
+STEP_TOLERANCE = 2e-3  # of a loss; Muon works in bf16 on CUDA
 STEPS = 6
 STOP, RESUMED_TOLERANCE = 4, 1e-3  # of a loss, where the device does not repeat itself
+
+
+def shard_of(job):
+    return job.options.folder / "small_train_000000.bin"
 
 
 def logits(model, ids, bf16=False):
@@ -31,82 +36,97 @@ def float32_norm(x):
     return F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps)
 
 
-def step_losses(trainer, factors):
-    return np.array([trainer.update(factor).item() for factor in factors])
-
-
 def parity(job):
-    """Forward pass against float64 on the CPU, causality, optimizer steps against the CPU's."""
-    cfg, shard = all_switches(job), job.options.folder / "small_train_000000.bin"
+    """Forward pass against float64 on the CPU, optimizer steps against the CPU's."""
+    cfg = all_switches(job)
     model, ids = perturbed(cfg, spread=0.05), random_ids(cfg, rows=4)
     with mock.patch.object(train_gpt, "rms_norm", float32_norm):
         truth = logits(copy.deepcopy(model).double(), ids)
     model = model.to(job.device)
-    for name, bf16, most in (("fp32", 0, FP32_TOLERANCE), ("bf16", 1, BF16_TOLERANCE)):
-        error = float((logits(model, ids, bool(bf16)) - truth).norm() / truth.norm())
+    for name, bf16, most in (("fp32", False, FP32_TOLERANCE), ("bf16", True, BF16_TOLERANCE)):
+        error = float((logits(model, ids, bf16) - truth).norm() / truth.norm())
         text = f"relative error {error:.2g} of the logits, {most:g} allowed"
         job.check(f"forward {name}", error <= most, text, error=error)
-    scorer = train_gpt.WindowScorer(model, Plain(cfg), cfg)
-    future(job, scorer, synthetic_stream(1025, cfg.vocab_size), 16)
-    factors = [1.0] * STEPS
-    here = step_losses(new_trainer(cfg, Plain(cfg), shard), factors)
-    cfg = all_switches(job, device="cpu")
-    error = float(
-        np.abs(here / step_losses(new_trainer(cfg, Plain(cfg), shard), factors) - 1).max()
-    )
+    losses = []
+    for each in (cfg, all_switches(job, device="cpu")):
+        trainer = new_trainer(each, Plain(each), shard_of(job))
+        with contextlib.closing(trainer.batches):
+            losses.append(step_losses(trainer, [1.0] * STEPS))
+    error = float(np.abs(losses[0] / losses[1] - 1).max())
     text = f"losses of {STEPS} steps differ by {error:.2g}, {STEP_TOLERANCE:g} allowed"
-    job.check("steps fp32", error <= STEP_TOLERANCE, text, error=error, losses=here.tolist())
+    job.check("steps fp32", error <= STEP_TOLERANCE, text, error=error)
     yield from ()
 
 
-def recompile(job):
-    """One graph without a break for the training loss, none more when late QAT starts."""
-    changes = dict(warmup_steps=1, late_qat_threshold=0.5, qat_every=2)
-    cfg, shard = all_switches(job, **changes), job.options.folder / "small_train_000000.bin"
-    trainer = new_trainer(cfg, Traced(cfg), shard)
-    counters.clear()
-    trainer.warm_up()
-    graphs = counters["stats"]["unique_graphs"]
-    torch._dynamo.config.error_on_recompile = True
-    factors = [1.0] * 3 + [0.4, 0.3, 0.2]
-    losses = step_losses(trainer, factors)
-    more = counters["stats"]["unique_graphs"] - graphs
-    breaks = sum(counters["graph_break"].values())
-    job.check("one graph", (graphs, breaks) == (1, 0), f"{graphs} graphs, {breaks} breaks")
-    alive = trainer.qat_since == 3 and bool((trainer.model.qo_bank_grid > 0).all())
-    job.check("late QAT", alive and not more, f"started: {alive}, recompilations: {more}")
-    cpu = all_switches(job, **changes, device="cpu")
-    error = np.abs(losses / step_losses(new_trainer(cpu, Plain(cpu), shard), factors) - 1).max()
-    text = f"losses differ by {error:.2g} from the CPU's, {COMPILED_TOLERANCE:g} allowed"
-    job.check("steps compiled", error <= COMPILED_TOLERANCE, text, error=float(error))
+# -----------------------------------------------------------------------------
+# A process group of one
+
+
+class One(int):
+    """A number of ranks for which the script talks to the others, although there are none."""
+
+    def __gt__(self, _):
+        return True
+
+
+def ranks(job):
+    """Steps in which every collective of the optimizer goes through a process group (NCCL on CUDA)
+    of one rank, beside steps without: the same weights."""
+    cfg = all_switches(job)
+    backends = "cpu:gloo,cuda:nccl" if job.cuda else "gloo"
+    alone = steps_of(job, cfg)
+    again = steps_of(job, cfg)  # whether the device repeats itself
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file://{folder}/store"
+        how = dict(init_method=store, rank=0, world_size=1)
+        first, _ = job.seconds(lambda: dist.init_process_group(backends, **how))
+        try:
+            together = steps_of(job, cfg, grouped=True)
+        finally:
+            dist.destroy_process_group()
+    noise, error = (difference(alone, other) for other in (again, together))
+    exact = noise == (0.0, 0.0)
+    ok = error == (0.0, 0.0) if exact else error[0] <= STEP_TOLERANCE
+    text = f"{backends}: {STEPS} steps, losses differ by {error[0]:.2g} and weights by "
+    text += f"{error[1]:.2g} from those without a group, which differ by {noise[0]:.2g} and "
+    text += f"{noise[1]:.2g} among themselves; {together[2]:.2f} s beside {again[2]:.2f}"
+    text += f"; group in {first:.1f} s"
+    job.check("process group", ok, text, losses=error[0], weights=error[1], noise=noise)
     yield from ()
 
 
-def future(job, scorer, stream, stride):
-    """Scores before a change of all later tokens stay the same, bit by bit."""
-    before, size, wrong = scorer.score(stream, stride=stride), len(stream) - 1, []
-    for t in (1, size // 3, size // 2 // scorer.length * scorer.length, size - 2):
-        changed = stream.copy()
-        changed[t:] = (stream[t:] + 1) % scorer.model.cfg.vocab_size
-        after = scorer.score(changed, stride=stride)
-        columns = [(a, b) for a, b in zip(before, after, strict=True) if a is not None]
-        same = all(np.array_equal(a[: t - 1], b[: t - 1]) for a, b in columns)
-        moved = not np.array_equal(before.log_prob[t - 1 :], after.log_prob[t - 1 :])
-        wrong += [] if same and moved else [t]
-    text = f"{size:,} targets, tokens changed from 4 positions on; wrong at: {wrong or 'none'}"
-    job.check(f"future, stride {stride}", not wrong, text, wrong=wrong)
+def steps_of(job, cfg, grouped=False):
+    """-> losses, weights by name, seconds; grouped: through a process group's collectives"""
+    runtime = Eager(cfg)
+    with contextlib.ExitStack() as stack:
+        if grouped:
+            runtime.world_size = One(1)
+            stack.enter_context(mock.patch.object(train_gpt.MuonBank, "start", collectively))
+        trainer = new_trainer(cfg, runtime, shard_of(job))
+        stack.callback(trainer.batches.close)
+        for weight in trainer.model.parameters():  # what starts at zero has no gradient behind it
+            torch.nn.init.normal_(weight, std=0.05)
+        losses = []
+
+        def run():
+            loss = train_gpt.Reading(torch.zeros(()))
+            for _ in range(STEPS):
+                previous, loss = loss, train_gpt.Reading(trainer.update(1.0))
+                trainer.agree(previous, soon=True)
+                losses.append(previous.get())
+            trainer.agree(loss)
+            losses.append(loss.get())
+            trainer.optimizers.muon.gather_momenta()
+
+        torch.manual_seed(0)
+        seconds, _ = job.seconds(run)
+        weights = {name: x.detach().cpu() for name, x in trainer.model.named_parameters()}
+        return losses, weights, seconds
 
 
-def same_counts(job, tokens, vocab_size, max_order):
-    """The device's n-gram counts are the CPU's."""
-    here, there = (
-        train_gpt.ngram_counts(tokens, vocab_size, max_order, device=device)
-        for device in (job.device, "cpu")
-    )
-    pairs = list(zip(here, there, strict=True))
-    equal = all(np.array_equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
-    text = f"orders 1 to {max_order} of {len(tokens):,} tokens equal the CPU's: {equal}"
-    job.check("parity", equal, text)
+def collectively(bank, collective, output, source):
+    """MuonBank.start, but for its way around a group of one."""
+    bank.pending = collective(output, source.contiguous(), async_op=True)
 
 
 # -----------------------------------------------------------------------------
@@ -117,9 +137,10 @@ def resume(job):
     """A training that a signal stops and another process's Trainer takes up is the one that nobody
     stopped, bit for bit where the device gives the same run twice: atomic additions in backward
     passes (attention, embeddings) do not, and no checkpoint can."""
+    poisoned(job, all_switches(job))
     if not train_gpt.has_package("safetensors"):
         raise Skip("safetensors is not installed")
-    cfg = all_switches(job, checkpoint_every="2", late_qat_threshold=0.9)  # from step 3 on
+    cfg = all_switches(job, checkpoint_every="2", late_qat_threshold=0.9, warmup_steps=1)
     (_, *whole), (_, *twin) = (followed(job, cfg, name) for name in ("whole", "twin"))
     stopped, first, _ = followed(job, cfg, "stopped", STOP)
     kept = {name: tensor.clone() for name, tensor in tensors_of(stopped).items()}
@@ -128,6 +149,7 @@ def resume(job):
     same = all(torch.equal(kept[name], tensor) for name, tensor in tensors_of(taken).items())
     same &= facts(taken) == facts(stopped) and taken.step == STOP
     job.check("state", same, f"{len(kept)} tensors and the loader's place after step {taken.step}")
+    taken.batches.close()
     _, last, weights = followed(job, cfg, "stopped")
     noise, error = difference(whole, twin), difference(whole, (first + last, weights))
     most = 0.0 if noise == (0.0, 0.0) else RESUMED_TOLERANCE
@@ -135,7 +157,6 @@ def resume(job):
     text += f"weights by {error[1]:.2g}; the same run twice: {noise[0]:.2g} and {noise[1]:.2g}"
     right = error[0] <= most and (most > 0 or error[1] == 0)
     job.check("resumed", right, text, losses=error[0], weights=error[1], noise=noise)
-    poisoned(job, cfg)
     yield from ()
 
 
@@ -143,7 +164,7 @@ def trainer_in(job, cfg, name):
     """A fresh Trainer whose checkpoints lie in a folder of this name."""
     runtime = Eager(cfg)
     runtime.folder = job.options.folder / name
-    return new_trainer(cfg, runtime, job.options.folder / "small_train_000000.bin")
+    return new_trainer(cfg, runtime, shard_of(job))
 
 
 def tensors_of(trainer):
@@ -159,8 +180,9 @@ def followed(job, cfg, name, stop=0):
     update = trainer.update
 
     def watched(factor):
-        losses.append(update(factor).item())
-        return torch.tensor(losses[-1])
+        loss = update(factor)
+        losses.append(loss.item())
+        return loss
 
     def tick(stage, done, _):
         if stage == "train" and done == stop:
@@ -173,7 +195,7 @@ def followed(job, cfg, name, stop=0):
 
 
 def facts(trainer):
-    return trainer.step, trainer.qat_since, trainer.averages.snapshots, trainer.loader.state()
+    return trainer.step, trainer.qat_since, trainer.averages.snapshots, trainer.batches.place
 
 
 def difference(one, other):
@@ -194,12 +216,13 @@ def poisoned(job, cfg):
     moved, loss = [], None
     for sick in (False, True):
         before = {name: tensor.clone() for name, tensor in tensors_of(trainer).items()}
-        loss = trainer.gradients()
+        loss = trainer.gradients(*trainer.batches.take())
         if sick:
             model.kv_bank.grad.view(-1)[3] = math.inf
         loss = optimizers.step(0, 1.0, loss)
         after = tensors_of(trainer).items()
         moved.append({name for name, tensor in after if not torch.equal(tensor, before[name])})
+    trainer.batches.close()
     healthy = sum(name.startswith(("weight", "adam")) for name in moved[0])
     poison = sorted(name for name in moved[1] if not name.startswith("muon"))
     wanted = len(trainer.averages.weights) + 3 * len(optimizers.small)

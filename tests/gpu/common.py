@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers import ROOT, tiny, train_gpt  # noqa: E402
+from helpers import ROOT, perturbed, tiny, train_gpt  # noqa: E402
 
 RANKS = 8  # of the machine that the projections are for
 VALIDATION_TARGETS = 62_021_632  # of FineWeb's validation text, sp1024
+STEP_MS = 84  # what a step of `own` is to take on 8 GPUs at most
 ORDER = ("own", "pr864", "pr810", "pr1026", "pr993", "pr808")  # others follow
 VOCAB_SIZE = 1024
 
@@ -33,6 +34,8 @@ QUICK = dict(
     eval_seq_len=64,
     eval_stride=16,
     eval_batch_seqs=4,
+    eval_lanes=RANKS * 4,
+    eval_longest_first=8,
 )
 
 
@@ -42,18 +45,17 @@ class Sizes:
 
     shard: int = 4_000_001  # tokens to train on
     steps: int = 30  # timed
-    future: int = 65_537  # tokens scored again and again
-    sliding: int = 524_289  # tokens scored once
-    counts: int = VALIDATION_TARGETS + 1  # tokens
-    blend: tuple[int, int] = (1_000_000, 8_000_000)  # targets; the rest is extrapolated
-    check: int = 200_000  # tokens counted on both devices
-    repeats: int = 10  # of an attention kernel
-    lanes: int = 1024 // RANKS  # a GPU's share of EVAL_LANES
-    documents: int = 131_073  # tokens scored in lanes
+    profiled: int = 3  # steps under the profiler
+    lane_steps: int = 512  # timed, of each way
+    windows: int = 2_097_153  # tokens scored in windows
+    documents: int = 65_537  # tokens scored in lanes, by all groups of them
     coded: int = 32_768  # of them, there and back
+    counts: int = VALIDATION_TARGETS + 1  # tokens
+    blend: tuple[int, int] = (1_000_000, 4_000_000)  # targets; the rest is extrapolated
+    check: int = 200_000  # tokens counted on both devices
 
 
-SMALL = Sizes(20_001, 3, 1_025, 2_049, 30_001, (3_000, 8_000), 3_000, 2, 4, 2_561, 2_048)
+SMALL = Sizes(20_001, 3, 1, 8, 1_025, 2_561, 2_048, 30_001, (3_000, 8_000), 3_000)
 
 
 class Skip(Exception):
@@ -100,6 +102,10 @@ class Job:
         """Largest allocated device memory since reset_peak, None on a CPU."""
         return torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None
 
+    def reserved_gb(self):
+        """The same of what the allocator took from the device."""
+        return torch.cuda.max_memory_reserved() / 1e9 if self.cuda else None
+
     def seconds(self, function):
         """-> (wall seconds until the device is done, result)"""
         self.wait_for_device()
@@ -108,12 +114,12 @@ class Job:
         self.wait_for_device()
         return time.perf_counter() - began, result
 
-    def median_seconds(self, function, repeats):
-        function()  # the first call loads kernels
-        return float(np.median([self.seconds(function)[0] for _ in range(repeats)]))
-
     def left(self):
         return self.options.deadline - time.monotonic()
+
+    def timeout(self):
+        """Of a process that this part starts."""
+        return max(10, min(self.box, self.left()) - 5)
 
 
 def gb(value):
@@ -126,7 +132,7 @@ def host_gb():
 
 
 # -----------------------------------------------------------------------------
-# Configurations and runtimes
+# Configurations, models and runtimes
 
 
 def record_names():
@@ -136,16 +142,19 @@ def record_names():
 
 
 def configuration(record, job, **changes):
-    """A RECORD's configuration, or the defaults as "own", on this device; small if --quick."""
-    if record == "own":
-        cfg = train_gpt.Config(device=job.device)
-    else:
-        cfg = train_gpt.Config.from_env({"RECORD": record, "DEVICE": job.device})
+    """A RECORD's configuration on this device; small if --quick."""
+    cfg = train_gpt.Config.from_env({"RECORD": record, "DEVICE": job.device})
     cfg = replace(cfg, vocab_size=cfg.vocab_size or VOCAB_SIZE, max_wallclock_seconds=0.0)
     if job.quick:
-        limits = {name: most for name, most in QUICK.items() if hasattr(cfg, name)}
-        cfg = replace(cfg, **{name: min(getattr(cfg, name), most) for name, most in limits.items()})
-    return replace(cfg, warmup_steps=0, val_loss_every=0, **changes).check()
+        cfg = replace(cfg, **{name: min(getattr(cfg, name), most) for name, most in QUICK.items()})
+    how = "zstd" if train_gpt.has_package("zstandard") else "lzma"
+    return replace(cfg, **dict(compressor=how, val_loss_every=0) | changes).check()
+
+
+def share_of(record, job, **changes):
+    """The same at one GPU's share of the batch: the micro-batch of 8 ranks."""
+    cfg = configuration(record, job, grad_accum_steps=1, **changes)
+    return replace(cfg, train_batch_tokens=cfg.train_batch_tokens // RANKS)
 
 
 def all_switches(job, **changes):
@@ -159,7 +168,7 @@ def all_switches(job, **changes):
 class Eager(train_gpt.Runtime):
     """Nothing compiled."""
 
-    def compile(self, function, **how):
+    def compile(self, function, repeatable=False, **how):
         return function
 
 
@@ -171,19 +180,48 @@ class Plain(Eager):
 
 
 class Traced(train_gpt.Runtime):
-    """Compiles on the CPU too: the same tracing and guards, no code made."""
+    """Compiles on a CPU too: the same tracing and guards, no code made."""
 
-    def compile(self, function, **how):
-        how |= {} if self.cuda else {"backend": "aot_eager"}
-        return torch.compile(function, dynamic=False, **how)
+    def compile(self, function, repeatable=False, **how):
+        if self.device.type == "cuda":
+            return super().compile(function, repeatable, **how)
+        return torch.compile(function, dynamic=False, fullgraph=True, backend="aot_eager", **how)
+
+    def graph(self, function, *inputs):
+        if self.device.type == "cuda":
+            return super().graph(function, *inputs)
+        function(*inputs)
+        captured = torch.is_grad_enabled()  # as a graph: what it was made under does not change
+
+        def replay(*values):
+            with torch.set_grad_enabled(captured):
+                return function(*values)
+
+        return replay
+
+    def autocast(self):
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+
+
+def fresh_model(cfg, device):
+    torch.manual_seed(cfg.seed)
+    return train_gpt.GPT(cfg).initialise().to(device)
 
 
 def new_trainer(cfg, runtime, shard):
     """A Trainer with fresh weights, the same on every device."""
-    torch.manual_seed(cfg.seed)
-    model = train_gpt.GPT(cfg).initialise().to(runtime.device)
     loader = train_gpt.TokenLoader([shard], cfg.vocab_size)
-    return train_gpt.Trainer(model, loader, runtime, cfg)
+    return train_gpt.Trainer(fresh_model(cfg, runtime.device), loader, runtime, cfg)
+
+
+def scoring_model(cfg, device):
+    """Of random weights, as load_artifact leaves one."""
+    return perturbed(cfg, spread=0.02).to(device).eval().requires_grad_(False)
+
+
+def step_losses(trainer, factors):
+    return np.array([trainer.update(factor).item() for factor in factors])
 
 
 # -----------------------------------------------------------------------------
@@ -207,3 +245,12 @@ def synthetic_stream(size, vocab_size=VOCAB_SIZE, seed=0):
     bos = rng.geometric(1 / 800, size // 800 + 1).cumsum()
     tokens[bos[bos < size]] = tokens[0] = train_gpt.BOS
     return tokens
+
+
+def short_documents(size, cfg):
+    """A stream of a few more documents than lanes, so that all lanes are busy and some wait."""
+    stream = synthetic_stream(size, cfg.vocab_size)
+    stream[stream == train_gpt.BOS] = train_gpt.BOS + 1
+    starts = np.linspace(0, size - 2, cfg.eval_lanes + cfg.eval_lanes // 4).astype(int)
+    stream[starts] = train_gpt.BOS
+    return stream
