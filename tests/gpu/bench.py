@@ -57,7 +57,7 @@ def all_parts():
 
     records = {f"step:{name}": step(40, record=name) for name in record_names() if name != "own"}
     return {
-        "script": Part(whole.script, 170, 8),
+        "script": Part(whole.script, 190, 8),
         "step:own": step(28, profiled=True),
         "step:fp32": step(40, name="fp32", fp32_stream=True),
         "lanes": Part(lanes.lanes, 170, 16),

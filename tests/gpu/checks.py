@@ -74,8 +74,7 @@ def ranks(job):
     of one rank, beside steps without: the same weights."""
     cfg = all_switches(job)
     backends = "cpu:gloo,cuda:nccl" if job.cuda else "gloo"
-    alone = steps_of(job, cfg)
-    again = steps_of(job, cfg)  # whether the device repeats itself
+    again, alone = steps_of(job, cfg), steps_of(job, cfg)  # whether the device repeats itself
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
         how = dict(init_method=store, rank=0, world_size=1)

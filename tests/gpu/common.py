@@ -46,6 +46,7 @@ class Sizes:
     shard: int = 4_000_001  # tokens to train on
     steps: int = 30  # timed
     profiled: int = 3  # steps under the profiler
+    rows: int = 6_000  # tokens scored in lanes and in rows of their own
     lane_steps: int = 512  # timed, of each way
     windows: int = 2_097_153  # tokens scored in windows
     documents: int = 65_537  # tokens scored in lanes, by all groups of them
@@ -55,7 +56,7 @@ class Sizes:
     check: int = 200_000  # tokens counted on both devices
 
 
-SMALL = Sizes(20_001, 3, 1, 8, 1_025, 2_561, 2_048, 30_001, (3_000, 8_000), 3_000)
+SMALL = Sizes(20_001, 3, 1, 1_500, 8, 1_025, 2_561, 2_048, 30_001, (3_000, 8_000), 3_000)
 
 
 class Skip(Exception):

@@ -123,7 +123,8 @@ def whole_rows(job):
     BOS_RESET a lane itself must forget the document before."""
     cfg = all_switches(job, eval_lanes=16, bos_reset=False)
     model = perturbed(cfg, spread=0.05).to(job.device).eval().requires_grad_(False)
-    stream, starts = random_stream(6_000, cfg.vocab_size), np.arange(0, 6_001, 50)
+    size = job.sizes.rows
+    stream, starts = random_stream(size, cfg.vocab_size), np.arange(0, size + 1, 50)
     starts += np.random.default_rng(0).integers(-20, 20, len(starts))
     stream[starts[(starts > 0) & (starts < len(stream))]] = train_gpt.BOS
     runtime = train_gpt.Runtime(cfg)

@@ -34,6 +34,7 @@ def counts(job):
         job.reset_peak()
         store = train_gpt.CountStore(mixer.orders, len(coding.tokens) - len(tokens) + 1)
         device = counted(job, store, coding, cfg)
+        scan(job, len(tokens))
     tell(job, store, (laying_out, *device), len(tokens))
     size = len(tokens) - 1
     entropy = np.random.default_rng(1).gamma(4.0, 0.7, size)
@@ -72,6 +73,16 @@ def tell(job, store, seconds, size):
     text += f"tokens, peak {gb(job.peak_gb())}, host {gb(host_gb())}"
     values = dict(seconds=both, waited=waited, schedule=laying_out, tokens=size)
     job.row("counts", text, **values, peak_gb=job.peak_gb(), host_gb=host_gb())
+
+
+def scan(job, size):
+    """The running maximum of SortedGroups, of which every order has four, beside a running sum."""
+    begins = torch.zeros(size, dtype=torch.bool, device=job.device)
+    start, seconds = train_gpt.SortedGroups.start, []
+    for function in (lambda: start(None, begins), lambda: begins.cumsum(0)):
+        seconds.append(min(job.seconds(function)[0] for _ in range(2)))
+    text = f"{1e3 * seconds[0]:.1f} ms for {size:,}, a running sum {1e3 * seconds[1]:.1f}"
+    job.row("scan", text, maximum=seconds[0], sum=seconds[1])
 
 
 def same_counts(job, tokens, vocab_size, orders):

@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch._inductor.config as inductor
 from common import RANKS, Skip, Traced, new_trainer, share_of, short_documents
 from helpers import ROOT, SHRUNK, clean_environment, train_gpt
 from torch._dynamo.utils import counters
@@ -34,10 +35,12 @@ def script(job):
     if train_gpt.has_package("safetensors"):
         env["CHECKPOINT_EVERY"] = "20"
     command = [sys.executable, str(ROOT / "train_gpt.py")]
-    how = dict(cwd=job.options.folder, env=env, text=True, timeout=job.timeout())
-    began = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
-    tell(job, done, time.perf_counter() - began)
+    path, began, status = job.options.folder / "output", time.perf_counter(), "out of time"
+    with open(path, "wb") as output, contextlib.suppress(subprocess.TimeoutExpired):
+        how = dict(cwd=job.options.folder, env=env, stdout=output, stderr=subprocess.STDOUT)
+        status = subprocess.run(command, timeout=job.timeout(), **how).returncode
+    seconds = time.perf_counter() - began
+    tell(job, status, path.read_text(encoding="utf-8", errors="replace"), seconds)
     yield from ()
 
 
@@ -54,9 +57,9 @@ def prose(job):
     return folder
 
 
-def tell(job, done, seconds):
+def tell(job, status, output, seconds):
     """Of the script's output: what must be in it, and its last lines where something is not."""
-    lines = done.stdout.splitlines()
+    lines = output.splitlines()
     wanted = {
         "late QAT": "late_qat:enabled",
         "artifact": "final_int6_roundtrip_exact",
@@ -66,11 +69,11 @@ def tell(job, done, seconds):
     }
     if train_gpt.has_package("constriction"):
         wanted["proof"] = "decoded:ok"
-    lacks = [what for what, words in wanted.items() if words not in done.stdout]
+    lacks = [what for what, words in wanted.items() if words not in output]
     final = [line for line in lines if line.startswith("final_ngram_exact")]
     expected = " ".join(line for line in lines if line.startswith("expect"))
-    ok = done.returncode == 0 and not lacks
-    text = f"{seconds:.0f} s, exit {done.returncode}, "
+    ok = status == 0 and not lacks
+    text = f"{seconds:.0f} s, exit {status}, "
     if ok:
         text += f"{', '.join(wanted)}: all there; {final[0]} {expected}"
     else:
@@ -102,7 +105,7 @@ def warmup(job):
     All while others prepare, as 8 ranks do on one host."""
     if torch.compile.__module__ != "torch":  # on the emulated device
         raise Skip("nothing is compiled here")
-    torch._inductor.config.force_disable_caches = True  # others compile the same here
+    inductor.force_disable_caches = True  # others compile the same here
     torch._logging.set_logs(recompiles=True)
     cfg = share_of("own", job, warmup_steps=2, qat_every=2)
     cfg = replace(cfg, eval_lanes=cfg.eval_lanes // RANKS)
@@ -114,6 +117,7 @@ def warmup(job):
         trainer = new_trainer(cfg, runtime, shard)
         with contextlib.closing(trainer.batches):
             at_first(job, compiled, trainer, stream)
+            log.forget()
             afterwards(job, compiled, trainer, (stream, log))
     yield from ()
 
@@ -132,10 +136,13 @@ class Log:
         os.close(self.stderr)
         self.file.close()
 
+    def forget(self):
+        """What was said so far: Newton-Schulz is compiled for the shape of each bank."""
+        self.begin = os.lseek(self.file.fileno(), 0, os.SEEK_END)
+
     def reasons(self):
-        """Of recompilations so far, a few."""
-        self.file.flush()
-        self.file.seek(0)
+        """Of recompilations, a few."""
+        self.file.seek(self.begin)
         text = self.file.read().decode(errors="replace")
         found = re.findall(r"Recompiling function (\S+)|- \d+/\d+: (.*)", text)
         return list(dict.fromkeys(" ".join(each).strip()[:160] for each in found))[-8:]
