@@ -82,7 +82,8 @@ def all_parts():
 def work(name, options, pipe):
     """Run one part; its rows, its wish for the device and its end go through the pipe."""
     part, said = all_parts()[name], io.StringIO()
-    job = Job(name.partition(":")[0], options, lambda row: pipe.send(("row", row)), part.box)
+    box = part.box * options.patience
+    job = Job(name.partition(":")[0], options, lambda row: pipe.send(("row", row)), box)
     warnings.filterwarnings("ignore", message=".*TensorFloat32.*")
     try:
         with contextlib.redirect_stdout(said):
@@ -160,7 +161,8 @@ class Worker:
 
     def __init__(self, name, options, table, start):
         context = multiprocessing.get_context(start)
-        self.name, self.table, self.overall = name, table, options.deadline
+        self.table, self.name, self.overall = table, name, options.deadline
+        self.box = all_parts()[name].box * options.patience
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(name, options, theirs))
         self.process.start()
@@ -168,7 +170,6 @@ class Worker:
         self.open_box()
 
     def open_box(self):
-        self.box = all_parts()[self.name].box
         self.deadline = min(time.monotonic() + self.box, self.overall)
 
     def hear(self):
@@ -187,7 +188,7 @@ class Worker:
 
     def give_up(self):
         over = self.deadline == self.overall
-        which = "limit" if over else f"{self.box} s box"
+        which = "limit" if over else f"{self.box:.0f} s box"
         self.stop("SKIP" if over else "FAIL", f"time is over ({which})")
 
     def stop(self, status="", why=""):
@@ -272,6 +273,7 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="small shapes, for a look on a CPU")
     parser.add_argument("--parts", help="names, or their beginnings, with commas")
     parser.add_argument("--limit", type=float, default=350.0, help="seconds for everything")
+    parser.add_argument("--patience", type=float, default=1.0, help="times the boxes of parts")
     default = Path(os.environ.get("OUT", ".")) / "gpu.json"
     parser.add_argument("--out", type=Path, default=default, help="JSON file")
     args = parser.parse_args()
@@ -302,7 +304,8 @@ def main():
     print(" ".join(f"{name}:{value}" for name, value in where.items()))
     table = Table(args.out, where)
     with tempfile.TemporaryDirectory() as folder:
-        options = Options(args.device, args.quick, Path(folder), began + args.limit)
+        deadline = began + args.limit
+        options = Options(args.device, args.quick, Path(folder), deadline, args.patience)
         prepare(options)
         run_parts(args.names, options, table, where.get("memory_gb", 1e9) - 6)
     projection(table, where.get("peak_flops"))

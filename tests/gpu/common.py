@@ -71,6 +71,7 @@ class Options:
     quick: bool
     folder: Path  # for files that do not stay
     deadline: float  # of the whole, time.monotonic()
+    patience: float = 1.0  # times the boxes
     sizes: Sizes = field(init=False)
 
     def __post_init__(self):
