@@ -55,19 +55,19 @@ def all_parts():
     def step(memory, **how):
         return Part(functools.partial(steps.step, **how), 170, memory)
 
-    records = {f"step:{name}": step(40, record=name) for name in record_names() if name != "own"}
+    records = {f"step:{name}": step(36, record=name) for name in record_names() if name != "own"}
     return {
         "script": Part(whole.script, 190, 8),
-        "step:own": step(28, profiled=True),
-        "step:fp32": step(40, name="fp32", fp32_stream=True),
-        "lanes": Part(lanes.lanes, 170, 16),
-        "warmup": Part(whole.warmup, 170, 32),
-        "step:xsa4": step(28, name="xsa4", xsa_last_n=4),
-        "proof": Part(lanes.proof, 150, 56),
+        "step:own": step(26, profiled=True),
+        "lanes": Part(lanes.lanes, 170, 10),
+        "step:fp32": step(36, name="fp32", fp32_stream=True),
+        "warmup": Part(whole.warmup, 170, 30),
+        "proof": Part(lanes.proof, 150, 54),
         "counts": Part(ngrams.counts, 120, 14),
-        "step:fa3": step(28, name="fa3", attn_impl="fa3", profiled=True),
-        "step:fa4": step(28, name="fa4", attn_impl="fa4", profiled=True),
+        "step:xsa4": step(26, name="xsa4", xsa_last_n=4),
+        "step:fa3": step(26, name="fa3", attn_impl="fa3", profiled=True),
         "ranks": Part(checks.ranks, 60, 4),
+        "step:fa4": step(26, name="fa4", attn_impl="fa4", profiled=True),
         "resume": Part(checks.resume, 60, 3),
         "parity": Part(checks.parity, 60, 3),
         "windows": Part(lanes.windows, 90, 10),

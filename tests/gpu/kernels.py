@@ -55,7 +55,8 @@ def busy_us(found):
 
 def split(job, item, run, steps, wall):
     """A row of where the time of so many steps goes, which run() makes; wall: seconds of one of
-    them without a profiler, since a profiler makes the host slow."""
+    them without a profiler, since a profiler makes the host slow. Another of the kernels that
+    attend: none is a FAIL, for then attention is spelt out (SDPA's "math"), and slow."""
     found = events(job, run)
     if not found:
         reason = "torch.profiler saw no kernel here (CUPTI), or there is no GPU"

@@ -65,7 +65,7 @@ def lanes(job):
             with mock.patch.object(train_gpt, "varlen_attention", lambda device: None):
                 other = job.seconds(lambda h=how: lane_scorer(model, h(cfg), count, cfg))
             step = timed(job, name, *other, columns)
-            if name.startswith("compiled"):
+            if how is train_gpt.Runtime:
                 apart(job, "split, masked", other[1], columns, step)
             del other
 
