@@ -106,9 +106,9 @@ PUBLISHED = {
 }
 # What a first run on GPUs replaces, by what of tests/gpu/run.sh or of a log.
 REPLACED = """a first run on GPUs replaces:
-  products, attention, fused, launch: the parts step:NAME and attention of tests/gpu/run.sh
-  the kernel of a lane's attention and its ms a step: its part documents
-  sort, collect, mixing, eager: its part counts; quantising: its part pack
+  products, attention, fused, launch: the parts step:NAME of tests/gpu/run.sh, own's split
+  the kernel of a lane's attention and its ms a step: its part lanes
+  sort, collect, schedule, backoff, mixing, eager: its part counts; zstd: its part warmup
   nvlink, collective, gloo, loop, threads: step_avg_ms and eval_seconds of a run on 8
   codec, start: the seconds between final_ngram_backoff_exact and final_codec
 no GPU is needed for: lengths of the documents, once data/download_fineweb.py has fetched them"""

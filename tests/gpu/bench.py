@@ -308,7 +308,7 @@ def main():
         options = Options(args.device, args.quick, Path(folder), deadline, args.patience)
         prepare(options)
         run_parts(args.names, options, table, where.get("memory_gb", 1e9) - 6)
-    projection(table, where.get("peak_flops"))
+    projection(table, None if args.quick else where.get("peak_flops"))
     for row in table.rows:
         if trace := row["values"].get("traceback"):
             print(f"\n{row['part']} {row['item']}:\n{trace}")
