@@ -1281,11 +1281,12 @@ class Runtime:
         if not self.cuda:
             return function
         torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            function(*inputs)  # what a first use makes is not captured
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # not NCCL's threads
-            outputs = function(*inputs)
+        with self.torch_attention():
+            with torch.cuda.stream(torch.cuda.Stream()):
+                function(*inputs)  # what a first use makes is not captured
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # not NCCL's threads
+                outputs = function(*inputs)
 
         def replay(*values: Tensor) -> Any:
             if values:
@@ -1299,6 +1300,18 @@ class Runtime:
         """On CUDA compiled, with no break; elsewhere the function itself. `repeatable`: to the same
         kernels in every process, none chosen by its speed there."""
         return compile_for_cuda(function, repeatable) if self.cuda else function
+
+    @contextlib.contextmanager
+    def torch_attention(self) -> Iterator[None]:
+        """With torch's own flash attention: what is captured here, lanes, has kernels that the
+        decoder has as well, which is not told of ATTN_IMPL."""
+        restore = getattr(torch.nn.attention, "restore_flash_attention_impl", None)
+        replaced = self.flash_alone and restore is not None
+        if replaced:
+            restore()
+        yield
+        if replaced:
+            use_attention(self.cfg.attn_impl, self.cuda)
 
     def release_memory(self) -> None:
         """Give the device what nobody holds any more, for another process."""
@@ -4111,6 +4124,8 @@ def score_documents(
     mine = slice(rt.rank * group_size, (rt.rank + 1) * group_size)
     scorer = LaneScorer(model, rt, group_size, plan.window)
     columns = np.zeros((2, plan.targets))
+    aside = ThreadPoolExecutor(1)
+    order = aside.submit(schedule.order, stream)  # takes seconds, while the device works
     total = int(schedule.lengths[mine].max())
     rt.expect("documents", int(schedule.lengths.max()), "lane step")
     for begin in range(0, total, SCHEDULED_STEPS):
@@ -4123,7 +4138,7 @@ def score_documents(
             lambda step, begin=begin: rt.tick("documents", begin + step, total),
         )
         columns[:, inputs[busy]] = found[:, busy]
-    return Scores(*rt.sum(columns)), schedule.order(stream)
+    return Scores(*rt.sum(columns)), order.result()
 
 
 # What only published systems add.
@@ -4371,8 +4386,8 @@ class SortedGroups:
         self.step = self.start(new_step)
 
     def start(self, begins: Tensor) -> Tensor:
-        index = torch.arange(len(begins), device=begins.device)
-        return torch.where(begins, index, 0).cummax(0).values
+        """Of each place the last one, up to it, that begins something; the first does."""
+        return begins.nonzero()[:, 0][begins.cumsum(0) - 1]
 
 
 @functools.cache

@@ -156,3 +156,16 @@ def test_flash_alone_is_no_break(rt):
     scorer = train_gpt.WindowScorer(eval_model(), rt, CFG)
     scorer.score(random_stream(100, 64), 4)
     assert new_graphs() == 2
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_lanes_are_captured_with_torch_s_own_attention(alone, rt, monkeypatch):
+    """FlashAttention-3 would take varlen's place, too, in the encoder but not in the decoder."""
+    calls = []
+    attention = torch.nn.attention
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: calls.append("own"))
+    monkeypatch.setattr(train_gpt, "use_attention", lambda *_: calls.append("chosen"))
+    rt.flash_alone = alone
+    with rt.torch_attention():
+        calls.append("captured")
+    assert calls == (["own", "captured", "chosen"] if alone else ["captured"])
