@@ -257,7 +257,7 @@ class Compressor:
                 plan = CodingPlan.of(stream, cfg, 1)
                 words, _ = train_gpt.encode(self.model, self.rt, cfg, stream, plan)
                 smaller = len(words) < len(raw)
-                blocks.append([plan[:-1] if smaller else None, len(words if smaller else raw)])
+                blocks.append([plan if smaller else None, len(words if smaller else raw)])
                 parts.append(words if smaller else raw)
         parts.append(b"" if held.all() else keep_aside(data, held))
         header = dict(bytes=len(data), sha256=train_gpt.sha256(data), made=self.made())
@@ -282,7 +282,7 @@ class Compressor:
 
     def unpack(self, header: dict[str, Any], payload: bytes) -> bytes:
         """What the blocks hold and what was kept aside, together; any exception for a lie"""
-        blocks = [(plan and CodingPlan(*plan), size) for plan, size in header["blocks"]]
+        blocks = [(plan and read_plan(plan), size) for plan, size in header["blocks"]]
         plans = [plan for plan, _ in blocks if plan]
         for plan in plans:
             check_plan(plan, self.config(header["scoring"], plan.lanes), header)
@@ -317,9 +317,15 @@ def check_sizes(
         raise ValueError(f"it claims {header['bytes']:,} bytes, more than the memory free here")
 
 
+def read_plan(numbers: list[Any]) -> CodingPlan:
+    """Of a header, where a tuple is a list."""
+    plan = CodingPlan(*numbers)
+    return plan._replace(ahead=tuple(plan.ahead))
+
+
 def check_plan(plan: CodingPlan, cfg: Config, header: dict[str, Any]) -> None:
     """ValueError for a plan that `compress` makes of no file: memory is taken according to it."""
-    wanted = plan._replace(documents=plan.lanes, groups=1, window=cfg.window)
+    wanted = plan._replace(documents=plan.lanes, groups=1, window=cfg.window, ahead=())
     sizes = 1 <= plan.lanes <= min(MOST_LANES, plan.targets, BLOCK_TOKENS + 1)
     sizes = sizes and plan.targets < BLOCK_TOKENS + plan.lanes  # a BOS between the pieces
     if plan != wanted or not sizes or header["scoring"] != defaults():
