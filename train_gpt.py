@@ -4281,12 +4281,14 @@ LONG_ORDERS = (12, 16, 24)  # of the blend, beside 1 and the range of settings: 
 def ngram_counts(
     tokens: np.ndarray,
     vocab_size: int,
-    orders: int | Sequence[int],
+    max_order: int,
     device: Any = "cpu",
     schedule: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    wanted: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields (order, context_count, target_count, types, singletons) of these orders, ascending; a
-    number: of all up to it.
+    """Yields (order, context_count, target_count, types, singletons), orders 1..max_order, or the
+    wanted ones of them.
 
     Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
     before, its distinct continuations, and those seen once. tokens (N,): any integer array below
@@ -4303,12 +4305,13 @@ def ngram_counts(
     times = nothing if schedule is None else schedule[0]
     following = nothing if schedule is None else next_in_lane(schedule[1])
     text = TokenLinks(tokens.astype(np.int32), times, following)
-    wanted = range(1, orders + 1) if isinstance(orders, int) else sorted({*orders})
+    every = range(1, max_order + 1)
+    orders = every if wanted is None else sorted({*wanted} & {*every})
     if has_package("numba") and torch.device(device).type == "cpu":
-        counted = numba_orders(text, vocab_size, wanted)
+        counted = numba_orders(text, vocab_size, orders)
     else:
-        counted = torch_orders(text, vocab_size, wanted, device)
-    for order, stats in zip(wanted, counted, strict=False):
+        counted = torch_orders(text, vocab_size, orders, device)
+    for order, stats in zip(orders, counted, strict=False):
         yield order, *stats.T
 
 
@@ -4771,8 +4774,8 @@ def mix_ngrams(scores: Scores, coding: CodingOrder, report: "Report") -> np.ndar
     mixers = {name: make_mixer(name, cfg, rt.device) for name in ("cascade", cfg.mixer)}
     orders = mixers[cfg.mixer].orders
     store = CountStore(orders, len(coding.tokens) - len(final))
-    counts = ngram_counts(coding.tokens, cfg.vocab_size, orders, rt.device, coding.schedule)
-    store.collect(counts)
+    how = dict(device=rt.device, schedule=coding.schedule, wanted=orders)
+    store.collect(ngram_counts(coding.tokens, cfg.vocab_size, max(orders), **how))
     scores = scores.take(coding.targets)
     times = coding.schedule and coding.schedule[0][store.skip :]
     for name, mixer in mixers.items():

@@ -46,9 +46,8 @@ def counts(job):
 def counted(job, store, coding, cfg):
     """Fill the store -> (seconds of it all, of them waiting for counts)"""
     orders, waited = store.orders, 0.0
-    found = train_gpt.ngram_counts(
-        coding.tokens, cfg.vocab_size, orders, job.device, coding.schedule
-    )
+    how = dict(device=job.device, schedule=coding.schedule, wanted=orders)
+    found = train_gpt.ngram_counts(coding.tokens, cfg.vocab_size, max(orders), **how)
 
     def timed():
         nonlocal waited
@@ -88,7 +87,10 @@ def scan(job, size):
 def same_counts(job, tokens, vocab_size, orders):
     """The device's n-gram counts are the CPU's."""
     devices = job.device, "cpu"
-    here, there = (train_gpt.ngram_counts(tokens, vocab_size, orders, each) for each in devices)
+    here, there = (
+        train_gpt.ngram_counts(tokens, vocab_size, max(orders), each, wanted=orders)
+        for each in devices
+    )
     pairs = list(zip(here, there, strict=True))
     equal = all(np.array_equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
     equal &= [int(x[0]) for x, _ in pairs] == list(orders)

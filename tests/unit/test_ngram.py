@@ -139,7 +139,7 @@ def test_only_the_wanted_orders(wanted, numba):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "has_package", lambda name: numba)
         every = {order: rows for order, *rows in ngram_counts(tokens, 5, 12)}
-        some = {order: rows for order, *rows in ngram_counts(tokens, 5, wanted)}
+        some = {order: rows for order, *rows in ngram_counts(tokens, 5, 12, wanted=wanted)}
     assert [*some] == sorted({*wanted})
     assert all(np.array_equal(some[order], every[order]) for order in some)
 
