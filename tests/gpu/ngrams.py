@@ -75,13 +75,16 @@ def tell(job, store, seconds, size):
 
 
 def scan(job, size):
-    """The running maximum of SortedGroups, of which every order has four, beside a running sum."""
-    begins = torch.zeros(size, dtype=torch.bool, device=job.device)
+    """Where the groups of SortedGroups begin, of which every order has four, by a running sum, and
+    by the running maximum of before: one block on CUDA."""
+    begins = torch.arange(size, device=job.device) % 3 == 0
+    index = torch.arange(size, device=job.device)
     start, seconds = train_gpt.SortedGroups.start, []
-    for function in (lambda: start(None, begins), lambda: begins.cumsum(0)):
+    maximum = lambda: torch.where(begins, index, 0).cummax(0).values  # noqa: E731
+    for function in (lambda: start(None, begins), maximum):
         seconds.append(min(job.seconds(function)[0] for _ in range(2)))
-    text = f"{1e3 * seconds[0]:.1f} ms for {size:,}, a running sum {1e3 * seconds[1]:.1f}"
-    job.row("scan", text, maximum=seconds[0], sum=seconds[1])
+    text = f"{1e3 * seconds[0]:.1f} ms for {size:,}, a running maximum {1e3 * seconds[1]:.1f}"
+    job.row("scan", text, sum=seconds[0], maximum=seconds[1])
 
 
 def same_counts(job, tokens, vocab_size, orders):
