@@ -34,7 +34,7 @@ Words with one meaning each:
   the five      the published systems #864, #810, #1026, #993 and #808; siblings of one another
   as published  what their code does, where this script would do otherwise
   stream        the validation tokens in their order, a BOS first
-  stream.bin    what the range coder makes of them: a header and `words`
+  stream.bin    what the codec makes of them: a header, a plan's side_bytes, the range coder's words
   target        a token that is predicted: every token of a stream but its first
   document      the tokens from one BOS up to the next
   row           one training or scoring sequence of a batch
@@ -42,7 +42,8 @@ Words with one meaning each:
                 `stride` targets apart; of lanes the keys and values of each attention
   lane          one of many places where documents are read, one after another, a token a step
   bank          one tensor that stacks a kind of matrix of all layers
-  scale, grid   a row's step, stored beside its integers; the values integer * scale it may take
+  scale, grid   the step of a matrix's row, stored beside its integers; the values integer * scale
+                it may take
   RECORD        a named set of settings, records/**/<name>*/config.env
   order         of an n-gram: its length in tokens, the predicted one included
   coding        the order in which lanes, step by step, take the targets of a stream
@@ -1298,20 +1299,22 @@ class Runtime:
 
     def compile(self, function: Callable, repeatable: bool = False) -> Callable:
         """On CUDA compiled, with no break; elsewhere the function itself. `repeatable`: to the same
-        kernels in every process, none chosen by its speed there."""
+        kernels in every process, none chosen by its speed there, where this torch can."""
         return compile_for_cuda(function, repeatable) if self.cuda else function
 
     @contextlib.contextmanager
     def torch_attention(self) -> Iterator[None]:
-        """With torch's own flash attention: what is captured here, lanes, has kernels that the
-        decoder has as well, which is not told of ATTN_IMPL."""
+        """Lanes are captured with torch's own flash kernels, under ATTN_IMPL=fa3|fa4 as well: the
+        decoder, a process that is not told of it, must run the same."""
         restore = getattr(torch.nn.attention, "restore_flash_attention_impl", None)
         replaced = self.flash_alone and restore is not None
         if replaced:
             restore()
-        yield
-        if replaced:
-            use_attention(self.cfg.attn_impl, self.cuda)
+        try:
+            yield
+        finally:
+            if replaced:
+                use_attention(self.cfg.attn_impl, self.cuda)
 
     def release_memory(self) -> None:
         """Give the device what nobody holds any more, for another process."""
@@ -2738,8 +2741,8 @@ class Context:
 
 
 def varlen_attention(device: torch.device) -> Callable | None:
-    """torch's attention over sequences of their own lengths, where it can take the number of keys
-    that are filled from the device (CUDA, torch 2.13); None elsewhere."""
+    """torch's attention over sequences of their own lengths, where the number of filled keys may be
+    a tensor on the device (CUDA, torch 2.13); None elsewhere."""
     if device.type != "cuda":
         return None
     try:
@@ -2781,8 +2784,9 @@ class LaneCache(Context):
 
     Each lane holds the last `window` keys and values of every attention (a layer applied twice has
     two) and, by name, what smear and bigram hash saw a token ago. Position p of a document lies in
-    slot p % window; slots that this document has not filled yet are masked, so a new document
-    needs nothing cleared. With a window of 4, at position 5:
+    slot p % window; slots that this document has not filled yet are not seen, so a new
+    document needs nothing cleared. Their order does not matter: keys carry their position (rotary),
+    and whatever is seen is of the past. With a window of 4, at position 5:
 
         slot       0  1  2  3
         position   4  5  2  3     all seen: the last four
@@ -3188,12 +3192,12 @@ class Optimizers:
         that is so on any rank, no weight changes."""
         gradients = [weight.grad for weight in self.weights]
         loss = loss + 0 * torch.stack(torch._foreach_norm(gradients)).sum()
-        ranks = (~loss.isfinite()).float()  # where it is not finite
+        bad_ranks = (~loss.isfinite()).float()  # 1: this one; summed up below
         if self.cfg.clip == "local":  # as published
             self.clip(gradients, [])
         self.muon.start_reduce()  # the long transfers first
-        average_gradients(self.small, self.rt, [ranks])
-        nonfinite = ranks > 0
+        average_gradients(self.small, self.rt, [bad_ranks])
+        nonfinite = bad_ranks > 0
         shares = self.muon.shares()
         if self.cfg.clip == "global":
             self.clip([weight.grad for weight in self.small], shares)
@@ -3783,7 +3787,7 @@ class WindowScorer:
         """What scoring with this stride will run, on nothing: compiled, then timed."""
 
         ends = np.full(self.batch * self.rt.world_size, stride)
-        for _ in range(2):
+        for _ in range(2):  # the second time replaces the first, which compiles
             self.rt.measure(
                 f"stride {stride}",
                 1,
@@ -3857,7 +3861,8 @@ class CodingPlan(NamedTuple):
             return plan
         longest = np.argsort(-np.diff(starts, append=size), kind="stable")
         ahead = sorted(longest[: cfg.eval_longest_first].tolist())
-        return plan._replace(ahead=() if ahead == [*range(len(ahead))] else tuple(ahead))
+        natural = ahead == [*range(len(ahead))]  # the first ones anyway: not worth a byte
+        return plan._replace(ahead=() if natural else tuple(ahead))
 
     def queue(self) -> Iterator[int]:
         """The documents in the order in which they are begun, one by one: a forged number of them
@@ -3867,8 +3872,9 @@ class CodingPlan(NamedTuple):
         yield from (document for document in range(self.documents) if document not in ahead)
 
     def side_bytes(self) -> bytes:
-        """What the stream begins with: which documents are ahead, as the gaps between them, seven
-        bits a byte, the low ones first, with the eighth where more follow (LEB128)."""
+        """What the body of stream.bin begins with: which documents are ahead, as the gaps between
+        them, the first counted from -1; seven bits a byte, the low ones first, with the eighth
+        where more follow (LEB128)."""
         packed = bytearray()
         for gap in np.diff(self.ahead, prepend=-1).tolist():
             while gap > 127:
@@ -3883,12 +3889,13 @@ class CodingPlan(NamedTuple):
 
 
 def read_side_bytes(plan: CodingPlan, count: int, body: bytes) -> CodingPlan:
-    """The plan with the `count` documents that a stream's body begins with; ValueError."""
+    """The plan with `ahead` read from the first `count` gaps of a stream's body; ValueError for
+    what side_bytes would not have written."""
     gaps: list[int] = []
     gap = 0
     shift = 0
     for byte in body:
-        if len(gaps) == count or shift > 28:
+        if len(gaps) == count or shift > 28:  # five bytes at most
             break
         gap |= (byte & 127) << shift
         shift += 7
@@ -4069,8 +4076,8 @@ def lane_pass(model: GPT, rt: Runtime, count: int, window: int) -> Callable:
 
 
 class LaneScorer:
-    """Scores lanes along a schedule that lies on the device beforehand: a step needs no number of
-    the host's, which comes back after SCHEDULED_STEPS."""
+    """Scores lanes along a schedule that lies on the device beforehand: no step waits for the host,
+    and results are fetched once in SCHEDULED_STEPS."""
 
     def __init__(self, model: GPT, rt: Runtime, count: int, window: int):
         shape = SCHEDULED_STEPS, count
@@ -4096,7 +4103,7 @@ class LaneScorer:
         """As it will run, with half the window full, and timed."""
         columns = np.zeros((3, WARM_UP_STEPS, self.schedule.shape[2]), np.int64)
         columns[1] = self.window // 2
-        for _ in range(2):
+        for _ in range(2):  # the second time replaces the first, which compiles
             self.rt.measure("lane step", WARM_UP_STEPS, lambda: self.score(columns))
 
     @torch.no_grad()
@@ -4220,7 +4227,7 @@ class TestTimeTraining:
             for weight in self.weights:
                 weight.grad = torch.zeros_like(weight)
             if len(mine := batch[rt.rank :: rt.world_size]):
-                with rt.autocast():
+                with rt.autocast(), rt.attention():
                     loss = self.compiled_loss(mine[:, :-1], mine[:, 1:], self.adapters())
                 (loss * len(mine) * rt.world_size / len(batch)).backward()
             average_gradients(self.weights, rt)
@@ -4291,8 +4298,8 @@ def ngram_counts(
     wanted ones of them.
 
     Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
-    before, its distinct continuations, and those seen once. tokens (N,): any integer array below
-    vocab_size, not modified, else ValueError. schedule: lane step and lane, int32 (N,) each, of
+    before, its distinct continuations, and those seen once. tokens (N,): integers below
+    vocab_size, else ValueError; left as they are. schedule: lane step and lane, int32 (N,) each, of
     tokens in the order of coding: those of one step do not see each other; a context stays in its
     lane, from the last BOS on.
     """
@@ -4718,8 +4725,8 @@ def mix(
     times: np.ndarray | None,
     tick: Callable = lambda *_: None,
 ) -> np.ndarray:
-    """Score each target, then learn from it. -> log-probability (N,), nats. times: lane steps of
-    the targets, which a chunk does not divide; None: one by one."""
+    """Score each target, then learn from it (a Backoff does not learn). -> log-probability (N,),
+    nats. times: lane steps of the targets, which a chunk does not divide; None: one by one."""
     if isinstance(mixer, Backoff):
         return mix_fixed(mixer, store, scores, tick)
     size = len(scores.log_prob)
@@ -4755,12 +4762,9 @@ def mix_fixed(
         return np.log((weights * p).sum(1))
 
     mixed = np.empty(size)
+    begins = range(0, size, mixer.chunk)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for begin, part in zip(
-            range(0, size, mixer.chunk),
-            pool.map(mix_chunk, range(0, size, mixer.chunk)),
-            strict=True,
-        ):
+        for begin, part in zip(begins, pool.map(mix_chunk, begins), strict=True):
             mixed[begin : begin + len(part)] = part
             tick("ngram", begin + len(part), size)
     return mixed
@@ -5278,7 +5282,8 @@ class Trainer:
 
     def agree(self, loss: Reading, soon: bool = False) -> None:
         """Wait for this loss; one clock and signal for all ranks; UserError, on all of them, for a
-        loss that is not finite. `soon`: what is said now is agreed by the next call."""
+        loss that is not finite. `soon`: what is said now is sent off, and what was said by the call
+        before holds, so the host waits for nobody; not near the cap, nor on one rank."""
         with self.rt.clock("train"):
             nonfinite = 0 if math.isfinite(loss.get()) else self.rt.rank + 1
         signal_here = max(self.rt.received, default=0)
@@ -5302,7 +5307,8 @@ class Trainer:
 
     @property
     def near_cap(self) -> bool:
-        """Would a step or two more than the ranks have agreed on be over it?"""
+        """Could it be reached before what is said now is agreed? `elapsed` lags by up to two steps,
+        and one more is margin."""
         later = self.elapsed * (1 + 3 / max(1, self.step))
         return 0 < self.cfg.max_wallclock_seconds <= later
 
@@ -5328,7 +5334,7 @@ class Trainer:
         self.warm_up()
         with contextlib.closing(self.batches), rt.signals():
             rt.hold_signals()
-            self.agree(loss)
+            self.agree(loss)  # of nothing yet: on the seconds that were spent before a resume
             due = self.checkpoints_due()
             while not self.done:
                 previous = loss
@@ -5864,8 +5870,9 @@ def train_model(report: Report) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def warm_up_scoring(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> None:
-    """On CUDA, before the clock starts: every shape that the evaluation will run is compiled, and
-    timed for what is to be expected of it."""
+    """On CUDA, before the clock starts: windows and lanes in every shape that the evaluation will
+    run. The scorers are dropped; what was compiled stays, and so does how long a pass takes
+    (rt.pace). Test-time training compiles on the clock."""
     if not rt.cuda:
         return
     model = for_scores(model)
