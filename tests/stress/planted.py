@@ -134,7 +134,7 @@ RUNTIME = [
         "clock",
         "the clock of all ranks is the sum of theirs, not the largest",
         "test_optim.py -k clock_of_all",
-        script("float), dist.ReduceOp.MAX)", "float), dist.ReduceOp.SUM)"),
+        script("dist.ReduceOp.MAX, async_op=True)", "dist.ReduceOp.SUM, async_op=True)"),
     ),
     Fault(
         "atomic",
@@ -190,8 +190,8 @@ RUNTIME = [
         "a terminal that is gone ends the run",
         "test_runtime.py -k lost_stream",
         script(
-            "self.stream.write($text) except OSError as $error: self.lose($error)",
-            "self.stream.write($text)\n        except OSError as $error:\n            raise",
+            "except OSError as $error: self.lose($error) return len($text)",
+            "except OSError as $error:\n            raise\n        return len($text)",
         ),
     ),
     Fault(
@@ -199,8 +199,9 @@ RUNTIME = [
         "output to a file on a full disk ends the run",
         "test_runtime.py -k lost_stream",
         script(
-            "self.stream.flush() except OSError as $error: self.lose($error)",
-            "self.stream.flush()\n        except OSError as $error:\n            raise",
+            "self.stream.flush() except OSError as $error: self.lose($error) def lose",
+            "self.stream.flush()\n        except OSError as $error:\n            raise"
+            "\n\n    def lose",
         ),
     ),
     Fault(
@@ -269,16 +270,7 @@ DATA = [
         "rows",
         "the ranks take each other's rows",
         "test_loader.py -k plain_slices",
-        [
-            *script(
-                ".chunk($rt.world_size)[$rt.rank] for", ".chunk($rt.world_size)[-1 - $rt.rank] for"
-            ),
-            *script(
-                "inputs.chunk($rt.world_size)[$rt.rank], targets.chunk($rt.world_size)[$rt.rank]",
-                "inputs.chunk($rt.world_size)[-1 - $rt.rank],"
-                " targets.chunk($rt.world_size)[-1 - $rt.rank]",
-            ),
-        ],
+        script("batch[$rt.rank * share :]", "batch[($rt.world_size - 1 - $rt.rank) * share :]"),
     ),
     Fault(
         "space",
@@ -432,7 +424,10 @@ OPTIMIZERS = [
         "nesterov",
         "Muon's update is its plain momentum",
         "test_optim.py -k nesterov",
-        script("$bank.gradient.add($bank.momentum, alpha=$momentum)", "$bank.momentum"),
+        script(
+            "torch._foreach_add($gradients, $momenta, alpha=$momentum)",
+            "[x.clone() for x in $momenta]",
+        ),
     ),
     Fault(
         "muon_scale",
@@ -614,8 +609,9 @@ NGRAM = [
                 " $mixer.learn(*$rows, $p)",
             ),
             *script(
-                "p = expert_probabilities(stats, chunk.log_prob)",
-                "p = expert_probabilities(stats, chunk.log_prob); mixer.learn(*inputs, p)",
+                "p = expert_probabilities(stats, scores.log_prob[begin:end])",
+                "p = expert_probabilities(stats, scores.log_prob[begin:end]);"
+                " mixer.learn(*inputs, p)",
             ),
         ],
     ),
@@ -696,15 +692,15 @@ TRAINING = [
     ),
     Fault(
         "rewind",
-        "the batches of the warm-up are not trained on",
+        "what the warm-up trains is not undone",
         "test_optim.py -k warm_up",
-        script("self.loader.restore($state)", "self.loader.state()"),
+        script("tensor.copy_($kept[name])", "pass"),
     ),
     Fault(
         "log_loss",
         "the loss in the log is the sum over ranks",
         "test_optim.py -k logged_loss",
-        script("$loss.item()])).item() / $rt.world_size", "$loss.item()])).item()"),
+        script("$loss.get()])).item() / $rt.world_size", "$loss.get()])).item()"),
     ),
 ]
 REPORT = [
