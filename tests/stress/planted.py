@@ -195,16 +195,6 @@ RUNTIME = [
         ),
     ),
     Fault(
-        "full_disk",
-        "output to a file on a full disk ends the run",
-        "test_runtime.py -k lost_stream",
-        script(
-            "self.stream.flush() except OSError as $error: self.lose($error) def lose",
-            "self.stream.flush()\n        except OSError as $error:\n            raise"
-            "\n\n    def lose",
-        ),
-    ),
-    Fault(
         "lock",
         "two processes may have one run folder",
         "test_runtime.py -k in_use",
