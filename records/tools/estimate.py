@@ -428,12 +428,17 @@ def document_lengths() -> np.ndarray:
     return np.random.default_rng(0).permutation(lengths)
 
 
+def longest_documents(count: int) -> np.ndarray:
+    """Their numbers, ascending."""
+    return np.sort(np.argsort(-document_lengths(), kind="stable")[:count])
+
+
 @cache
 def lane_steps(lanes: int, ahead: int) -> int:
     """Until all documents are read, `ahead` of the longest before the others, each by the lane that
     is free first; never less than targets / lanes, nor than the longest document."""
     lengths = document_lengths()
-    longest = np.sort(np.argsort(-lengths, kind="stable")[:ahead])
+    longest = longest_documents(ahead)
     free = [0] * lanes
     for size in [*lengths[longest].tolist(), *np.delete(lengths, longest).tolist()]:
         heapq.heapreplace(free, free[0] + size)
@@ -610,10 +615,14 @@ def lanes_report(cfg: Config, ranks: int) -> Iterator[str]:
     first = lane_steps(lanes * ranks, 1024)
     known = "FineWeb's" if train_gpt.has_fineweb() else "assumed"
     longest = f"the longest of {document_lengths().max():,}, {known}"
+    ahead = tuple(longest_documents(1024).tolist())
+    plan = train_gpt.CodingPlan(DOCUMENTS, 0, lanes * ranks, ranks, TARGETS, cfg.window, ahead)
+    named = len(plan.side_bytes())
     ways = {"all slots": cfg.window, "seen keys alone": keys_seen(cfg.window)}
     ways["SDPA's math fallback"] = MATH_FALLBACK * cfg.window
     yield f"documents: {lanes} lanes a GPU, {held:.0f} GB, {lane_kernels(cfg)} kernels a step;"
     yield f"  {text:,} steps in the text's order, {first:,} with 1,024 longest first ({longest})"
+    yield f"  {named:,} bytes of the stream name these"
     for name, keys in ways.items():
         one = lane_step_seconds(cfg, lanes, keys)
         both = f"{text * one:6.0f} s in the text's order, {first * one:6.0f} s longest first"
