@@ -2545,6 +2545,7 @@ def fingerprint_of(tokens: np.ndarray) -> bytes:
 # head, V vocabulary, L layers.
 
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+MATRICES = ("query", "key", "value", "output", "up", "down")  # of a layer, in the order of use
 
 
 class Spec(NamedTuple):
@@ -2714,10 +2715,14 @@ class Context:
         banks = {name: model.bank(name) for name in BANKS}
         for name, added in (adapters or {}).items():
             banks[name] = banks[name] + added
-        self.qo = banks["qo_bank"].unbind()
-        self.kv = banks["kv_bank"].unbind()
-        self.up = banks["mlp_up_bank"].unbind()
-        self.down = banks["mlp_down_bank"].unbind()
+        queries, outputs = banks["qo_bank"].chunk(2)
+        keys, values = banks["kv_bank"].chunk(2)
+        # What scales a sublayer's output scales the rows of its last matrix instead: on outputs,
+        # each would be kept for the gradient of its scale, and read again.
+        outputs = outputs * model.attn_scale.unsqueeze(2)
+        down = banks["mlp_down_bank"] * model.mlp_scale.unsqueeze(2)
+        matrices = queries, keys, values, outputs, banks["mlp_up_bank"], down
+        self.weights = {name: bank.unbind() for name, bank in zip(MATRICES, matrices, strict=True)}
         self.first_values: Tensor | None = None
 
     def start(self, x0: Tensor, value_embedding: Tensor | None) -> None:
@@ -2809,8 +2814,8 @@ class LaneCache(Context):
         self.slots = torch.arange(window, device=device)
         self.varlen = varlen_attention(device)
         if device.type == "cuda":  # once, not in each step, as autocast would
-            for banks in ("qo", "kv", "up", "down"):
-                setattr(self, banks, [weight.to(dtype) for weight in getattr(self, banks)])
+            for name, layers in self.weights.items():
+                self.weights[name] = tuple(weight.to(dtype) for weight in layers)
 
     def begin(self, positions: Tensor) -> None:
         """A step. positions (B,): in the lanes' documents; 0 forgets the one before."""
@@ -2957,29 +2962,30 @@ class GPT(nn.Module):
         mix = self.resid_mix[i].type_as(x)
         x = mix[0] * x + mix[1] * context.x0
         h = rms_norm(x) * scale
-        x = x + self.attn_scale[i].type_as(x) * self.attention(i, h, context)
-        up = F.linear(rms_norm(x) * scale, context.up[i])
+        x = x + self.attention(i, h, context)
+        up = F.linear(rms_norm(x) * scale, context.weights["up"][i])
         if self.cfg.polyglu_enabled:  # PR #1026
             slope = torch.sigmoid(self.routing_alpha[i]).type_as(up)
             up = torch.where(up > 0, up, slope * up)
         else:
             up = F.leaky_relu(up, self.cfg.leaky_slope)
-        return x + self.mlp_scale[i].type_as(x) * F.linear(up.square(), context.down[i])
+        return x + F.linear(up.square(), context.weights["down"][i])
 
     def attention(self, i: int, h: Tensor, context: Context) -> Tensor:
         """Grouped queries and keys, normed and partly rotated. (B, T, D) -> (B, T, D)"""
         cfg = self.cfg
+        weights = context.weights
         v = self.values(i, h, context)
-        q = rotate(rms_norm(self.heads(F.linear(h, context.qo[i]))), *context.rope)
-        k = rotate(rms_norm(self.heads(F.linear(h, context.kv[i]))), *context.rope)
-        q = q.type_as(v) * self.q_gain[i].view(-1, 1, 1).type_as(v)  # kept in bf16 for backward
+        q = rms_norm(self.heads(F.linear(h, weights["query"][i]))) * self.q_gain[i].view(-1, 1, 1)
+        q = rotate(q, *context.rope)  # after the gain, for whose gradient it would be kept
+        k = rotate(rms_norm(self.heads(F.linear(h, weights["key"][i]))), *context.rope)
         y = context.attend(q, k, v)
         if i >= cfg.num_layers - cfg.xsa_last_n:
             y = exclude_self(y, v)  # (B, H, T, d)
         if cfg.gated_attention:
             gate = F.linear(h, self.attn_gate_weight[i], self.attn_gate_bias[i])  # (B, T, H)
             y = y * torch.sigmoid(gate).transpose(1, 2).unsqueeze(-1)
-        return F.linear(y.transpose(1, 2).flatten(2), context.qo[cfg.num_layers + i])
+        return F.linear(y.transpose(1, 2).flatten(2), weights["output"][i])
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, H d) -> (B, H, T, d)"""
@@ -2987,7 +2993,7 @@ class GPT(nn.Module):
 
     def values(self, i: int, h: Tensor, context: Context) -> Tensor:
         """Projection + value embedding, mixed with the first layer's values. (B, G, T, d)"""
-        v = F.linear(h, context.kv[self.cfg.num_layers + i])
+        v = F.linear(h, context.weights["value"][i])
         if i in self.cfg.value_layers:
             place = self.cfg.value_layers.index(i)
             v = v + self.ve_layer_scales[place] * context.value_embedding

@@ -119,7 +119,8 @@ class Script:
     """Properties of a training script, beside its model's shape."""
 
     stream: int = 2  # bytes of a number of the residual stream
-    rotary: int = 2  # and of the rotated queries that are kept
+    rotary: int = 0  # and of the rotated queries that are kept beside what attention is given
+    scaled: bool = False  # outputs of attention and MLP are scaled, not the rows of their matrices
     waits: bool = False  # the host waits for each step before it prepares the next one
     pinned: bool = True  # tokens are prefetched
     all_rows: bool = False  # each rank reads the tokens of all
@@ -129,13 +130,20 @@ class Script:
 
 NOW = Script()
 BEFORE = Script(  # of commit 72edfbf
-    stream=4, rotary=4, waits=True, pinned=False, all_rows=True, veto_first=True
+    stream=4,
+    rotary=4,
+    scaled=True,
+    waits=True,
+    pinned=False,
+    all_rows=True,
+    veto_first=True,
 )
 # It waits for the flag of the clock, all-reduced after each step; its rotary table is bf16.
-PR549 = Script(waits=True, pinned=False, each_gradient=True)
+PR549 = Script(rotary=2, scaled=True, waits=True, pinned=False, each_gradient=True)
 CURES = (  # of BEFORE, one after the other
     ("bf16 residual stream", dict(stream=2)),
-    ("rotated queries kept in bf16", dict(rotary=2)),
+    ("queries' gain before the rotation", dict(rotary=0)),
+    ("scales in the rows of matrices", dict(scaled=False)),
     ("the host runs ahead, tokens prefetched", dict(waits=False, pinned=True, all_rows=False)),
     ("one all-reduce less, the long transfers first", dict(veto_first=False)),
 )
@@ -206,25 +214,27 @@ def forward_layer(cfg: Config, i: int, script: Script, keeps: bool) -> Iterator[
         yield Chain(d * 4 + k * (2 + 2 * keeps), d * 2 + k * 2, 2)
     if cfg.gated_attention:
         yield Chain(d * 4 * (1 - excludes) + d * 2 * (excludes and keeps), d * 2, 1 - excludes)
-    yield Chain(d * (2 * s + 4), d * (s + 2) + d * 4)  # residual, norm; both sides of attention
-    yield Chain(m * 4, m * 4 + d * 2)  # activation; the MLP's output
+    scaled = d * 2 * script.scaled  # an output, for the gradient of its scale
+    yield Chain(d * (2 * s + 4), d * (s + 2) + d * 2 + scaled)  # residual, norm; attention
+    yield Chain(m * 4, m * 4 + scaled)  # activation
 
 
 def backward_layer(cfg: Config, i: int, script: Script) -> Iterator[Chain]:
     d, k, m, _, _ = Shape.of(cfg)
     s = script.stream
     half = cfg.num_layers // 2
-    yield Chain(d * (s + 4), kernels=2)  # gradient of the MLP's output, of its gain
+    scaled = script.scaled
+    yield Chain(d * (s + 4) * scaled, kernels=2 * scaled)  # of the MLP's output, of its scale
     yield Chain(m * 6)
     if cfg.polyglu_enabled:
         yield Chain(m * 4, kernels=2)
-    yield Chain(d * (3 * s + 4))  # norm, residual
-    yield Chain(d * (s + 2), kernels=2)  # gain
+    yield Chain(d * (3 * s + 2 + 2 * scaled))  # norm, residual
+    yield Chain(d * (s + 2) * scaled, kernels=2 * scaled)  # of attention's scale
     if i >= cfg.num_layers - cfg.xsa_last_n:
         yield Chain(d * 6 + k * 8, kernels=3)
     if cfg.gated_attention:
         yield Chain(d * 6, kernels=2)
-    yield Chain(d * (8 + script.rotary), kernels=3)  # queries and their gain
+    yield Chain(d * (8 + max(2, script.rotary)), kernels=3)  # queries and their gain
     yield Chain(k * 6)
     if i in cfg.value_layers:
         yield Chain(k * 12, kernels=3)
@@ -374,6 +384,8 @@ def step_parts(cfg: Config, ranks: int, script: Script = NOW) -> dict[str, float
     # Weights to bf16, gradients of layers into banks; a further pass adds to gradients.
     every = passes * (12 + 4 * cfg.qat_enabled) * sizes.large
     every += (passes - 1) * 12 * (sizes.large + sizes.small)
+    if not script.scaled:  # the gradients of scales, from gradients and weights of their rows
+        every += passes * 6 * cfg.num_layers * sum(Shape.of(cfg)[:3:2]) * cfg.model_dim
     launches = (
         there.kernels + back.kernels + 3 * products(cfg) + 4 * calls + 2 * len(sizes.matrices)
     )

@@ -224,7 +224,8 @@ values = [value for value in values if isinstance(value, torch.Tensor) and len(v
 large = [value for value in values if value.numel() >= ids.numel() and value.numel() % 4096 == 0]
 weights = {tuple(weight.shape[-2:]) for weight in GPT(cfg).parameters() if weight.dim() > 1}
 weights |= {shape[::-1] for shape in weights}
-print(sum(x.numel() * x.element_size() for x in large if tuple(x.shape) not in weights) / 4096)
+large = [value for value in large if tuple(value.shape[-2:]) not in weights]
+print(sum(value.numel() * value.element_size() for value in large) / 4096)
 """
 
 

@@ -341,6 +341,11 @@ def alone(tmp_path):
     return train
 
 
+# Of summing in another order, 3 steps on. The largest is attn_gate_weight's, which starts at 0 where
+# Adam's first steps are as long for a rounding error as for a gradient.
+ROUNDING = 3e-4
+
+
 def furthest(a, b):
     """Largest difference of a tensor, relative to its largest value; over all tensors."""
     gaps = {name: abs(a[name] - b[name]).max() / abs(a[name]).max() for name in a}
@@ -354,26 +359,26 @@ def same_bits(a, b):
 def test_two_ranks_train_as_one(two_ranks, alone):
     first, second = two_ranks["odd"]
     assert same_bits(first, second)
-    assert furthest(alone(3, **ODD), first) < 1e-4
+    assert furthest(alone(3, **ODD), first) < ROUNDING
     assert furthest(alone(3, **ODD), alone(2, **ODD)) > 1e-2  # so the bound says something
 
 
 def test_two_ranks_with_micro_batches_train_as_one(two_ranks, alone):
     first, second = two_ranks["micro"]
     assert same_bits(first, second)
-    assert furthest(alone(3, train_batch_tokens=128), first) < 1e-4
+    assert furthest(alone(3, train_batch_tokens=128), first) < ROUNDING
 
 
 def test_two_ranks_train_the_siblings_switches_as_one(two_ranks, alone):
     first, second = two_ranks["siblings"]
     assert same_bits(first, second)
     assert {"enrich_up", "bigram_proj", "routing_alpha"} <= first.keys()
-    assert furthest(alone(3, **SIBLINGS), first) < 1e-4
+    assert furthest(alone(3, **SIBLINGS), first) < ROUNDING
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_micro_batches_do_not_matter(count, alone):
-    assert furthest(alone(3), alone(3, grad_accum_steps=count)) < 1e-4
+    assert furthest(alone(3), alone(3, grad_accum_steps=count)) < ROUNDING
 
 
 def test_local_clipping_is_another_step(two_ranks, alone):
