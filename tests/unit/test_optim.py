@@ -341,7 +341,7 @@ def alone(tmp_path):
     return train
 
 
-# Of summing in another order, 3 steps on. The largest is attn_gate_weight's, which starts at 0 where
+# Of summing in another order, 3 steps on. The largest is attn_gate_weight's, which starts at 0:
 # Adam's first steps are as long for a rounding error as for a gradient.
 ROUNDING = 3e-4
 
