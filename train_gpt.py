@@ -1259,7 +1259,7 @@ class Runtime:
         run()
         self.pace[name] = (time.perf_counter() - began) / passes
 
-    def expect(self, stage: str, passes: int, name: str) -> None:
+    def expect(self, stage: str, name: str, passes: int) -> None:
         """Before a stage of the evaluation: how long it will take, where that was measured."""
         if name in self.pace:
             seconds = passes * self.pace[name]
@@ -1491,10 +1491,7 @@ class Screen:
                 raise TimeoutError(f"nobody has read it for {STALLED_SECONDS} s")
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError as error:
-            self.lose(error)
+        """Nothing: each write has."""
 
     def lose(self, reason: Any) -> None:
         """The descriptor leads nowhere from now on, for the processes that we start, too."""
@@ -2092,7 +2089,7 @@ class Prefetch:
         self.place = place
 
     def close(self) -> None:
-        """Forget what was read ahead."""
+        """Forget what was read ahead: the loader stands where `take` does, and may go on."""
         if self.coming:
             wait([self.coming])
             self.coming = None
@@ -3378,7 +3375,7 @@ def checkpoint_state(trainer: "Trainer") -> CheckpointState:
 def bound_settings(trainer: "Trainer", step: int) -> dict[str, Any]:
     """What must be the same where a run goes on from a step. Shards that it has not read yet may be
     mended: their sizes count."""
-    loader = trainer.loader
+    loader = trainer.batches.loader
     count = len(loader.shards)
     size = count * SHARD_HEADER_BYTES + 2 * loader.total
     read = loader.shards[: last_shard(loader.ends, step, trainer.cfg) + 1]
@@ -3406,7 +3403,7 @@ def restore_checkpoint(
     if state.step > trainer.cfg.iterations:
         raise DamagedCheckpoint(f"at step {state.step}")
     shard, offset = state.loader
-    shards = trainer.loader.shards
+    shards = trainer.batches.loader.shards
     if shard >= len(shards) or offset > len(read_shard(shards[shard], trainer.cfg.vocab_size)):
         raise DamagedCheckpoint(f"at token {offset} of shard {shard}")
     muon = trainer.optimizers.muon
@@ -3791,13 +3788,11 @@ class WindowScorer:
 
     def warm_up(self, stride: int) -> None:
         """What scoring with this stride will run, on nothing: compiled, then timed."""
-
+        nothing = np.zeros(2, np.uint16)
         ends = np.full(self.batch * self.rt.world_size, stride)
         for _ in range(2):  # the second time replaces the first, which compiles
             self.rt.measure(
-                f"stride {stride}",
-                1,
-                lambda: self.score_windows(np.zeros(2, np.uint16), ends, stride),
+                f"stride {stride}", 1, lambda: self.score_windows(nothing, ends, stride)
             )
 
     def passes(self, targets: int, stride: int) -> int:
@@ -4140,7 +4135,7 @@ def score_documents(
     aside = ThreadPoolExecutor(1)
     order = aside.submit(schedule.order, stream)  # takes seconds, while the device works
     total = int(schedule.lengths[mine].max())
-    rt.expect("documents", int(schedule.lengths.max()), "lane step")
+    rt.expect("documents", "lane step", int(schedule.lengths.max()))
     for begin in range(0, total, SCHEDULED_STEPS):
         end = min(begin + SCHEDULED_STEPS, total)
         inputs, places = schedule.steps(begin, end, mine)
@@ -4203,6 +4198,12 @@ class TestTimeTraining:
             self.optimizer = torch.optim.SGD(self.weights, cfg.ttt_lr, cfg.ttt_momentum)
         self.compiled_loss = rt.compile(self.model)
 
+    def warm_up(self) -> None:
+        """Chunks of nothing, all but the last learnt: compiled, then timed."""
+        nothing = np.zeros(2 * self.chunk + 1, np.uint16)
+        for _ in range(2):  # the second time replaces the first, which compiles
+            self.rt.measure("chunk", 2, lambda: self.score(nothing))
+
     def score(self, stream: np.ndarray) -> Scores:
         """stream: N + 1 tokens -> Scores of the last N, each chunk by what the ones before it
         taught."""
@@ -4219,6 +4220,7 @@ class TestTimeTraining:
                 self.learn(stream[begin : end + 1], begin / self.chunk / last_chunk)
         return Scores(*np.concatenate(parts, 1).reshape(2, -1)[:, :total])
 
+    @torch.enable_grad()
     def learn(self, chunk: np.ndarray, progress: float) -> None:
         """chunk: scored targets and the token before them; progress 0..1 lowers the rate."""
         cfg = self.cfg
@@ -4620,16 +4622,17 @@ class Blend:
     later a chunk costs one pass; in lanes a chunk has at least the targets of one step, which is
     never divided, so that encoder and decoder see the same chunks. `passes` over a chunk fall from
     four to one by 2^19 targets, as there is more and more to learn from; batches are of 256, at
-    the last stage 512.
+    the last stage 512, and then a captured graph on CUDA: one launch instead of some thirty.
     """
 
     HIDDEN = 32
     RATE = 5e-3
     FIRST_CHUNK = 32
     LARGEST_CHUNK = 4096
+    LAST_BATCH = 512
 
-    def __init__(self, orders: Sequence[int], device: Any):
-        self.device = device
+    def __init__(self, orders: Sequence[int], rt: Runtime):
+        self.device = rt.device
         self.orders = orders
         inputs = 5 * len(orders) + 3
         experts = len(orders) + 1
@@ -4638,11 +4641,29 @@ class Blend:
         bias[0] = 1.0  # the model starts favoured
         hidden_bias = torch.zeros(self.HIDDEN)
         layers = first / inputs**0.5, hidden_bias, torch.zeros(self.HIDDEN, experts), bias
-        self.layers = [layer.to(device).requires_grad_() for layer in layers]
-        self.optimizer = torch.optim.Adam(self.layers, self.RATE, fused=True)
-        self.odds = 0.0  # of the gate against the model alone, log
+        self.layers = [layer.to(self.device).requires_grad_() for layer in layers]
+        how = dict(fused=True, capturable=rt.cuda)
+        self.optimizer = torch.optim.Adam(self.layers, self.RATE, **how)
+        # Of the gate against the model alone, log; on the device, so that no chunk waits for it.
+        self.odds = torch.zeros((), dtype=torch.float64, device=self.device)
         self.chunk = self.FIRST_CHUNK
         self.learned = 0  # targets
+        self.train_last_batch = self.capture_training(rt, inputs, experts)
+
+    def capture_training(self, rt: Runtime, inputs: int, experts: int) -> Callable:
+        """`train` of a batch of the last stage; capturing trains, which is undone."""
+        shapes = (inputs, torch.float32), (experts, torch.bool), (experts, torch.float32)
+        batch = [
+            torch.ones(self.LAST_BATCH, columns, dtype=dtype, device=self.device)
+            for columns, dtype in shapes
+        ]
+        before = [layer.detach().clone() for layer in self.layers]
+        train = rt.graph(self.train, *batch)
+        with torch.no_grad():
+            torch._foreach_copy_(self.layers, before)
+            for state in self.optimizer.state.values():
+                torch._foreach_zero_([*state.values()])
+        return train
 
     def inputs(self, stats: np.ndarray, entropy: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs of the gate (rows, 5 K + 3), scaled by constants, not by the stream (C1), and the
@@ -4663,10 +4684,10 @@ class Blend:
     @torch.no_grad()
     def weights(self, inputs: Tensor, known: Tensor) -> np.ndarray:
         """Of the model and of each order's counts: float64 (rows, K + 1)."""
-        share = torch.tensor(self.odds, dtype=torch.float64).sigmoid()
-        weights = share * self.logits(inputs, known).double().softmax(1).cpu()
+        share = self.odds.sigmoid()
+        weights = share * self.logits(inputs, known).double().softmax(1)
         weights[:, 0] += 1 - share
-        return weights.numpy()
+        return weights.cpu().numpy()
 
     @torch.enable_grad()
     def learn(self, inputs: Tensor, known: Tensor, p: np.ndarray) -> None:
@@ -4676,19 +4697,26 @@ class Blend:
         p = torch.as_tensor(p, device=self.device)
         with torch.no_grad():
             gate = (self.logits(inputs, known).double().softmax(1) * p).sum(1)
-        self.odds += (gate.log() - p[:, 0].log()).sum().item()
+        self.odds += (gate.log() - p[:, 0].log()).sum()
         self.learned += len(p)
         self.chunk = min(2 * self.chunk, self.LARGEST_CHUNK)
         ratio = (p / p.amax(1, keepdim=True)).float()
         passes = min(4, max(1, (1 << 20) // self.learned))
-        batches = [a.split(256 if passes > 1 else 512) for a in (inputs, known, ratio)]
-        for _ in range(passes):
-            for x, mask, q in zip(*batches, strict=True):
-                loss = -(self.logits(x, mask).softmax(1) * q).sum(1).clamp(1e-30).log().mean()
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
+        size = 256 if passes > 1 else self.LAST_BATCH
+        batches = [[*zip(*(a.split(size) for a in (inputs, known, ratio)), strict=True)]] * passes
+        for batch in itertools.chain(*batches):
+            whole = len(batch[0]) == self.LAST_BATCH
+            (self.train_last_batch if whole else self.train)(*batch)
         torch.set_num_threads(threads)
+
+    @torch.enable_grad()
+    def train(self, inputs: Tensor, known: Tensor, ratio: Tensor) -> None:
+        """A step of Adam on a batch. ratio: of p to the best expert's, (rows, K + 1)."""
+        p = (self.logits(inputs, known).softmax(1) * ratio).sum(1)
+        loss = -p.clamp(1e-30).log().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
 
 def expert_probabilities(stats: np.ndarray, log_prob: np.ndarray) -> np.ndarray:
@@ -4717,11 +4745,11 @@ def show_orders(orders: Sequence[int]) -> str:
     return ",".join("-".join(map(str, span)) for span in spans) or "none"
 
 
-def make_mixer(name: str, cfg: Config, device: Any) -> Blend | Backoff:
+def make_mixer(name: str, cfg: Config, rt: Runtime) -> Blend | Backoff:
     """name: "blend", "cascade" (the published backoff) or "none"."""
     if name == "cascade":  # on the counts of the blend
         return Backoff(weighed_orders("blend", cfg), cfg)
-    return Blend(weighed_orders(name, cfg), device)
+    return Blend(weighed_orders(name, cfg), rt)
 
 
 def mix(
@@ -4781,7 +4809,7 @@ def mix_ngrams(scores: Scores, coding: CodingOrder, report: "Report") -> np.ndar
     cfg = report.cfg
     rt = report.rt
     final = scores.log_prob.copy()
-    mixers = {name: make_mixer(name, cfg, rt.device) for name in ("cascade", cfg.mixer)}
+    mixers = {name: make_mixer(name, cfg, rt) for name in ("cascade", cfg.mixer)}
     orders = mixers[cfg.mixer].orders
     store = CountStore(orders, len(coding.tokens) - len(final))
     how = dict(device=rt.device, schedule=coding.schedule, wanted=orders)
@@ -4867,7 +4895,7 @@ class Mixture:
 
     def __init__(self, rt: Runtime, cfg: Config, begun: int, isolated: bool = True):
         """begun: lanes that start with a BOS."""
-        self.mixer = make_mixer(cfg.mixer, cfg, rt.device)
+        self.mixer = make_mixer(cfg.mixer, cfg, rt)
         self.pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.mass_error = 0.0
         self.counts = ContextDictionary(self.mixer.orders, begun, isolated)
@@ -5218,7 +5246,6 @@ class Trainer:
     def __init__(self, model: GPT, loader: TokenLoader, rt: Runtime, cfg: Config):
         self.model = model
         self.batches = Prefetch(loader, rt, cfg)
-        self.loader = loader
         self.rt = rt
         self.cfg = cfg
         self.passes = micro_batches(cfg, rt)
@@ -5527,7 +5554,7 @@ class Report:
         bpb = bits_per_byte(log_prob, np.array(self.text.text_bytes))
         return dict(val_loss=float(-log_prob.mean()), val_bpb=bpb)
 
-    @property
+    @functools.cached_property
     def side_nats(self) -> float:
         """What a decoder must be told beside the text."""
         if self.cfg.scorer != "documents":
@@ -5878,7 +5905,7 @@ def train_model(report: Report) -> dict[str, Tensor]:
 def warm_up_scoring(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> None:
     """On CUDA, before the clock starts: windows and lanes in every shape that the evaluation will
     run. The scorers are dropped; what was compiled stays, and so does how long a pass takes
-    (rt.pace). Test-time training compiles on the clock."""
+    (rt.pace)."""
     if not rt.cuda:
         return
     model = for_scores(model)
@@ -5889,6 +5916,8 @@ def warm_up_scoring(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) ->
     if cfg.scorer == "documents":
         plan = CodingPlan.of(stream, cfg, rt.world_size)
         LaneScorer(model, rt, plan.lanes // plan.groups, plan.window).warm_up()
+    if cfg.ttt_enabled:
+        TestTimeTraining(model, rt, cfg).warm_up()
 
 
 def scores_sliding(cfg: Config) -> bool:
@@ -5906,12 +5935,12 @@ def evaluate(
     coding = CodingOrder(stream, slice(None))
     targets = len(stream) - 1
     length = scorer.length
-    rt.expect("int6_roundtrip", scorer.passes(targets, length), f"stride {length}")
+    rt.expect("int6_roundtrip", f"stride {length}", scorer.passes(targets, length))
     report.score("int6_roundtrip", scorer.score(stream, length).log_prob)
     speed = {}
     if scores_sliding(cfg):
         stride = cfg.eval_stride
-        rt.expect("int6_sliding_window", scorer.passes(targets, stride), f"stride {stride}")
+        rt.expect("int6_sliding_window", f"stride {stride}", scorer.passes(targets, stride))
         began = time.perf_counter()
         scores = scorer.score(stream, stride)
         report.score("int6_sliding_window", scores.log_prob, stride=cfg.eval_stride)
@@ -5922,7 +5951,9 @@ def evaluate(
         speed = dict(tokens_per_s=tokens_per_second(stream, began)) | speed
         report.score("documents", scores.log_prob, **speed)
     if cfg.ttt_enabled:
-        scores = TestTimeTraining(model, rt, cfg).score(stream)
+        student = TestTimeTraining(model, rt, cfg)
+        rt.expect("ttt", "chunk", -(-targets // student.chunk))
+        scores = student.score(stream)
         report.score("ttt", scores.log_prob)
     scores = with_enrichment_change(scores, model, stream)
     if weights and cfg.ngram_scheme and cfg.pseudo_weights == "ema":

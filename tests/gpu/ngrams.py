@@ -22,7 +22,7 @@ def as_on_cuda(job):
 def counts(job):
     """Of the orders that `own` wants, as mix_ngrams asks for them; documents in lanes."""
     cfg = configuration("own", job)
-    mixer = train_gpt.make_mixer("blend", cfg, job.device)
+    mixer = train_gpt.make_mixer("blend", cfg, train_gpt.Runtime(cfg))
     tokens = synthetic_stream(job.sizes.counts, cfg.vocab_size)
     with as_on_cuda(job):
         same_counts(job, tokens[: job.sizes.check], cfg.vocab_size, mixer.orders)
@@ -109,7 +109,7 @@ def mixed(job, cfg, name, store, columns):
     def seconds(part):
         entropy, times = (column[:part] for column in columns)
         cut = train_gpt.Scores(log_prob=-entropy, entropy=entropy)
-        mixer = train_gpt.make_mixer(name, cfg, job.device)
+        mixer = train_gpt.make_mixer(name, cfg, train_gpt.Runtime(cfg))
         return job.seconds(lambda: train_gpt.mix(mixer, store, cut, times))
 
     seconds(600)  # loads kernels

@@ -16,6 +16,7 @@ import platform
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,9 @@ def bench_blend(table, size, vocab_size):
     tokens, rng = benchmark_stream(size, vocab_size), np.random.default_rng(1)
     entropy = rng.gamma(4.0, 0.7, size - 1)
     scores, cfg = train_gpt.Scores(-entropy, entropy), train_gpt.Config(vocab_size=vocab_size)
-    mixers = {name: train_gpt.make_mixer(name, cfg, "cpu") for name in ("cascade", "blend")}
+    cfg = replace(cfg, device="cpu")
+    rt = train_gpt.Runtime(cfg)
+    mixers = {name: train_gpt.make_mixer(name, cfg, rt) for name in ("cascade", "blend")}
     store = train_gpt.CountStore(mixers["blend"].orders)
     reset_peak()
     began = time.perf_counter()

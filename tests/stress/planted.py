@@ -388,6 +388,18 @@ MODEL = [
         script(", 0.0).detach()", ", 0.0)"),
     ),
     Fault(
+        "stream",
+        "the residual stream is fp32 under autocast",
+        "test_compile.py -k residual_stream",
+        script("x = stream_dtype(x)", "pass"),
+    ),
+    Fault(
+        "rows_scaled",
+        "the scale of attention's output is left out",
+        "test_model.py -k plain_model",
+        script("outputs = outputs * model.attn_scale.unsqueeze(2)", "pass"),
+    ),
+    Fault(
         "future",
         "the token before is the token after",
         "test_model.py -k later_tokens",
@@ -535,6 +547,27 @@ SCORING = [
         ),
     ),
     Fault(
+        "schedule",
+        "a lane that was laid out beforehand waits a step between documents",
+        "test_codec.py -k schedule_is_what_lanes",
+        script(
+            "heapq.heapreplace($free, ($step + $size,",
+            "heapq.heapreplace($free, ($step + $size + 1,",
+        ),
+    ),
+    Fault(
+        "captured",
+        "what capturing a batch of the blend trained is not undone",
+        "test_cuda_path.py -k late_blend",
+        script("torch._foreach_copy_(self.layers, before)", "pass"),
+    ),
+    Fault(
+        "on_the_clock",
+        "test-time training compiles on the clock",
+        "test_cuda_path.py -k goes_on_from",
+        script("TestTimeTraining(model, rt, cfg).warm_up()", "pass"),
+    ),
+    Fault(
         "lanes",
         "a lane still sees the keys of the document before",
         "test_codec.py -k lanes_are_the_ordinary",
@@ -646,6 +679,18 @@ CODEC = [
         script("$p.argmax(1)] += $rest", "$p.argmax(1)] += 0"),
     ),
     Fault(
+        "side_bytes",
+        "the bytes that name the documents ahead are not in the score",
+        "test_verify.py -k longest_first_are_paid",
+        script("log_prob - $share if $share else log_prob", "log_prob"),
+    ),
+    Fault(
+        "forged_side",
+        "numbers of documents ahead may fall",
+        "test_codec.py -k nobody_wrote",
+        script("$ascending = all(gap > 0 for gap in $gaps) and", "$ascending = True or"),
+    ),
+    Fault(
         "proof",
         "the proof does not compare what was decoded with the text",
         "test_codec.py -k proof_compares",
@@ -674,6 +719,27 @@ CODEC = [
     ),
 ]
 TRAINING = [
+    Fault(
+        "prefetched",
+        "a checkpoint stands where the thread reads, not where training does",
+        "test_checkpoint.py -k interrupted_training",
+        script("sides, self.place = $coming.result()", "sides, _ = $coming.result()"),
+    ),
+    Fault(
+        "veto",
+        "what is not finite on another rank is applied here",
+        "test_checkpoint.py -k one_rank_s_gradient",
+        script(
+            "average_gradients(self.small, self.rt, [$bad])",
+            "average_gradients(self.small, self.rt)",
+        ),
+    ),
+    Fault(
+        "veto_said",
+        "a loss that is not finite ends nothing",
+        "test_checkpoint.py -k not_finite",
+        script("nonfinite = $found.tolist()", "nonfinite = [*$found.tolist()[:2], 0]"),
+    ),
     Fault(
         "late_qat",
         "late quantisation begins above its threshold",

@@ -139,11 +139,28 @@ def mixtures(rt, cfg, order, scores):
     """name -> log p of the same model by each mixture"""
     found = {}
     for name in ("cascade", "blend"):
-        mixer = train_gpt.make_mixer(name, cfg, rt.device)
+        mixer = train_gpt.make_mixer(name, cfg, rt)
         store = train_gpt.CountStore(mixer.orders, len(order.tokens) - len(scores.log_prob))
         store.collect(counts(rt, order, max(mixer.orders)))
         found[name] = train_gpt.mix(mixer, store, scores, order.schedule[0][store.skip :])
     return found
+
+
+def late_weights(rt, eager=False):
+    """Of the learned mixture after three chunks of its last stage, which are captured"""
+    blend = train_gpt.Blend((1, 2, 3), rt)
+    if eager:
+        blend.train_last_batch = blend.train
+    blend.learned = 1 << 20
+    rng = np.random.default_rng(0)
+    rows = blend.LARGEST_CHUNK + 77
+    for _ in range(3):
+        entropy = rng.gamma(4.0, 0.7, rows)
+        stats = np.sort(rng.integers(0, 9, (3, rows, 4), np.int32))[..., ::-1].copy()
+        given = blend.inputs(stats, entropy)
+        weights = blend.weights(*given)
+        blend.learn(*given, train_gpt.expert_probabilities(stats, -entropy))
+    return weights
 
 
 def counts(rt, order, most):
@@ -167,6 +184,9 @@ def beside_the_cpu(folder):
     scores = train_gpt.Scores(here[0]["documents"], -here[0]["documents"]).take(order.targets)
     by = [mixtures(rt, cfg, order, scores) for cfg, rt in pairs]
     facts |= {name: furthest(by[0][name], by[1][name]) for name in by[0]}
+    late = late_weights(runtimes[0])
+    facts["late_blend"] = furthest(late, late_weights(runtimes[1]))
+    facts["captured"] = np.array_equal(late, late_weights(runtimes[0], eager=True))
     tables = [counts(rt, order, 12) for rt in runtimes]
     rows = [zip(*pair, strict=True) for pair in zip(*tables, strict=True)]
     facts["counts"] = all(np.array_equal(a, b) for row in rows for a, b in row)

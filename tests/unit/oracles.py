@@ -201,7 +201,7 @@ def filled_store(tokens, vocab_size, orders=ORDERS):
 
 
 def mixed_by(name, tokens, scores, vocab_size, cfg=CFG):
-    mixer = make_mixer(name, cfg, "cpu")
+    mixer = make_mixer(name, cfg, SilentRuntime())
     return mix(mixer, filled_store(tokens, vocab_size, mixer.orders), scores, None)
 
 

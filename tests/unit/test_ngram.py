@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from as_written import backoff_match
-from helpers import perturbed, random_stream, tiny, train_gpt
+from helpers import SilentRuntime, perturbed, random_stream, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
@@ -607,7 +607,7 @@ def test_store_holds_65536_kinds_of_tokens(order, implementation):
 def test_target_by_target_gives_the_same_weights():
     """What a decoder does, which knows no target before it is coded."""
     tokens, scores, _ = scored_text("source_code", 2000)
-    mixer, held, out = make_mixer("blend", CFG, "cpu"), [], []
+    mixer, held, out = make_mixer("blend", CFG, SilentRuntime()), [], []
     store = filled_store(tokens, 256, mixer.orders)
     for t in range(2000):
         log_prob, entropy = (column[t : t + 1] for column in scores[:2])
@@ -701,7 +701,7 @@ def test_printed_orders_are_those_that_get_weight(name, least, most, text):
     of. The cascade prefers its longest."""
     cfg = tiny(ngram_min_order=least, ngram_max_order=most, vocab_size=4)
     assert train_gpt.show_orders(train_gpt.weighed_orders(name, cfg)) == text
-    mixer, found = make_mixer(name, cfg, "cpu"), set()
+    mixer, found = make_mixer(name, cfg, SilentRuntime()), set()
     for known in range(len(mixer.orders) + 1):  # contexts of the shortest so many were seen
         stats = np.zeros((len(mixer.orders), 1, 4), np.int32)
         stats[:known] = 9, 3, 2, 1

@@ -402,7 +402,7 @@ def test_logged_loss_is_the_mean_over_ranks(two_ranks, tmp_path):
     """Before the first step, where it is that of the whole batch under fresh weights."""
     cfg, path = tiny(), write_shard(tmp_path / "stream_train_000000.bin", STREAM)
     trainer = new_trainer(cfg, train_gpt.Runtime(cfg), path)
-    wanted = trainer.model(*trainer.loader.rows(cfg, trainer.rt)).item()
+    wanted = trainer.model(*trainer.batches.loader.rows(cfg, trainer.rt)).item()
     (logged,) = re.findall(r"step:1/1000000 train_loss:(\S+)", two_ranks["stdout"])
     assert float(logged) == pytest.approx(wanted, abs=1e-3)
 
