@@ -63,9 +63,10 @@ def test_training_is_one_graph_with_late_qat(rt):
     assert new_graphs() == 1 and losses[0] != losses[1]
 
 
-def test_the_residual_stream_is_bf16(rt):
+@pytest.mark.parametrize("enrich", [0, 16])
+def test_the_residual_stream_is_bf16(enrich, rt):
     """Where autocast is on, in every block; gains and embeddings stay fp32."""
-    model = eval_model()
+    model = eval_model(replace(CFG, pre_enrich_dim=enrich))
     kinds = []
     block = train_gpt.GPT.block
 
