@@ -237,6 +237,8 @@ class Config:
         "go on from the last checkpoint of this RUN_ID, or start where there is none")
     checkpoint_every: str = run("0",
         "steps (10) or minutes (10m) between checkpoints; 0: only on a signal")
+    sample_tokens: int = run(80,
+        "tokens that the model writes at the end, for the log, by SEED; 0: none", most=100_000)
 
     data = group("Data")
     data_path: str = data("",
@@ -535,7 +537,7 @@ def stored_names(file: str) -> list[str]:
 MODEL_FIELDS = stored_names("artifact")
 PER_RUN = (  # of a configuration: where things lie and what to do with them
     *("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID"),
-    *("DRY_RUN", "OVERWRITE", "RESUME", "CHECKPOINT_EVERY"),
+    *("DRY_RUN", "OVERWRITE", "RESUME", "CHECKPOINT_EVERY", "SAMPLE_TOKENS"),
 )
 
 
@@ -1277,8 +1279,9 @@ class Runtime:
         return contextlib.nullcontext()
 
     def graph(self, function: Callable, *inputs: Tensor) -> Callable:
-        """On CUDA one launch, captured here with these inputs; outputs are overwritten by the next
-        call. Elsewhere the function itself."""
+        """On CUDA one launch, captured here with these inputs, after the function has run once,
+        which its caller may have to undo; the next call overwrites inputs and outputs. Elsewhere
+        the function itself."""
         if not self.cuda:
             return function
         torch.cuda.synchronize()
@@ -1491,7 +1494,7 @@ class Screen:
                 raise TimeoutError(f"nobody has read it for {STALLED_SECONDS} s")
 
     def flush(self) -> None:
-        """Nothing: each write has."""
+        """Nothing to do: `write` flushes."""
 
     def lose(self, reason: Any) -> None:
         """The descriptor leads nowhere from now on, for the processes that we start, too."""
@@ -2542,7 +2545,7 @@ def fingerprint_of(tokens: np.ndarray) -> bytes:
 # head, V vocabulary, L layers.
 
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-MATRICES = ("query", "key", "value", "output", "up", "down")  # of a layer, in the order of use
+MATRICES = ("query", "key", "value", "output", "up", "down")  # of a layer, as Context lists them
 
 
 class Spec(NamedTuple):
@@ -2714,8 +2717,8 @@ class Context:
             banks[name] = banks[name] + added
         queries, outputs = banks["qo_bank"].chunk(2)
         keys, values = banks["kv_bank"].chunk(2)
-        # What scales a sublayer's output scales the rows of its last matrix instead: on outputs,
-        # each would be kept for the gradient of its scale, and read again.
+        # attn_scale and mlp_scale multiply the rows of a sublayer's last matrix, not its output:
+        # the same product, but the backward pass need not be given the output.
         outputs = outputs * model.attn_scale.unsqueeze(2)
         down = banks["mlp_down_bank"] * model.mlp_scale.unsqueeze(2)
         matrices = queries, keys, values, outputs, banks["mlp_up_bank"], down
@@ -2974,7 +2977,7 @@ class GPT(nn.Module):
         weights = context.weights
         v = self.values(i, h, context)
         q = rms_norm(self.heads(F.linear(h, weights["query"][i]))) * self.q_gain[i].view(-1, 1, 1)
-        q = rotate(q, *context.rope)  # after the gain, for whose gradient it would be kept
+        q = rotate(q, *context.rope)  # gain first: for its gradient the rotated q would be kept
         k = rotate(rms_norm(self.heads(F.linear(h, weights["key"][i]))), *context.rope)
         y = context.attend(q, k, v)
         if i >= cfg.num_layers - cfg.xsa_last_n:
@@ -3222,7 +3225,8 @@ class Optimizers:
             dist.all_reduce(square)
         norm = sum(((g**2).sum() for g in gradients), square).sqrt()
         factor = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([*gradients, *shards], factor)
+        for kind in filter(None, (gradients, shards)):  # a dtype each: together, one by one
+            torch._foreach_mul_(kind, factor)
 
 
 # -----------------------------------------------------------------------------
@@ -4149,6 +4153,70 @@ def score_documents(
     return Scores(*rt.sum(columns)), order.result()
 
 
+# Text from the model.
+
+
+class Continuation(NamedTuple):
+    """What followed a prompt."""
+
+    tokens: np.ndarray  # uint16, without the prompt and the BOS that may have ended them
+    log_prob: np.ndarray  # of the prompt's tokens and of these, by the model; float64, nats
+
+
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    lanes: int = 1,
+) -> list[Continuation]:
+    """Continue documents that begin with these ids, each by `tokens` tokens or until it ends.
+
+    The model alone writes, without the counts of the mixture, in the lanes that score and decode
+    (run_lanes). A token is drawn from the top_k likeliest (0: from all) at a temperature (0: the
+    likeliest); of each prompt by its own generator, so the number of lanes changes nothing.
+    """
+    cfg = replace(model.cfg, device=model.tok_emb.device.type)
+    longest = tokens + max(map(len, prompts))
+    texts: list[list[int]] = [[] for _ in prompts]
+    costs: list[list[float]] = [[] for _ in prompts]
+    draws = [np.random.default_rng([seed, number]) for number in range(len(prompts))]
+
+    def choose_tokens(outputs: list[Tensor], step: LaneStep) -> np.ndarray:
+        log_probs = outputs[0].cpu().numpy()[step.lanes]
+        for row, document in zip(log_probs, step.documents, strict=True):
+            text = texts[document]
+            prompt = prompts[document]
+            if len(text) < len(prompt):
+                token = prompt[len(text)]
+            elif len(text) < len(prompt) + tokens:
+                token = draw_token(row, temperature, top_k, draws[document])
+            else:
+                token = BOS
+            text.append(token)
+            costs[document].append(row[token])
+        return np.array([texts[document][-1] for document in step.documents])
+
+    plan = CodingPlan(len(prompts), 0, lanes, 1, len(prompts) * (longest + 1), cfg.window)
+    run_lanes(model, Runtime(cfg), plan, choose_tokens)
+    return [
+        Continuation(np.array(text[len(prompt) : -1], np.uint16), np.array(cost[:-1]))
+        for prompt, text, cost in zip(prompts, texts, costs, strict=True)
+    ]
+
+
+def draw_token(log_prob: np.ndarray, temperature: float, top_k: int, draw: Any) -> int:
+    """Of a row (V,), nats. draw: NumPy's generator."""
+    if not temperature:
+        return int(log_prob.argmax())
+    ranked = np.argsort(-log_prob, kind="stable")[: top_k or None]
+    p = np.exp((log_prob[ranked] - log_prob[ranked[0]]) / temperature)
+    return int(ranked[np.searchsorted(p.cumsum(), draw.random() * p.sum(), "right")])
+
+
 # What only published systems add.
 
 
@@ -4199,10 +4267,10 @@ class TestTimeTraining:
         self.compiled_loss = rt.compile(self.model)
 
     def warm_up(self) -> None:
-        """Chunks of nothing, all but the last learnt: compiled, then timed."""
-        nothing = np.zeros(2 * self.chunk + 1, np.uint16)
-        for _ in range(2):  # the second time replaces the first, which compiles
-            self.rt.measure("chunk", 2, lambda: self.score(nothing))
+        """Chunks of nothing are scored, all but the last learnt; compiled, then timed."""
+        for chunks in (2, 6):  # what the second adds replaces the first, which compiles
+            nothing = np.zeros(chunks * self.chunk + 1, np.uint16)
+            self.rt.measure("chunk", chunks, lambda nothing=nothing: self.score(nothing))
 
     def score(self, stream: np.ndarray) -> Scores:
         """stream: N + 1 tokens -> Scores of the last N, each chunk by what the ones before it
@@ -4622,7 +4690,8 @@ class Blend:
     later a chunk costs one pass; in lanes a chunk has at least the targets of one step, which is
     never divided, so that encoder and decoder see the same chunks. `passes` over a chunk fall from
     four to one by 2^19 targets, as there is more and more to learn from; batches are of 256, at
-    the last stage 512, and then a captured graph on CUDA: one launch instead of some thirty.
+    the last stage 512, each then a captured graph on CUDA: three copies and a launch in the place
+    of some thirty.
     """
 
     HIDDEN = 32
@@ -4644,14 +4713,14 @@ class Blend:
         self.layers = [layer.to(self.device).requires_grad_() for layer in layers]
         how = dict(fused=True, capturable=rt.cuda)
         self.optimizer = torch.optim.Adam(self.layers, self.RATE, **how)
-        # Of the gate against the model alone, log; on the device, so that no chunk waits for it.
+        # Of the gate against the model alone, log; on the device: `learn` waits for nothing.
         self.odds = torch.zeros((), dtype=torch.float64, device=self.device)
         self.chunk = self.FIRST_CHUNK
         self.learned = 0  # targets
         self.train_last_batch = self.capture_training(rt, inputs, experts)
 
     def capture_training(self, rt: Runtime, inputs: int, experts: int) -> Callable:
-        """`train` of a batch of the last stage; capturing trains, which is undone."""
+        """`train` of a batch of the last stage. rt.graph trains once, which is undone."""
         shapes = (inputs, torch.float32), (experts, torch.bool), (experts, torch.float32)
         batch = [
             torch.ones(self.LAST_BATCH, columns, dtype=dtype, device=self.device)
@@ -5592,9 +5661,23 @@ class Report:
         spent = {f"{stage}_seconds": seconds for stage, seconds in rt.seconds.items()}
         rt.log("final_budget", **spent, cap=f"{CAP_SECONDS}/{CAP_SECONDS}")
         rt.log("peak_memory_mb", rt.peak_memory())
+        if cfg.sample_tokens:
+            self.log_sample(model)
         if over := over_caps(bytes=total, **spent):
             rt.log("OVER THE CAP of the 10-minute track", "; ".join(over.values()))
         close_run(rt)
+
+    def log_sample(self, model: GPT) -> None:
+        """A document that the model writes, in the shape of lanes that the evaluation compiled."""
+        cfg = self.cfg
+        lanes = 1
+        if self.rt.cuda and cfg.scorer == "documents":
+            plan = CodingPlan.of(self.text.stream, cfg, self.rt.world_size)
+            lanes = plan.lanes // plan.groups
+        (found,) = generate(model, [[]], cfg.sample_tokens, seed=cfg.seed, lanes=lanes)
+        tokenizer = package("sentencepiece").SentencePieceProcessor(model_file=cfg.tokenizer_path)
+        for line in textwrap.wrap(tokenizer.decode(found.tokens.tolist()), 90) or ["(nothing)"]:
+            self.rt.log("sample", line)
 
 
 def over_caps(**spent: float) -> dict[str, str]:

@@ -25,6 +25,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import itertools
 import math
 import os
 import subprocess
@@ -218,10 +219,26 @@ traits_of = functools.cache(Traits)
 
 
 def launches(lists: list[list[torch.Tensor]]) -> int:
-    """Of an operation on lists of tensors, all of the same shapes."""
+    """Of an operation on lists of tensors, all of the same shapes. Where dtypes or strides differ,
+    or memory has gaps, torch takes them one by one."""
+    tensors = [each for each in lists if not each or isinstance(each[0], torch.Tensor)]
+    tensors = [each for each in tensors if [*map(shape_of, each)] == [*map(shape_of, lists[0])]]
+    one_type = len({tensor.dtype for tensor in itertools.chain(*tensors)}) == 1
+    if not one_type or not all(map(alike, zip(*tensors, strict=True))):
+        return len(lists[0])
     most = TENSORS_A_LAUNCH.get(len(lists), 30)
     blocks = sum(-(-tensor.numel() // BLOCK) for tensor in lists[0])
     return max(1, -(-len(lists[0]) // most), -(-blocks // BLOCKS))
+
+
+def shape_of(tensor: torch.Tensor) -> torch.Size:
+    return tensor.shape
+
+
+def alike(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """One of each list: of the same strides, without gaps."""
+    strides = {tensor.stride() for tensor in tensors}
+    return len(strides) == 1 and torch.ops.aten.is_non_overlapping_and_dense(tensors[0])
 
 
 def size_of(tensor: torch.Tensor) -> int:

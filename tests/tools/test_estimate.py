@@ -227,7 +227,8 @@ values = [value for value in values if isinstance(value, torch.Tensor) and len(v
 large = [value for value in values if value.numel() >= ids.numel() and value.numel() % 4096 == 0]
 weights = {tuple(weight.shape[-2:]) for weight in GPT(cfg).parameters() if weight.dim() > 1}
 weights |= {shape[::-1] for shape in weights}
-large = [value for value in large if tuple(value.shape[-2:]) not in weights]
+stacked = {(6, 512, 512), (3, 512, 1536)}  # scaled rows
+large = [x for x in large if tuple(x.shape) not in weights and tuple(x.shape) not in stacked]
 print(sum(value.numel() * value.element_size() for value in large) / 4096)
 """
 

@@ -47,9 +47,9 @@ SMALL = SHRUNK | dict(  # late QAT begins before the checkpoint from which a run
 # Events of a step, by kind, and those for which the host waits, by function. launch: operations of
 # eager mode, torch.compile being left out, of torch 2.13; other versions may have a few more.
 EXPECTED = {
-    ("training step", 1): {"launch": 1596, "h2d async": 2, "d2h async": 1, "wait": 1},
+    ("training step", 1): {"launch": 1597, "h2d async": 2, "d2h async": 1, "wait": 1},
     ("training step", 2): {
-        **{"launch": 1589, "collective": 14},
+        **{"launch": 1590, "collective": 14},
         **{"h2d async": 2, "d2h async": 1, "wait": 1},
     },
     ("lane step", 1): {"launch": 1},  # the captured graph
