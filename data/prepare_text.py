@@ -98,6 +98,8 @@ STREAM_BYTES = 1 << 16  # of xz and bzip2 at a time
 PADDING = re.compile(rb"\0*")
 CUT_CHARACTER = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,2}\Z")  # or a whole one
 BAR_SECONDS, LINE_SECONDS = 2, 10  # before a bar, and from line to line where there is none
+TINY_STEPS, TINY_STEP_TOKENS, TINY_WINDOW = 800, 2_048, 256  # of records/track_cpu/tiny
+USEFUL_LAPS = 4  # read so often a text is worth nearly what as much new text is: arXiv 2305.16264
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 PACKED_SUFFIXES = (".gz", ".xz", ".lzma", ".bz2", ".zst", ".zstd")
 FORMATS = [  # offset and bytes by which files that are no text are known
@@ -957,6 +959,8 @@ def print_figures(train: Split, val: Split, tokenizer: Any, dropped: int) -> Non
         )
     if dropped:
         endings.say(f"note: {dropped} training documents are in validation word for word; dropped")
+    for note in size_notes(train.tokens, val.tokens):
+        endings.say(f"note: {note}")
     digest = hashlib.sha256(tokenizer.serialized_model_proto()).hexdigest()
     endings.say(f"tokenizer pieces:{tokenizer.vocab_size()} sha256:{digest}")
     documents, changed = train.documents + val.documents, train.changed + val.changed
@@ -972,6 +976,21 @@ def print_figures(train: Split, val: Split, tokenizer: Any, dropped: int) -> Non
         )
     else:
         endings.say(f"round_trip ok: decode(encode(text)) == text for {documents} documents")
+
+
+def size_notes(train_tokens: int, val_tokens: int) -> Iterator[str]:
+    """What there is to say of a text that is small for RECORD=tiny, the default on a CPU."""
+    laps = TINY_STEPS * TINY_STEP_TOKENS / train_tokens
+    steps = f"{TINY_STEPS} steps of {TINY_STEP_TOKENS:,} tokens"
+    if train_tokens < TINY_STEP_TOKENS:
+        found = f"too small to train on: {train_tokens:,} train tokens, not one step of RECORD=tiny"
+        yield f"{found}, whose {steps} read them {laps:,.0f} times; give more text"
+    elif laps > USEFUL_LAPS:
+        found = f"{train_tokens:,} train tokens: the {steps} of RECORD=tiny read them"
+        yield f"{found} {laps:,.0f} times, past {USEFUL_LAPS} to little use; give more text"
+    if val_tokens < TINY_WINDOW:
+        found = f"{val_tokens:,} val tokens, not one window of RECORD=tiny ({TINY_WINDOW})"
+        yield f"{found}: a score on them says little; give more text or a larger --val-fraction"
 
 
 # -----------------------------------------------------------------------------

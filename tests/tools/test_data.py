@@ -810,7 +810,30 @@ def test_a_large_binary_is_not_read(tmp_path, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# Long runs
+# Small texts, long runs
+
+
+def test_small_is_by_the_settings_of_tiny():
+    lines = (ROOT / "records/track_cpu/tiny/config.env").read_text().splitlines()
+    tiny = dict(line.split("=", 1) for line in lines if "=" in line)
+    names = "ITERATIONS", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"
+    numbers = [prepare_text.TINY_STEPS, prepare_text.TINY_STEP_TOKENS, prepare_text.TINY_WINDOW]
+    assert [int(tiny[name]) for name in names] == numbers
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "said"),
+    [
+        (409_600, 256, []),
+        (409_599 // 2, 256, ["204,799 train tokens: the 800 steps of 2,048 .* them 8 times"]),
+        (2_048, 255, ["2,048 train tokens: .* 800 times", "255 val tokens, not one window"]),
+        (2_047, 300, ["too small to train on: 2,047 train tokens, not one step .* 800 times"]),
+    ],
+)
+def test_a_small_text_is_said(train, val, said):
+    notes = list(prepare_text.size_notes(train, val))
+    assert len(notes) == len(said)
+    assert all(map(re.search, said, notes))
 
 
 def test_a_long_run_says_where_it_is(messy, monkeypatch, capsys):
@@ -1160,7 +1183,7 @@ def test_figures_are_printed(tmp_path, capsys):
     assert lines[0].startswith("train documents:1 bytes:1900 tokens:")
     assert lines[1].startswith("val documents:1 bytes:100 tokens:")
     words = [line.split()[0] for line in lines[2:]]
-    assert words == ["tokenizer", "round_trip", "wrote"]
+    assert words == ["note:", "note:", "tokenizer", "round_trip", "wrote"]
 
 
 BAD_INPUTS = {
