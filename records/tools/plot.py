@@ -5,8 +5,8 @@
 
 Panels: training loss (of several runs by step and by time), the score stage by stage, the n-gram
 gain by matched order, and the bits saved along the text. A panel for which no run has data is left
-out. Runs that differ in nothing but SEED share a colour and an entry of the legend. The suffix of
---out decides: .png, .pdf or .svg.
+out. Runs that differ in nothing but SEED share a colour and an entry of the legend; runs on
+different texts do not compare and are refused. The suffix of --out decides: .png, .pdf or .svg.
 """
 
 import argparse
@@ -27,7 +27,7 @@ if __name__ == "__main__":
         signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
 
 import numpy as np
-from run_folder import RunError, RunFolder, blame
+from run_folder import RunError, RunFolder, blame, name_text, scored_text, who_has_what
 
 import endings
 from train_gpt import CAP_BYTES, UserError, package, printable, write_atomically
@@ -137,6 +137,21 @@ def load_all(paths: Sequence[str]) -> list[Run]:
     if len(numbers) > len(COLOURS):
         raise RunError(f"{len(numbers)} configurations: at most {len(COLOURS)} can be told apart")
     return runs
+
+
+def require_one_text(runs: Sequence[Run]) -> None:
+    """RunError for runs on different texts, told apart as by stats.py. A run that is not scored
+    yet is known by the length of its text alone."""
+    texts = [scored_text(run.folder) for run in runs]
+    for kind in ("length", "blocks"):
+        having = {}  # value -> {text in words: names of the runs that have it}
+        for run, text in zip(runs, texts, strict=True):
+            if kind in text:
+                named = having.setdefault(text[kind], {})
+                named.setdefault(name_text(text), []).append(str(run.folder.path))
+        if len(having) > 1:
+            parts = ", ".join(map(who_has_what, having.values()))
+            raise RunError(f"the validation text is {parts}; fix: leave one out")
 
 
 # -----------------------------------------------------------------------------
@@ -409,6 +424,7 @@ def draw(runs: list[Run]) -> Any:
     rows = [row for row in rows if row]
     if not rows:
         raise RunError(f"{runs[0].folder.path}: no step and no score to draw yet")
+    require_one_text(runs)
     notes = footnotes(runs)
     header = HEADER + 0.22 * ((len({run.colour for run in runs}) - 1) // 3)
     height = header + len(rows) * (PANEL + BETWEEN) - BETWEEN + FOOTER + 0.22 * len(notes)

@@ -257,6 +257,33 @@ def test_loss_by_step_and_by_time(tmp_path):
     assert by_time.get_xlabel() == "seconds of training"
 
 
+def test_runs_on_different_texts_are_refused(run_dir, tmp_path, capsys):
+    """By the length that the log says, and by the bytes of the blocks; nothing is written."""
+    longer = [dict(x, bytes=9) if x["key"] == "val_text" else x for x in all_lines()]
+    begun = longer[: longer.index(next(x for x in longer if x["key"] == "step")) + 5]
+    others = [make_run(tmp_path / "longer", longer), make_run(tmp_path / "begun", begun)]
+    (others[1] / "blocks.npz").unlink()
+    others.append(make_run(tmp_path / "shifted"))
+    columns = dict(np.load(others[2] / "blocks.npz"))
+    columns["bytes"] = columns["bytes"] + np.resize([1, -1], BLOCKS)
+    np.savez(others[2] / "blocks.npz", **columns)
+    for other in others:
+        assert draw(run_dir, other) == 2
+        out, err = capsys.readouterr()
+        assert (
+            out == "" and err.count("\n") == 1 and err.startswith("error: the validation text is ")
+        )
+        assert f" in {run_dir}, " in err and f" in {other}; fix: leave one out" in err
+    assert not (tmp_path / "compare.png").exists()
+
+
+def test_an_unfinished_run_lies_over_a_scored_one_of_its_text(run_dir, tmp_path):
+    lines = [x for x in all_lines() if not x["key"].startswith(("final_", "ngram_"))]
+    begun = make_run(tmp_path / "begun", lines)
+    (begun / "blocks.npz").unlink()
+    assert draw(run_dir, begun) == 0
+
+
 def test_more_configurations_than_colours(run_dir, capsys):
     assert draw(*[run_dir] * 7) == 2
     assert capsys.readouterr().err.startswith("error: 7 configurations: at most 6")
