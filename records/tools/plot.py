@@ -3,10 +3,11 @@
     python records/tools/plot.py runs/tiny_seed1337
     python records/tools/plot.py runs/a runs/b --out both.pdf  default: compare.png beside the first
 
-Panels: training loss (of several runs by step and by time), the score stage by stage, the n-gram
-gain by matched order, and the bits saved along the text. A panel for which no run has data is left
-out. Runs that differ in nothing but SEED share a colour and an entry of the legend; runs on
-different texts do not compare and are refused. The suffix of --out decides: .png, .pdf or .svg.
+Panels: training and validation loss (of several runs by step and by time), the score stage by
+stage, the n-gram gain by matched order, and the bits saved along the text. A panel for which no run
+has data is left out. Runs that differ in nothing but SEED share a colour and an entry of the
+legend; runs on different texts do not compare and are refused. The suffix of --out decides: .png,
+.pdf or .svg.
 """
 
 import argparse
@@ -38,6 +39,7 @@ MARKERS = "osD^vP"
 GLYPHS = "●■◆▲▼✚"
 ACCENT = "#0072B2"
 WORSE = "#D55E00"
+VALIDATION = "#00805E"  # beside the training loss of a single run
 INK = "#222222"
 GREY = "#6B6B6B"
 LINE = "#B0B0B0"
@@ -78,6 +80,9 @@ METADATA = {
 }
 STRIP_POINTS = 160
 LONG_RUN_STEPS = 1000
+SMOOTHED = 14  # a loss is smoothed over a 14th of its points to either side
+TREND_POINTS = 1000
+RATE_BAND = 0.2  # of the height of the losses: what the learning rate has below them
 
 
 class Run(NamedTuple):
@@ -86,6 +91,8 @@ class Run(NamedTuple):
     folder: RunFolder
     stages: dict[str, dict[str, Any]]
     losses: dict[int, dict[str, Any]]  # step -> log line
+    validated: dict[int, float]  # step -> val_loss
+    rates: dict[int, float]  # step -> factor of the learning rates
     gains: dict[int, dict[str, Any]]  # matched order -> log line
     blocks: dict[str, np.ndarray]  # {} for none
     colour: str = COLOURS[0]
@@ -113,9 +120,16 @@ def load(path: str) -> Run:
         blocks["bytes"] = blocks["bytes"] * (text["bytes"] / text["spelt_bytes"])
     stages = {k: v for k, v in folder.stages().items() if math.isfinite(v.get("val_bpb", math.nan))}
     gains = {int(line["value"]): line for line in folder.all("ngram_gain")}
-    losses = folder.steps("train_loss").items()
-    losses = {step: line for step, line in losses if math.isfinite(line["train_loss"])}
-    return Run(folder, stages, losses, gains, blocks)
+    losses = finite_steps(folder, "train_loss")
+    validated = {step: line["val_loss"] for step, line in finite_steps(folder, "val_loss").items()}
+    rates = {step: line["lr"] for step, line in finite_steps(folder, "lr").items()}
+    return Run(folder, stages, losses, validated, rates, gains, blocks)
+
+
+def finite_steps(folder: RunFolder, name: str) -> dict[int, dict[str, Any]]:
+    """Step -> its log line with such a field, in the order of the steps; without what diverged"""
+    lines = sorted(folder.steps(name).items(), key=lambda pair: pair[0])
+    return {step: line for step, line in lines if math.isfinite(line[name])}
 
 
 def load_all(paths: Sequence[str]) -> list[Run]:
@@ -159,18 +173,39 @@ def require_one_text(runs: Sequence[Run]) -> None:
 
 
 def draw_loss(ax: Any, runs: list[Run]) -> str:
-    """Loss by step, from the log's step lines."""
+    """Loss by step, from the log's step lines; below it the learning rate's schedule."""
     note = draw_curves(ax, runs, lambda step, _: step)
-    circles = ""
+    circles = ", circles: validation" if any(run.validated for run in runs) else ""
     for run in runs:
-        if validated := run.folder.steps("val_loss"):
-            values = [line["val_loss"] for line in validated.values()]
-            ax.plot(list(validated), values, "o", color=run.colour, mfc="white", ms=4.5)
-            circles = ", circles: validation"
+        if run.validated:
+            colour = VALIDATION if len(runs) == 1 else run.colour
+            look = dict(mfc="white", ms=4.5, lw=1.2, zorder=2.5)
+            ax.plot([*run.validated], [*run.validated.values()], "o-", color=colour, **look)
+    if any(run.rates for run in runs):
+        draw_rates(ax, runs)
     ax.set_xlabel("step")
     if len(runs) == 1:
         annotate_loss(ax, runs[0])
-    return f"nats per token{circles}{note}"
+    return f"nats per token, bold: smoothed{circles}{note}"
+
+
+def draw_rates(ax: Any, runs: list[Run]) -> None:
+    """The learning rate, as a share of its peak, in a band of its own below the losses."""
+    low, high = ax.get_ylim()
+    ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
+    ax.set_ylim(low - RATE_BAND * (high - low), high)
+    ax.set_yticks(ticks)
+    top = 0.8 * RATE_BAND / (1 + RATE_BAND)  # in heights of the axes
+    place = dict(transform=ax.get_xaxis_transform(), zorder=1)
+    for run in runs:
+        factors = np.array([*run.rates.values()])
+        heights = top * factors / max(1, factors.max(initial=0))
+        colour = GREY if len(runs) == 1 else run.colour
+        ax.plot([*run.rates], heights, color=colour, lw=0.9, **place)
+        if len(runs) == 1:
+            ax.fill_between([*run.rates], 0, heights, color=GREY, alpha=0.12, lw=0, **place)
+    look = dict(color=GREY, size=8, ha="right", va="top", textcoords="offset points")
+    ax.annotate("learning rate", (1, top), (0, 0), xycoords="axes fraction", **look)
 
 
 def draw_loss_by_time(ax: Any, runs: list[Run]) -> str:
@@ -178,50 +213,90 @@ def draw_loss_by_time(ax: Any, runs: list[Run]) -> str:
     longest = max(line["train_time_ms"] for run in runs for line in run.losses.values())
     unit, ms = ("minutes", 60_000) if longest >= 300_000 else ("seconds", 1000)
     ax.set_xlabel(f"{unit} of training")
-    return "nats per token" + draw_curves(ax, runs, lambda _, line: line["train_time_ms"] / ms)
+    note = draw_curves(ax, runs, lambda _, line: line["train_time_ms"] / ms)
+    return f"nats per token, bold: smoothed{note}"
 
 
 def draw_curves(ax: Any, runs: list[Run], place: Callable[[int, dict[str, Any]], float]) -> str:
-    """Training losses, x = place(step, log line); thinner from colour to colour, so that none hides
-    another one. -> what is left out: in a long run the first percent of the steps would flatten the
-    rest of the curve."""
+    """Training losses, x = place(step, log line): faint as logged, and smoothed; thinner from
+    colour to colour, so that none hides another one. -> what is left out: in a long run the first
+    percent of the steps would flatten the rest of the curve."""
     colours = list(dict.fromkeys(run.colour for run in runs))
     last = max(max(run.losses) for run in runs)
     start = last // 100 if last > LONG_RUN_STEPS else 0
     end = 0
     later = []
     for run in runs:
-        lines = sorted(run.losses.items())
-        x = [place(*line) for line in lines]
-        losses = [line["train_loss"] for _, line in lines]
+        x = np.array([place(*line) for line in run.losses.items()])
+        losses = [line["train_loss"] for line in run.losses.values()]
+        at, trend = smooth([*run.losses], losses)
         width = 1.8 + 1.2 * (len(colours) - 1 - 2 * colours.index(run.colour)) / len(colours)
-        ax.plot(x, losses, color=run.colour, lw=width)
-        ax.plot(x[-1], losses[-1], run.marker, color=run.colour, ms=6)
+        ax.plot(x, losses, color=run.colour, lw=0.8, alpha=0.35)
+        ax.plot(x[at], trend, color=run.colour, lw=width)
+        ax.plot(x[-1], trend[-1], run.marker, color=run.colour, ms=6)
         end = max(end, *x)
-        later += [line["train_loss"] for step, line in lines if step >= start]
+        later += [line["train_loss"] for step, line in run.losses.items() if step >= start]
+        later += [loss for step, loss in run.validated.items() if step >= start]
     ax.set_xlim(0, end * 1.12)
     ax.grid(axis="y")
-    if not start:
-        return ""
-    height = max(later) - min(later)
+    height = max(later) - min(later) or 0.1
     ax.set_ylim(min(later) - 0.08 * height, max(later) + 0.04 * height)
-    return f", without the first {start:,} steps"
+    return f", without the first {start:,} steps" if start else ""
+
+
+def smooth(steps: Sequence[int], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """-> (indices, trend there) of a noisy curve, at most TREND_POINTS. Each value is on the line
+    that fits its neighbours best, the nearer the more they count (local regression, Cleveland
+    1979): a running mean would lag where the curve falls, and at its ends. The neighbours grow from
+    none with the steps, so the steep beginning stays as it is."""
+    x = np.asarray(steps, dtype=float)
+    y = np.asarray(losses, dtype=float)
+    indices = np.unique(np.linspace(0, len(y) - 1, min(len(y), TREND_POINTS), dtype=int))
+    trend = y[indices]
+    for number, index in enumerate(indices):
+        reach = min(len(y) // SMOOTHED, index // 3)
+        if not reach:
+            continue
+        near = np.arange(index - reach, min(index + reach + 1, len(y)))
+        weights = (1 - np.abs((near - index) / (reach + 1)) ** 3) ** 3
+        centre = np.average(x[near], weights=weights)
+        from_centre = weights * (x[near] - centre)
+        slope = from_centre @ y[near] / (from_centre @ (x[near] - centre))
+        trend[number] = np.average(y[near], weights=weights) + slope * (x[index] - centre)
+    return indices, trend
 
 
 def annotate_loss(ax: Any, run: Run) -> None:
-    """Last value, where quantisation-aware training begins, and the time it took."""
+    """Last values, where quantisation-aware training begins, and the time it took."""
     step, line = max(run.losses.items())
-    loss = line["train_loss"]
+    _, trend = smooth([*run.losses], [line["train_loss"] for line in run.losses.values()])
+    ends = [(trend[-1], step, run.colour)]
+    if run.validated:
+        ends.append((list(run.validated.values())[-1], max(run.validated), VALIDATION))
     place = dict(textcoords="offset points")
-    ax.annotate(f"{loss:.3f}", (step, loss), (8, 0), va="center", weight="bold", **place)
+    heights = apart([loss for loss, *_ in ends], 0.075 * np.ptp(ax.get_ylim()))
+    for (loss, at, colour), height in zip(ends, heights, strict=True):
+        look = dict(va="center", weight="bold", color=colour)
+        ax.annotate(f"{loss:.3f}", (at, height), (8, 0), **look, **place)
     qat = run.folder.last("late_qat:enabled").get("step")
     if qat is not None:
         ax.axvline(qat, color=GREY, lw=0.9, ls=DASHES)
-        look = dict(color=GREY, size=8.5, va="center", ha="right", bbox=BLANK, **place)
-        top = ax.get_xaxis_transform()
-        ax.annotate(f"late QAT from step {qat:,}", (qat, 0.94), (-5, 0), xycoords=top, **look)
+        before = qat > 0.4 * ax.get_xlim()[1]  # there is room left of it
+        look = dict(color=GREY, size=8.5, va="center", ha="right" if before else "left", bbox=BLANK)
+        top = (qat, 0.94), (-5 if before else 5, 0)
+        look |= dict(xycoords=ax.get_xaxis_transform(), **place)
+        ax.annotate(f"late QAT from step {qat:,}", *top, **look)
     seconds = line["train_time_ms"] / 1000
     ax.set_xlabel(f"step  ({duration(seconds)}, {line['step_avg_ms']:,.0f} ms a step)")
+
+
+def apart(heights: list[float], least: float) -> list[float]:
+    """One height or two, the two moved to be at least so far from each other."""
+    if len(heights) < 2 or abs(heights[0] - heights[1]) >= least:
+        return heights
+    middle = sum(heights) / 2
+    up = least / 2 if heights[0] >= heights[1] else -least / 2
+    return [middle + up, middle - up]
 
 
 def draw_ladder(ax: Any, runs: list[Run]) -> str:

@@ -249,12 +249,105 @@ def test_loss_by_step_and_by_time(tmp_path):
     paths = [str(seeded(tmp_path / name, 0, 1.5)) for name in "ab"]
     runs = plot.load_all(paths)
     _, by_step, by_time, *_ = plot.draw(runs).axes
-    for run, curve, timed in zip(runs, by_step.lines[::2], by_time.lines[::2], strict=False):
+    for run, curve, timed in zip(runs, by_step.lines[::3], by_time.lines[::3], strict=False):
         steps = sorted(run.losses)
         assert curve.get_xdata().tolist() == steps
         assert timed.get_xdata().tolist() == [270 * n / 1000 for n in steps]
         assert timed.get_ydata().tolist() == [run.losses[n]["train_loss"] for n in steps]
+        assert curve.get_alpha() == timed.get_alpha() < 0.5  # as logged: faint behind the trend
+    for run, trend in zip(runs, by_time.lines[1::3], strict=True):
+        indices, smoothed = plot.smooth(
+            [*run.losses], [x["train_loss"] for x in run.losses.values()]
+        )
+        times = [line["train_time_ms"] / 1000 for line in run.losses.values()]
+        assert trend.get_xdata().tolist() == [times[index] for index in indices]
+        assert trend.get_ydata().tolist() == smoothed.tolist()
     assert by_time.get_xlabel() == "seconds of training"
+
+
+def test_a_line_is_its_own_trend_and_noise_is_not():
+    """At any spacing of the steps, to the first and last of them; at most so many points."""
+    steps = np.array([*range(1, 11), *range(20, 5000, 10)])
+    line = 5 - steps / 4000
+    indices, trend = plot.smooth(steps, line)
+    assert indices.tolist() == [*range(len(steps))]
+    assert trend == pytest.approx(line, abs=1e-12)
+    noise = np.random.default_rng(1).normal(0, 0.1, len(steps))
+    _, trend = plot.smooth(steps, line + noise)
+    assert np.abs(trend - line)[100:].mean() < 0.2 * np.abs(noise)[100:].mean()
+    many = np.arange(1, 30_001)
+    indices, trend = plot.smooth(many, 1 / many)
+    assert len(indices) == len(trend) == plot.TREND_POINTS
+    assert indices[0] == 0 and indices[-1] == len(many) - 1
+    assert plot.smooth([7], [2.5])[1].tolist() == [2.5]
+
+
+def validated_lines(rate=True):
+    """Training with a validation each 100 steps, a diverged one last, and a warm-up of rates."""
+    for item in step_lines():
+        if "train_loss" in item and rate:
+            item["lr"] = min(1, int(item["value"].partition("/")[0]) / 100)
+        if "val_loss" not in item:
+            yield item
+    for step in (200, 100, 400):
+        yield line("step", f"{step}/600", val_loss=4 - step / 400, val_bpb=1.9)
+    yield line("step", "600/600", val_loss=math.nan, val_bpb=math.nan)
+
+
+def loss_panel(*folders):
+    _, panel, *_ = plot.draw(plot.load_all([*map(str, folders)])).axes
+    return panel
+
+
+def test_validation_curve(tmp_path):
+    """In the order of the steps, within the panel, its last value beside it."""
+    folder = make_run(tmp_path / "run", list(validated_lines()), gain=0)
+    panel = loss_panel(folder)
+    (curve,) = [
+        found for found in panel.lines if found.get_marker() == "o" and len(found.get_xdata()) > 1
+    ]
+    assert list(curve.get_xdata()) == [100, 200, 400]
+    assert list(curve.get_ydata()) == [3.75, 3.5, 3.0]
+    low, high = panel.get_ylim()
+    assert low < 3.0 and high > 3.75
+    texts = [text.get_text() for text in panel.texts]
+    assert "3.000" in texts and "late QAT from step 550" in texts
+    page = shown(folder)[1]
+    assert any("circles: validation" in text for text in page)
+
+
+def test_learning_rate_lies_below_the_losses(tmp_path):
+    """Where the log has it, and without axes of its own."""
+    folder = make_run(tmp_path / "run", list(validated_lines()), gain=0)
+    panel = loss_panel(folder)
+    assert "learning rate" in [text.get_text() for text in panel.texts]
+    (curve,) = [
+        found
+        for found in panel.lines
+        if found.get_transform() != panel.transData and len(found.get_xdata()) > 2
+    ]
+    heights = curve.get_ydata()  # of 1
+    assert heights.max() < 0.2
+    assert heights[0] == pytest.approx(heights.max() / 100)
+    low, high = panel.get_ylim()
+    least = min(n["train_loss"] for n in plot.load(str(folder)).losses.values())
+    assert low + heights.max() * (high - low) < least
+    without = make_run(tmp_path / "without", list(validated_lines(rate=False)), gain=0)
+    assert "learning rate" not in [text.get_text() for text in loss_panel(without).texts]
+
+
+def overlapping(panel):
+    """Pairs of a panel's texts that lie on each other."""
+    boxes = [(text.get_text(), text.get_window_extent()) for text in panel.texts if text.get_text()]
+    pairs = [(a, b) for n, a in enumerate(boxes) for b in boxes[:n]]
+    return [(a[0], b[0]) for a, b in pairs if a[1].overlaps(b[1])]
+
+
+def test_last_values_do_not_lie_on_each_other(tmp_path):
+    """Though training and validation end at the same loss"""
+    lines = [*step_lines(), line("step", "600/600", val_loss=3 + 4 * 600**-0.4, val_bpb=1.9)]
+    panel = loss_panel(make_run(tmp_path / "run", lines, gain=0))
+    assert len(panel.texts) == 3 and not overlapping(panel)
 
 
 def test_runs_on_different_texts_are_refused(run_dir, tmp_path, capsys):
