@@ -240,8 +240,9 @@ def test_seeds_of_a_configuration_share_a_colour(tmp_path):
     assert [run.colour for run in runs] == [plot.COLOURS[n] for n in (0, 0, 0, 1, 2)]
     assert [run.marker for run in runs] == [plot.MARKERS[n] for n in (0, 0, 0, 1, 2)]
     _, texts = shown(*three, deep, again)
-    legend = ["● net_, 3 seeds  1.6000 ± 0.1000", "■ deep  1.4000", "◆ again  1.8000"]
-    assert [text for text in texts if text[0] in plot.GLYPHS] == legend
+    assert [text for text in texts if text in {*plot.GLYPHS}] == ["●", "■", "◆"]
+    legend = {"net_, 3 seeds  1.6000 ± 0.1000", "deep  1.4000", "again  1.8000"}
+    assert legend < {*texts} and "3 of 3 unfinished" in texts
 
 
 def test_loss_by_step_and_by_time(tmp_path):
@@ -348,6 +349,92 @@ def test_last_values_do_not_lie_on_each_other(tmp_path):
     lines = [*step_lines(), line("step", "600/600", val_loss=3 + 4 * 600**-0.4, val_bpb=1.9)]
     panel = loss_panel(make_run(tmp_path / "run", lines, gain=0))
     assert len(panel.texts) == 3 and not overlapping(panel)
+
+
+LONG_NAME = "a_name_of_a_run_that_is_much_longer_than_what_the_page_has_room_for_{}"
+
+
+def described(folder, settings, last=300, lines=()):
+    """A run of which a line `config` tells, and its parameters; unfinished without more lines"""
+    text = line("config", RECORD="tiny(default)", RUN_ID="x(env)", OVERWRITE="1(env)", **settings)
+    steps = [
+        item for item in step_lines() if int(str(item["value"] or 1).partition("/")[0]) <= last
+    ]
+    text = [text, line("model_params", 829_868), *steps, *lines]
+    return make_run(folder, text, gain=0)
+
+
+def test_settings_parameters_and_date(tmp_path):
+    """Those that the environment gave, but where the run lies; its date is submission.json's."""
+    settings = dict(SEED="7(env)", NUM_LAYERS="4(RECORD=tiny)", MODEL_DIM="64(env)", EMA="(env)")
+    folder = described(tmp_path / "run", settings, 600, final_lines())
+    (folder / "submission.json").write_text('{"date": "2026-11-23T00:07:04Z"}')
+    texts = shown(folder)[1]
+    assert "829,868 parameters   ·   2026-11-23   ·   SEED=7  MODEL_DIM=64  EMA=" in texts
+    (folder / "submission.json").unlink()
+    os.utime(folder / "metrics.jsonl", (10**9, 10**9))
+    assert any("2001-09-09" in text for text in shown(folder)[1])
+    assert "No submission.json: nothing marks this run as finished." in shown(folder)[1]
+    (folder / "submission.json").write_text('{"date": "soon"}')
+    assert any("2001-09-09" in text for text in shown(folder)[1])
+
+
+def on_page(*folders):
+    """The page of a picture; all of its texts lie within it, and none on another."""
+    page = plot.draw(plot.load_all([*map(str, folders)])).axes[0]
+    for text in page.texts:
+        box = text.get_window_extent()
+        assert box.x0 > 0 and box.x1 < page.bbox.x1 and box.y0 > 0 and box.y1 < page.bbox.y1, text
+    assert not overlapping(page)
+    return [text.get_text() for text in page.texts]
+
+
+def test_many_settings_and_a_long_name_have_room(tmp_path):
+    settings = {f"A_LONG_NAME_OF_A_SETTING_{n}": "0.123456789," * 9 + "(env)" for n in range(40)}
+    over = line("final_budget", train_seconds=1e5, eval_seconds=1e5)
+    folder = described(tmp_path / LONG_NAME, settings, 600, [exact("ngram", 1.7), over])
+    texts = on_page(folder)
+    assert any("A_LONG_NAME_OF_A_SETTING_0=" in text and "more settings" in text for text in texts)
+    assert "unfinished, step 600 of 600, over a cap" in texts
+    folders = [folder]
+    for number in range(5):
+        own = {**settings, "SEED": f"{number}(env)"}
+        folders.append(described(tmp_path / LONG_NAME.format(number), own, 300))
+    texts = on_page(*folders)
+    assert "unfinished, step 300 of 600" in texts and "SEED=3" in texts
+    assert "unfinished, step 600 of 600, over a cap" in texts
+
+
+def test_unfinished_runs_say_so(tmp_path, run_dir):
+    """Whatever final line is missing; not a whole one."""
+    assert not any("unfinished" in text for text in on_page(run_dir))
+    folder = described(tmp_path / "begun", {}, last=250)
+    assert "unfinished, step 250 of 600" in on_page(folder)
+    assert "unfinished, step 250 of 600" in on_page(folder, run_dir)
+    scored = [*step_lines(), *(item for item in final_lines() if item["key"] != "final_budget")]
+    assert "unfinished, step 600 of 600" in on_page(make_run(tmp_path / "scored", scored))
+    evaluated = [item for item in final_lines() if item["key"] != "final_budget"]
+    assert "unfinished" in on_page(make_run(tmp_path / "evaluated", evaluated))
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "told"),
+    [
+        ("final_artifact_bytes", dict(code=90_000, weights=15_910_001), "bytes 16,000,001, the"),
+        ("final_budget", dict(train_seconds=602.5, eval_seconds=9), "train_seconds 602.5, the"),
+        ("final_budget", dict(train_seconds=600.5, eval_seconds=601), "eval_seconds 601, the"),
+    ],
+)
+def test_runs_over_a_cap_say_so(run_dir, tmp_path, key, values, told):
+    before = on_page(run_dir)
+    assert "over a cap" not in before and not any("OVER A CAP" in text for text in before)
+    values = dict(values, total=values.get("code", 0) + values.get("weights", 0))
+    other = make_run(tmp_path / "other", [*all_lines(), line(key, **values)])
+    for prefix, folders in (("", [other]), ("other: ", [run_dir, other])):
+        texts = on_page(*folders)
+        assert "over a cap" in texts
+        notes = [text for text in texts if "OVER A CAP" in text]
+        assert len(notes) == 1 and notes[0].startswith(f"{prefix}OVER A CAP") and told in notes[0]
 
 
 def test_runs_on_different_texts_are_refused(run_dir, tmp_path, capsys):
