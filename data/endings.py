@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NoReturn, TextIO
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -99,11 +99,15 @@ def held() -> Iterator[None]:
             stop(came[0], None)
 
 
-def in_thread(work: Callable[[], Any]) -> Any:
-    """work(), long and without Python in it: meanwhile this thread can hear a signal."""
+def in_thread(work: Callable[[], Any], each_second: Callable[[], Any] = lambda: None) -> Any:
+    """work(), long and without Python in it: meanwhile this thread can hear a signal, and calls
+    `each_second`."""
     pool = ThreadPoolExecutor(1)
     try:
-        return pool.submit(work).result()
+        running = pool.submit(work)
+        while wait([running], timeout=1).not_done:
+            each_second()
+        return running.result()
     finally:
         pool.shutdown(wait=False)
 

@@ -3,17 +3,25 @@
     python data/prepare_text.py --input notes/ --out data/datasets/notes
     python data/prepare_text.py --input crawl.jsonl.xz --out data/datasets/crawl --vocab-size 4096
     zcat *.gz | python data/prepare_text.py --input - --out data/datasets/piped --separator '\\n\\n'
+    python data/prepare_text.py --input ~/work --out data/datasets/work --glob '*.md' --exclude old
 
 A document is a file, a part of a file between two separators, or the "text" of a JSON object: of
 each line of .jsonl and .ndjson; of .json also one object, or an array of objects or strings. gzip,
 xz, bzip2 and zstd are unpacked, whatever the file's name; "-" is standard input. A document of the
 training side that is in validation too, word for word, is dropped.
 
+Of a folder all text is taken, in the order of the paths. Left out, counted and named: what is
+hidden, links to folders, what is no regular file, cannot be read or is empty, archives, other
+binaries, and text that is not UTF-8. A file that --input names is taken or refused.
+--glob and --exclude hold for names ('*.md', node_modules) or, with a /, for paths, from the folder
+on or as --input gives it ('docs/*', where * stands for any / too); a folder that is excluded is
+not looked into.
+
 The output folder gets <name>_train_000000.bin, <name>_val_000000.bin, <name>_val.jsonl (the
 validation text as it was, for whoever checks a score), dataset.json and tokenizer.model, which is
 moved in last. dataset.json: sha256 of tokenizer.model, of the validation tokens (uint16, without
-the headers of shards) and of <name>_val.jsonl, whether any document changes on the way back, and
-counts of documents.
+the headers of shards) and of <name>_val.jsonl, whether any document changes on the way back,
+counts of documents and, where something was left out, of that by reason.
 
 The tokenizer is lossless: decode(encode(text)) == text is checked for every document, and the
 UTF-8 bytes of the tokens add up to the bytes of the text. One character needs help: SentencePiece
@@ -43,13 +51,14 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import endings
+from folders import Selection, files_in
 
 if __name__ == "__main__":
     endings.begin()
@@ -87,6 +96,10 @@ ENCODING_BYTES = 1 << 16  # by which an encoding is known
 READ_BYTES, ZSTD_BYTES = 1 << 20, 1 << 10  # at a time; a kilobyte of zstd can hold 32 megabytes
 STREAM_BYTES = 1 << 16  # of xz and bzip2 at a time
 PADDING = re.compile(rb"\0*")
+CUT_CHARACTER = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,2}\Z")  # or a whole one
+BAR_SECONDS, LINE_SECONDS = 2, 10  # before a bar, and from line to line where there is none
+TINY_STEPS, TINY_STEP_TOKENS, TINY_WINDOW = 800, 2_048, 256  # of records/track_cpu/tiny
+USEFUL_LAPS = 4  # read so often a text is worth nearly what as much new text is: arXiv 2305.16264
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 PACKED_SUFFIXES = (".gz", ".xz", ".lzma", ".bz2", ".zst", ".zstd")
 FORMATS = [  # offset and bytes by which files that are no text are known
@@ -127,6 +140,7 @@ FORMATS = [  # offset and bytes by which files that are no text are known
     (0, b"\x7fELF", "a program"),
     (0, b"MZ", "a Windows program"),
 ]
+ARCHIVE = re.compile("archive|compress|packed")  # of these names
 PLAIN_BINARY = (b"%PDF-", b"{\\rtf")  # that may be UTF-8 by chance
 
 
@@ -138,29 +152,74 @@ class NotRecords(DataError):
     """JSON whose very first object has no text."""
 
 
+class NoText(DataError):
+    """A file that is no text; reason: in a few words, by which such files are counted."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Progress:
+    """Where a stage stands: a bar on a terminal, where tqdm is installed; elsewhere a line now and
+    then. Nothing of a stage that is soon done."""
+
+    def __init__(self, what: str, unit: str, total: int | None = None):
+        self.what, self.unit, self.total = what, unit, total
+        self.done, self.said = 0, time.monotonic()
+        self.bar = None
+        if tqdm and sys.stderr.isatty():
+            look = None if total else "{desc}: {n_fmt}{unit}"
+            unit = f" {unit}"
+            self.bar = tqdm(total=total, desc=what, unit=unit, delay=BAR_SECONDS, bar_format=look)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, count: int = 1) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif time.monotonic() >= self.said + LINE_SECONDS:
+            self.said = time.monotonic()
+            of = f" of {self.total:,}" if self.total else ""
+            endings.say(f"{self.what}: {self.done:,}{of} {self.unit}", sys.stderr)
+
+
 # -----------------------------------------------------------------------------
 # Reading: files -> documents
 
 
-def input_files(inputs: Iterable[str | Path], out: Path) -> Iterator[Path]:
-    """The files of `inputs`, folders searched in sorted order; hidden ones and `out` left out. In a
-    folder only regular files are opened; what is named itself may be a pipe."""
-    for path in [Path("/dev/stdin" if str(path) == "-" else path) for path in inputs]:
+def named_path(given: str | Path) -> Path:
+    """What --input names: a file, a folder, or standard input."""
+    return Path("/dev/stdin" if str(given) == "-" else given)
+
+
+def input_files(
+    inputs: Iterable[str | Path], out: Path, selection: Selection | None = None
+) -> Iterator[Path]:
+    """The files of `inputs` that are to be taken, folders searched in sorted order: of those no
+    more than regular files, none of them hidden or in `out`; what is named itself may be a pipe.
+    DataError."""
+    selection = selection or Selection()
+    for path in map(named_path, inputs):
         if not path.exists():
             raise DataError(f"--input {path}: no such file or folder; check the path")
         if out.resolve() in (path.resolve(), *path.resolve().parents):
             raise DataError(f"--out {out}: --input {path} lies there; choose another folder")
-        if not path.is_dir():
+        is_folder = path.is_dir()
+        if reason := selection.unwanted(path, path if is_folder else path.parent, is_folder):
+            selection.leave_out(reason, f"{path}{'/' * is_folder}")
+        elif is_folder:
+            with Progress("searching", "folders") as progress:
+                found = files_in(path, out, selection, progress.update)
+            yield from found
+        else:
             yield path
-            continue
-        for file in sorted(path.rglob("*"), key=Path.as_posix):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if hidden or file.is_dir() or out.resolve() in file.resolve().parents:
-                continue
-            if file.is_file():
-                yield file
-            else:
-                endings.say(f"note: {file}: no regular file, passed over", sys.stderr)
 
 
 def free_memory() -> int:
@@ -223,9 +282,10 @@ def unpacker(packed: bytes, path: Path) -> Callable[[bytes], Iterator[bytes]] | 
     if re.match(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", packed):  # or a skippable frame
         return zstd_parts
     if packed and suffix in PACKED_SUFFIXES:
-        raise DataError(
+        raise NoText(
             f"{path}: cannot be read (it does not begin as a {suffix} file does); is it whole? If"
-            " it is plain text, rename it"
+            " it is plain text, rename it",
+            f"cannot be read (no {suffix})",
         )
     return None
 
@@ -240,16 +300,22 @@ def gather(parts: Iterable[bytes], most: int, path: Path, why: str = NO_ROOM) ->
     data = bytearray()
     for part in parts:
         if len(data) + len(part) > most:
-            raise DataError(f"{path}: more than {most:,} bytes, {why}")
+            message = f"{path}: more than {most:,} bytes, {why}"
+            raise NoText(message, "unpacks to too much") if why == NO_TEXT else DataError(message)
         data += part
     return data
 
 
-def read_file(path: Path, room: int) -> bytes | bytearray:
+def read_file(path: Path, room: int, found: bool = False) -> bytes | bytearray:
     """The bytes of a file, unpacked, at most `room` of them; DataError, before they are read if a
-    regular file has more."""
+    regular file has more. found: in a folder, where what begins like no text is read no further."""
     try:
         with open(path, "rb") as file:
+            if found:
+                head = file.read(ENCODING_BYTES)
+                file.seek(0)
+                if not unpacker(head, path):
+                    refuse_binary(head, path)
             status = os.fstat(file.fileno())
             if stat.S_ISREG(status.st_mode) and status.st_size > room:
                 raise DataError(f"{path}: {status.st_size:,} bytes, over {room:,}, {NO_ROOM}")
@@ -257,10 +323,31 @@ def read_file(path: Path, room: int) -> bytes | bytearray:
         if unpack := unpacker(data, path):
             usual = max(ALWAYS_UNPACKED, USUAL_RATIO * len(data))
             why = NO_TEXT if usual < room else NO_ROOM
-            data = gather(unpack(data), min(room, usual), path, why)
+            parts = text_parts(unpack(data), path) if found else unpack(data)
+            data = gather(parts, min(room, usual), path, why)
     except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); is it whole and readable?") from None
+        why = getattr(error, "strerror", None) or "damaged"
+        raise NoText(
+            f"{path}: cannot be read ({error}); is it whole and readable?",
+            f"cannot be read ({why})",
+        ) from None
     return data
+
+
+def text_parts(parts: Iterator[bytes], path: Path) -> Iterator[bytes]:
+    """The same parts; NoText at the first, where it is no text."""
+    for first in filter(None, parts):
+        refuse_binary(first[:ENCODING_BYTES], path)
+        yield first
+        break
+    yield from parts
+
+
+def refuse_binary(head: bytes, path: Path) -> None:
+    """NoText for a file in a folder that begins so, if with a NUL in it or as no text does."""
+    decode_text(CUT_CHARACTER.sub(b"", head), path)
+    if b"\0" in head:
+        raise NoText(f"{path}: has bytes 0, as text hardly does; leave it out", "binary")
 
 
 def encoding_of(data: bytes | bytearray) -> str:
@@ -294,8 +381,8 @@ def reads_as(data: bytes | bytearray, encoding: str) -> bool:
 
 
 def decode_text(data: bytes | bytearray, path: Path) -> str:
-    """The text of UTF-8 bytes, line ends as they are, without a byte order mark; DataError names
-    what else they are."""
+    """The text of UTF-8 bytes, line ends as they are, without a byte order mark; NoText names what
+    else they are."""
     binary = b"\0" in data[:512] or data.startswith(PLAIN_BINARY)
     try:
         text, byte = data.decode("utf-8"), None
@@ -303,15 +390,18 @@ def decode_text(data: bytes | bytearray, path: Path) -> str:
         byte = f"byte 0x{data[error.start]:02x} at offset {error.start:,}"
     if (byte or b"\0" in data[:ENCODING_BYTES]) and (encoding := encoding_of(data)):
         fix = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW_FILE"
-        raise DataError(f"{path}: {encoding}, not UTF-8; convert it: {fix}")
+        raise NoText(f"{path}: {encoding}, not UTF-8; convert it: {fix}", encoding[:6])
     if binary or byte:
         for offset, magic, name in FORMATS:
             if data.startswith(magic, offset):
-                raise DataError(f"{path}: {name}, no text; leave it out or extract its text")
+                reason = "archive" if ARCHIVE.search(name) else "binary"
+                what = f"{path}: {name}, no text; leave it out or extract its text"
+                raise NoText(what, reason)
     if byte:
-        raise DataError(
+        raise NoText(
             f"{path}: not UTF-8: {byte}; convert the file (iconv -f LATIN1 -t UTF-8, or from"
-            " whatever it is) or leave it out"
+            " whatever it is) or leave it out",
+            "binary" if b"\0" in data[:ENCODING_BYTES] else "not UTF-8",
         )
     return text.removeprefix("\ufeff")
 
@@ -454,21 +544,6 @@ def read_plain(text: str, path: Path, separator: str) -> list[str]:
     return documents
 
 
-class NoBar(contextlib.nullcontext):
-    """What stands in for tqdm."""
-
-    def __enter__(self) -> "NoBar":
-        return self
-
-    def update(self, count: int) -> None:
-        pass
-
-
-def progress_bar(total: int, what: str, unit: str) -> Any:
-    """On a terminal, where tqdm is installed"""
-    return tqdm(total=total, desc=what, unit=unit, disable=None) if tqdm else NoBar()
-
-
 def kind_of(path: Path) -> str:
     """The suffix of a file's name in small letters, without those of packed files."""
     kinds = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in PACKED_SUFFIXES]
@@ -485,33 +560,53 @@ def documents_of(text: str, path: Path, separator: str) -> list[str]:
 
 
 def read_documents(
-    files: Iterable[Path], separator: str, named: Iterable[str | Path] = ()
+    files: Iterable[Path],
+    separator: str,
+    named: Iterable[str | Path] = (),
+    selection: Selection | None = None,
 ) -> list[str]:
-    """All documents of `files` that are not empty, in order; `separator` may be empty. A .json of
-    anything else than texts is taken as it stands, unless the user `named` it."""
+    """All documents of `files` that are not empty, in order; `separator` may be empty. Unless the
+    user `named` it, a .json of anything else than texts is taken as it stands, and what is no text
+    is left out, if there is a `selection` to count it. DataError."""
     documents, others, cuts, files = [], [], [], list(files)
-    room, named = free_memory() // TEXT_MEMORY, {*map(Path, named)}
-    with progress_bar(len(files), "reading", "file") as progress:
+    room, named = free_memory() // TEXT_MEMORY, {*map(named_path, named)}
+    leaves_out, selection = selection is not None, selection or Selection()
+    with Progress("reading", "files", len(files)) as progress:
         for path in files:
-            data = read_file(path, room)
-            room -= len(data)
-            text = decode_text(data, path)
-            if kind_of(path) not in (*JSON_LINES, ".json"):
-                cuts.append((separator in text, separator.replace("\n", "\r\n") in text))
+            progress.update()
+            found = leaves_out and path not in named
             try:
+                data = read_file(path, room, found)
+                text = decode_text(data, path)
+                room -= len(data)
+                if not text:
+                    selection.leave_out("empty", path)
+                    continue
                 documents += documents_of(text, path, separator)
-            except NotRecords:
-                if path in named or kind_of(path) != ".json":
-                    raise
+            except DataError as error:
+                if found and isinstance(error, NoText):
+                    selection.leave_out(error.reason, path)
+                    continue
+                plain = isinstance(error, NotRecords) and kind_of(path) == ".json"
+                if path in named or not plain:
+                    raise with_way_out(error, path) if found else error from None
                 others.append(path)
                 documents.append(text)
-            progress.update(1)
+            selection.taken += 1
+            if kind_of(path) not in (*JSON_LINES, ".json"):
+                cuts.append((separator in text, separator.replace("\n", "\r\n") in text))
     if others:
         what = f'{len(others)} .json without "text", {others[0]} the first'
         endings.say(f"note: {what}: taken as plain text", sys.stderr)
     if separator:
         note_separator(separator, cuts)
     return [document for document in documents if document]
+
+
+def with_way_out(error: DataError, path: Path) -> DataError:
+    """The error of a file that was found in a folder, where it may be left out."""
+    pattern = shlex.quote(glob.escape(path.as_posix()))
+    return DataError(f"{error}; or leave it out: --exclude {pattern}")
 
 
 def note_separator(separator: str, cuts: Sequence[tuple[bool, bool]]) -> None:
@@ -634,7 +729,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
         unk_id=3,
         minloglevel=2,
     )
-    endings.in_thread(train)
+    with Progress("training a tokenizer", "seconds") as progress:
+        endings.in_thread(train, progress.update)
     return model.getvalue()
 
 
@@ -738,7 +834,7 @@ def batches(documents: Iterable[str], limit: int = 4_000_000) -> Iterator[list[s
 def write_split(tokenizer: Any, documents: Sequence[str], stem: Path) -> Split:
     """Write one side's shards and return its Split; every document is decoded again."""
     split, stream = Split(len(documents)), [np.empty(0, np.uint16)]
-    with progress_bar(len(documents), stem.name, "doc") as progress:
+    with Progress(stem.name, "documents", len(documents)) as progress:
         for batch in batches(documents):
             tokens = encode_documents(tokenizer, batch)
             for document, decoded in zip(batch, tokenizer.decode(tokens), strict=True):
@@ -773,13 +869,14 @@ def write_dataset(
     vocab_size: int | None = None,
     *,
     tokenizer: str | Path | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> tuple[Split, Split]:
     """Write shards, validation text, dataset.json and tokenizer.model to the folder `out`; print
     the figures.
 
     tokenizer: the path of a model to reuse; else one of at most `vocab_size` pieces (default 1,024)
-    is trained on train_docs, without those that are in val_docs. Raises DataError; `out` is then as
-    it was, or new and empty.
+    is trained on train_docs, without those that are in val_docs. left_out: how many files, by
+    reason, for dataset.json. Raises DataError; `out` is then as it was, or new and empty.
     """
     started, out = time.perf_counter(), Path(out)
     check_target(out, name)
@@ -814,6 +911,8 @@ def write_dataset(
             val_documents=val.documents,
             dropped_copies=given - train.documents,
         )
+        if left_out:
+            facts["left_out"] = dict(sorted(left_out.items()))
         Path(work, DATASET_FILE).write_text(json.dumps(facts, indent=1) + "\n")
         with endings.held():
             move_into_place(Path(work), out, name)
@@ -860,6 +959,8 @@ def print_figures(train: Split, val: Split, tokenizer: Any, dropped: int) -> Non
         )
     if dropped:
         endings.say(f"note: {dropped} training documents are in validation word for word; dropped")
+    for note in size_notes(train.tokens, val.tokens):
+        endings.say(f"note: {note}")
     digest = hashlib.sha256(tokenizer.serialized_model_proto()).hexdigest()
     endings.say(f"tokenizer pieces:{tokenizer.vocab_size()} sha256:{digest}")
     documents, changed = train.documents + val.documents, train.changed + val.changed
@@ -875,6 +976,21 @@ def print_figures(train: Split, val: Split, tokenizer: Any, dropped: int) -> Non
         )
     else:
         endings.say(f"round_trip ok: decode(encode(text)) == text for {documents} documents")
+
+
+def size_notes(train_tokens: int, val_tokens: int) -> Iterator[str]:
+    """What there is to say of a text that is small for RECORD=tiny, the default on a CPU."""
+    laps = TINY_STEPS * TINY_STEP_TOKENS / train_tokens
+    steps = f"{TINY_STEPS} steps of {TINY_STEP_TOKENS:,} tokens"
+    if train_tokens < TINY_STEP_TOKENS:
+        found = f"too small to train on: {train_tokens:,} train tokens, not one step of RECORD=tiny"
+        yield f"{found}, whose {steps} read them {laps:,.0f} times; give more text"
+    elif laps > USEFUL_LAPS:
+        found = f"{train_tokens:,} train tokens: the {steps} of RECORD=tiny read them"
+        yield f"{found} {laps:,.0f} times, past {USEFUL_LAPS} to little use; give more text"
+    if val_tokens < TINY_WINDOW:
+        found = f"{val_tokens:,} val tokens, not one window of RECORD=tiny ({TINY_WINDOW})"
+        yield f"{found}: a score on them says little; give more text or a larger --val-fraction"
 
 
 # -----------------------------------------------------------------------------
@@ -895,6 +1011,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=summary, epilog=details, formatter_class=layout)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders, - for standard input")
+    pattern = dict(action="append", default=[], metavar="PATTERN")
+    add("--glob", **pattern, help="take only files like '*.md'; repeatable")
+    add(
+        "--exclude", **pattern, help="not files or folders like node_modules, 'tests/*'; repeatable"
+    )
     add("--out", required=True, type=Path, help="folder of the dataset")
     add("--name", help="how the shards' names begin; default: as the folder's")
     add("--vocab-size", type=int, help=f"{MIN_VOCAB} to {MAX_VOCAB}; default {DEFAULT_VOCAB}")
@@ -910,6 +1031,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         )
     if not 0 < options.val_fraction < 1:
         raise DataError(f"--val-fraction {options.val_fraction}: give a number between 0 and 1")
+    if not all(pattern.strip("./") for pattern in options.glob + options.exclude):
+        raise DataError("--glob, --exclude: a pattern names nothing; give one, such as '*.md'")
     if options.separator == "":
         raise DataError("--separator '': give at least one character, or leave it out")
     return options
@@ -922,12 +1045,25 @@ def prepare(options: argparse.Namespace) -> None:
     separator = options.separator or ""
     for written, character in ((r"\n", "\n"), (r"\r", "\r"), (r"\t", "\t")):
         separator = separator.replace(written, character)
-    files = input_files(options.input, options.out)
-    documents = read_documents(files, separator, options.input)
+    selection = Selection(options.glob, options.exclude)
+    files = input_files(options.input, options.out, selection)
+    documents = read_documents(files, separator, options.input, selection)
     if not documents:
-        raise DataError(f"--input {' '.join(options.input)}: empty; give files with text in them")
+        refuse_nothing(options.input, selection)
+    selection.report()
     train, val = split_documents(documents, options.val_fraction, options.seed)
-    write_dataset(train, val, options.out, name, options.vocab_size, tokenizer=options.tokenizer)
+    more = dict(tokenizer=options.tokenizer, left_out=selection.left_out)
+    write_dataset(train, val, options.out, name, options.vocab_size, **more)
+
+
+def refuse_nothing(inputs: Sequence[str], selection: Selection) -> NoReturn:
+    """DataError for input without a text, which says what was looked at."""
+    what = f"--input {' '.join(inputs)}: "
+    if not selection.left_out:
+        raise DataError(f"{what}empty; give files with text in them")
+    looked_at = f"{selection.taken + selection.left_out.total():,} files or folders looked at"
+    fix = "give UTF-8 text, or other patterns; a file that --input names itself says more"
+    raise DataError(f"{what}no text, {looked_at}; {'; '.join(selection.reasons())}; {fix}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,13 +3,15 @@
     python records/tools/plot.py runs/tiny_seed1337
     python records/tools/plot.py runs/a runs/b --out both.pdf  default: compare.png beside the first
 
-Panels: training loss (of several runs by step and by time), the score stage by stage, the n-gram
-gain by matched order, and the bits saved along the text. A panel for which no run has data is left
-out. Runs that differ in nothing but SEED share a colour and an entry of the legend. The suffix of
---out decides: .png, .pdf or .svg.
+Panels: training and validation loss (of several runs by step and by time), the score stage by
+stage, the n-gram gain by matched order, and the bits saved along the text. A panel for which no run
+has data is left out. By its name a run says that it is unfinished or over a cap. Runs that differ
+in nothing but SEED share a colour and an entry of the legend; runs on different texts do not
+compare and are refused. The suffix of --out decides: .png, .pdf or .svg.
 """
 
 import argparse
+import contextlib
 import io
 import math
 import os
@@ -17,7 +19,8 @@ import signal
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +30,28 @@ if __name__ == "__main__":
         signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
 
 import numpy as np
-from run_folder import RunError, RunFolder, blame
+from run_folder import (
+    FINAL_LINES,
+    RunError,
+    RunFolder,
+    blame,
+    name_text,
+    over_budget,
+    parse_object,
+    scored_text,
+    who_has_what,
+)
 
 import endings
-from train_gpt import CAP_BYTES, UserError, package, printable, write_atomically
+from train_gpt import (
+    CAP_BYTES,
+    PER_RUN,
+    UserError,
+    line_fields,
+    package,
+    printable,
+    write_atomically,
+)
 
 # Okabe and Ito's palette, safe for colour-blind readers; each run also has its own marker.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -38,6 +59,7 @@ MARKERS = "osD^vP"
 GLYPHS = "●■◆▲▼✚"
 ACCENT = "#0072B2"
 WORSE = "#D55E00"
+VALIDATION = "#00805E"  # beside the training loss of a single run
 INK = "#222222"
 GREY = "#6B6B6B"
 LINE = "#B0B0B0"
@@ -78,6 +100,11 @@ METADATA = {
 }
 STRIP_POINTS = 160
 LONG_RUN_STEPS = 1000
+POINT = "   \N{MIDDLE DOT}   "
+MOST_SETTINGS = 8
+SMOOTHED = 14  # a loss is smoothed over a 14th of its points to either side
+TREND_POINTS = 1000
+RATE_BAND = 0.2  # of the height of the losses: what the learning rate has below them
 
 
 class Run(NamedTuple):
@@ -86,6 +113,8 @@ class Run(NamedTuple):
     folder: RunFolder
     stages: dict[str, dict[str, Any]]
     losses: dict[int, dict[str, Any]]  # step -> log line
+    validated: dict[int, float]  # step -> val_loss
+    rates: dict[int, float]  # step -> factor of the learning rates
     gains: dict[int, dict[str, Any]]  # matched order -> log line
     blocks: dict[str, np.ndarray]  # {} for none
     colour: str = COLOURS[0]
@@ -113,9 +142,16 @@ def load(path: str) -> Run:
         blocks["bytes"] = blocks["bytes"] * (text["bytes"] / text["spelt_bytes"])
     stages = {k: v for k, v in folder.stages().items() if math.isfinite(v.get("val_bpb", math.nan))}
     gains = {int(line["value"]): line for line in folder.all("ngram_gain")}
-    losses = folder.steps("train_loss").items()
-    losses = {step: line for step, line in losses if math.isfinite(line["train_loss"])}
-    return Run(folder, stages, losses, gains, blocks)
+    losses = finite_steps(folder, "train_loss")
+    validated = {step: line["val_loss"] for step, line in finite_steps(folder, "val_loss").items()}
+    rates = {step: line["lr"] for step, line in finite_steps(folder, "lr").items()}
+    return Run(folder, stages, losses, validated, rates, gains, blocks)
+
+
+def finite_steps(folder: RunFolder, name: str) -> dict[int, dict[str, Any]]:
+    """Step -> its log line with such a field, in the order of the steps; without what diverged"""
+    lines = sorted(folder.steps(name).items(), key=lambda pair: pair[0])
+    return {step: line for step, line in lines if math.isfinite(line[name])}
 
 
 def load_all(paths: Sequence[str]) -> list[Run]:
@@ -139,23 +175,59 @@ def load_all(paths: Sequence[str]) -> list[Run]:
     return runs
 
 
+def require_one_text(runs: Sequence[Run]) -> None:
+    """RunError for runs on different texts, told apart as by stats.py. A run that is not scored
+    yet is known by the length of its text alone."""
+    texts = [scored_text(run.folder) for run in runs]
+    for kind in ("length", "blocks"):
+        having = {}  # value -> {text in words: names of the runs that have it}
+        for run, text in zip(runs, texts, strict=True):
+            if kind in text:
+                named = having.setdefault(text[kind], {})
+                named.setdefault(name_text(text), []).append(str(run.folder.path))
+        if len(having) > 1:
+            parts = ", ".join(map(who_has_what, having.values()))
+            raise RunError(f"the validation text is {parts}; fix: leave one out")
+
+
 # -----------------------------------------------------------------------------
 # Panels: each draws all runs that have its data, and returns the line under its title.
 
 
 def draw_loss(ax: Any, runs: list[Run]) -> str:
-    """Loss by step, from the log's step lines."""
+    """Loss by step, from the log's step lines; below it the learning rate's schedule."""
     note = draw_curves(ax, runs, lambda step, _: step)
-    circles = ""
+    circles = ", circles: validation" if any(run.validated for run in runs) else ""
     for run in runs:
-        if validated := run.folder.steps("val_loss"):
-            values = [line["val_loss"] for line in validated.values()]
-            ax.plot(list(validated), values, "o", color=run.colour, mfc="white", ms=4.5)
-            circles = ", circles: validation"
+        if run.validated:
+            colour = VALIDATION if len(runs) == 1 else run.colour
+            look = dict(mfc="white", ms=4.5, lw=1.2, zorder=2.5)
+            ax.plot([*run.validated], [*run.validated.values()], "o-", color=colour, **look)
+    if any(run.rates for run in runs):
+        draw_rates(ax, runs)
     ax.set_xlabel("step")
     if len(runs) == 1:
         annotate_loss(ax, runs[0])
-    return f"nats per token{circles}{note}"
+    return f"nats per token, bold: smoothed{circles}{note}"
+
+
+def draw_rates(ax: Any, runs: list[Run]) -> None:
+    """The learning rate, as a share of its peak, in a band of its own below the losses."""
+    low, high = ax.get_ylim()
+    ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
+    ax.set_ylim(low - RATE_BAND * (high - low), high)
+    ax.set_yticks(ticks)
+    top = 0.8 * RATE_BAND / (1 + RATE_BAND)  # in heights of the axes
+    place = dict(transform=ax.get_xaxis_transform(), zorder=1)
+    for run in runs:
+        factors = np.array([*run.rates.values()])
+        heights = top * factors / max(1, factors.max(initial=0))
+        colour = GREY if len(runs) == 1 else run.colour
+        ax.plot([*run.rates], heights, color=colour, lw=0.9, **place)
+        if len(runs) == 1:
+            ax.fill_between([*run.rates], 0, heights, color=GREY, alpha=0.12, lw=0, **place)
+    look = dict(color=GREY, size=8, ha="right", va="top", textcoords="offset points")
+    ax.annotate("learning rate", (1, top), (0, 0), xycoords="axes fraction", **look)
 
 
 def draw_loss_by_time(ax: Any, runs: list[Run]) -> str:
@@ -163,50 +235,90 @@ def draw_loss_by_time(ax: Any, runs: list[Run]) -> str:
     longest = max(line["train_time_ms"] for run in runs for line in run.losses.values())
     unit, ms = ("minutes", 60_000) if longest >= 300_000 else ("seconds", 1000)
     ax.set_xlabel(f"{unit} of training")
-    return "nats per token" + draw_curves(ax, runs, lambda _, line: line["train_time_ms"] / ms)
+    note = draw_curves(ax, runs, lambda _, line: line["train_time_ms"] / ms)
+    return f"nats per token, bold: smoothed{note}"
 
 
 def draw_curves(ax: Any, runs: list[Run], place: Callable[[int, dict[str, Any]], float]) -> str:
-    """Training losses, x = place(step, log line); thinner from colour to colour, so that none hides
-    another one. -> what is left out: in a long run the first percent of the steps would flatten the
-    rest of the curve."""
+    """Training losses, x = place(step, log line): faint as logged, and smoothed; thinner from
+    colour to colour, so that none hides another one. -> what is left out: in a long run the first
+    percent of the steps would flatten the rest of the curve."""
     colours = list(dict.fromkeys(run.colour for run in runs))
     last = max(max(run.losses) for run in runs)
     start = last // 100 if last > LONG_RUN_STEPS else 0
     end = 0
     later = []
     for run in runs:
-        lines = sorted(run.losses.items())
-        x = [place(*line) for line in lines]
-        losses = [line["train_loss"] for _, line in lines]
+        x = np.array([place(*line) for line in run.losses.items()])
+        losses = [line["train_loss"] for line in run.losses.values()]
+        at, trend = smooth([*run.losses], losses)
         width = 1.8 + 1.2 * (len(colours) - 1 - 2 * colours.index(run.colour)) / len(colours)
-        ax.plot(x, losses, color=run.colour, lw=width)
-        ax.plot(x[-1], losses[-1], run.marker, color=run.colour, ms=6)
+        ax.plot(x, losses, color=run.colour, lw=0.8, alpha=0.35)
+        ax.plot(x[at], trend, color=run.colour, lw=width)
+        ax.plot(x[-1], trend[-1], run.marker, color=run.colour, ms=6)
         end = max(end, *x)
-        later += [line["train_loss"] for step, line in lines if step >= start]
+        later += [line["train_loss"] for step, line in run.losses.items() if step >= start]
+        later += [loss for step, loss in run.validated.items() if step >= start]
     ax.set_xlim(0, end * 1.12)
     ax.grid(axis="y")
-    if not start:
-        return ""
-    height = max(later) - min(later)
+    height = max(later) - min(later) or 0.1
     ax.set_ylim(min(later) - 0.08 * height, max(later) + 0.04 * height)
-    return f", without the first {start:,} steps"
+    return f", without the first {start:,} steps" if start else ""
+
+
+def smooth(steps: Sequence[int], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """-> (indices, trend there) of a noisy curve, at most TREND_POINTS. Each value is on the line
+    that fits its neighbours best, the nearer the more they count (local regression, Cleveland
+    1979): a running mean would lag where the curve falls, and at its ends. The neighbours grow from
+    none with the steps, so the steep beginning stays as it is."""
+    x = np.asarray(steps, dtype=float)
+    y = np.asarray(losses, dtype=float)
+    indices = np.unique(np.linspace(0, len(y) - 1, min(len(y), TREND_POINTS), dtype=int))
+    trend = y[indices]
+    for number, index in enumerate(indices):
+        reach = min(len(y) // SMOOTHED, index // 3)
+        if not reach:
+            continue
+        near = np.arange(index - reach, min(index + reach + 1, len(y)))
+        weights = (1 - np.abs((near - index) / (reach + 1)) ** 3) ** 3
+        centre = np.average(x[near], weights=weights)
+        from_centre = weights * (x[near] - centre)
+        slope = from_centre @ y[near] / (from_centre @ (x[near] - centre))
+        trend[number] = np.average(y[near], weights=weights) + slope * (x[index] - centre)
+    return indices, trend
 
 
 def annotate_loss(ax: Any, run: Run) -> None:
-    """Last value, where quantisation-aware training begins, and the time it took."""
+    """Last values, where quantisation-aware training begins, and the time it took."""
     step, line = max(run.losses.items())
-    loss = line["train_loss"]
+    _, trend = smooth([*run.losses], [line["train_loss"] for line in run.losses.values()])
+    ends = [(trend[-1], step, run.colour)]
+    if run.validated:
+        ends.append((list(run.validated.values())[-1], max(run.validated), VALIDATION))
     place = dict(textcoords="offset points")
-    ax.annotate(f"{loss:.3f}", (step, loss), (8, 0), va="center", weight="bold", **place)
+    heights = apart([loss for loss, *_ in ends], 0.075 * np.ptp(ax.get_ylim()))
+    for (loss, at, colour), height in zip(ends, heights, strict=True):
+        look = dict(va="center", weight="bold", color=colour)
+        ax.annotate(f"{loss:.3f}", (at, height), (8, 0), **look, **place)
     qat = run.folder.last("late_qat:enabled").get("step")
     if qat is not None:
         ax.axvline(qat, color=GREY, lw=0.9, ls=DASHES)
-        look = dict(color=GREY, size=8.5, va="center", ha="right", bbox=BLANK, **place)
-        top = ax.get_xaxis_transform()
-        ax.annotate(f"late QAT from step {qat:,}", (qat, 0.94), (-5, 0), xycoords=top, **look)
+        before = qat > 0.4 * ax.get_xlim()[1]  # there is room left of it
+        look = dict(color=GREY, size=8.5, va="center", ha="right" if before else "left", bbox=BLANK)
+        top = (qat, 0.94), (-5 if before else 5, 0)
+        look |= dict(xycoords=ax.get_xaxis_transform(), **place)
+        ax.annotate(f"late QAT from step {qat:,}", *top, **look)
     seconds = line["train_time_ms"] / 1000
     ax.set_xlabel(f"step  ({duration(seconds)}, {line['step_avg_ms']:,.0f} ms a step)")
+
+
+def apart(heights: list[float], least: float) -> list[float]:
+    """One height or two, the two moved to be at least so far from each other."""
+    if len(heights) < 2 or abs(heights[0] - heights[1]) >= least:
+        return heights
+    middle = sum(heights) / 2
+    up = least / 2 if heights[0] >= heights[1] else -least / 2
+    return [middle + up, middle - up]
 
 
 def draw_ladder(ax: Any, runs: list[Run]) -> str:
@@ -346,17 +458,77 @@ def facts(run: Run) -> str:
         parts.append(f"{size['total']:,} of {CAP_BYTES:,} bytes (weights {size['weights']:,})")
     if budget := run.folder.last("final_budget"):
         parts.append(f"evaluated in {duration(budget['eval_seconds'])}")
-    return "   \N{MIDDLE DOT}   ".join(parts + [str(run.folder.last("hardware").get("value", ""))])
+    return POINT.join(parts + [str(run.folder.last("hardware").get("value", ""))])
+
+
+def finished(run: Run) -> bool:
+    return all(run.folder.last(key) for key in FINAL_LINES)
+
+
+def cautions(run: Run) -> list[str]:
+    """What stands beside a run's name, so that its curves are not taken for more than they are."""
+    found = []
+    if not finished(run):
+        lines = [line for line in run.folder.all("step") if "train_loss" in line]
+        step, _, last = str(lines[-1]["value"]).partition("/") if lines else ("", "", "")
+        found.append(f"unfinished, step {step} of {last}" if last else "unfinished")
+    return found + ["over a cap"] * bool(over_budget(run.folder))
+
+
+def cautions_of_seeds(runs: list[Run]) -> str:
+    """Of one run as they are, of several how many have each"""
+    if len(runs) == 1:
+        return ", ".join(cautions(runs[0]))
+    counts = Counter(caution.partition(",")[0] for run in runs for caution in cautions(run))
+    return ", ".join(f"{count} of {len(runs)} {caution}" for caution, count in counts.items())
+
+
+def date_of(run: Run) -> str:
+    """Day of a run's end, UTC: submission.json keeps it; else when its log was written last."""
+    path = run.folder.path / "submission.json"
+    if finished(run) and path.exists():
+        date = str(parse_object(run.folder.read(path.name).encode(), str(path)).get("date"))
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(date).date().isoformat()
+    written = (run.folder.path / "metrics.jsonl").stat().st_mtime
+    return datetime.fromtimestamp(written, UTC).date().isoformat()
+
+
+def chosen_settings(run: Run) -> dict[str, str]:
+    """What the environment set, whatever RECORD and the defaults say; not where a run lies."""
+    found = {}
+    for name, logged in line_fields(run.folder.last("config")).items():
+        text, _, origin = logged.rpartition("(")
+        if origin == "env)" and name not in PER_RUN:
+            found[name] = text
+    return found
+
+
+def model_facts(run: Run) -> list[str]:
+    """Parameters and date."""
+    count = run.folder.last("model_params").get("value")
+    known = [f"{count:,} parameters"] if count else []
+    return [*known, date_of(run)]
+
+
+def settings_text(settings: dict[str, str]) -> Iterator[str]:
+    """NAME=value, and again with fewer and fewer of them, for a place that is too narrow."""
+    pairs = [f"{name}={shorten(printable(text), 20)}" for name, text in settings.items()]
+    for number in range(min(len(pairs), MOST_SETTINGS), 0, -1):
+        left = len(pairs) - number
+        yield "  ".join(pairs[:number] + [f"and {left} more settings"] * bool(left))
+    yield ""
 
 
 def footnotes(runs: list[Run]) -> list[str]:
     """What a score must not be taken without: a cap, what was done to the text, a pseudo score."""
     notes = []
     for run in runs:
-        name = f"{run.folder.name()}: " if len(runs) > 1 else ""
-        over = run.folder.last("final_artifact_bytes").get("total", 0) - CAP_BYTES
-        if over > 0:
-            notes.append(f"{name}OVER THE CAP by {over:,} bytes, not a valid submission.")
+        name = f"{shorten(run.folder.name(), 40)}: " if len(runs) > 1 else ""
+        for what in over_budget(run.folder):
+            notes.append(f"{name}OVER A CAP of the 10-minute track: {what}.")
+        if finished(run) and not (run.folder.path / "submission.json").exists():
+            notes.append(f"{name}No submission.json: nothing marks this run as finished.")
         if run.folder.last("val_text").get("lossy"):
             notes.append(
                 f"{name}Lossy tokenizer: it alters text, the score is of the altered text."
@@ -396,7 +568,10 @@ WIDTH = 12.5
 LEFT = 0.65
 RIGHT = 0.35
 GAP = 0.85  # between panels of a row
-HEADER = 1.62
+HEADER = 1.82
+HEADER_OVERLAY = 1.98
+LEGEND = 0.62  # a row of it: a name, and two lines of details under it
+COLUMNS = 3  # of the legend
 PANEL = 2.75
 BETWEEN = 1.35  # the rows
 FOOTER = 0.72
@@ -409,15 +584,20 @@ def draw(runs: list[Run]) -> Any:
     rows = [row for row in rows if row]
     if not rows:
         raise RunError(f"{runs[0].folder.path}: no step and no score to draw yet")
+    require_one_text(runs)
     notes = footnotes(runs)
-    header = HEADER + 0.22 * ((len({run.colour for run in runs}) - 1) // 3)
+    header = HEADER if len(runs) == 1 else HEADER_OVERLAY
+    header += LEGEND * ((len({run.colour for run in runs}) - 1) // COLUMNS)
     height = header + len(rows) * (PANEL + BETWEEN) - BETWEEN + FOOTER + 0.22 * len(notes)
     figure = package("matplotlib.figure").Figure(figsize=(WIDTH, height), facecolor="white")
     page = figure.add_axes([0, 0, 1, 1], xlim=(0, WIDTH), ylim=(height, 0))
     page.axis("off")
     for number, row in enumerate(rows):
         draw_row(page, row, header + number * (PANEL + BETWEEN), runs)
-    write_title(page, runs)
+    if len(runs) == 1:
+        write_title(page, runs[0])
+    else:
+        write_legend(page, runs)
     for number, note in enumerate(reversed(notes)):
         page.text(LEFT, height - 0.18 - 0.22 * number, note, size=8.5, color=WORSE)
     return figure
@@ -438,30 +618,82 @@ def draw_row(page: Any, row: list[Panel], top: float, runs: list[Run]) -> None:
         page.text(left, top - 0.17, unit, size=9, color=GREY)
 
 
-def write_title(page: Any, runs: list[Run]) -> None:
-    """Name, score and bytes; several runs have a legend instead."""
-    if len(runs) > 1:
-        page.text(LEFT, 0.48, f"{len(runs)} runs", size=18, weight="bold")
-        for i, colour in enumerate(dict.fromkeys(run.colour for run in runs)):
-            text = f"{GLYPHS[i]} {legend([run for run in runs if run.colour == colour])}"
-            at = LEFT + i % 3 * (WIDTH - LEFT - RIGHT) / 3, 0.76 + i // 3 * 0.22
-            page.text(*at, text, size=9.5, color=colour, weight="bold")
-        return
-    name = page.text(LEFT, 0.48, shorten(runs[0].folder.name(), 44), size=18, weight="bold")
-    if runs[0].bpb:
-        look = dict(size=18, weight="bold", color=ACCENT, textcoords="offset points")
-        text = f"{runs[0].bpb:.4f} bits per byte"
-        page.annotate(text, (1, 0), (16, 0), xycoords=name, va="bottom", **look)
-    page.text(LEFT, 0.8, facts(runs[0]), size=9.5, color=GREY)
+def write_title(page: Any, run: Run) -> None:
+    """Name, score and what is wrong with it; bytes; what is special about it."""
+    room = WIDTH - LEFT - RIGHT
+    name = page.text(LEFT, 0.48, "", size=18, weight="bold")
+    score = f"{run.bpb:.4f} bits per byte" if run.bpb else ""
+    beside = name
+    for words, size, colour in ((score, 18, ACCENT), (", ".join(cautions(run)), 13, WORSE)):
+        if words:
+            look = dict(size=size, weight="bold", color=colour, textcoords="offset points")
+            lift = 0.24 * (18 - size)  # to the same base line
+            beside = page.annotate(words, (1, 0), (16, lift), xycoords=beside, va="bottom", **look)
+            room -= width(beside) + 16 / 72
+    fit(name, room, (shorten(run.folder.name(), most) for most in range(44, 4, -1)))
+    page.text(LEFT, 0.8, facts(run), size=9.5, color=GREY)
+    chosen = settings_text(chosen_settings(run))
+    lines = (POINT.join([*model_facts(run), *filter(None, [text])]) for text in chosen)
+    fit(page.text(LEFT, 1.02, "", size=9.5, color=GREY), WIDTH - LEFT - RIGHT, lines)
 
 
-def legend(runs: list[Run]) -> str:
-    """Name and score of a configuration; of several seeds their mean and standard deviation."""
+def write_legend(page: Any, runs: list[Run]) -> None:
+    """In place of a title: an entry for each colour, with the settings that not all runs share."""
+    page.text(LEFT, 0.48, f"{len(runs)} runs", size=18, weight="bold")
+    shared = set.intersection(*(set(chosen_settings(run).items()) for run in runs))
+    for number, colour in enumerate(dict.fromkeys(run.colour for run in runs)):
+        those = [run for run in runs if run.colour == colour]
+        settings = chosen_settings(those[0])
+        own = {name: text for name, text in settings.items() if (name, text) not in shared}
+        if len(those) > 1:
+            own.pop("SEED", None)
+        write_entry(page, number, those, own)
+
+
+def write_entry(page: Any, number: int, runs: list[Run], settings: dict[str, str]) -> None:
+    """An entry of the legend: a configuration's name and score, what is wrong with its runs, and
+    below it the settings that only it has."""
+    room = (WIDTH - LEFT - RIGHT) / COLUMNS
+    left = LEFT + number % COLUMNS * room
+    top = 0.8 + number // COLUMNS * LEGEND
+    page.text(left, top, GLYPHS[number], size=9.5, color=runs[0].colour, weight="bold")
+    left += 0.17
+    room -= 0.17 + 0.2
+    name = page.text(left, top, "", size=9.5, weight="bold")
+    fit(name, room, (legend(runs, most) for most in range(34, 4, -1)))
+    below = left
+    if words := cautions_of_seeds(runs):
+        caution = page.text(left, top + 0.19, words, size=8, color=WORSE, weight="bold")
+        below += width(caution) + 0.12
+    look = dict(size=8, color=GREY)
+    parts = model_facts(runs[0])
+    shorter = (POINT.join(parts[:most]) for most in range(len(parts), 0, -1))
+    fit(page.text(below, top + 0.19, "", **look), left + room - below, shorter)
+    fit(page.text(left, top + 0.36, "", **look), room, settings_text(settings))
+
+
+def width(text: Any) -> float:
+    """Inches that a text takes on the page."""
+    return text.get_window_extent().width / text.figure.dpi
+
+
+def fit(text: Any, room: float, versions: Iterator[str]) -> None:
+    """Of a text's versions, ever shorter ones, the first that so many inches hold, else none."""
+    for version in versions:
+        text.set_text(version)
+        if width(text) <= room:
+            return
+    text.set_text("")
+
+
+def legend(runs: list[Run], most: int) -> str:
+    """Name, of at most so many characters, and score of a configuration; of several seeds their
+    mean and standard deviation."""
     scores = [run.bpb for run in runs if run.bpb]
     names = [run.folder.name() for run in runs]
     if len(runs) == 1:
-        return shorten(names[0], 34) + (f"  {scores[0]:.4f}" if scores else "")
-    name = f"{shorten(os.path.commonprefix(names) or names[0], 20)}, {len(runs)} seeds"
+        return shorten(names[0], most) + (f"  {scores[0]:.4f}" if scores else "")
+    name = f"{shorten(os.path.commonprefix(names) or names[0], most)}, {len(runs)} seeds"
     spread = f" \N{PLUS-MINUS SIGN} {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
     return name + (f"  {statistics.fmean(scores):.4f}{spread}" if scores else "")
 

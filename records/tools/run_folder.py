@@ -169,6 +169,38 @@ def file_bytes(run: RunFolder, name: str) -> bytes:
         raise RunError(f"{run.path}: no {name} ({error.strerror})") from None
 
 
+def scored_text(run: RunFolder) -> dict[str, str]:
+    """What tells one validation text from another, as far as a run got: "length" is in the log
+    once training begins; "blocks", a digest of their bytes, once the text is scored."""
+    found = {}
+    if line := run.last("val_text"):
+        found["length"] = f"{line.get('tokens')} tokens of {line.get('bytes')} bytes"
+    if (run.path / "blocks.npz").exists():
+        found["blocks"] = train_gpt.sha256(run.blocks()["bytes"].astype("<i8").tobytes())[:12]
+    return found
+
+
+def name_text(text: dict[str, str]) -> str:
+    """A validation text in words: 78791 tokens of 203285 bytes (0123456789ab)"""
+    return " ".join([text.get("length", "unknown length"), f"({text.get('blocks', 'not scored')})"])
+
+
+def who_has_what(having: dict[str, list[str]]) -> str:
+    """Of value -> names of the runs that have it: 1 in runs/a and runs/b, 2 in runs/c"""
+    return ", ".join(f"{value} in {' and '.join(names)}" for value, names in having.items())
+
+
+def over_budget(run: RunFolder) -> list[str]:
+    """What is over a cap of the 10-minute track, by the script's rule, in words; of an unfinished
+    run, as far as its log tells."""
+    spent = {}
+    if size := run.last("final_artifact_bytes"):
+        spent["bytes"] = size["code"] + size["weights"]
+    if budget := run.last("final_budget"):
+        spent |= {name: budget[name] for name in ("train_seconds", "eval_seconds")}
+    return [*train_gpt.over_caps(**spent).values()]
+
+
 def require_finished(run: RunFolder) -> None:
     """Refuse a run without its final lines, with numbers that are none, or with other files."""
     for key, names in FINAL_LINES.items():

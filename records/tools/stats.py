@@ -39,7 +39,6 @@ from train_gpt import (
     MOST_STREAM_BYTES,
     MOST_TEXT_BYTES,
     UserError,
-    over_caps,
     printable,
     read_regular,
     sha256,
@@ -52,7 +51,6 @@ ALPHA = 0.01  # at p below this
 # Settings that may differ between seeds: none of them changes a result.
 NO_RESULT = {"SEED", "RESUME", "OVERWRITE", "CHECKPOINT_EVERY"}
 STREAM = "sha256 of stream.bin's words"
-CLOCKS = ("train_seconds", "eval_seconds")
 OWN = {"SEED", "sha256 of artifact.bin", STREAM}  # no two seeds have the same
 CHECKED = (  # what verify.py reads of a folder
     *FILES.values(),
@@ -105,9 +103,8 @@ def load(path: str | Path) -> Result:
                 if value is None or not math.isfinite(value):
                     raise RunError(f"{path}: final_{stage}_exact has {name}:{value}, not a number")
         words = coded_words(folder)
-        blocks = sha256(folder.blocks()["bytes"].astype("<i8").tobytes())
+        text = run_folder.name_text(run_folder.scored_text(folder))
     digests = claims["sha256"]
-    scored = f"{claims['tokens']} tokens of {claims['bytes']} bytes ({blocks[:12]})"
     traits = {
         "SEED": folder.config["SEED"],
         "sha256 of artifact.bin": digests["artifact"][:12],
@@ -115,7 +112,7 @@ def load(path: str | Path) -> Result:
         "sha256 of train_gpt.py": digests["code"][:12],
         "sha256 of tokenizer.model": digests["tokenizer"][:12],
         **{name: text for name, text in folder.config.items() if name not in NO_RESULT},
-        "the validation text": scored,
+        "the validation text": text,
     }
     return Result(folder, claims, traits, before)
 
@@ -131,8 +128,7 @@ def coded_words(folder: RunFolder) -> str:
 
 def over_budget(run: Result) -> list[str]:
     """What is over a cap of the 10-minute track, by the script's rule, in words."""
-    spent = {name: run.folder.last("final_budget")[name] for name in CLOCKS}
-    return [*over_caps(bytes=run.claims["bytes_total"], **spent).values()]
+    return run_folder.over_budget(run.folder)
 
 
 # -----------------------------------------------------------------------------
@@ -149,8 +145,7 @@ def differences(runs: Sequence[Result]) -> list[str]:
         if name in OWN:  # else a run is given twice, or copied under another seed
             having = {value: names for value, names in having.items() if len(names) > 1}
         if having and (name in OWN or len(having) > 1):
-            parts = [f"{value} in {' and '.join(names)}" for value, names in having.items()]
-            found.append(f"{name} is {', '.join(parts)}")
+            found.append(f"{name} is {run_folder.who_has_what(having)}")
     return found
 
 

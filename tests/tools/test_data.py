@@ -601,15 +601,269 @@ def test_honest_text_may_pack_well(tmp_path):
     assert 10**8 < prepare_text.free_memory() < 10**14
 
 
-def test_what_is_no_file_in_a_folder_is_passed_over(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "here.txt").symlink_to("a.txt")
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "gone").symlink_to("nowhere")
-    (tmp_path / "zero").symlink_to("/dev/zero")
-    assert documents_in(tmp_path) == ["text", "text"]
+# -----------------------------------------------------------------------------
+# Folders as they are
+
+MESSY = {
+    "readme.md": b"# Notes\nsome words on this and that\n" * 90,
+    "src/main.py": b"def main():\n    return 1\n" * 90,
+    "src/deep/deeper/lib.rs": b"fn main() {}\n" * 90,
+    "packed.txt.gz": gzip.compress(b"packed words\n" * 90),
+    "some.jsonl": json_lines().encode(),
+    "settings.json": b'{"a": 1}',
+    "long.txt": b"x" + "\u4e2d".encode() * 50_000,  # 65,536 falls within a character
+}
+LEFT_OUT = {  # by reason; None: made by messy_folder
+    "hidden": {".git/": None, ".DS_Store": b"\0\0", "src/.env": b"a=1"},
+    "archive": {"a.zip": b"PK\x03\x04\x14\0", "b.tar.gz": gzip.compress(FOREIGN["tar"])},
+    "binary": {
+        "logo.png": FOREIGN["PNG"],
+        "model.bin": bytes(range(256)) * 999,
+        "nul.txt": b"a\0b\n",
+        "paper.pdf": FOREIGN["PDF"],
+        "src/z.xz": lzma.compress(FOREIGN["SQLite"]),
+        "src/z2": FOREIGN["program"],
+    },
+    "not UTF-8": {"latin1.txt": b"caf\xe9", "late.txt": b"x" * 99_999 + b"\xe9"},
+    "UTF-16": {"wide.txt": "some text\n".encode("utf-16"), "wide2": "more\n".encode("utf-16-le")},
+    "empty": {"empty.txt": b"", "src/__init__.py": b"", "mark.txt": b"\xef\xbb\xbf"},
+    "broken link": {"gone": None, "itself": None},
+    "link to a folder": {"src/loop/": None},
+    "no regular file": {"fifo": None, "zero": None},
+    "cannot be read (Input/output error)": {"unreadable.txt": None},
+    "cannot be read (damaged)": {"cut.xz": lzma.compress(b"words " * 99)[:-9]},
+    "cannot be read (no .gz)": {"fake.gz": b"no gzip"},
+}
+COUNTS = {reason: len(names) for reason, names in LEFT_OUT.items()}
+
+
+def fill(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+@pytest.fixture
+def messy(tmp_path, monkeypatch):
+    """A working folder with a folder "in" of all that there is."""
+    monkeypatch.chdir(tmp_path)
+    fill(Path("in"), MESSY | {".git/config": b"[core]", ".git/objects/ab": b"x\0y"})
+    for files in LEFT_OUT.values():
+        fill(Path("in"), {name: data for name, data in files.items() if data is not None})
+    os.mkfifo("in/fifo")
+    links = {"gone": "nowhere", "itself": "itself", "src/loop": "..", "zero": "/dev/zero"}
+    for name, target in (links | {"unreadable.txt": "/proc/self/mem"}).items():
+        Path("in", name).symlink_to(target)
+    return Path("in")
+
+
+def test_of_a_messy_folder_the_text_is_taken(messy, capsys):
+    """The same dataset as of a folder with nothing else in it, up to the counts."""
+    assert run("--input", "in", "--out", "set", "--vocab-size", 300) == 0
+    said, *lines = capsys.readouterr().err.splitlines()[1:]  # after the note on settings.json
+    assert said.startswith(f"note: 7 files taken, {sum(COUNTS.values())} files or folders left out")
+    for reason, files in LEFT_OUT.items():
+        names = [f"in/{name}" for name in sorted(files)]
+        shown = ", ".join(names if len(names) <= 4 else [*names[:4], "..."])
+        assert f"  {reason}: {len(names)} ({shown})" in lines
+    assert len(lines) == len(LEFT_OUT)
+    fill(Path("clean"), MESSY)
+    assert run("--input", "clean", "--out", "other/set", "--vocab-size", 300) == 0
+    assert "left out" not in capsys.readouterr().err
+    facts = facts_of(Path("set"))
+    assert facts.pop("left_out") == COUNTS
+    assert facts == facts_of(Path("other/set"))
+    ours, theirs = digests(Path("set")), digests(Path("other/set"))
+    assert ours.pop("dataset.json") != theirs.pop("dataset.json") and ours == theirs
+
+
+@pytest.mark.parametrize("name", ["logo.png", "latin1.txt", "a.zip", "cut.xz", "unreadable.txt"])
+def test_what_is_named_itself_is_refused(messy, name, capsys):
+    """Beside its folder, too."""
+    assert run("--input", "in", f"in/{name}", "--out", "set") == 2
     err = capsys.readouterr().err
-    assert err.count("no regular file, passed over\n") == err.count("\n") == 3
+    assert f"prepare_text.py: in/{name}: " in err and "--exclude" not in err
+
+
+def test_an_unreadable_folder_and_file_are_named(tmp_path, monkeypatch, capsys):
+    fill(tmp_path, {"in/a.txt": b"some text", "in/b.txt": b"x", "in/sub/c.txt": b"x"})
+    monkeypatch.chdir(tmp_path)
+    scan = os.scandir
+
+    def forbidden(path, *more):
+        if str(path) in ("in/b.txt", "in/sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return (scan if not more else open)(path, *more)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    monkeypatch.setattr(prepare_text, "open", forbidden, raising=False)
+    assert run("--input", "in", "--out", "out", "--tokenizer", "nowhere") == 2
+    assert "cannot be read (Permission denied): 2 (in/sub/, in/b.txt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ("--glob *.md", "readme.md"),
+        ("--glob *.md --glob *.rs", "readme.md src/deep/deeper/lib.rs"),
+        ("--glob **/*.md", "readme.md"),
+        ("--glob src/*", "src/deep/deeper/lib.rs src/main.py"),
+        ("--glob in/src/*.py", "src/main.py"),
+        ("--glob ./src/**/*.rs", "src/deep/deeper/lib.rs"),
+        ("--glob *.py --exclude src", ""),
+        ("--glob *.MD", ""),
+        ("--glob [rm]*.[mp]* --exclude readme.md", "src/main.py"),
+        ("--glob *.?? --exclude deeper/", "readme.md src/main.py"),
+        ("--glob *.?? --exclude in/src/deep", "readme.md src/main.py"),
+        ("--glob *.?? --exclude deep/deeper", "readme.md src/deep/deeper/lib.rs src/main.py"),
+        ("--glob *.?? --exclude **/deeper", "readme.md src/main.py"),
+        ("--glob *.?? --exclude /src", "readme.md"),
+        ("--exclude *", ""),
+        ("--exclude in", ""),
+    ],
+)
+def test_globs_and_excludes(tmp_path, monkeypatch, options, taken):
+    monkeypatch.chdir(tmp_path)
+    fill(Path("in"), dict.fromkeys(["readme.md", "src/main.py", "src/deep/deeper/lib.rs"], b"x"))
+    selection = prepare_text.Selection()
+    names = options.split()
+    for option, patterns in (("--glob", "globs"), ("--exclude", "excludes")):
+        given = [names[i + 1] for i, name in enumerate(names) if name == option]
+        setattr(selection, patterns, given)
+    files = prepare_text.input_files(["in"], Path("set"), selection)
+    assert [path.as_posix() for path in files] == [f"in/{name}" for name in taken.split()]
+
+
+def test_patterns_hold_for_what_is_named_too(messy):
+    """As a shell gives it: --input in/* --exclude src"""
+    named = [Path("in", name) for name in ("long.txt", "readme.md", "src")]
+    selection = prepare_text.Selection(["*.md", "*.py"], ["deep"])
+    files = prepare_text.input_files(named, Path("set"), selection)
+    assert [path.name for path in files] == ["readme.md", "__init__.py", "main.py"]
+    assert selection.left_out["--exclude"] == 1
+
+
+@pytest.mark.parametrize("pattern", ["", ".", "/", "./"])
+def test_a_pattern_names_something(messy, pattern, capsys):
+    assert run("--input", "in", "--out", "set", "--exclude", pattern) == 2
+    assert "a pattern names nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--glob", "*.tex"], ["no text, ", "not --glob: ", "hidden: ", "or other patterns"]),
+        (["--exclude", "in"], ["no text, 1 files or folders looked at; --exclude: 1 (in/)"]),
+        (["--glob", "*.png"], ["binary: 1 (in/logo.png)", "itself says more"]),
+    ],
+)
+def test_nothing_taken_is_one_line(messy, options, said, capsys):
+    assert run("--input", "in", "--out", "set", *options) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and not Path("set").exists()
+    assert all(part in err for part in said), err
+
+
+def test_many_that_are_left_out_are_a_line(tmp_path, capsys):
+    fill(tmp_path / "in", {f"{n:04}.png": FOREIGN["PNG"] for n in range(1_200)})
+    fill(tmp_path / "in", {"a\nb.txt": b"some text", "e\nf.txt": b""})
+    assert run("--input", tmp_path / "in", "--out", tmp_path / "set") == 0
+    _, pictures, empty = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"  binary: 1,200 \((\S+/000[0-3].png, ){4}\.\.\.\)", pictures)
+    assert empty.startswith("  empty: 1 (") and "e\\nf.txt" in empty
+
+
+def test_the_output_within_the_input_is_no_input(messy):
+    """Not even of the second time, nor by a link."""
+    Path("in/link.md").symlink_to("set/set_val.jsonl")
+    digest = []
+    for _ in range(2):
+        assert run("--input", "in", "--out", "in/set") == 0
+        Path("in/link.md").unlink(missing_ok=True)
+        digest.append(digests(Path("in/set")).pop("tokenizer.model"))
+    assert digest[0] == digest[1]
+
+
+def test_bad_json_in_a_folder_says_how_to_leave_it_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill(Path("in"), {"a.txt": b"some text", "b/[1] x.jsonl": b'{"content": 1}\n'})
+    assert run("--input", "in", "--out", "set") == 2
+    option = capsys.readouterr().err.partition("or leave it out: ")[2]
+    assert option == "--exclude 'in/b/[[]1] x.jsonl'\n"
+    assert shell(f"{PREPARE} --input in --out set {option}", tmp_path).returncode == 0
+
+
+def test_a_bomb_in_a_folder_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_text, "ALWAYS_UNPACKED", 10**6)
+    fill(tmp_path / "in", {"a.txt": b"some text", "bomb.gz": gzip.compress(b"x" * 1_500_000)})
+    assert run("--input", tmp_path / "in", "--out", tmp_path / "set") == 0
+    assert "unpacks to too much: 1 (" in capsys.readouterr().err
+
+
+def test_a_large_binary_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_text, "free_memory", lambda: 10**6)
+    fill(tmp_path / "in", {"a.txt": b"some text", "b.gz": gzip.compress(bytes(9_000_000))})
+    with open(tmp_path / "in/model", "wb") as file:
+        file.truncate(10**11)
+    assert run("--input", tmp_path / "in", "--out", tmp_path / "set") == 0
+    assert facts_of(tmp_path / "set")["left_out"] == {"binary": 2}
+
+
+# -----------------------------------------------------------------------------
+# Small texts, long runs
+
+
+def test_small_is_by_the_settings_of_tiny():
+    lines = (ROOT / "records/track_cpu/tiny/config.env").read_text().splitlines()
+    tiny = dict(line.split("=", 1) for line in lines if "=" in line)
+    names = "ITERATIONS", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"
+    numbers = [prepare_text.TINY_STEPS, prepare_text.TINY_STEP_TOKENS, prepare_text.TINY_WINDOW]
+    assert [int(tiny[name]) for name in names] == numbers
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "said"),
+    [
+        (409_600, 256, []),
+        (409_599 // 2, 256, ["204,799 train tokens: the 800 steps of 2,048 .* them 8 times"]),
+        (2_048, 255, ["2,048 train tokens: .* 800 times", "255 val tokens, not one window"]),
+        (2_047, 300, ["too small to train on: 2,047 train tokens, not one step .* 800 times"]),
+    ],
+)
+def test_a_small_text_is_said(train, val, said):
+    notes = list(prepare_text.size_notes(train, val))
+    assert len(notes) == len(said)
+    assert all(map(re.search, said, notes))
+
+
+def test_a_long_run_says_where_it_is(messy, monkeypatch, capsys):
+    """A line now and then; where there is a terminal, a bar."""
+    monkeypatch.setattr(prepare_text, "LINE_SECONDS", 0)
+    assert run("--input", "in", "--out", "set") == 0
+    err = capsys.readouterr().err
+    for line in (
+        "searching: 4 folders",
+        "reading: 25 of 25 files",
+        "set_train: 63 of 63 documents",
+    ):
+        assert f"{line}\n" in err
+    with prepare_text.Progress("training a tokenizer", "seconds") as progress:
+        prepare_text.endings.in_thread(lambda: time.sleep(1.5), progress.update)
+    assert capsys.readouterr().err == "training a tokenizer: 1 seconds\n"
+
+
+@pytest.mark.parametrize(("delay", "shown"), [(0, True), (60, False)])
+def test_a_terminal_gets_a_bar(delay, shown, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(prepare_text, "BAR_SECONDS", delay)
+    for total in (3, None):
+        with prepare_text.Progress("reading", "files", total) as progress:
+            progress.update(3)
+    text = terminal.getvalue()
+    assert ("reading: 100%" in text and "reading: 3 files" in text) == shown
+    assert shown or text == ""
 
 
 PREPARE = f"{sys.executable} {DATA / 'prepare_text.py'}"
@@ -928,15 +1182,16 @@ def test_figures_are_printed(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("train documents:1 bytes:1900 tokens:")
     assert lines[1].startswith("val documents:1 bytes:100 tokens:")
-    assert [line.split()[0] for line in lines[2:]] == ["tokenizer", "round_trip", "wrote"]
+    words = [line.split()[0] for line in lines[2:]]
+    assert words == ["note:", "note:", "tokenizer", "round_trip", "wrote"]
 
 
 BAD_INPUTS = {
     "missing input": (["--input", "nowhere.txt"], ["nowhere.txt", "no such file"]),
-    "empty file": (["--input", "empty.txt"], ["empty.txt", "empty"]),
+    "empty file": (["--input", "empty.txt"], ["no text, 1 file", "empty: 1 (empty.txt)"]),
     "one character": (["--input", "one.txt"], ["1 character"]),
     "not UTF-8": (["--input", "latin1.txt"], ["latin1.txt", "offset 1,003", "0xe9", "iconv"]),
-    "not UTF-8 in a folder": (["--input", "folder"], ["latin1.txt", "offset 1,003"]),
+    "not UTF-8 in a folder": (["--input", "folder"], ["no text, 1 file", "not UTF-8: 1", "latin1"]),
     "no text field": (["--input", "no_text.jsonl"], ["no_text.jsonl", "line 2", "text"]),
     "text is no string": (["--input", "number.jsonl"], ["number.jsonl", "line 1"]),
     "broken JSON": (["--input", "broken.jsonl"], ["broken.jsonl", "line 1", "JSON"]),
