@@ -107,6 +107,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -954,19 +955,44 @@ LOGGED_PACKAGES = ("sentencepiece", "zstandard", "numba", "constriction", "matpl
 
 
 def announce(rt: "Runtime", cfg: Config) -> None:
-    """Log where, with what, and every value with its origin."""
+    """Log where, with what, and every value with its origin: those that differ from the defaults a
+    line each, the environment's first."""
     for note in cfg.notes:
         rt.log("note", note)
-    values = {}
-    for name in VARIABLES:
-        origin = cfg.origin.get(name, "default")
-        values[name] = f"{show(getattr(cfg, name.lower()))}({origin})"
-    rt.log("config", **values)
+    values = values_with_origin(cfg)
+    rt.log("config", **{name: f"{text}({origin})" for name, (text, origin) in values.items()})
+    for name, (text, origin) in sorted(values.items(), key=lambda item: item[1][1] != "env"):
+        if origin == "env" or text != show(VARIABLES[name].default):
+            rt.log("setting", f"{name}={text}", origin=origin)
+    log_hardware(rt)
+
+
+def log_hardware(rt: "Runtime") -> None:
     found = {name: int(has_package(name)) for name in LOGGED_PACKAGES}
     versions = dict(python=platform.python_version(), torch=torch.__version__)
     kind = torch.cuda.get_device_name() if rt.cuda else f"cpu {platform.machine()}"
     threads = dict(threads=torch.get_num_threads(), threads_by=rt.threads_by)
     rt.log("hardware", f"{rt.world_size} x {kind}", **threads, **versions, **found)
+
+
+def values_with_origin(cfg: Config) -> dict[str, tuple[str, str]]:
+    """Variable -> its value as text, where that was set."""
+    return {
+        name: (show(getattr(cfg, name.lower())), cfg.origin.get(name, "default"))
+        for name in VARIABLES
+    }
+
+
+def print_settings(rt: "Runtime", cfg: Config) -> None:
+    """All of them in columns: value, origin; an asterisk where one is not the default."""
+    values = values_with_origin(cfg)
+    for title, names in itertools.groupby(SETTINGS, lambda name: SETTINGS[name].group):
+        rt.show(f"\n{title}")
+        for name in names:
+            text, origin = values[name]
+            mark = " " if text == show(VARIABLES[name].default) else "*"
+            rt.show(f"{mark} {name:<27} {text or '-':<24} {origin}")
+    rt.show("")
 
 
 def techniques(cfg: Config) -> dict[str, bool]:
@@ -988,7 +1014,10 @@ def print_dry_run(rt: "Runtime", cfg: Config) -> None:
     """What would run, without data or tokenizer: configuration, parameters, optimizers, techniques,
     bytes."""
     cfg = replace(cfg, vocab_size=cfg.vocab_size or 1024)
-    announce(rt, cfg)
+    for note in cfg.notes:
+        rt.log("note", note)
+    print_settings(rt, cfg)
+    log_hardware(rt)
     micro_batches(cfg, rt)
     rt.log("model_params", count_parameters(cfg))
     for name, members in optimizer_groups(cfg).items():
@@ -1024,6 +1053,8 @@ OUTPUTS = (  # of a run, the mark of a finished one first
 def log_line(key: str, value: Any, values: Mapping[str, Any]) -> str:
     """`key:value name:x`, one line whatever is in it; floats in full in final lines only."""
     words = [key if value is None else f"{key}:{value}"]
+    if key == "config":  # those that matter have a line each, and all are in config.env
+        values = dict(settings=len(values))
     for name, x in values.items():
         unit = "ms" if name.endswith("_ms") else ""
         if isinstance(x, float) and not key.startswith("final_"):
@@ -1052,7 +1083,8 @@ class Runtime:
             raise ConfigError(f"{reason}; fix: --nproc_per_node={most}, or DEVICE=cpu")
         self.device = torch.device(f"cuda:{launched['LOCAL_RANK']}" if self.cuda else "cpu")
         self.finished = (self.folder / "submission.json").exists()
-        self.seconds = {"train": 0.0, "eval": 0.0}
+        self.began = time.perf_counter()
+        self.seconds = dict(data=0.0, train=0.0, eval=0.0, proof=0.0)
         self.flash_alone = cfg.attn_impl in FLASH
         self.pace: dict[str, float] = {}  # of passes that the warm-up has measured, seconds each
         self.logs: list[LogFile] = []
@@ -1105,6 +1137,15 @@ class Runtime:
                 self.told_of_loss = True
                 where = self.logs[0].path
                 self.log("note", f"{Screen.lost[0]}; the run goes on, its log is {where}")
+
+    def show(self, text: str) -> None:
+        """Lines on rank 0 that are for who looks on, and in no log."""
+        if self.rank == 0:
+            self.bar.print(text)
+
+    def stage(self, name: str) -> None:
+        """What begins now, for lines that say so where it takes long."""
+        self.bar.heartbeat.begin(name)
 
     def open_logs(self) -> None:
         """From here on lines go to the run folder, too."""
@@ -1240,6 +1281,7 @@ class Runtime:
     def close(self) -> None:
         """The bar, and the lock on the run folder."""
         self.bar.close()
+        self.bar.heartbeat.end()
         if self.lock:
             path = self.folder / ".lock"
             with contextlib.suppress(OSError):
@@ -1526,12 +1568,14 @@ class ProgressBar:
         self.bar: Any = None
         self.shown = rt.rank == 0 and sys.stderr.isatty() and has_package("tqdm")
         self.tqdm: Any = None
+        self.heartbeat = Heartbeat(self)
 
     def tick(self, stage: str, done: int, total: int) -> None:
-        if not self.shown:
-            return
         if stage == "train":
             total = self.expected_steps(done, total)
+        self.heartbeat.tick(stage, done, total)
+        if not self.shown:
+            return
         if self.bar is None or stage != self.stage or done < self.bar.n:
             self.begin(stage, done, total)
         self.bar.total = total
@@ -1550,6 +1594,7 @@ class ProgressBar:
 
     def print(self, line: str) -> None:
         """A line of standard output, above the bar."""
+        self.heartbeat.hush()
         if self.bar is None:
             print(line, flush=True)
         else:
@@ -1568,6 +1613,64 @@ class ProgressBar:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+class Heartbeat:
+    """Says on standard error, where no bar shows it, what a stage does and how long it will: a line
+    after 10 s in which nothing was said, then after 20, 40 and each 60."""
+
+    FIRST = 10.0  # seconds
+    MOST = 60.0
+
+    def __init__(self, bar: ProgressBar):
+        self.bar = bar
+        self.name = ""
+        self.begun = self.said = time.monotonic()
+        self.first = self.done = self.total = 0
+        self.patience = self.FIRST
+        self.ended = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def begin(self, name: str, done: int = 0, total: int = 0) -> None:
+        self.name = name
+        self.begun = time.monotonic()
+        self.first = self.done = done
+        self.total = total
+        self.hush()
+        if self.thread is None and self.bar.rt.rank == 0:
+            self.thread = threading.Thread(target=self.watch, daemon=True)
+            self.thread.start()
+
+    def tick(self, name: str, done: int, total: int) -> None:
+        if name != self.name or done < self.done:
+            self.begin(name, done, total)
+        self.done = done
+        self.total = total
+
+    def hush(self) -> None:
+        """Something was said."""
+        self.said = time.monotonic()
+        self.patience = self.FIRST
+
+    def watch(self) -> None:
+        while not self.ended.wait(0.5):
+            now = time.monotonic()
+            if self.bar.bar is None and now - self.said >= self.patience:
+                print(self.line(now - self.begun), file=sys.stderr, flush=True)
+                self.said = now
+                self.patience = min(2 * self.patience, self.MOST)
+
+    def line(self, spent: float) -> str:
+        done = self.done - self.first
+        if not 0 < done < self.total - self.first:
+            return f"... {self.name}: {spent:.0f} s"
+        left = spent * (self.total - self.done) / done
+        return f"... {self.name}: {self.done / self.total:.0%}, about {left:.0f} s left"
+
+    def end(self) -> None:
+        self.ended.set()
+        if self.thread:
+            self.thread.join()
 
 
 def load_tqdm() -> Any:
@@ -4882,6 +4985,7 @@ def mix_ngrams(scores: Scores, coding: CodingOrder, report: "Report") -> np.ndar
     orders = mixers[cfg.mixer].orders
     store = CountStore(orders, len(coding.tokens) - len(final))
     how = dict(device=rt.device, schedule=coding.schedule, wanted=orders)
+    rt.stage("counting n-grams")
     store.collect(ngram_counts(coding.tokens, cfg.vocab_size, max(orders), **how))
     scores = scores.take(coding.targets)
     times = coding.schedule and coding.schedule[0][store.skip :]
@@ -5259,6 +5363,7 @@ def prove(report: "Report", log_prob: np.ndarray) -> tuple[Coded, dict[str, Any]
     write_atomically(folder / "stream.bin", sealed)
     del model
     rt.release_memory()  # the decoder needs as much
+    rt.stage("decoding in a fresh process")
     right = decoded_again(folder, coded.text)
     side = len(plan.side_bytes())
     claimed = -log_prob[: coded.targets].sum() / math.log(256) + side
@@ -5580,6 +5685,7 @@ class Report:
         self.rt = rt
         self.cfg = cfg
         self.text = ValidationText(cfg)
+        self.stages: dict[str, dict[str, float]] = {}  # final lines: loss and bpb
 
     def log_text(self) -> None:
         """How long the text is, and how much of it was checked."""
@@ -5611,7 +5717,8 @@ class Report:
 
     def score(self, stage: str, log_prob: np.ndarray, **more: Any) -> None:
         """A final line; log_prob (N,), nats."""
-        self.rt.log(f"final_{stage}_exact", **self.losses(log_prob), **more)
+        self.stages[stage] = self.losses(log_prob)
+        self.rt.log(f"final_{stage}_exact", **self.stages[stage], **more)
 
     def score_in_order(self, stage: str, log_prob: np.ndarray, **more: Any) -> None:
         """A final line of what depends on the order of coding: with the bytes that name it."""
@@ -5638,7 +5745,8 @@ class Report:
         codec: dict[str, Any] = {}
         rt.mend_folder()
         if cfg.scorer == "documents":
-            coded, codec = prove(self, final[coding.targets])
+            with rt.clock("proof"):
+                coded, codec = prove(self, final[coding.targets])
             mass_error = coded.mass_error
             if codec and cfg.codec_device != "same" and coded.targets == len(final):
                 claim = final * (coded.nats / -final.sum())  # as the decoder there adds up
@@ -5658,7 +5766,7 @@ class Report:
         code, weights = (len(rt.essential[name]) for name in COUNTED)
         total = code + weights
         rt.log("final_artifact_bytes", code=code, weights=weights, total=total, cap=CAP_BYTES)
-        spent = {f"{stage}_seconds": seconds for stage, seconds in rt.seconds.items()}
+        spent = {f"{stage}_seconds": rt.seconds[stage] for stage in ("train", "eval")}
         rt.log("final_budget", **spent, cap=f"{CAP_SECONDS}/{CAP_SECONDS}")
         rt.log("peak_memory_mb", rt.peak_memory())
         if cfg.sample_tokens:
@@ -5666,6 +5774,28 @@ class Report:
         if over := over_caps(bytes=total, **spent):
             rt.log("OVER THE CAP of the 10-minute track", "; ".join(over.values()))
         close_run(rt)
+        rt.show("\n".join(self.summary(codec, code, weights)))
+
+    def summary(self, codec: Mapping[str, Any], code: int, weights: int) -> Iterator[str]:
+        """What a person wants to know at the end, in columns."""
+        rt = self.rt
+        yield f"\n{'':<22}{'bits per byte':>14}{'nats a token':>14}"
+        for stage, losses in self.stages.items():
+            name = "val_bpb, the mixture" if stage == "ngram" else stage
+            yield f"{name:<22}{losses['val_bpb']:>14.4f}{losses['val_loss']:>14.4f}"
+        if codec:
+            proved = f"{codec['proved_tokens']:,} of {codec['total_tokens']:,} tokens"
+            yield f"proof     decoded {codec['decoded']}, {proved}, {codec['coded_bytes']:,} bytes"
+        else:
+            yield "proof     none was asked for (SCORER=documents, CODEC_TOKENS)"
+        sizes = f"{code + weights:,} of {CAP_BYTES:,}: code {code:,}, weights {weights:,}"
+        yield f"bytes     {sizes}"
+        caps = dict(train=f" of {CAP_SECONDS}", eval=f" of {CAP_SECONDS}")
+        parts = [f"{name} {spent:.0f}{caps.get(name, '')}" for name, spent in rt.seconds.items()]
+        total = time.perf_counter() - rt.began
+        yield f"seconds   {', '.join(parts)}, in all {total:.0f}"
+        picture = ", picture report.png" if (rt.folder / "report.png").exists() else ""
+        yield f"folder    {rt.folder}{picture}"
 
     def log_sample(self, model: GPT) -> None:
         """A document that the model writes, in the shape of lanes that the evaluation compiled."""
@@ -5969,6 +6099,7 @@ def train_model(report: Report) -> dict[str, Tensor]:
         return report.losses(scorer.score(stream, scorer.length).log_prob)
 
     trainer = Trainer(model, loader, rt, cfg)
+    rt.stage("warming up")
     warm_up_scoring(model, rt, cfg, stream)
     if cfg.resume == "auto":
         resume_training(trainer)
@@ -6061,6 +6192,7 @@ def score_unquantised(model: GPT, weights: Mapping[str, Tensor], report: Report)
 def begin_run(rt: Runtime, cfg: Config) -> Report:
     """All that a run needs, then its folder and what stands at the top of its log: nothing of an
     earlier one is touched before it is known that this one can be."""
+    rt.stage("preparing the data")
     checkpoints_to_go_on(rt)  # seconds before it is done, and again once the folder is ours
     notes = preflight(rt, cfg) if rt.rank == 0 else []
     rt.barrier()
@@ -6095,7 +6227,8 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
         cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_FIELDS}).check()
     else:
         micro_batches(cfg, rt)
-    report = begin_run(rt, cfg)
+    with rt.clock("data"):
+        report = begin_run(rt, cfg)
     cfg = report.cfg
     if cfg.eval_only:
         rt.log("overlap", documents="unknown")  # of what it was trained on
@@ -6103,6 +6236,7 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
     weights = {} if cfg.eval_only else train_model(report)
     note_caps(rt, train_seconds=rt.seconds["train"])
     with rt.clock("eval"):  # quantisation is in its budget
+        rt.stage("quantising and compressing")
         if rt.rank == 0:
             rt.mend_folder()
             rt.write("artifact.bin", packed or pack_artifact(weights, cfg, rt.log))
