@@ -231,6 +231,8 @@ class Config:
         "print the resolved settings, parameters, optimizer groups and bytes, and end; needs no "
         "data")
     eval_only: str = run("", "artifact.bin to score without training")
+    init_from: str = run("",
+        "artifact.bin, run folder or checkpoint whose weights training begins with")
     decode: str = run("", "run folder whose stream.bin is decoded to decoded.npy")
     overwrite: bool = run(False,
         "run again in a folder with a finished run or with checkpoints, which are removed")
@@ -349,6 +351,8 @@ class Config:
     clip: Literal["global", "local"] = training("global",
         "clip the average over ranks, or each rank's own gradients (as published)")
     val_loss_every: int = training(4000, "steps between validations; 0: none before the end")
+    val_loss_tokens: int = training(0,
+        "targets of a validation before the end, the text's first; 0: all of them")
     train_log_every: int = training(500,
         "steps between log lines; the first ten have one each", least=1)
 
@@ -504,6 +508,7 @@ class Config:
             ("RUN_ID", not Path(self.run_id).name == self.run_id != "..", "a plain folder name"),
             ("RUN_ID", len(os.fsencode(self.run_id)) > 255, "a name of at most 255 bytes"),
             ("TTT_CHUNK_TOKENS", chunk, "a multiple of EVAL_SEQ_LEN"),
+            ("INIT_FROM", self.init_from and self.eval_only, "left out with EVAL_ONLY"),
             ("SCORER", self.ttt_enabled and proof, "sliding with TTT_ENABLED=1"),
             ("NGRAM_MIXER", unproved, "blend, or CODEC_TOKENS=0"),
         ):
@@ -537,7 +542,7 @@ def stored_names(file: str) -> list[str]:
 
 MODEL_FIELDS = stored_names("artifact")
 PER_RUN = (  # of a configuration: where things lie and what to do with them
-    *("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "DECODE", "RECORD", "RUN_ID"),
+    *("DATA_PATH", "TOKENIZER_PATH", "EVAL_ONLY", "INIT_FROM", "DECODE", "RECORD", "RUN_ID"),
     *("DRY_RUN", "OVERWRITE", "RESUME", "CHECKPOINT_EVERY", "SAMPLE_TOKENS"),
 )
 
@@ -612,6 +617,25 @@ ALIASES = {  # name in a sibling script -> (our name, how its value is read)
     for name, setting in SETTINGS.items()
     for alias in (Alias(a) if isinstance(a, str) else a for a in setting.aliases)
 }
+FOREIGN = {  # what other scripts call something like it -> our name
+    **dict.fromkeys(("LR", "LEARNING_RATE"), "MATRIX_LR, SCALAR_LR and TIED_EMBED_LR"),
+    **dict.fromkeys(("BATCH_SIZE", "TRAIN_BATCH_SIZE"), "TRAIN_BATCH_TOKENS, in tokens"),
+    **dict.fromkeys(("MAX_STEPS", "MAX_ITERS", "NUM_STEPS", "NUM_ITERATIONS"), "ITERATIONS"),
+    **dict.fromkeys(("EPOCHS", "NUM_EPOCHS", "NUM_TRAIN_EPOCHS"), "ITERATIONS, in steps"),
+    **dict.fromkeys(("N_LAYER", "N_LAYERS"), "NUM_LAYERS"),
+    **dict.fromkeys(("N_HEAD", "N_HEADS"), "NUM_HEADS"),
+    **dict.fromkeys(("N_EMBD", "D_MODEL", "HIDDEN_SIZE"), "MODEL_DIM"),
+    **dict.fromkeys(("BLOCK_SIZE", "SEQ_LEN", "CONTEXT_LENGTH", "MAX_SEQ_LEN"), "TRAIN_SEQ_LEN"),
+    "WEIGHT_DECAY": "MUON_WD and ADAM_WD",
+    "WARMDOWN_STEPS": "WARMDOWN_ITERS",
+    "EVAL_INTERVAL": "VAL_LOSS_EVERY",
+    "LOG_INTERVAL": "TRAIN_LOG_EVERY",
+    "SAVE_EVERY": "CHECKPOINT_EVERY",
+    "OUT_DIR": "RUN_ID",
+    "OUTPUT_DIR": "RUN_ID",
+    "DATA_DIR": "DATA_PATH",
+    "INIT_CHECKPOINT": "INIT_FROM",
+}
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what may end a line, and its like
 OTHERS = {"NUM_THREADS", "OVERRIDE"}  # well-known names of others, near ours
 FAMILIES = ("NGRAM_", "MUON_", "EMA_", "SWA_", "BIGRAM_", "TTT_", "XSA_", "QAT_", "CLIP_", "VE_")
@@ -683,13 +707,18 @@ def only_value(name: str, text: str, known: list[str]) -> ConfigError:
 
 def refuse_misspelt(names: Mapping[str, str]) -> list[str]:
     """ConfigError for what is nearly certainly a slip of a name of ours, by its value as well: two
-    letters where both have 8; of our families one letter, or a name's beginning. -> notes on what
-    is near, or of a family, but has a value that ours cannot have: it may be somebody else's, such
-    as MODEL_ID=gpt2, and a password."""
-    notes = []
-    for name in sorted(names.keys() - VARIABLES.keys() - OTHERS):
+    letters where both have 8; of our families one letter; the beginning of a name, of two words or
+    of a family. -> notes on what is near, or of a family, but has a value that ours cannot have: it
+    may be somebody else's, such as MODEL_ID=gpt2, and a password; and on what other scripts call
+    something of ours, which containers set for these."""
+    notes = [
+        f"{name} is no variable of this script; what it may be meant for is {FOREIGN[name]}"
+        for name in sorted(names.keys() & FOREIGN.keys())
+    ]
+    for name in sorted(names.keys() - VARIABLES.keys() - OTHERS - FOREIGN.keys()):
         family = name.startswith(FAMILIES)
-        begun = [ours for ours in VARIABLES if family and ours.startswith(f"{name}_")]
+        words = family or "_" in name
+        begun = [ours for ours in VARIABLES if words and ours.startswith(f"{name}_")]
         distances = sorted((edit_distance(name, ours), ours) for ours in VARIABLES)
         near = begun + [
             ours
@@ -710,14 +739,18 @@ def refuse_arguments(arguments: Sequence[str]) -> None:
     iterations=5 are all meant as ITERATIONS=5."""
     words = [part for argument in arguments for part in argument.split("=", 1)]
     pairs = []
+    foreign = []
     for word, value in zip(words, [*words, "--"][1:], strict=True):
         name = word.lstrip("-").replace("-", "_").upper()
         if name in VARIABLES or name in ALIASES:
             value = "1" if value.startswith("--") else value  # --dry-run
             pairs.append(f"{name}={shlex.quote(value)}")
+        elif name in FOREIGN:
+            foreign.append(f"{word} is {FOREIGN[name]} here, ")
     if arguments:
         given = shlex.join(arguments)
         fix = f"{' '.join(pairs)} python {CODE.name}, or " if pairs else ""
+        fix = "".join(foreign) + fix
         raise ConfigError(f"argument {given}: variables configure a run; fix: {fix}see --help")
 
 
@@ -1281,7 +1314,6 @@ class Runtime:
     def close(self) -> None:
         """The bar, and the lock on the run folder."""
         self.bar.close()
-        self.bar.heartbeat.end()
         if self.lock:
             path = self.folder / ".lock"
             with contextlib.suppress(OSError):
@@ -1625,21 +1657,20 @@ class Heartbeat:
     def __init__(self, bar: ProgressBar):
         self.bar = bar
         self.name = ""
-        self.begun = self.said = time.monotonic()
-        self.first = self.done = self.total = 0
+        self.begun = time.perf_counter()
+        self.said = self.begun
+        self.first = 0  # done when it began, or was first heard of
+        self.done = 0
+        self.total = 0  # 0: unknown
         self.patience = self.FIRST
-        self.ended = threading.Event()
-        self.thread: threading.Thread | None = None
 
     def begin(self, name: str, done: int = 0, total: int = 0) -> None:
         self.name = name
-        self.begun = time.monotonic()
-        self.first = self.done = done
+        self.begun = time.perf_counter()
+        self.first = done
+        self.done = done
         self.total = total
         self.hush()
-        if self.thread is None and self.bar.rt.rank == 0:
-            self.thread = threading.Thread(target=self.watch, daemon=True)
-            self.thread.start()
 
     def tick(self, name: str, done: int, total: int) -> None:
         if name != self.name or done < self.done:
@@ -1649,12 +1680,24 @@ class Heartbeat:
 
     def hush(self) -> None:
         """Something was said."""
-        self.said = time.monotonic()
+        self.said = time.perf_counter()
         self.patience = self.FIRST
 
-    def watch(self) -> None:
-        while not self.ended.wait(0.5):
-            now = time.monotonic()
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """On rank 0, while the block lasts."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self.watch, args=[ended], daemon=True)
+        if self.bar.rt.rank == 0:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def watch(self, ended: threading.Event) -> None:
+        while not ended.wait(0.5):
+            now = time.perf_counter()
             if self.bar.bar is None and now - self.said >= self.patience:
                 print(self.line(now - self.begun), file=sys.stderr, flush=True)
                 self.said = now
@@ -1666,11 +1709,6 @@ class Heartbeat:
             return f"... {self.name}: {spent:.0f} s"
         left = spent * (self.total - self.done) / done
         return f"... {self.name}: {self.done / self.total:.0%}, about {left:.0f} s left"
-
-    def end(self) -> None:
-        self.ended.set()
-        if self.thread:
-            self.thread.join()
 
 
 def load_tqdm() -> Any:
@@ -3491,6 +3529,7 @@ def bound_settings(trainer: "Trainer", step: int) -> dict[str, Any]:
     settings = {name.upper(): show(getattr(trainer.cfg, name)) for name in names}
     digest = sha256(heads)[:12]
     settings["RANKS"] = trainer.rt.world_size
+    settings["INIT_FROM"] = trainer.started_from
     settings["SHARDS"] = f"{count} of {size} bytes, {digest}"
     return settings
 
@@ -3572,6 +3611,56 @@ def parse_state(values: Any) -> CheckpointState:
     if len(state.loader) != 2 or not isinstance(state.settings, dict):
         raise ValueError("its loader or settings are none")
     return state
+
+
+class Beginning(NamedTuple):
+    """What INIT_FROM names."""
+
+    weights: dict[str, Tensor]
+    settings: dict[str, str]  # of its model, by variable
+    sha256: str  # of the file
+
+    @staticmethod
+    def read(cfg: Config) -> "Beginning":
+        """Of an artifact, a run folder's or a checkpoint's; ConfigError."""
+        path = Path(cfg.init_from)
+        path = path / "artifact.bin" if path.is_dir() else path
+        try:
+            if path.suffix in (".json", ".safetensors"):
+                return Beginning.of_checkpoint(path)
+            content = read_regular(os.path.realpath(path), MOST_ARTIFACT_BYTES)
+            model = load_artifact(path, content=content)
+        except (OSError, UserError, KeyError, TypeError) as error:
+            reason = f"INIT_FROM={cfg.init_from!r}: {error}"
+            fix = "" if "fix:" in reason else "; fix: the path of an artifact.bin or a checkpoint"
+            raise ConfigError(reason + fix) from error
+        settings = {name.upper(): show(getattr(model.cfg, name)) for name in MODEL_FIELDS}
+        return Beginning(dict(model.named_parameters()), settings, sha256(content))
+
+    @staticmethod
+    def of_checkpoint(path: Path) -> "Beginning":
+        """The weights that its next step would have changed. DamagedCheckpoint, OSError"""
+        state, tensors = read_checkpoint(path.with_suffix(".json"))
+        stored = {name: state.settings[name.upper()] for name in MODEL_FIELDS}
+        names = parameter_specs(Config(**stored_values(stored, MODEL_FIELDS)))
+        settings = {name.upper(): text for name, text in stored.items()}
+        weights = {name: tensors[f"weight.{i}"] for i, name in enumerate(names)}
+        return Beginning(weights, settings, sha256(path.with_suffix(".safetensors").read_bytes()))
+
+    def differences(self, cfg: Config) -> str:
+        here = {name.upper(): show(getattr(cfg, name)) for name in MODEL_FIELDS}
+        return ", ".join(
+            f"{name}={text} there, {here[name]} here"
+            for name, text in self.settings.items()
+            if text != here[name]
+        )
+
+    def check(self, cfg: Config) -> None:
+        """ConfigError where the weights do not fit this model."""
+        shapes = {name: spec.shape for name, spec in parameter_specs(cfg).items()}
+        if shapes != {name: tuple(weight.shape) for name, weight in self.weights.items()}:
+            reason = f"INIT_FROM={cfg.init_from!r}: of another shape: {self.differences(cfg)}"
+            raise ConfigError(f"{reason}; fix: set these as there, or begin with nothing")
 
 
 def checkpoint_format() -> ModuleType:
@@ -5326,7 +5415,8 @@ def decode_folder(cfg: Config) -> None:
         window = f"a window of {header.plan.window}, not {cfg.window}"
         raise StreamError(f"{path}: {window}; fix: get it again")
     try:
-        decoded = decode(model, rt, cfg, words, header.plan)
+        with rt.bar.heartbeat.beating():
+            decoded = decode(model, rt, cfg, words, header.plan)
     except StreamError as error:
         raise StreamError(f"{path}: {error}; fix: get it again") from error
     if sha256(decoded.text) != header.text:
@@ -5417,8 +5507,12 @@ def micro_batches(cfg: Config, rt: Runtime) -> int:
 class Trainer:
     """A training run's state and steps."""
 
-    def __init__(self, model: GPT, loader: TokenLoader, rt: Runtime, cfg: Config):
+    def __init__(
+        self, model: GPT, loader: TokenLoader, rt: Runtime, cfg: Config, started_from: str = ""
+    ):
+        """started_from: sha256 of the file whose weights the model has; "": they are fresh."""
         self.model = model
+        self.started_from = started_from
         self.batches = Prefetch(loader, rt, cfg)
         self.rt = rt
         self.cfg = cfg
@@ -5428,6 +5522,7 @@ class Trainer:
         self.compiled_loss = rt.compile(model)
         self.step = 0  # steps that are done
         self.qat_since: int | None = None  # step at which late QAT began
+        self.factor = 0.0  # of the learning rates, in the last step
         self.elapsed = 0.0  # seconds of training, the slowest rank's
         self.signal = 0  # on any rank, as of the last agreement
         self.agreement: Callable[[], np.ndarray] | None = None  # that is under way
@@ -5483,6 +5578,7 @@ class Trainer:
             self.rt.log("late_qat:enabled", step=self.step, scale=factor)
         if self.qat_since is not None and (self.step - self.qat_since) % cfg.qat_every == 0:
             update_qat_grids(self.model, cfg)
+        self.factor = factor
         loss = self.optimize(*self.batches.take(), factor)
         self.step += 1
         return loss
@@ -5562,7 +5658,7 @@ class Trainer:
                     self.agree(loss)
                 if logs or self.done:
                     mean = rt.sum(np.array([loss.get()])).item() / rt.world_size
-                    self.log_step(train_loss=mean)
+                    self.log_step(train_loss=mean, lr=self.factor)
                 if self.every(cfg.val_loss_every):
                     self.log_step(**validate())
                 if self.done:
@@ -5725,9 +5821,10 @@ class Report:
         share = self.side_nats / len(log_prob)
         self.score(stage, log_prob - share if share else log_prob, **more)
 
-    def losses(self, log_prob: np.ndarray) -> dict[str, float]:
-        """Mean loss in nats a token, and bits per byte."""
-        bpb = bits_per_byte(log_prob, np.array(self.text.text_bytes))
+    def losses(self, log_prob: np.ndarray, first: int = 0) -> dict[str, float]:
+        """Mean loss in nats a token, and bits per byte; of the text's first targets, or all."""
+        size = self.text.bytes[:first].sum() if first else self.text.text_bytes
+        bpb = bits_per_byte(log_prob, np.array(size))
         return dict(val_loss=float(-log_prob.mean()), val_bpb=bpb)
 
     @functools.cached_property
@@ -6024,13 +6121,16 @@ def score_entries(run: RunLog) -> dict[str, Any]:
 
 
 def text_entries(run: RunLog) -> dict[str, Any]:
-    """Validation documents that training has, too (None: unknown); that the tokenizer altered the
-    text, where it did, and the bytes that its tokens spell."""
+    """Validation documents that training has, too (None: unknown); the file of INIT_FROM, whose
+    own training text is unknown; that the tokenizer altered the text, where it did, and the bytes
+    that its tokens spell."""
     text = run.last("val_text")
     entries = {}
     if overlap := run.last("overlap"):
         shared = overlap.get("documents")
         entries["overlap_documents"] = shared if isinstance(shared, int) else None
+    if started := run.last("init_from"):
+        entries["init_sha256"] = started.get("sha256")
     if text.get("lossy") or run.last("bytes_check").get("changed"):
         entries |= dict(lossy=True, spelt_bytes=text.get("spelt_bytes", text.get("bytes")))
     return entries
@@ -6083,22 +6183,31 @@ def describe(run: RunLog, step: int | None) -> str:
 # The story.
 
 
-def train_model(report: Report) -> dict[str, Tensor]:
-    """Train from fresh weights. -> averaged weights by name."""
+def train_model(report: Report, beginning: Beginning | None) -> dict[str, Tensor]:
+    """Train from fresh weights, or INIT_FROM's. -> averaged weights by name."""
     rt = report.rt
     cfg = report.cfg
     stream = report.text.stream
-    model = GPT(cfg).initialise().to(rt.device)
+    model = GPT(cfg).initialise()
     rt.log("model_params", count_parameters(cfg))
+    if beginning:
+        model.load_state_dict(beginning.weights, strict=False)
+        rt.log("init_from", sha256=beginning.sha256)
+        if differs := beginning.differences(cfg):
+            rt.log("note", f"INIT_FROM={cfg.init_from}: {differs}")
+    model.to(rt.device)
     shards = find_shards(cfg.data_path, "train")
     overlap = Overlap(report.text, shards, rt)
     loader = TokenLoader(shards, cfg.vocab_size, overlap.ask)
     scorer = WindowScorer(for_scores(model), rt, cfg)
 
-    def validate() -> dict[str, float]:
-        return report.losses(scorer.score(stream, scorer.length).log_prob)
+    def validate(targets: int = cfg.val_loss_tokens) -> dict[str, float]:
+        """By the text's first ones; 0: by all."""
+        part = stream[: targets + 1] if targets else stream
+        log_prob = scorer.score(part, scorer.length).log_prob
+        return report.losses(log_prob, targets)
 
-    trainer = Trainer(model, loader, rt, cfg)
+    trainer = Trainer(model, loader, rt, cfg, beginning.sha256 if beginning else "")
     rt.stage("warming up")
     warm_up_scoring(model, rt, cfg, stream)
     if cfg.resume == "auto":
@@ -6111,7 +6220,7 @@ def train_model(report: Report) -> dict[str, Tensor]:
         overlap.pool.shutdown(wait=False, cancel_futures=True)
     if cfg.val_loss_every:  # what quantisation starts from
         model.load_state_dict(weights)
-        rt.log("averaged", **validate())
+        rt.log("averaged", **validate(0))
     return weights
 
 
@@ -6189,7 +6298,7 @@ def score_unquantised(model: GPT, weights: Mapping[str, Tensor], report: Report)
     save_scores(report, "scores_ema.npz", scores, scores.log_prob)
 
 
-def begin_run(rt: Runtime, cfg: Config) -> Report:
+def begin_run(rt: Runtime, cfg: Config, beginning: Beginning | None = None) -> Report:
     """All that a run needs, then its folder and what stands at the top of its log: nothing of an
     earlier one is touched before it is known that this one can be."""
     rt.stage("preparing the data")
@@ -6200,6 +6309,8 @@ def begin_run(rt: Runtime, cfg: Config) -> Report:
         find_shards(cfg.data_path, split)
     vocab_size = len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes)
     report = Report(rt, replace(cfg, vocab_size=vocab_size))
+    if beginning:
+        beginning.check(report.cfg)
     open_run(rt)
     if rt.rank == 0:
         announce(rt, replace(cfg, notes=cfg.notes + tuple(notes)))
@@ -6227,13 +6338,14 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
         cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_FIELDS}).check()
     else:
         micro_batches(cfg, rt)
+    beginning = Beginning.read(cfg) if cfg.init_from else None
     with rt.clock("data"):
-        report = begin_run(rt, cfg)
+        report = begin_run(rt, cfg, beginning)
     cfg = report.cfg
     if cfg.eval_only:
         rt.log("overlap", documents="unknown")  # of what it was trained on
         warm_up_scoring(GPT(cfg).to(rt.device), rt, cfg, report.text.stream)
-    weights = {} if cfg.eval_only else train_model(report)
+    weights = {} if cfg.eval_only else train_model(report, beginning)
     note_caps(rt, train_seconds=rt.seconds["train"])
     with rt.clock("eval"):  # quantisation is in its budget
         rt.stage("quantising and compressing")
@@ -6266,7 +6378,7 @@ def run(cfg: Config) -> None:
     rt = Runtime(cfg)
     try:
         rt.start()
-        with rt.signals():
+        with rt.signals(), rt.bar.heartbeat.beating():
             if cfg.resume == "auto" and rt.largest(rt.finished) and not cfg.overwrite:
                 return rt.log("note", f"{rt.folder} is finished")
             run_stages(rt, cfg)

@@ -24,7 +24,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "records"
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "data/sample")]
 import endings  # noqa: E402
 import train_gpt  # noqa: E402
 

@@ -113,6 +113,7 @@ def load(path: str | Path) -> Result:
         "sha256 of tokenizer.model": digests["tokenizer"][:12],
         **{name: text for name, text in folder.config.items() if name not in NO_RESULT},
         "the validation text": text,
+        "sha256 of INIT_FROM": folder.last("init_from").get("sha256", "none"),
     }
     return Result(folder, claims, traits, before)
 

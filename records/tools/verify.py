@@ -46,7 +46,7 @@ from run_folder import ROOT, RunError
 
 import endings
 import train_gpt
-from sample.prepare import TOKENIZER_SHA256, VAL_TOKENS_SHA256
+from prepare import TOKENIZER_SHA256, VAL_TOKENS_SHA256
 from train_gpt import BOS, CAP_BYTES, printable, read_regular, sha256
 
 OUR_CODE = sha256(train_gpt.CODE.read_bytes())

@@ -16,7 +16,9 @@ PAGES = sorted(
     for folder in ("", "data/sample", "records", "tests/gpu")
     for path in (ROOT / folder).glob("**/README.md" if folder == "records" else "README.md")
 )
-INSTALLS = r"python3 -m venv \.venv && \.venv/bin/pip install -q( -r \S+)+( && |\n)"
+INSTALLS = (
+    r"python3 -m venv \.venv && \. \.venv/bin/activate && pip install -q -r requirements\.txt\n"
+)
 SMALL = {  # variables of every command, unless it sets them itself
     "DEVICE": "cpu",
     "ITERATIONS": "20",
@@ -29,23 +31,18 @@ SMALL = {  # variables of every command, unless it sets them itself
 HERE = {  # what README's reader has or fills in, and the test has not
     "FILE_OR_FOLDER": "README.md",
     "--vocab-size 1024 ": "--vocab-size 300 ",
-    ".venv/bin/python data/download_fineweb.py --train-shards 80\n": "",
+    "python data/download_fineweb.py --train-shards 80\n": "",
     "--nproc_per_node=8": "--nproc_per_node=2",
     "runs/own_seed": "runs/tiny_seed",
     "--vocab-size 1024\n": "--vocab-size 300\n",
 }
 
 
-def blocks(heading: str) -> list[str]:
-    """Shell lines of a section: its ```bash blocks, and the `$ ` commands of the others."""
+def blocks(heading: str, language: str = "bash") -> list[str]:
+    """The ```bash blocks of a section; of the title: of the first screen."""
     section = re.split(rf"^#+ {re.escape(heading)}\n", README, flags=re.MULTILINE)[1]
     section = re.split(r"^#+ [A-Z]", section, flags=re.MULTILINE)[0]
-    found = []
-    for language, text in re.findall(r"^```(\w*)\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
-        typed = re.findall(r"^\$ (.*(?:\n {2}.*)*)", text, re.MULTILINE)
-        if language == "bash" or typed:
-            found.append(text if language == "bash" else "\n".join(typed) + "\n")
-    return found
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -85,21 +82,35 @@ def paste(checkout: Path, shell: str) -> str:
 @pytest.mark.timeout(1800)
 def test_commands_as_they_are_pasted(checkout):
     """In README's order of use: each needs what those before it left behind."""
+    out = paste(checkout, blocks("Parameter Golf, with scores that decode")[0])
+    assert "val_bpb, the mixture" in out and "proof     none" in out
     out = paste(checkout, blocks("The main job")[0])
     assert "decoded:ok" in out and (checkout / "runs/tiny_seed1337/report.png").exists()
     out = paste(checkout, blocks("Check someone's score")[0])
     assert out.splitlines()[-1].startswith("PROVED val_bpb")
-    out = paste(checkout, blocks("Check someone's score")[-1])
+    out = paste(checkout, blocks("Check someone's score")[1])
     assert "final_ngram_exact" in out and (checkout / "runs/check/submission.json").exists()
-    out = paste(checkout, blocks("Compress a file")[0])
+    sample, compress = blocks("Text from the model")
+    out = paste(checkout, sample)
+    assert out.startswith("It was the") and "tokens/s" in out
+    (program,) = blocks("Text from the model", "python")
+    (checkout / "ten_lines.py").write_text(program, encoding="utf-8")
+    written, nats = paste(checkout, "python ten_lines.py").rsplit("\n", 2)[:2]
+    assert out.startswith(written) and float(nats.split()[0]) > 0
+    out = paste(checkout, compress)
     assert "prose.txt.pgz -> prose.txt: 203,453 bytes" in out
     out = paste(checkout, blocks("Your own text")[0])
     assert "decoded:ok" in out and (checkout / "runs/mine/report.png").exists()
-    out = paste(checkout, blocks("I want exactly #864")[1])
+    out = paste(checkout, blocks("Published systems")[0])
     assert "final_ngram_pseudo pseudo_bpb:0." in out and "scheme:pr864" in out
     out = paste(checkout, blocks("I have 8 H100s")[0])
     (made,) = (checkout / "records").glob("track_cpu/*_Exact_n_grams")
     assert out.count("PROVED") >= 3 and (made / "train_gpt.py").exists()
+
+
+def test_it_is_short():
+    """Words of what one reads, commands and outputs included."""
+    assert len(README.split()) <= 2000
 
 
 @pytest.mark.parametrize("page", PAGES)

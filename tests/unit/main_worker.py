@@ -23,8 +23,8 @@ def whole_run(facts, then=lambda rt: None):
     group"""
     run_stages, train_model = train_gpt.run_stages, train_gpt.train_model
 
-    def kept(report):
-        weights = train_model(report)
+    def kept(*given):
+        weights = train_model(*given)
         facts["weights"] = digest(weights)
         return weights
 

@@ -40,7 +40,7 @@ OTHERS = {  # name -> variables beside VALUES
     "pruned_lora": TTT | dict(TTT_USE_LORA="1", TARGET_MB=SMALL),
 }
 SECONDS = re.compile(r"seconds$|tokens_per_s$|_ms$|^eta$")
-NEVER_ALIKE = ("config", "hardware", "note", "peak_memory_mb")
+NEVER_ALIKE = ("config", "setting", "hardware", "note", "peak_memory_mb")
 
 
 def alone_in(folder):
@@ -183,7 +183,8 @@ def test_help_and_dry_run_are_those_of_the_repository(tmp_path, capsys):
     for key in ("model_params", "optimizer_group", "byte_budget"):
         wanted = [line for line in there.splitlines() if line.startswith(key)]
         assert wanted and [x for x in here.splitlines() if x.startswith(key)] == wanted
-    assert "ITERATIONS:8(env)" in here
+    rows = [line.split() for line in here.splitlines()]
+    assert ["*", "ITERATIONS", "8", "env"] in rows
 
 
 def test_without_data_the_fix_is_named(tmp_path):

@@ -452,8 +452,9 @@ def test_edit_distance(a, b):
 
 @given(name=letters)
 def test_other_names_are_judged_by_distance_and_family(name):
-    if name in {*train_gpt.VARIABLES, *train_gpt.ALIASES, *train_gpt.ANYWAY}:
-        return
+    known = {*train_gpt.VARIABLES, *train_gpt.ALIASES, *train_gpt.ANYWAY, *train_gpt.FOREIGN}
+    if name in known or any(ours.startswith(f"{name}_") for ours in train_gpt.VARIABLES):
+        return  # test_progress.py
     distances = {ours: distance(name, ours) for ours in train_gpt.VARIABLES}
     near = [ours for ours, far in distances.items() if far <= 2 and min(len(name), len(ours)) >= 8]
     family = name.startswith(train_gpt.FAMILIES)
@@ -470,7 +471,7 @@ def test_other_names_are_judged_by_distance_and_family(name):
 )
 def test_a_slip_in_a_long_name_stops(ours, place, letter):
     """One letter left out, one too many, one wrong."""
-    known = {*train_gpt.VARIABLES, *train_gpt.ALIASES, *train_gpt.ANYWAY}
+    known = {*train_gpt.VARIABLES, *train_gpt.ALIASES, *train_gpt.ANYWAY, *train_gpt.FOREIGN}
     for name in (
         ours[:place] + ours[place + 1 :],
         ours[:place] + letter + ours[place:],
@@ -625,8 +626,12 @@ def test_dry_run_needs_no_data_and_no_tokenizer(tmp_path):
     done = run_script(dict(DRY_RUN=1, DEVICE="cpu", RECORD="tiny", SEED=3), cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert list(tmp_path.iterdir()) == [] and sorted(ROOT.glob("data/datasets/*")) == before
-    assert "SEED:3(env)" in done.stdout and "MODEL_DIM:128(RECORD=tiny)" in done.stdout
-    assert "NUM_KV_HEADS:2" in done.stdout and "(default)" in done.stdout
+    rows = {row[1]: row for row in map(str.split, done.stdout.splitlines()) if row[:1] == ["*"]}
+    assert rows["SEED"] == ["*", "SEED", "3", "env"]
+    assert rows["MODEL_DIM"] == ["*", "MODEL_DIM", "128", "RECORD=tiny"]
+    assert "MLP_MULT" not in rows, "an asterisk marks what is not the default"
+    listed = [line.split() for line in done.stdout.splitlines() if line[:2] in ("* ", "  ")]
+    assert {row[row[0] == "*"] for row in listed} == train_gpt.VARIABLES.keys()
     (line,) = re.findall(r"\bmodel_params:(\d+)", done.stdout)
     cfg = Config.from_env(dict(DEVICE="cpu", RECORD="tiny", VOCAB_SIZE="1024"))
     assert int(line) == train_gpt.count_parameters(cfg)

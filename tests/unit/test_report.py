@@ -227,7 +227,7 @@ def test_validation_text_does_not_steer_the_artifact(base, dataset, tmp_path):
     write_shard(path, random_stream(700, 512))
     for beside in [*data.glob("*_val.jsonl"), *data.glob("dataset.json")]:
         beside.unlink()
-    other = run_here(tmp_path, "other", **SHORT, DATA_PATH=str(data), VAL_LOSS_EVERY="2")
+    other = run_here(tmp_path, "other", **SHORT | dict(VAL_LOSS_EVERY="2"), DATA_PATH=str(data))
     assert other.artifact == base.artifact and other.val_bpb() != base.val_bpb()
 
 
