@@ -741,6 +741,30 @@ TRAINING = [
         script("nonfinite = $found.tolist()", "nonfinite = [*$found.tolist()[:2], 0]"),
     ),
     Fault(
+        "beginning",
+        "INIT_FROM's weights are read and not used",
+        "test_init.py -k goes_on_better",
+        script("model.load_state_dict(beginning.weights, strict=False)", "pass"),
+    ),
+    Fault(
+        "drawn",
+        "the temperature of what the model writes changes nothing",
+        "test_generate.py -k as_often",
+        script(") / temperature)", "))"),
+    ),
+    Fault(
+        "silence",
+        "a stage says where it stands although something else is said",
+        "test_progress.py -k something_else",
+        script("and now - self.said >= self.patience:", "and True:"),
+    ),
+    Fault(
+        "incomplete",
+        "an incomplete name of ours is nobody's",
+        "test_progress.py -k incomplete",
+        script('words = family or "_" in name', "words = family"),
+    ),
+    Fault(
         "late_qat",
         "late quantisation begins above its threshold",
         "test_training.py -k late_qat_starts",
@@ -815,7 +839,7 @@ VERIFY = [
         "doubled",
         "an object may name a key twice",
         "test_verify.py -k tampering and doubled",
-        script("if len($found) < len($pairs):", "if False:"),
+        script("if len($found) < len($pairs): raise", "if False: raise"),
     ),
     Fault(
         "tolerance",
