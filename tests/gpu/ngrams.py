@@ -41,6 +41,31 @@ def counts(job):
     times = coding.schedule[0][store.skip :]
     for name in ("cascade", "blend"):
         mixed(job, cfg, name, store, (entropy, times))
+    captured(job, cfg)
+
+
+def captured(job, cfg):
+    """Three chunks of the blend's last stage, its batches replayed and by themselves."""
+    weights = [late_weights(job, cfg, eager) for eager in (False, True)]
+    gap = float(np.abs(weights[0] - weights[1]).max())
+    text = f"captured batches of the blend differ from eager ones by {gap:.1e} in the weights"
+    job.check("captured", gap < 1e-3, text, gap=gap)
+
+
+def late_weights(job, cfg, eager):
+    blend = train_gpt.make_mixer("blend", cfg, train_gpt.Runtime(cfg))
+    if eager:
+        blend.train_last_batch = blend.train
+    blend.learned = 1 << 20
+    draw = np.random.default_rng(0)
+    for _ in range(3):
+        entropy = draw.gamma(4.0, 0.7, blend.LARGEST_CHUNK)
+        counts = draw.integers(0, 9, (len(blend.orders), len(entropy), 4), np.int32)
+        stats = np.sort(counts)[..., ::-1].copy()
+        given = blend.inputs(stats, entropy)
+        found = blend.weights(*given)
+        blend.learn(*given, train_gpt.expert_probabilities(stats, -entropy))
+    return found
 
 
 def counted(job, store, coding, cfg):
