@@ -1046,7 +1046,11 @@ def techniques(cfg: Config) -> dict[str, bool]:
 def print_dry_run(rt: "Runtime", cfg: Config) -> None:
     """What would run, without data or tokenizer: configuration, parameters, optimizers, techniques,
     bytes."""
-    cfg = replace(cfg, vocab_size=cfg.vocab_size or 1024)
+    beginning = Beginning.read(cfg) if cfg.init_from else None
+    known = int(beginning.settings["VOCAB_SIZE"]) if beginning else 1024
+    cfg = replace(cfg, vocab_size=cfg.vocab_size or known)
+    if beginning:
+        beginning.check_shapes(cfg)
     for note in cfg.notes:
         rt.log("note", note)
     print_settings(rt, cfg)
@@ -3543,6 +3547,8 @@ def restore_checkpoint(
         was = state.settings.get(name)
         if was is None:
             raise DamagedCheckpoint(f"{name} is missing")
+        if now is None and was:  # INIT_FROM need not be there any more
+            continue
         if was != now:
             fix = "set it back, or OVERWRITE=1 to begin again"
             raise UserError(f"{trainer.folder}: made with {name}={was}, not {now}; fix: {fix}")
@@ -3619,15 +3625,19 @@ class Beginning(NamedTuple):
     weights: dict[str, Tensor]
     settings: dict[str, str]  # of its model, by variable
     sha256: str  # of the file
+    tokenizer: str = ""  # sha256 of the one beside it; "": there is none
 
     @staticmethod
     def read(cfg: Config) -> "Beginning":
         """Of an artifact, a run folder's or a checkpoint's; ConfigError."""
         path = Path(cfg.init_from)
         path = path / "artifact.bin" if path.is_dir() else path
+        of_checkpoint = path.suffix in (".json", ".safetensors")
+        beside = (path.parent.parent if of_checkpoint else path.parent) / "tokenizer.model"
         try:
-            if path.suffix in (".json", ".safetensors"):
-                return Beginning.of_checkpoint(path)
+            tokenizer = sha256(read_regular(beside)) if beside.is_file() else ""
+            if of_checkpoint:
+                return Beginning.of_checkpoint(path)._replace(tokenizer=tokenizer)
             content = read_regular(os.path.realpath(path), MOST_ARTIFACT_BYTES)
             model = load_artifact(path, content=content)
         except (OSError, UserError, KeyError, TypeError) as error:
@@ -3635,7 +3645,7 @@ class Beginning(NamedTuple):
             fix = "" if "fix:" in reason else "; fix: the path of an artifact.bin or a checkpoint"
             raise ConfigError(reason + fix) from error
         settings = {name.upper(): show(getattr(model.cfg, name)) for name in MODEL_FIELDS}
-        return Beginning(dict(model.named_parameters()), settings, sha256(content))
+        return Beginning(dict(model.named_parameters()), settings, sha256(content), tokenizer)
 
     @staticmethod
     def of_checkpoint(path: Path) -> "Beginning":
@@ -3655,11 +3665,23 @@ class Beginning(NamedTuple):
             if text != here[name]
         )
 
-    def check(self, cfg: Config) -> None:
-        """ConfigError where the weights do not fit this model."""
+    def check(self, cfg: Config, folder: Path) -> None:
+        """ConfigError where the weights do not fit this model, or lie where the run will."""
+        if Path(cfg.init_from).resolve().is_relative_to(folder.resolve()):
+            reason = f"INIT_FROM={cfg.init_from!r}: lies in {folder}, which the run clears"
+            raise ConfigError(f"{reason}; fix: another RUN_ID")
+        self.check_shapes(cfg)
+        if self.tokenizer and self.tokenizer != sha256(read_regular(cfg.tokenizer_path)):
+            reason = f"INIT_FROM={cfg.init_from!r}: its tokenizer is not {cfg.tokenizer_path}"
+            fix = "prepare the text with --tokenizer and its tokenizer.model, or begin with nothing"
+            raise ConfigError(f"{reason}; fix: {fix}")
+
+    def check_shapes(self, cfg: Config) -> None:
+        """ConfigError that names the settings by which they differ."""
         shapes = {name: spec.shape for name, spec in parameter_specs(cfg).items()}
         if shapes != {name: tuple(weight.shape) for name, weight in self.weights.items()}:
-            reason = f"INIT_FROM={cfg.init_from!r}: of another shape: {self.differences(cfg)}"
+            differences = self.differences(cfg) or "though its settings are these"
+            reason = f"INIT_FROM={cfg.init_from!r}: of another shape: {differences}"
             raise ConfigError(f"{reason}; fix: set these as there, or begin with nothing")
 
 
@@ -5508,9 +5530,15 @@ class Trainer:
     """A training run's state and steps."""
 
     def __init__(
-        self, model: GPT, loader: TokenLoader, rt: Runtime, cfg: Config, started_from: str = ""
+        self,
+        model: GPT,
+        loader: TokenLoader,
+        rt: Runtime,
+        cfg: Config,
+        started_from: str | None = "",
     ):
-        """started_from: sha256 of the file whose weights the model has; "": they are fresh."""
+        """started_from: sha256 of the file whose weights the model has; "": they are fresh; None:
+        a checkpoint will tell."""
         self.model = model
         self.started_from = started_from
         self.batches = Prefetch(loader, rt, cfg)
@@ -5703,6 +5731,7 @@ class Trainer:
         """The counters of a checkpoint; restore_checkpoint fills the tensors."""
         self.step = state.step
         self.qat_since = state.qat_since
+        self.started_from = state.settings["INIT_FROM"]
         self.rt.seconds["train"] = state.seconds
         self.averages.resume(state.snapshots)
         self.batches.restore(tuple(state.loader))
@@ -5888,7 +5917,8 @@ class Report:
         sizes = f"{code + weights:,} of {CAP_BYTES:,}: code {code:,}, weights {weights:,}"
         yield f"bytes     {sizes}"
         caps = dict(train=f" of {CAP_SECONDS}", eval=f" of {CAP_SECONDS}")
-        parts = [f"{name} {spent:.0f}{caps.get(name, '')}" for name, spent in rt.seconds.items()]
+        seconds = rt.seconds if codec else {name: rt.seconds[name] for name in ("data", *caps)}
+        parts = [f"{name} {spent:.0f}{caps.get(name, '')}" for name, spent in seconds.items()]
         total = time.perf_counter() - rt.began
         yield f"seconds   {', '.join(parts)}, in all {total:.0f}"
         picture = ", picture report.png" if (rt.folder / "report.png").exists() else ""
@@ -6203,11 +6233,13 @@ def train_model(report: Report, beginning: Beginning | None) -> dict[str, Tensor
 
     def validate(targets: int = cfg.val_loss_tokens) -> dict[str, float]:
         """By the text's first ones; 0: by all."""
+        targets = targets if targets < len(stream) - 1 else 0
         part = stream[: targets + 1] if targets else stream
         log_prob = scorer.score(part, scorer.length).log_prob
-        return report.losses(log_prob, targets)
+        return report.losses(log_prob, targets) | (dict(val_tokens=targets) if targets else {})
 
-    trainer = Trainer(model, loader, rt, cfg, beginning.sha256 if beginning else "")
+    fresh = None if cfg.init_from else ""
+    trainer = Trainer(model, loader, rt, cfg, beginning.sha256 if beginning else fresh)
     rt.stage("warming up")
     warm_up_scoring(model, rt, cfg, stream)
     if cfg.resume == "auto":
@@ -6310,7 +6342,7 @@ def begin_run(rt: Runtime, cfg: Config, beginning: Beginning | None = None) -> R
     vocab_size = len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes)
     report = Report(rt, replace(cfg, vocab_size=vocab_size))
     if beginning:
-        beginning.check(report.cfg)
+        beginning.check(report.cfg, rt.folder)
     open_run(rt)
     if rt.rank == 0:
         announce(rt, replace(cfg, notes=cfg.notes + tuple(notes)))
@@ -6338,7 +6370,9 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
         cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_FIELDS}).check()
     else:
         micro_batches(cfg, rt)
-    beginning = Beginning.read(cfg) if cfg.init_from else None
+    beginning = None
+    if cfg.init_from and not checkpoints_to_go_on(rt):  # whose weights are later ones
+        beginning = Beginning.read(cfg)
     with rt.clock("data"):
         report = begin_run(rt, cfg, beginning)
     cfg = report.cfg

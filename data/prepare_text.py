@@ -587,6 +587,9 @@ def read_documents(
                 if found and isinstance(error, NoText):
                     selection.leave_out(error.reason, path)
                     continue
+                if found and isinstance(error, NotRecords) and kind_of(path) in JSON_LINES:
+                    selection.leave_out('JSON lines without "text"', path)
+                    continue
                 plain = isinstance(error, NotRecords) and kind_of(path) == ".json"
                 if path in named or not plain:
                     raise with_way_out(error, path) if found else error from None

@@ -17,12 +17,14 @@ token, to standard error. Exit status: 0; 2 after one line on what is wrong.
 """
 
 import argparse
+import contextlib
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
@@ -30,7 +32,7 @@ if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
         signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
 
 import numpy as np
-from run_folder import blame  # puts train_gpt and data/ on the path
+import run_folder  # noqa: F401  (puts train_gpt and data/ on the path)
 
 import endings
 import train_gpt
@@ -47,13 +49,18 @@ class Writer:
     def __init__(self, path: Path, tokenizer: Path | None, device: str):
         """path: a run folder, or an artifact. UserError, DataError, OSError"""
         self.folder = path if path.is_dir() else path.parent
+        if not path.exists():
+            there = ", ".join(sorted(map(str, Path("runs").glob("*/artifact.bin")))) or "none"
+            raise UserError(f"{path}: no such run or artifact; fix: one of runs/ ({there})")
         artifact = path / "artifact.bin" if path.is_dir() else path
         content = train_gpt.read_regular(artifact, train_gpt.MOST_ARTIFACT_BYTES)
         self.rt = train_gpt.Runtime(Config(device=device))
         self.rt.start()
         self.model = train_gpt.load_artifact(artifact, self.rt.device, content)
         known = self.model.cfg.vocab_size
-        self.tokenizer = load_tokenizer(tokenizer or self.folder / "tokenizer.model", known)
+        spelling = tokenizer or self.folder / "tokenizer.model"
+        content = train_gpt.read_regular(spelling)  # a pipe would never end
+        self.tokenizer = load_tokenizer(spelling, known, content)
 
     def encode(self, prompt: str) -> list[int]:
         return self.tokenizer.encode(prompt)
@@ -75,17 +82,27 @@ class Writer:
     def from_bits(self, prompt: list[int], tokens: int, seed: int) -> train_gpt.Continuation:
         """Decode random bits, after a prompt that takes none of them."""
         queue, family = train_gpt.range_coder()
-        # A token takes 24 bits at most, the coder two words before the first.
-        words = np.random.default_rng(seed).integers(0, 2**32, tokens + 8, np.uint32)
-        coder = queue.RangeDecoder(words)
+        draw = np.random.default_rng(seed)
         cfg = self.config()
         size = len(prompt) + tokens
 
+        def random_bits() -> Any:
+            # A token takes 24 bits at most, the coder two words before the first.
+            return queue.RangeDecoder(draw.integers(0, 2**32, tokens + 8, np.uint32))
+
+        coder = random_bits()
+
         def pick_tokens(integers: np.ndarray, step: LaneStep) -> np.ndarray:
+            nonlocal coder
             place = int(step.places[0])
             if place < len(prompt):
                 return np.array([prompt[place]])
-            return coder.decode(family, integers)
+            while True:
+                with contextlib.suppress(AssertionError):
+                    return coder.decode(family, integers)
+                # A coder's ranges are whole numbers: a gap at their end stands for no token, which
+                # random bits hit about once in 5,000 tokens. Drawn again, all are as likely.
+                coder = random_bits()
 
         plan = CodingPlan(1, size, 1, 1, size, cfg.window)
         coded = train_gpt.run_codec(self.model, self.rt, cfg, plan, pick_tokens)
@@ -97,7 +114,8 @@ class Written(NamedTuple):
     """Some texts, and how they came about."""
 
     texts: list[str]
-    tokens: int
+    tokens: int  # without the prompts'
+    ended: int  # texts that ended before they had all the tokens
     bits: float  # a token
     seconds: float
 
@@ -118,7 +136,9 @@ def write(writer: Writer, options: argparse.Namespace) -> Written:
     costs = np.concatenate([each.log_prob for each in found])
     texts = [writer.text([*prompt, *each.tokens.tolist()]) for each in found]
     bits = float(-costs.mean() / np.log(2)) if len(costs) else 0.0
-    return Written(texts, len(costs), bits, seconds)
+    sizes = [len(each.tokens) for each in found]
+    ended = sum(size < options.tokens for size in sizes)
+    return Written(texts, sum(sizes), ended, bits, seconds)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -138,6 +158,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", type=Path, help="default: tokenizer.model beside the artifact")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(arguments)
+    if not options.prompt.isascii() and re.search("[\ud800-\udfff]", options.prompt):
+        parser.error("--prompt: is no UTF-8")
     for name, least, most in (
         ("tokens", 1, MOST_TOKENS),
         ("count", 1, MOST_TEXTS),
@@ -155,8 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on what is wrong."""
     options = parse_arguments(arguments)
     try:
-        with blame(options.path):
-            written = write(Writer(options.path, options.tokenizer, options.device), options)
+        written = write(Writer(options.path, options.tokenizer, options.device), options)
     except (UserError, DataError, OSError, MemoryError) as error:
         endings.say(f"error: {printable(str(error) or 'not enough memory')}", sys.stderr)
         return 2
@@ -167,7 +188,11 @@ def main(arguments: list[str] | None = None) -> int:
     speed = written.tokens / max(written.seconds, 1e-9)
     how = "decoded from random bits" if options.from_bits else "written"
     line = f"{written.tokens:,} tokens {how} in {written.seconds:.1f} s, {speed:,.0f} tokens/s"
-    endings.say(f"{line}; {written.bits:.2f} bits a token", sys.stderr)
+    endings.say(f"{line}; {written.bits:.2f} bits a token, the prompt's included", sys.stderr)
+    if written.ended:
+        ended = f"{written.ended} of {len(written.texts)} ended before"
+        more = "the model wrote a document's end; another --seed or --prompt may go on"
+        endings.say(f"{ended}: {more}", sys.stderr)
     return 0
 
 

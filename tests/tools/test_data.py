@@ -786,11 +786,13 @@ def test_the_output_within_the_input_is_no_input(messy):
 
 def test_bad_json_in_a_folder_says_how_to_leave_it_out(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fill(Path("in"), {"a.txt": b"some text", "b/[1] x.jsonl": b'{"content": 1}\n'})
+    broken = b'{"text": "fine"}\n{"content": 1}\n'
+    fill(Path("in"), {"a.txt": b"some text", "b/[1] x.jsonl": broken, "log.jsonl": b'{"a": 1}\n'})
     assert run("--input", "in", "--out", "set") == 2
     option = capsys.readouterr().err.partition("or leave it out: ")[2]
     assert option == "--exclude 'in/b/[[]1] x.jsonl'\n"
-    assert shell(f"{PREPARE} --input in --out set {option}", tmp_path).returncode == 0
+    done = shell(f"{PREPARE} --input in --out set {option}", tmp_path)
+    assert done.returncode == 0 and 'JSON lines without "text": 1 (in/log.jsonl)' in done.stderr
 
 
 def test_a_bomb_in_a_folder_is_left_out(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """records/tools/sample.py: what a user types, and random bits as draws from the mixture."""
 
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +46,13 @@ def test_several_texts_stand_apart(folder, capsys):
     assert text.count("-" * 40) == 2 and "bits a token" in facts
 
 
+def test_a_document_that_ends_early_is_told(folder, capsys, monkeypatch):
+    ended = train_gpt.Continuation(np.array([5], np.uint16), np.array([-1.0]))
+    monkeypatch.setattr(train_gpt, "generate", lambda *_, **__: [ended])
+    status, _, facts = said(capsys, folder, "--tokens", 9)
+    assert status == 0 and "1 of 1 ended before" in facts and facts.startswith("1 tokens written")
+
+
 def test_what_a_terminal_would_obey_is_escaped(folder, capsys, monkeypatch):
     monkeypatch.setattr(sample.Writer, "text", lambda *_: "a\x1b[2K\nb\u202e")
     assert said(capsys, folder, "--tokens", 1)[1] == "a\\x1b[2K\nb\\u202e\n"
@@ -79,6 +88,31 @@ def mixture_after(writer, ids):
     return rows[-1]
 
 
+def test_bits_that_stand_for_no_token_are_drawn_again(folder, monkeypatch):
+    """A range coder's ranges have a gap at their end."""
+    queue, family = train_gpt.range_coder()
+
+    class Gap:
+        made = 0
+
+        def __init__(self, words):
+            self.coder = queue.RangeDecoder(words)
+            Gap.made += 1
+            self.left = 3
+
+        def decode(self, *given):
+            self.left -= 1
+            if not self.left:
+                raise AssertionError("invalid for the employed entropy model")
+            return self.coder.decode(*given)
+
+    coder = SimpleNamespace(RangeDecoder=Gap)
+    monkeypatch.setattr(train_gpt, "range_coder", lambda: (coder, family))
+    writer = sample.Writer(folder, None, "cpu")
+    found = [len(writer.from_bits([5], 9, seed).tokens) for seed in range(9)]
+    assert max(found) == 9 and Gap.made > 18
+
+
 def test_from_the_command_line(folder, tmp_path):
     program = ROOT / "records/tools/sample.py"
     command = [sys.executable, program, folder, "--from-bits", "--tokens", "30"]
@@ -88,7 +122,9 @@ def test_from_the_command_line(folder, tmp_path):
     assert "decoded from random bits" in done.stderr and not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("damage", ["nowhere", "no_artifact", "no_tokenizer", "other", "cut"])
+@pytest.mark.parametrize(
+    "damage", ["nowhere", "no_artifact", "no_tokenizer", "pipe", "other", "cut"]
+)
 def test_one_line_for_what_is_wrong(damage, folder, tmp_path, capsys):
     if damage != "nowhere":
         tmp_path.joinpath("run").mkdir()
@@ -99,6 +135,9 @@ def test_one_line_for_what_is_wrong(damage, folder, tmp_path, capsys):
         (run / "artifact.bin").unlink()
     elif damage == "no_tokenizer":
         (run / "tokenizer.model").unlink()
+    elif damage == "pipe":
+        (run / "tokenizer.model").unlink()
+        os.mkfifo(run / "tokenizer.model")
     elif damage == "other":
         (run / "tokenizer.model").write_bytes(prepare_text.train_tokenizer([SOURCE_CODE], 290))
     elif damage == "cut":
@@ -110,7 +149,14 @@ def test_one_line_for_what_is_wrong(damage, folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--tokens", "0"], ["--top-k", "-1"], ["--temperature", "nan"], ["--seed", "-1"], []],
+    [
+        ["--prompt", "\udcff"],
+        ["--tokens", "0"],
+        ["--top-k", "-1"],
+        ["--temperature", "nan"],
+        ["--seed", "-1"],
+        [],
+    ],
 )
 def test_wrong_arguments_are_usage(wrong, folder, capsys):
     arguments = [str(folder), *wrong] if wrong else []

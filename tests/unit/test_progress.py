@@ -103,7 +103,7 @@ def test_the_last_lines_are_a_table(run):
     assert re.search(rf"^val_bpb, .* {folder.val_bpb('ngram_exact'):.4f} ", table, re.MULTILINE)
     sizes = folder.final("artifact_bytes")
     assert f"{int(sizes['total']):,} of 16,000,000" in table
-    assert re.search(r"train \d+ of 600, eval \d+ of 600, proof \d+, in all \d+", table)
+    assert re.search(r"data \d+, train \d+ of 600, eval \d+ of 600, in all \d+", table)
     assert "proof     none" in table and "runs/x" in table
 
 
@@ -148,6 +148,7 @@ def test_a_validation_may_be_of_the_first_targets(dataset, tmp_path):
     (row,) = [row for row in run.metrics() if row["key"] == "step" and "val_loss" in row]
     other = run_here(tmp_path, "y", **env)
     (whole,) = [row for row in other.metrics() if row["key"] == "step" and "val_loss" in row]
+    assert row["val_tokens"] == 100 and "val_tokens" not in whole
     assert row["val_loss"] != whole["val_loss"] and run.artifact == other.artifact
     bytes_of = run.arrays("scores.npz")["bytes"]
     ratio = row["val_bpb"] / row["val_loss"] * bytes_of[:100].sum() / 100
