@@ -1181,7 +1181,7 @@ class Runtime:
             self.bar.print(text)
 
     def stage(self, name: str) -> None:
-        """What begins now, for lines that say so where it takes long."""
+        """What begins now, for lines that say so where it takes long; "": others tell."""
         self.bar.heartbeat.begin(name)
 
     def open_logs(self) -> None:
@@ -1702,7 +1702,7 @@ class Heartbeat:
     def watch(self, ended: threading.Event) -> None:
         while not ended.wait(0.5):
             now = time.perf_counter()
-            if self.bar.bar is None and now - self.said >= self.patience:
+            if self.name and self.bar.bar is None and now - self.said >= self.patience:
                 print(self.line(now - self.begun), file=sys.stderr, flush=True)
                 self.said = now
                 self.patience = min(2 * self.patience, self.MOST)
@@ -5475,7 +5475,7 @@ def prove(report: "Report", log_prob: np.ndarray) -> tuple[Coded, dict[str, Any]
     write_atomically(folder / "stream.bin", sealed)
     del model
     rt.release_memory()  # the decoder needs as much
-    rt.stage("decoding in a fresh process")
+    rt.stage("")  # the decoder tells how far it is
     right = decoded_again(folder, coded.text)
     side = len(plan.side_bytes())
     claimed = -log_prob[: coded.targets].sum() / math.log(256) + side
