@@ -115,7 +115,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -389,8 +389,11 @@ class Config:
         "what feeds the n-gram mixture, sliding windows, or documents token by token, whose "
         "score a stream of bytes can prove")
     eval_lanes: int = scoring(1024, "documents read side by side, all ranks together", least=1)
+    eval_piece_tokens: int = scoring(8192,
+        "targets after which a document is cut, so that lanes read its pieces side by side, each "
+        "with nothing before it; 0: never", stored_in=())
     eval_longest_first: int = scoring(0,
-        "so many of the longest documents are read before the others, or many lanes would wait for "
+        "so many of the longest pieces are read before the others, or many lanes would wait for "
         "one at the end; the bytes that name them count in the score", stored_in=())
     save_scores: bool = scoring(False, "write scores.npz, a row for each target")
     codec_tokens: int = scoring(1_000_000,
@@ -2017,10 +2020,14 @@ def check_memory(rt: Runtime, cfg: Config) -> None:
         needs["TRAIN_BATCH_TOKENS"] = state_bytes(cfg) + kept * number
     if cfg.scorer == "documents":
         documents = 0
+        targets = 0
         for path in Path(cfg.data_path).glob("*_val_*.bin"):
             with contextlib.suppress(BadShard):  # find_shards tells
-                documents += int((read_shard(path, MOST_PIECES) == BOS).sum())
-        lanes = -(-min(cfg.eval_lanes, documents) // rt.world_size)
+                tokens = read_shard(path, MOST_PIECES)
+                documents += int((tokens == BOS).sum())
+                targets += len(tokens)
+        pieces = max(documents, targets // (cfg.eval_piece_tokens or targets or 1))  # at least
+        lanes = -(-min(cfg.eval_lanes, pieces) // rt.world_size)
         needs["EVAL_LANES"] = lane_bytes(cfg, lanes, cfg.window, rt.cuda)
     for name, need in needs.items():
         need *= 1 if rt.cuda else rt.local_ranks
@@ -4057,49 +4064,92 @@ SCHEDULED_STEPS = 1024  # of lanes, that are laid out at a time
 WARM_UP_STEPS = 32  # of lanes, that are timed beforehand
 
 
+class Pieces(NamedTuple):
+    """A stream in what lanes take one by one: documents, the long ones in parts."""
+
+    starts: np.ndarray  # places of their first inputs, (P,)
+    sizes: np.ndarray  # targets, (P,)
+    goes_on: np.ndarray  # bool (P,): the document, in the next piece
+
+    @staticmethod
+    def of(stream: np.ndarray, length: int) -> "Pieces":
+        """stream: a BOS and N targets; length: targets of a part; 0: no document is cut."""
+        starts = np.flatnonzero(stream[:-1] == BOS)
+        sizes = np.diff(starts, append=len(stream) - 1)
+        if not length or sizes.max(initial=0) <= length:
+            return Pieces(starts, sizes, np.zeros(len(starts), bool))
+        parts = -(-sizes // length)
+        ends = np.cumsum(parts)
+        number = np.arange(ends[-1]) - np.repeat(ends - parts, parts)  # in the document
+        rest = np.repeat(sizes, parts) - length * number
+        starts = np.repeat(starts, parts) + length * number
+        return Pieces(starts, np.minimum(rest, length), rest > length)
+
+
 class CodingPlan(NamedTuple):
     """What a decoder must know beforehand."""
 
-    documents: int
-    last: int  # targets of the last one; 0: it ends with a BOS, as the others do
-    lanes: int  # documents side by side
+    pieces: int
+    last: int  # targets of the last one; 0: it ends with a BOS, as documents do
+    lanes: int  # pieces side by side
     groups: int  # of lanes, one a rank
     targets: int  # to code
     window: int  # keys and values a lane keeps
-    ahead: tuple[int, ...] = ()  # documents that are read first, ascending
+    ahead: tuple[int, ...] = ()  # pieces that are read first, ascending
+    length: int = 0  # targets of a piece whose document goes on in the next one
+    cuts: tuple[tuple[int, int], ...] = ()  # of each such document, ascending: its first piece, and
+    # how many end with a cut
 
     @staticmethod
     def of(stream: np.ndarray, cfg: Config, groups: int) -> "CodingPlan":
         """For the N targets of a stream of N + 1 tokens."""
-        starts = np.flatnonzero(stream[:-1] == BOS)
-        size = len(stream) - 1
-        last = 0 if stream[-1] == BOS else size - int(starts[-1])
-        lanes = -(-min(cfg.eval_lanes, len(starts)) // groups) * groups
-        plan = CodingPlan(len(starts), last, lanes, groups, size, cfg.window)
-        if len(starts) <= lanes:  # all begin at once
+        pieces = Pieces.of(stream, cfg.eval_piece_tokens)
+        count = len(pieces.starts)
+        last = 0 if stream[-1] == BOS else int(pieces.sizes[-1])
+        lanes = -(-min(cfg.eval_lanes, count) // groups) * groups
+        plan = CodingPlan(count, last, lanes, groups, len(stream) - 1, cfg.window)
+        if pieces.goes_on.any():
+            edges = np.flatnonzero(np.diff(pieces.goes_on, prepend=False, append=False))
+            cuts = tuple((a, b - a) for a, b in edges.reshape(-1, 2).tolist())
+            plan = plan._replace(length=cfg.eval_piece_tokens, cuts=cuts)
+        if count <= lanes:  # all begin at once
             return plan
-        longest = np.argsort(-np.diff(starts, append=size), kind="stable")
+        longest = np.argsort(-pieces.sizes, kind="stable")
         ahead = sorted(longest[: cfg.eval_longest_first].tolist())
         natural = ahead == [*range(len(ahead))]  # the first ones anyway: not worth a byte
         return plan._replace(ahead=() if natural else tuple(ahead))
 
     def queue(self) -> Iterator[int]:
-        """The documents in the order in which they are begun, one by one: a forged number of them
+        """The pieces in the order in which they are begun, one by one: a forged number of them
         must not ask for the memory."""
         yield from self.ahead
         ahead = {*self.ahead}
-        yield from (document for document in range(self.documents) if document not in ahead)
+        yield from (piece for piece in range(self.pieces) if piece not in ahead)
+
+    def goes_on(self, pieces: np.ndarray) -> np.ndarray:
+        """Which of these pieces end with a cut, at the plan's length; bool."""
+        if not self.cuts:
+            return np.zeros(len(pieces), bool)
+        firsts, counts = np.array(self.cuts).T
+        document = np.searchsorted(firsts, pieces, "right") - 1
+        return (document >= 0) & (pieces < (firsts + counts)[document])
 
     def side_bytes(self) -> bytes:
-        """What the body of stream.bin begins with: which documents are ahead, as the gaps between
-        them, the first counted from -1; seven bits a byte, the low ones first, with the eighth
-        where more follow (LEB128)."""
+        """What the body of stream.bin begins with: which pieces are ahead, as the gaps between
+        them, the first counted from -1; of each document that is cut the gap from the cuts before
+        to its first piece, and how many there are; seven bits a byte, the low ones first, with the
+        eighth where more follow (LEB128)."""
+        numbers = np.diff(self.ahead, prepend=-1).tolist()
+        end = -1
+        for first, count in self.cuts:
+            numbers += [first - end, count]
+            end = first + count
         packed = bytearray()
-        for gap in np.diff(self.ahead, prepend=-1).tolist():
-            while gap > 127:
-                packed.append(gap & 127 | 128)
-                gap >>= 7
-            packed.append(gap)
+        for number in numbers:
+            while number > 127:
+                packed.append(number & 127 | 128)
+                number >>= 7
+            packed.append(number)
         return bytes(packed)
 
     def side_nats(self) -> float:
@@ -4107,26 +4157,29 @@ class CodingPlan(NamedTuple):
         return len(self.side_bytes()) * math.log(256)
 
 
-def read_side_bytes(plan: CodingPlan, count: int, body: bytes) -> CodingPlan:
-    """The plan with `ahead` read from the first `count` gaps of a stream's body; ValueError for
-    what side_bytes would not have written."""
-    gaps: list[int] = []
-    gap = 0
+def read_side_bytes(plan: CodingPlan, ahead: int, cut: int, body: bytes) -> CodingPlan:
+    """The plan with the pieces ahead and the cuts, so many each, from the beginning of a stream's
+    body; ValueError for what side_bytes would not have written."""
+    numbers: list[int] = []
+    number = 0
     shift = 0
     for byte in body:
-        if len(gaps) == count or shift > 28:  # five bytes at most
+        if len(numbers) == ahead + 2 * cut or shift > 28:  # five bytes at most
             break
-        gap |= (byte & 127) << shift
+        number |= (byte & 127) << shift
         shift += 7
         if byte < 128:
-            gaps.append(gap)
-            gap = 0
+            numbers.append(number)
+            number = 0
             shift = 0
-    numbers = (np.cumsum(gaps) - 1).tolist()
-    plan = plan._replace(ahead=tuple(int(number) for number in numbers))
-    ascending = all(gap > 0 for gap in gaps) and (not gaps or plan.ahead[-1] < plan.documents)
-    if len(gaps) != count or not ascending or not body.startswith(plan.side_bytes()):
-        raise ValueError(f"it does not begin with the numbers of {count} documents")
+    numbers_ahead = (np.cumsum(numbers[:ahead], dtype=int) - 1).tolist()
+    edges = (np.cumsum(numbers[ahead:], dtype=int) - 1).tolist()  # first, last piece of documents
+    cuts = zip(edges[::2], numbers[ahead + 1 :: 2], strict=False)
+    plan = plan._replace(ahead=tuple(numbers_ahead), cuts=tuple(cuts))
+    whole = len(numbers) == ahead + 2 * cut and all(number > 0 for number in numbers)
+    within = all(piece < plan.pieces for piece in numbers_ahead[-1:] + edges[-1:])
+    if not (whole and within and body.startswith(plan.side_bytes())):
+        raise ValueError(f"it does not begin with the numbers of {ahead + cut} documents")
     return plan
 
 
@@ -4134,40 +4187,42 @@ class LaneStep(NamedTuple):
     """What the lanes at work did in one step, each (lanes at work,)."""
 
     lanes: np.ndarray
-    documents: np.ndarray  # that they read
+    pieces: np.ndarray  # that they read
     places: np.ndarray  # of their inputs there, from 0
 
 
 class LaneSchedule:
-    """Which lane reads what when, known beforehand: it depends on the documents' lengths alone.
+    """Which lane reads what when, known beforehand: it depends on the pieces' lengths alone.
     Encoder and decoder come to the same as they go (run_lanes)."""
 
     def __init__(self, stream: np.ndarray, plan: CodingPlan):
         """stream: a BOS and N targets."""
         queue = [*plan.queue()]
-        starts = np.flatnonzero(stream[:-1] == BOS).astype(np.int32)
-        sizes = np.diff(starts, append=len(stream) - 1)[queue]  # in targets
-        starts = starts[queue]
+        starts, sizes, goes_on = (column[queue] for column in Pieces.of(stream, plan.length))
         free = [(0, lane) for lane in range(plan.lanes)]  # from which step on
         taken = []
         for size in sizes.tolist():
             step, lane = free[0]
             heapq.heapreplace(free, (step + size, lane))
             taken.append(lane)
-        by_lane = np.argsort(taken, kind="stable")  # each lane's documents, in its order
+        by_lane = np.argsort(taken, kind="stable")  # each lane's pieces, in its order
         lengths = np.bincount(taken, sizes, plan.lanes).astype(int)  # of the lanes
-        offsets = np.cumsum(sizes[by_lane]) - sizes[by_lane]
+        sizes = sizes[by_lane]
         within = np.arange(len(stream) - 1, dtype=np.int32)
-        within -= np.repeat(offsets, sizes[by_lane]).astype(np.int32)
-        # Lane after lane: the places of its inputs in their documents, and in the stream.
+        within -= np.repeat(np.cumsum(sizes) - sizes, sizes).astype(np.int32)
+        # Lane after lane: the places of its inputs in their pieces, and in the stream.
         self.places = within
-        self.inputs = within + np.repeat(starts[by_lane], sizes[by_lane])
+        self.inputs = within + np.repeat(starts[by_lane].astype(np.int32), sizes)
+        # A context ends with its lane, and where a cut ends a piece: threads of text.
+        lane = np.array(taken)[by_lane]
+        begins = (np.diff(lane, prepend=-1) != 0) | np.roll(goes_on[by_lane], 1)
+        self.threads = np.repeat(np.cumsum(begins, dtype=np.int32) - 1, sizes)
         self.firsts = np.cumsum(lengths) - lengths
         self.lengths = lengths
 
     def steps(self, begin: int, end: int, lanes: slice) -> tuple[np.ndarray, np.ndarray]:
         """Of these steps, int32 (steps, lanes): places of the inputs in the stream, -1 where a lane
-        has nothing to do, and in their documents."""
+        has nothing to do, and in their pieces, whose first input is a BOS."""
         step = np.arange(begin, end)[:, None]
         busy = step < self.lengths[lanes]
         index = np.where(busy, step + self.firsts[lanes], 0)
@@ -4175,19 +4230,19 @@ class LaneSchedule:
 
     def order(self, stream: np.ndarray) -> "CodingOrder":
         """Of the stream's targets."""
-        begun = np.flatnonzero(self.lengths).astype(np.int32)
+        begun = np.flatnonzero(self.lengths)
         targets = []
         times = [np.zeros(len(begun), np.int32)]
-        lanes = [begun]
+        threads = [self.threads[self.firsts[begun]]]
         for begin in range(0, int(self.lengths.max()), SCHEDULED_STEPS):
             inputs, _ = self.steps(begin, begin + SCHEDULED_STEPS, slice(None))
             step, lane = np.nonzero(inputs >= 0)
             targets.append(inputs[step, lane])
             times.append((step + begin + 1).astype(np.int32))
-            lanes.append(lane.astype(np.int32))
+            threads.append(self.threads[step + begin + self.firsts[lane]])
         places = np.concatenate(targets)
         tokens = np.append(np.full(len(begun), BOS, stream.dtype), stream[places + 1])
-        return CodingOrder(tokens, places, (np.concatenate(times), np.concatenate(lanes)))
+        return CodingOrder(tokens, places, (np.concatenate(times), np.concatenate(threads)))
 
 
 class CodingOrder(NamedTuple):
@@ -4195,32 +4250,31 @@ class CodingOrder(NamedTuple):
 
     tokens: np.ndarray  # the lanes' first BOS, then the targets
     targets: np.ndarray | slice  # (N,) their places in the text
-    schedule: tuple[np.ndarray, np.ndarray] | None = None  # lane step, lane of each token; None:
+    schedule: tuple[np.ndarray, np.ndarray] | None = None  # lane step, thread of each token; None:
     # one by one
 
 
 TokenChooser = Callable[[list[Tensor], LaneStep], np.ndarray]
 
 
-def tokens_of_text(stream: np.ndarray) -> TokenChooser:
+def tokens_of_text(stream: np.ndarray, plan: CodingPlan) -> TokenChooser:
     """-> run_lanes' choose_tokens along a text."""
-    starts = np.flatnonzero(stream == BOS) + 1
+    starts = Pieces.of(stream, plan.length).starts + 1
 
     def choose_tokens(_: Any, step: LaneStep) -> np.ndarray:
-        return stream[starts[step.documents] + step.places].astype(np.int32)
+        return stream[starts[step.pieces] + step.places].astype(np.int64)
 
     return choose_tokens
 
 
 @torch.no_grad()
-def run_lanes(
-    model: GPT, rt: Runtime, plan: CodingPlan, choose_tokens: TokenChooser
-) -> list[LaneStep]:
-    """The one loop of encoding and decoding: a token a lane a step.
+def run_lanes(model: GPT, rt: Runtime, plan: CodingPlan, choose_tokens: TokenChooser) -> int:
+    """The one loop of encoding and decoding: a token a lane a step. -> targets that were coded.
 
-    Lanes begin with the first documents of the queue, which is the text's order but for those that
-    the plan has ahead. A BOS ends a document (the last one, which no BOS follows, ends by its
-    length), and its lane takes the next that waits. The network runs each
+    Lanes begin with the first pieces of the queue, which is the text's order but for those that
+    the plan has ahead. A BOS ends a document and so its last piece (that of the text's last one,
+    which no BOS follows, and pieces that are cut end by their lengths), and its lane takes the
+    next that waits, with nothing before it. The network runs each
     group of lanes in its own cache; choose_tokens(their outputs, joined; who is at work where)
     says which token follows in each lane: read from a text, or from a range decoder. Since nothing
     else differs, encoder and decoder call the network with the same numbers in the same shapes.
@@ -4236,27 +4290,27 @@ def run_lanes(
     ids = np.full(plan.lanes, BOS)
     places = np.zeros(plan.lanes, int)
     queue = plan.queue()
-    none = plan.documents
-    documents = np.array([next(queue, none) for _ in range(plan.lanes)])
+    none = plan.pieces
+    pieces = np.array([next(queue, none) for _ in range(plan.lanes)])
     coded = 0
-    steps = []
-    while len(lanes := np.flatnonzero(documents < none)) and coded < plan.targets:
+    while len(lanes := np.flatnonzero(pieces < none)) and coded < plan.targets:
         inputs = torch.as_tensor(np.stack([ids, places]), device=rt.device).split(group_size, 1)
         outputs = [forward(*group) for forward, group in zip(passes, inputs, strict=True)]
         joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
-        step = LaneStep(lanes, documents[lanes], places[lanes])
-        steps.append(step)
+        step = LaneStep(lanes, pieces[lanes], places[lanes])
         tokens = choose_tokens(joined, step)
         ids[lanes] = tokens
         places[lanes] += 1
         coded += len(lanes)
         rt.tick("documents", coded, plan.targets)
-        over = (step.documents == plan.documents - 1) & (places[lanes] == plan.last)
+        over = (step.pieces == none - 1) & (places[lanes] == plan.last)
+        if plan.length in places:
+            over |= (places[lanes] == plan.length) & plan.goes_on(step.pieces)
         for lane in lanes[over | (tokens == BOS)]:
             ids[lane] = BOS
             places[lane] = 0
-            documents[lane] = next(queue, none)
-    return steps
+            pieces[lane] = next(queue, none)
+    return coded
 
 
 def lane_bytes(cfg: Config, lanes: int, window: int, cuda: bool) -> int:
@@ -4304,7 +4358,7 @@ class LaneScorer:
         self.rt = rt
         self.window = window
         self.forward = lane_forward(model, rt, count, window)
-        # inputs, their places in the documents, targets
+        # inputs, their places in the pieces, targets
         self.schedule = torch.zeros(3, *shape, dtype=torch.int64, device=rt.device)
         self.found = torch.zeros(2, *shape, dtype=torch.float64, device=rt.device)
         self.at = torch.zeros(1, dtype=torch.int64, device=rt.device)  # the next of these steps
@@ -4358,7 +4412,7 @@ def score_documents(
         end = min(begin + SCHEDULED_STEPS, total)
         inputs, places = schedule.steps(begin, end, mine)
         busy = inputs >= 0
-        ids = np.where(busy, stream[inputs], BOS)  # as in run_lanes
+        ids = np.where(busy & (places > 0), stream[inputs], BOS)  # as in run_lanes
         found = scorer.score(
             np.stack([ids, places, stream[inputs + 1]]).astype(np.int64),
             lambda step, begin=begin: rt.tick("documents", begin + step, total),
@@ -4401,7 +4455,7 @@ def generate(
 
     def choose_tokens(outputs: list[Tensor], step: LaneStep) -> np.ndarray:
         log_probs = outputs[0].cpu().numpy()[step.lanes]
-        for row, document in zip(log_probs, step.documents, strict=True):
+        for row, document in zip(log_probs, step.pieces, strict=True):
             text = texts[document]
             prompt = prompts[document]
             if len(text) < len(prompt):
@@ -4412,7 +4466,7 @@ def generate(
                 token = BOS
             text.append(token)
             costs[document].append(row[token])
-        return np.array([texts[document][-1] for document in step.documents])
+        return np.array([texts[document][-1] for document in step.pieces])
 
     plan = CodingPlan(len(prompts), 0, lanes, 1, len(prompts) * (longest + 1), cfg.window)
     run_lanes(model, Runtime(cfg), plan, choose_tokens)
@@ -4568,11 +4622,13 @@ def enrichment_change(model: GPT, stream: np.ndarray, piece: int = ENRICHED_AT_O
 # the token after it is the next key, so no context is ever hashed or compared token by token. An
 # n-gram that occurs once is dropped: as a context it would never recur. Within a context's keys,
 # a second scan in the order of time adds up what came before (context_count 0, 1, 2 for a-b 1,
-# a-b 3, a-c 5), kinds and singletons. Every count is of the past alone, and an integer: the same on
-# every machine.
+# a-b 3, a-c 5), types and singletons, and sees whether a token follows as the last time (a-b 3
+# does, a-c 5 does not). Every count is of the past alone, and an integer: the same on every
+# machine.
 
 KEY_BITS = 63  # of a sort key: context group, token, position
 LONG_ORDERS = (12, 16, 24)  # of the blend, beside 1 and the range of settings: long repeats
+RECENT_ORDERS = (2, 3, 5, 8)  # whose last follower the blend weighs, too
 
 
 def ngram_counts(
@@ -4588,10 +4644,29 @@ def ngram_counts(
     wanted ones of them.
 
     Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
-    before, its distinct continuations, and those seen once. tokens (N,): integers below
-    vocab_size, else ValueError; left as they are. schedule: lane step and lane, int32 (N,) each, of
-    tokens in the order of coding: those of one step do not see each other; a context stays in its
-    lane, from the last BOS on.
+    before, its distinct continuations, and those seen once. The rest is count_ngrams'.
+    """
+    for order, stats in count_ngrams(
+        tokens, vocab_size, max_order, device, schedule, wanted=wanted
+    ):
+        yield order, *stats[:, :4].T
+
+
+def count_ngrams(
+    tokens: np.ndarray,
+    vocab_size: int,
+    max_order: int,
+    device: Any = "cpu",
+    schedule: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    wanted: Iterable[int] | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (order, statistics) of orders 1..max_order, or the wanted ones of them.
+
+    Statistics int32 (N, 5): ngram_counts' four, and 1 where t is what followed the context when it
+    was last seen. tokens (N,): integers below vocab_size, else ValueError; left as they are.
+    schedule: lane step and lane, int32 (N,) each, of tokens in the order of coding: those of one
+    step do not see each other; a context stays in its lane, from the last BOS on.
     """
     tokens = np.asarray(tokens)
     valid = not len(tokens) or 0 <= tokens.min() <= tokens.max() < vocab_size
@@ -4608,8 +4683,7 @@ def ngram_counts(
         counted = numba_orders(text, vocab_size, orders)
     else:
         counted = torch_orders(text, vocab_size, orders, device)
-    for order, stats in zip(orders, counted, strict=False):
-        yield order, *stats.T
+    yield from zip(orders, counted, strict=False)
 
 
 class TokenLinks(NamedTuple):
@@ -4632,8 +4706,8 @@ def next_in_lane(lanes: np.ndarray) -> np.ndarray:
 def torch_orders(
     text: TokenLinks, vocab_size: int, wanted: Sequence[int], device: Any
 ) -> Iterator[np.ndarray]:
-    """Statistics int32 (N, 4) of each wanted order by torch's stable sort, cumsum and scatter: on
-    CUDA, or on a CPU without numba. May modify text.following."""
+    """Statistics of each wanted order by torch's stable sort, cumsum and scatter: on CUDA, or on a
+    CPU without numba. May modify text.following."""
     tokens, times, following = (torch.from_numpy(column).to(device) for column in text)
     index = torch.arange(len(tokens), device=device)
     in_lanes = len(times) > 0
@@ -4646,7 +4720,7 @@ def torch_orders(
         ngrams = SortedGroups(context[live] * vocab_size + tokens[live], live, times)
         if order in wanted:
             contexts = SortedGroups(context[live], live, times)
-            yield torch_statistics(ngrams, contexts, index).cpu().numpy()
+            yield torch_statistics(ngrams, contexts, tokens, index).cpu().numpy()
         recurs = ~ngrams.new
         recurs[:-1] |= recurs[1:].clone()
         kept = recurs & (following[ngrams.places] >= 0)
@@ -4656,9 +4730,11 @@ def torch_orders(
             following[tokens == BOS] = -1  # from order 2 on, a document ends there
 
 
-def torch_statistics(ngrams: "SortedGroups", contexts: "SortedGroups", index: Tensor) -> Tensor:
-    """int32 (N, 4) of an order; index: 0..N - 1."""
-    stats = torch.zeros((len(index), 4), dtype=torch.int32, device=index.device)
+def torch_statistics(
+    ngrams: "SortedGroups", contexts: "SortedGroups", tokens: Tensor, index: Tensor
+) -> Tensor:
+    """int32 (N, 5) of an order; index: 0..N - 1."""
+    stats = torch.zeros((len(index), 5), dtype=torch.int32, device=index.device)
     stats[ngrams.places, 1] = (ngrams.step - ngrams.first).int()
     rank = torch.zeros_like(index)  # of an n-gram among its equals
     rank[ngrams.places] = index[: len(ngrams.places)] - ngrams.first
@@ -4668,6 +4744,9 @@ def torch_statistics(ngrams: "SortedGroups", contexts: "SortedGroups", index: Te
     for column, change in ((2, fresh), (3, fresh - again)):
         before = change.cumsum(0) - change
         stats[contexts.places, column] = (before[contexts.step] - before[contexts.first]).int()
+    followers = tokens[contexts.places]
+    same = followers == followers[(contexts.step - 1).clamp(min=0)]
+    stats[contexts.places, 4] = (same & (contexts.step > contexts.first)).int()
     return stats
 
 
@@ -4692,7 +4771,11 @@ class SortedGroups:
 
 @functools.cache
 def jit(function: Callable) -> Callable:
-    return package("numba").njit(function, nogil=True)
+    """Compiled by numba, and with it the functions of this file that it calls by name."""
+    used = {name: globals()[name] for name in function.__code__.co_names if name in globals()}
+    used = {name: jit(x) if isinstance(x, FunctionType) else x for name, x in used.items()}
+    alike = FunctionType(function.__code__, used, function.__name__)
+    return package("numba").njit(alike, nogil=True)
 
 
 def sort_pieces(keys: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
@@ -4704,8 +4787,8 @@ def sort_pieces(keys: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
 
 
 def numba_orders(text: TokenLinks, vocab_size: int, wanted: Sequence[int]) -> Iterator[np.ndarray]:
-    """Statistics int32 (N, 4) of each wanted order: a sort, a scan, a second scan beside the next
-    sort. Modifies text.following."""
+    """Statistics of each wanted order: a sort, a scan, a second scan beside the next sort. Modifies
+    text.following."""
     size = len(text.tokens)
     cuts: Sequence[int] = [0]
     bits = max(1, (size - 1).bit_length())
@@ -4718,11 +4801,11 @@ def numba_orders(text: TokenLinks, vocab_size: int, wanted: Sequence[int]) -> It
     packed = sort_pieces(keys, cuts)
     with ThreadPoolExecutor(1) as other_core:
         for order in range(1, max(wanted, default=0) + 1):
-            stats = np.zeros((size, 4), np.int32)
+            stats = np.zeros((size, 5), np.int32)
             longer, cuts = jit(scan_ngrams)(packed, layout, tuple(text), stats)
             packed = other_core.submit(sort_pieces, longer, cuts)
             if order in wanted:
-                jit(scan_contexts)(keys, layout, text.times, stats)
+                jit(scan_contexts)(keys, layout, text.tokens, text.times, stats)
                 yield stats
             text.following[text.tokens[: len(text.following)] == BOS] = -1
             # from order 2 on, a document ends there
@@ -4776,7 +4859,9 @@ def scan_ngrams(
     return out[:size], cuts
 
 
-def scan_contexts(keys: np.ndarray, layout: tuple, times: np.ndarray, stats: np.ndarray) -> None:
+def scan_contexts(
+    keys: np.ndarray, layout: tuple, tokens: np.ndarray, times: np.ndarray, stats: np.ndarray
+) -> None:
     """Compiled by numba. The other columns; keys lie grouped by context and in the order of
     time."""
     bits, vocab_size, _ = layout
@@ -4785,9 +4870,10 @@ def scan_contexts(keys: np.ndarray, layout: tuple, times: np.ndarray, stats: np.
     first = 0
     types = 0
     singles = 0
-    before = 0  # context, types and singletons as of the lane step's start
+    before = 0  # context, types, singletons and last follower as of the lane step's start
     old_types = 0
     old_singles = 0
+    follower = -1
     for i in range(keys.size):
         t = keys[i] & mask
         key = keys[i] >> bits
@@ -4801,10 +4887,12 @@ def scan_contexts(keys: np.ndarray, layout: tuple, times: np.ndarray, stats: np.
             before = i - first
             old_types = types
             old_singles = singles
+            follower = -1 if new else tokens[keys[i - 1] & mask]
         rank = stats[t, 2]
         stats[t, 0] = before
         stats[t, 2] = old_types
         stats[t, 3] = old_singles
+        stats[t, 4] = tokens[t] == follower
         types += rank == 0
         singles += (rank == 0) - (rank == 1)
 
@@ -4819,22 +4907,23 @@ class CountStore:
         self.matched: Any = 0  # longest order seen before at each target, int8 (N,)
 
     def collect(self, counts: Iterator) -> "CountStore":
-        """From ngram_counts; -> itself."""
-        for order, *stats in counts:
-            n, c, types, singles = (column[self.skip :] for column in stats)
+        """From count_ngrams; -> itself."""
+        for order, stats in counts:
+            stats = stats[self.skip :]
+            n = stats[:, 0]
             if order in self.orders:  # others cost memory, where all were counted
                 seen = np.flatnonzero(n).astype(np.int32)
-                few = np.stack([types[seen], singles[seen]], 1)
+                few = stats[seen, 2:]
                 if few.max(initial=0) < 2**16:  # half the memory, but 65,536 tokens may follow
                     few = few.astype(np.uint16)
-                self.columns.append((seen, np.stack([n[seen], c[seen]], 1), few))
+                self.columns.append((seen, stats[seen, :2], few))
                 self.matched = np.where(n > 0, np.int8(order), self.matched)
-            del n, c, types, singles, stats  # before the next order is counted
+            del n, stats  # before the next order is counted
         return self
 
     def read(self, begin: int, end: int) -> np.ndarray:
-        """Targets begin..end - 1: int32 (K, targets, 4): context, target, types, singletons."""
-        dense = np.zeros((len(self.orders), end - begin, 4), np.int32)
+        """Targets begin..end - 1: statistics int32 (K, targets, 5)."""
+        dense = np.zeros((len(self.orders), end - begin, 5), np.int32)
         ends = np.array([begin, end], np.int32)  # of another type, searchsorted would copy `seen`
         for row, (seen, many, few) in zip(dense, self.columns, strict=True):
             part = slice(*np.searchsorted(seen, ends))
@@ -4849,14 +4938,15 @@ class Backoff:
 
     def __init__(self, orders: Sequence[int], cfg: Config):
         self.orders = orders
+        self.recent_orders: tuple[int, ...] = ()
         self.cfg = cfg
         self.chunk = 1 << 16  # targets at a time
 
     def inputs(
-        self, stats: np.ndarray, entropy: np.ndarray, boost: Any = 1.0
+        self, stats: np.ndarray, entropy: np.ndarray, _: Any = None, *, boost: Any = 1.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Matched order, 0: none, and the weight of its counts, (rows,) each. stats: (K, rows, 4)
-        context, target, types, singletons; entropy: (rows,), nats; boost: of the weight."""
+        """Matched order, 0: none, and the weight of its counts, (rows,) each. stats: (K, rows, 5)
+        of count_ngrams; entropy: (rows,), nats; boost: of the weight."""
         cfg = self.cfg
         orders = np.array(self.orders)[:, None]
         known = stats[..., 0] >= cfg.ngram_min_count
@@ -4896,9 +4986,11 @@ def backoff_alpha(
 
 
 class Blend:
-    """The learned mixture: the model and each order's plain c / n, weighed by a gate (one hidden
-    layer) that learns from each chunk once it is scored; then gate against model alone, as a
-    Bayesian pair whose odds are their likelihoods so far, so that a useless gate costs a bit.
+    """The learned mixture: the model, each order's plain c / n and, of RECENT_ORDERS, the token
+    that followed the context last time; weighed by a gate (one hidden layer) that learns from each
+    chunk once it is scored; then gate against model alone, as a Bayesian pair whose odds are their
+    likelihoods so far, so that a useless gate costs a bit. The gate sees the counts, how uncertain
+    the model is, and how it and the counts fared at the last targets of the lane (outcomes).
 
     Its schedule. Chunks grow from 32 targets to 4,096, doubling: early the gate learns often, and
     later a chunk costs one pass; in lanes a chunk has at least the targets of one step, which is
@@ -4913,12 +5005,16 @@ class Blend:
     FIRST_CHUNK = 32
     LARGEST_CHUNK = 4096
     LAST_BATCH = 512
+    LATEST = 3  # outcomes that the gate sees one by one, beside the mean of REMEMBERED
 
     def __init__(self, orders: Sequence[int], rt: Runtime):
         self.device = rt.device
         self.orders = orders
-        inputs = 5 * len(orders) + 3
-        experts = len(orders) + 1
+        self.recent_orders = tuple(order for order in orders if order in RECENT_ORDERS)
+        rows = [orders.index(order) for order in self.recent_orders]
+        self.recent_rows = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        inputs = 5 * len(orders) + 3 + 2 * (self.LATEST + 1)
+        experts = 1 + len(orders) + len(self.recent_orders)
         first = torch.randn(inputs, self.HIDDEN, generator=torch.Generator().manual_seed(0))
         bias = torch.full((experts,), -1.0)
         bias[0] = 1.0  # the model starts favoured
@@ -4948,17 +5044,23 @@ class Blend:
                 torch._foreach_zero_([*state.values()])
         return train
 
-    def inputs(self, stats: np.ndarray, entropy: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs of the gate (rows, 5 K + 3), scaled by constants, not by the stream (C1), and the
-        experts' mask (rows, K + 1). stats: (K, rows, 4) int32; entropy: (rows,) float64, nats."""
+    def inputs(
+        self, stats: np.ndarray, entropy: np.ndarray, recent: Tensor | np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs of the gate (rows, 5 K + 11), scaled by constants, not by the stream (C1), and the
+        experts' mask (rows, 1 + K + R). stats: (K, rows, 5) of count_ngrams; entropy: (rows,)
+        float64, nats; recent: outcomes before each row, newest first, (rows, REMEMBERED, 2)."""
         stats = torch.as_tensor(stats, device=self.device)
+        recent = torch.as_tensor(recent, device=self.device)
         h = torch.as_tensor(entropy, device=self.device).float()[None]
-        n, _, types, singles = stats.float().unbind(-1)
+        n, _, types, singles, _ = stats.float().unbind(-1)
         known = n > 0
         total = n.clamp(min=1)
         inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
-        inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp()])
-        return inputs.T, torch.cat([torch.ones_like(h, dtype=torch.bool), known]).T
+        latest = recent[:, : self.LATEST].flatten(1).T
+        inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp(), latest, recent.mean(1).T])
+        model = torch.ones_like(h, dtype=torch.bool)
+        return inputs.T, torch.cat([model, known, known[self.recent_rows]]).T
 
     def logits(self, inputs: Tensor, known: Tensor) -> Tensor:
         hidden = F.gelu(inputs @ self.layers[0] + self.layers[1])
@@ -4966,7 +5068,7 @@ class Blend:
 
     @torch.no_grad()
     def weights(self, inputs: Tensor, known: Tensor) -> np.ndarray:
-        """Of the model and of each order's counts: float64 (rows, K + 1)."""
+        """Of the model, each order's counts and last followers: float64 (rows, 1 + K + R)."""
         share = self.odds.sigmoid()
         weights = share * self.logits(inputs, known).double().softmax(1)
         weights[:, 0] += 1 - share
@@ -4994,7 +5096,7 @@ class Blend:
 
     @torch.enable_grad()
     def train(self, inputs: Tensor, known: Tensor, ratio: Tensor) -> None:
-        """A step of Adam on a batch. ratio: of p to the best expert's, (rows, K + 1)."""
+        """A step of Adam on a batch. ratio: of p to the best expert's, (rows, 1 + K + R)."""
         p = (self.logits(inputs, known).softmax(1) * ratio).sum(1)
         loss = -p.clamp(1e-30).log().mean()
         self.optimizer.zero_grad()
@@ -5002,11 +5104,52 @@ class Blend:
         self.optimizer.step()
 
 
-def expert_probabilities(stats: np.ndarray, log_prob: np.ndarray) -> np.ndarray:
-    """Of the targets, by model and orders: float64 (rows, K + 1)."""
+def expert_probabilities(
+    mixer: Blend | Backoff, stats: np.ndarray, log_prob: np.ndarray
+) -> np.ndarray:
+    """Of the targets, by model, counts and last followers: float64 (rows, 1 + K + R)."""
     n = stats[..., 0]
     c = stats[..., 1]
-    return np.vstack([np.exp(log_prob).clip(1e-300), c / np.maximum(n, 1)]).T
+    recent = [stats[mixer.orders.index(order), :, 4] for order in mixer.recent_orders]
+    return np.vstack([np.exp(log_prob).clip(1e-300), c / np.maximum(n, 1), *recent]).T
+
+
+REMEMBERED = 16  # of a lane's last targets, how they went
+
+
+def outcomes(stats: np.ndarray, log_prob: np.ndarray) -> np.ndarray:
+    """How targets went, float32 (rows, 2): the model's loss in units of 4 nats, and the probability
+    c / n by the longest context that was known, 0 without one."""
+    rows = np.arange(len(log_prob))
+    p = np.zeros(len(rows))
+    if len(stats):
+        known = (stats[..., 0] > 0).sum(0)  # where a context is, all shorter ones are
+        n, c = stats[np.maximum(known - 1, 0), rows, :2].T
+        p = c / np.maximum(n, 1)
+    return np.stack([-log_prob / 4, p], 1).astype(np.float32)
+
+
+class Recent:
+    """Outcomes of a text's targets, filled in as they are scored, and for each target those of the
+    REMEMBERED before it in its lane. They lie lane after lane, each behind as many zeros."""
+
+    def __init__(self, lanes: np.ndarray, device: torch.device):
+        """lanes: of the targets, in the order of coding, (N,)."""
+        order = np.argsort(lanes, kind="stable")
+        gaps = REMEMBERED * (lanes[order].astype(np.int64) + 1)
+        places = np.empty(len(lanes), np.int64)
+        places[order] = np.arange(len(lanes)) + gaps
+        self.places = places.astype(np.int32)
+        size = len(lanes) + int(gaps.max(initial=0))
+        self.values = torch.zeros(size, 2, device=device)
+        self.before = torch.arange(1, REMEMBERED + 1, device=device)
+
+    def add(self, begin: int, found: np.ndarray) -> Tensor:
+        """outcomes of the targets from `begin` on -> before each of them, newest first, (rows,
+        REMEMBERED, 2)."""
+        places = torch.as_tensor(self.places[begin : begin + len(found)], device=self.before.device)
+        self.values[places.long()] = torch.as_tensor(found, device=self.before.device)
+        return self.values[places.unsqueeze(1) - self.before]
 
 
 def weighed_orders(name: str, cfg: Config) -> tuple[int, ...]:
@@ -5039,23 +5182,28 @@ def mix(
     mixer: Blend | Backoff,
     store: CountStore,
     scores: Scores,
-    times: np.ndarray | None,
+    schedule: tuple[np.ndarray, np.ndarray] | None,
     tick: Callable = lambda *_: None,
 ) -> np.ndarray:
     """Score each target, then learn from it (a Backoff does not learn). -> log-probability (N,),
-    nats. times: lane steps of the targets, which a chunk does not divide; None: one by one."""
+    nats. schedule: lane steps of the targets, which a chunk does not divide, and lanes; None: one
+    by one."""
     if isinstance(mixer, Backoff):
         return mix_fixed(mixer, store, scores, tick)
     size = len(scores.log_prob)
+    times, lanes = schedule or (None, np.zeros(size, np.int32))
+    recent = Recent(lanes, mixer.device)
     mixed = np.empty(size)
     begin = 0
     while begin < size:
         end = min(begin + mixer.chunk, size)
         if times is not None:
             end = np.searchsorted(times, times[end - 1], "right")
+        log_prob = scores.log_prob[begin:end]
         stats = store.read(begin, end)
-        inputs = mixer.inputs(stats, scores.entropy[begin:end])
-        p = expert_probabilities(stats, scores.log_prob[begin:end])
+        before = recent.add(begin, outcomes(stats, log_prob))
+        inputs = mixer.inputs(stats, scores.entropy[begin:end], before)
+        p = expert_probabilities(mixer, stats, log_prob)
         mixed[begin:end] = np.log((mixer.weights(*inputs) * p).sum(1))
         mixer.learn(*inputs, p)
         tick("ngram", end, size)
@@ -5074,8 +5222,8 @@ def mix_fixed(
     def mix_chunk(begin: int) -> np.ndarray:
         part = slice(begin, min(begin + mixer.chunk, size))
         stats = store.read(part.start, part.stop)
-        p = expert_probabilities(stats, scores.log_prob[part])
-        weights = mixer.weights(*mixer.inputs(stats, scores.entropy[part], boost[part]))
+        p = expert_probabilities(mixer, stats, scores.log_prob[part])
+        weights = mixer.weights(*mixer.inputs(stats, scores.entropy[part], boost=boost[part]))
         return np.log((weights * p).sum(1))
 
     mixed = np.empty(size)
@@ -5097,11 +5245,13 @@ def mix_ngrams(scores: Scores, coding: CodingOrder, report: "Report") -> np.ndar
     store = CountStore(orders, len(coding.tokens) - len(final))
     how = dict(device=rt.device, schedule=coding.schedule, wanted=orders)
     rt.stage("counting n-grams")
-    store.collect(ngram_counts(coding.tokens, cfg.vocab_size, max(orders), **how))
+    store.collect(count_ngrams(coding.tokens, cfg.vocab_size, max(orders), **how))
     scores = scores.take(coding.targets)
-    times = coding.schedule and coding.schedule[0][store.skip :]
+    schedule = coding.schedule
+    if schedule:  # of the targets
+        schedule = schedule[0][store.skip :], schedule[1][store.skip :]
     for name, mixer in mixers.items():
-        mixed = mix(mixer, store, scores, times, rt.tick)
+        mixed = mix(mixer, store, scores, schedule, rt.tick)
         final[coding.targets] = mixed
         if name == "cascade":
             report.score_in_order(
@@ -5129,97 +5279,535 @@ STREAM_PREFIX = b"PGSTREAM\x01"  # magic, version
 PRECISION = 24  # bits of a probability
 SCORING = stored_names("stream")  # in a stream's header
 WITNESSES = 2048  # targets whose mass is taken: at least by the codec, at most of windows
-KEPT_BYTES = 64  # of a lane's last tokens, two bytes each: more than any context
 
 
 class StreamError(UserError):
     """Damaged, or of another code, artifact or machine."""
 
 
-class ContextDictionary:
-    """What follows each context, {token: count}: ngram_counts of a text that is not there yet."""
+# Counts that grow with the text. ngram_counts needs the whole text; a decoder has what it decoded
+# so far. For every context it must know how often which token followed, and each new token is
+# counted in a context of every order. Most contexts of natural text occur once, so they are kept as
+# a suffix tree would: a context that was seen once is a place in the text, kept at the shortest
+# order at which it is the only one; what it was followed by, and its longer contexts, are read in
+# the text itself. Only a context that is seen again becomes a node, with a list of its followers.
+# Of order 3 and the text a b c, a b d, once c and d are counted:
+#
+#     b    node: followers c 1, d 1        seen twice
+#     a b  node: followers c 1, d 1
+#     c    the place of a (say): followed once, by it; contexts that end with c need no entry
+#
+# All contexts lie in one hash table; an entry counts only if all its tokens are those of the text
+# at its place, so that a collision of hashes costs time and never a count.
 
-    def __init__(self, orders: Sequence[int], lanes: int, isolated: bool):
+NO_TOKEN = 0xFFFF  # in a lane's text: its context does not reach beyond
+LANE_BLOCK = 4096  # tokens of text that a lane takes at a time
+CONTEXT_TOKENS = 32  # which begin with so many of the block before: more than any context has
+LOW_BITS = 0xFFFFFFFF
+ORDER_BITS = 5  # of a key's 32; the others are of a hash
+NODE = np.dtype(
+    [
+        ("place", np.int32),  # where in the text the context was last seen: of what followed
+        ("total", np.int32),
+        ("list", np.int32),  # where its followers begin
+        ("types", np.uint16),
+        ("singles", np.uint16),
+    ]
+)
+NODES, LISTS, ENTRIES, TEXT, FREE = range(5)  # of ContextArrays.used
+FEW_TARGETS = 20_000  # are counted in a dictionary before a table's kernels would be compiled
+
+
+class ContextArrays(NamedTuple):
+    """What a ContextTable's kernels work on."""
+
+    table: np.ndarray  # int64, a power of two of them: node, or ~place, << 32 | key; 0: free
+    nodes: np.ndarray  # NODE; the first one is of the context without tokens
+    lists: np.ndarray  # int64: token << 32 | count, in parts of 1, 2, 4, ... of them
+    text: np.ndarray  # uint16, blocks of lanes
+    used: np.ndarray  # int64: of nodes, lists, table, text; from FREE on, free lists of each size
+    first_order: np.ndarray  # int32 (V,): how often each token was seen
+    sizes: np.ndarray  # int64 (K,): tokens of each order's context
+    places: np.ndarray  # int64 (lanes,): where their next tokens go
+
+
+def lengthen(text: np.ndarray, place: int, hashed: int, length: int, size: int) -> tuple[int, int]:
+    """The hash of `length` tokens before a place -> of `size` tokens, or as many as there are; how
+    many these are. The newest comes first, so that the orders share what is done."""
+    while length < size:
+        token = text[place - 1 - length]
+        if token == NO_TOKEN:
+            break
+        hashed = (hashed + np.uint64(token) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        hashed ^= hashed >> np.uint64(32)
+        length += 1
+    return hashed, length
+
+
+def same_tokens(text: np.ndarray, one: int, other: int, begin: int, end: int) -> bool:
+    """Do the places agree in the tokens before them, from the begin'th to the end'th?"""
+    for back in range(begin + 1, end + 1):
+        if text[one - back] != text[other - back]:
+            return False
+    return True
+
+
+def find_context(arrays: ContextArrays, place: int, hashed: int, order: int) -> tuple[int, int]:
+    """-> slot of the context before a place, or the free one that it would take; its key. order:
+    index of one. A context has `size` tokens: lengthen has seen to that."""
+    table = arrays.table
+    key = np.int64(hashed >> np.uint64(32 + ORDER_BITS)) << ORDER_BITS | order
+    slot = key * len(table) >> 32
+    while table[slot] != 0:
+        if table[slot] & LOW_BITS == key:
+            other = table[slot] >> 32
+            other = np.int64(arrays.nodes[other].place) if other >= 0 else ~other
+            if same_tokens(arrays.text, place, other, 0, arrays.sizes[order]):
+                break
+        slot = slot + 1 & len(table) - 1
+    return slot, key
+
+
+def read_contexts(
+    arrays: ContextArrays, lanes: np.ndarray, stats: np.ndarray, found: np.ndarray
+) -> None:
+    """Statistics of the lanes' contexts, without their targets: stats (K, lanes, 5), zeros; found
+    (K, lanes): node, or ~place; nothing where a context is unknown."""
+    for i in range(len(lanes)):
+        place = arrays.places[lanes[i]]
+        hashed = np.uint64(0)
+        length = 0
+        entry = np.int64(0)
+        for k in range(len(arrays.sizes)):
+            size = arrays.sizes[k]
+            shorter = length
+            hashed, length = lengthen(arrays.text, place, hashed, length, size)
+            if length < size:
+                break
+            if entry < 0:  # the shorter one was seen once, so this one was, there, or never
+                if not same_tokens(arrays.text, place, ~entry, shorter, size):
+                    break
+            elif size:
+                slot, _ = find_context(arrays, place, hashed, k)
+                if arrays.table[slot] == 0:
+                    break
+                entry = arrays.table[slot] >> 32
+            found[k, i] = entry
+            if entry < 0:
+                stats[k, i, 0] = 1
+                stats[k, i, 2] = 1
+                stats[k, i, 3] = 1
+            else:
+                node = arrays.nodes[entry]
+                stats[k, i, 0] = node.total
+                stats[k, i, 2] = node.types
+                stats[k, i, 3] = node.singles
+
+
+def last_follower(arrays: ContextArrays, entry: int) -> int:
+    """What came after a context, when it was last seen."""
+    return arrays.text[arrays.nodes[entry].place if entry >= 0 else ~entry]
+
+
+def add_followers(
+    arrays: ContextArrays,
+    read: tuple[np.ndarray, np.ndarray],
+    recent: np.ndarray,
+    weights: np.ndarray,
+    p: np.ndarray,
+) -> None:
+    """Add to p (lanes, V) the weighed shares of all counts and, of the orders with index `recent`,
+    of the last followers. read: stats and found; weights: (lanes, 1 + K + R), the model's first."""
+    stats, found = read
+    levels = len(arrays.sizes)
+    for i in range(len(p)):
+        row = p[i]
+        for k in range(levels):
+            if stats[k, i, 0] == 0:
+                break
+            entry = np.int64(found[k, i])
+            weight = weights[i, 1 + k] / stats[k, i, 0]
+            if entry < 0:
+                row[arrays.text[~entry]] += weight
+            elif arrays.sizes[k] == 0:
+                for token in range(len(row)):
+                    row[token] += weight * arrays.first_order[token]
+            else:
+                begin = arrays.nodes[entry].list
+                for follower in arrays.lists[begin : begin + stats[k, i, 2]]:
+                    row[follower >> 32] += weight * (follower & LOW_BITS)
+        for r in range(len(recent)):
+            k = recent[r]
+            if stats[k, i, 0]:
+                row[last_follower(arrays, np.int64(found[k, i]))] += weights[i, 1 + levels + r]
+
+
+def count_targets(
+    arrays: ContextArrays, stats: np.ndarray, found: np.ndarray, tokens: np.ndarray
+) -> None:
+    """The rest of stats: how often each lane's token had followed, and whether it did last."""
+    for i in range(len(tokens)):
+        for k in range(len(arrays.sizes)):
+            if stats[k, i, 0] == 0:
+                break
+            entry = np.int64(found[k, i])
+            stats[k, i, 4] = last_follower(arrays, entry) == tokens[i]
+            if entry < 0:
+                stats[k, i, 1] = stats[k, i, 4]
+            elif arrays.sizes[k] == 0:
+                stats[k, i, 1] = arrays.first_order[tokens[i]]
+            else:
+                begin = arrays.nodes[entry].list
+                for follower in arrays.lists[begin : begin + stats[k, i, 2]]:
+                    if follower >> 32 == tokens[i]:
+                        stats[k, i, 1] = follower & LOW_BITS
+                        break
+
+
+def take_list(arrays: ContextArrays, size: int) -> int:
+    """-> a part of `lists` for 2^size followers."""
+    used = arrays.used
+    begin = used[FREE + size]
+    if begin:
+        used[FREE + size] = arrays.lists[begin]  # the next free one
+    else:
+        begin = used[LISTS]
+        used[LISTS] += 1 << size
+    return begin
+
+
+def count_follower(arrays: ContextArrays, entry: int, token: int) -> None:
+    """A token follows a node's context once more."""
+    lists = arrays.lists
+    node = arrays.nodes[entry]
+    begin = np.int64(node.list)
+    types = np.int64(node.types)
+    end = begin + types
+    at = begin
+    while at < end and lists[at] >> 32 != token:
+        at += 1
+    if at == end:
+        if types & types - 1 == 0:  # full: one twice as large, and this one is free
+            size = 0
+            while 1 << size < types:
+                size += 1
+            larger = take_list(arrays, size + (types > 0))
+            for i in range(types):
+                lists[larger + i] = lists[begin + i]
+            if types:
+                lists[begin] = arrays.used[FREE + size]
+                arrays.used[FREE + size] = begin
+            node.list = larger
+            begin = larger
+            at = larger + types
+        lists[at] = np.int64(token) << 32
+        node.types += 1
+    lists[at] += 1
+    count = lists[at] & LOW_BITS
+    node.total += 1
+    node.singles += (count == 1) - (count == 2)
+    if at > begin and count > lists[at - 1] & LOW_BITS:  # what is frequent is found early
+        other = lists[at - 1]
+        lists[at - 1] = lists[at]
+        lists[at] = other
+
+
+def count_first_order(arrays: ContextArrays, token: int) -> None:
+    """A token follows the context without tokens."""
+    arrays.first_order[token] += 1
+    count = arrays.first_order[token]
+    node = arrays.nodes[0]
+    node.total += 1
+    node.types += count == 1
+    node.singles += (count == 1) - (count == 2)
+
+
+def make_node(arrays: ContextArrays, slot: int, key: int, hashed: int, order: int) -> int:
+    """The context of a slot, seen once so far, is seen again -> its node. The place where it was
+    seen is from now on an entry of the next order, if it has a context that long."""
+    place = ~(arrays.table[slot] >> 32)
+    entry = arrays.used[NODES]
+    arrays.used[NODES] += 1
+    arrays.table[slot] = entry << 32 | key
+    arrays.nodes[entry].place = place
+    count_follower(arrays, entry, arrays.text[place])
+    if order + 1 < len(arrays.sizes):
+        size = arrays.sizes[order + 1]
+        hashed, length = lengthen(arrays.text, place, hashed, arrays.sizes[order], size)
+        if length == size:
+            slot, key = find_context(arrays, place, hashed, order + 1)
+            arrays.table[slot] = ~place << 32 | key
+            arrays.used[ENTRIES] += 1
+    return entry
+
+
+def lacks_room(arrays: ContextArrays) -> bool:
+    """For a token in the worst case: a node and a full list of every order, a block of text."""
+    used = arrays.used
+    levels = len(arrays.sizes)
+    return (
+        used[NODES] + levels > len(arrays.nodes)
+        or used[LISTS] + 2 * levels * len(arrays.first_order) > len(arrays.lists)
+        or 4 * (used[ENTRIES] + levels + 1) > 3 * len(arrays.table)
+        or used[TEXT] + LANE_BLOCK > len(arrays.text)
+    )
+
+
+def insert_tokens(
+    arrays: ContextArrays, lanes: np.ndarray, tokens: np.ndarray, begin: int, isolated: bool
+) -> int:
+    """The next tokens of the lanes, from the begin'th of them on -> how many are done: fewer than
+    all where the arrays must grow first. isolated: a context begins at a BOS."""
+    text = arrays.text
+    for i in range(begin, len(lanes)):
+        if lacks_room(arrays):
+            return i
+        token = tokens[i]
+        place = arrays.places[lanes[i]]
+        text[place] = token  # first: a later lane may make a node of this place
+        hashed = np.uint64(0)
+        length = 0
+        for k in range(len(arrays.sizes)):
+            size = arrays.sizes[k]
+            hashed, length = lengthen(text, place, hashed, length, size)
+            if length < size:
+                break
+            entry = np.int64(0)
+            if size:
+                slot, key = find_context(arrays, place, hashed, k)
+                if arrays.table[slot] == 0:  # never seen; nor are the longer ones
+                    arrays.table[slot] = ~place << 32 | key
+                    arrays.used[ENTRIES] += 1
+                    break
+                entry = arrays.table[slot] >> 32
+                if entry < 0:
+                    entry = make_node(arrays, slot, key, hashed, k)
+                count_follower(arrays, entry, token)
+            else:
+                count_first_order(arrays, token)
+            arrays.nodes[entry].place = place
+        place += 1
+        if token == BOS and isolated:
+            text[place] = NO_TOKEN
+            text[place + 1] = BOS
+            place += 2
+        if place % LANE_BLOCK >= LANE_BLOCK - 4:  # the next block begins with this one's end
+            block = arrays.used[TEXT]
+            arrays.used[TEXT] += LANE_BLOCK
+            text[block : block + CONTEXT_TOKENS] = text[place - CONTEXT_TOKENS : place]
+            place = block + CONTEXT_TOKENS
+        arrays.places[lanes[i]] = place
+    return len(lanes)
+
+
+def doubled(table: np.ndarray) -> np.ndarray:
+    """With the same entries; a slot is the key's leading bits."""
+    larger = np.zeros(2 * len(table), np.int64)
+    for word in table:
+        if word != 0:
+            slot = (word & LOW_BITS) * len(larger) >> 32
+            while larger[slot] != 0:
+                slot = slot + 1 & len(larger) - 1
+            larger[slot] = word
+    return larger
+
+
+class ContextTable:
+    """What follows each context: count_ngrams of a text that is not there yet. About 50 bytes and
+    some microseconds a token. Compiled by numba; for vocabularies below NO_TOKEN."""
+
+    SLOTS = 1 << 16  # at first
+
+    def __init__(self, mixer: "Blend | Backoff", vocab_size: int, lanes: int, isolated: bool):
         """isolated: a context begins at a BOS."""
-        self.sizes = [2 * order - 2 for order in orders]  # of their contexts, in bytes
+        orders = mixer.orders
+        self.recent = np.array([orders.index(order) for order in mixer.recent_orders], np.int64)
+        self.isolated = isolated
+        places = LANE_BLOCK * np.arange(lanes) + CONTEXT_TOKENS + 1
+        text = np.zeros((lanes + 1) * LANE_BLOCK, np.uint16)
+        text[places - 1] = NO_TOKEN
+        used = np.zeros(FREE + 17, np.int64)
+        used[[NODES, LISTS, TEXT]] = 1, 1, lanes * LANE_BLOCK  # no node or list is 0
+        self.arrays = ContextArrays(
+            table=np.zeros(self.SLOTS, np.int64),
+            nodes=np.zeros(self.SLOTS // 4, NODE),
+            lists=np.zeros(self.SLOTS // 4, np.int64),
+            text=text,
+            used=used,
+            first_order=np.zeros(vocab_size, np.int32),
+            sizes=np.array(orders, np.int64) - 1,
+            places=places,
+        )
+
+    def read(self, lanes: np.ndarray) -> np.ndarray:
+        """Of the lanes' next tokens: statistics int32 (K, lanes, 5), without those of targets."""
+        self.stats = np.zeros((len(self.arrays.sizes), len(lanes), 5), np.int32)
+        self.found = np.zeros(self.stats.shape[:2], np.int32)
+        jit(read_contexts)(self.arrays, lanes, self.stats, self.found)
+        return self.stats
+
+    def add(self, weights: np.ndarray, p: np.ndarray) -> None:
+        """To p (lanes, V): the weighed counts of the contexts that were read."""
+        read = self.stats, self.found
+        jit(add_followers)(self.arrays, read, self.recent, weights, p)
+
+    def count(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
+        """The tokens that came, int64: into the statistics that were read, then counted."""
+        jit(count_targets)(self.arrays, self.stats, self.found, tokens)
+        self.insert(lanes, tokens)
+
+    def insert(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
+        """Count tokens that are no targets."""
+        done = 0
+        while done < len(lanes):
+            self.grow()
+            done = jit(insert_tokens)(self.arrays, lanes, tokens, done, self.isolated)
+
+    def forget(self, lanes: np.ndarray) -> None:
+        """No context of these lanes reaches back beyond here."""
+        self.arrays.text[self.arrays.places[lanes]] = NO_TOKEN
+        self.arrays.places[lanes] += 1
+
+    def grow(self) -> None:
+        """Room for a token at least; what is large grows by a quarter, in its place."""
+        arrays = self.arrays
+        levels = len(arrays.sizes)
+        for array, used, more in (
+            (arrays.nodes, NODES, levels),
+            (arrays.lists, LISTS, 2 * levels * len(arrays.first_order)),
+            (arrays.text, TEXT, LANE_BLOCK),
+        ):
+            if (needed := int(arrays.used[used]) + more) > len(array):
+                array.resize(needed + len(array) // 4, refcheck=False)
+        if 4 * (arrays.used[ENTRIES] + levels + 1) > 3 * len(arrays.table):
+            self.arrays = arrays._replace(table=jit(doubled)(arrays.table))
+
+    def size(self) -> int:
+        """Bytes."""
+        return sum(array.nbytes for array in self.arrays)
+
+
+class ContextDictionary:
+    """The same in Python's own terms, {context: {token: count}}: for short texts, and without
+    numba. Its distributions are those of a ContextTable to the bit."""
+
+    def __init__(self, mixer: "Blend | Backoff", vocab_size: int, lanes: int, isolated: bool):
+        """isolated: a context begins at a BOS."""
+        self.sizes = [2 * order - 2 for order in mixer.orders]  # of their contexts, in bytes
+        self.recent = [mixer.orders.index(order) for order in mixer.recent_orders]
         self.isolated = isolated
         self.followers: dict[bytes, dict[int, int]] = {}
-        self.recent = [b""] * lanes
+        self.last: dict[bytes, int] = {}
+        self.past = [b""] * lanes
 
     def contexts(self, lane: int) -> list[bytes]:
         """By order, those within the lane's text."""
-        recent = self.recent[lane]
-        return [recent[len(recent) - size :] for size in self.sizes if size <= len(recent)]
+        past = self.past[lane]
+        return [past[len(past) - size :] for size in self.sizes if size <= len(past)]
 
-    def read(self, lanes: Sequence[int]) -> tuple[np.ndarray, list[tuple]]:
-        """CountStore.read's rows, without target counts; (row, k, tokens, counts) of the contexts
-        that are known."""
-        stats = np.zeros((len(self.sizes), len(lanes), 4), np.int32)
-        found = []
+    def read(self, lanes: np.ndarray) -> np.ndarray:
+        """As a ContextTable's."""
+        self.stats = np.zeros((len(self.sizes), len(lanes), 5), np.int32)
+        self.found = []  # row, order's index, followers, their counts, the last one
         for i, lane in enumerate(lanes):
             for k, context in enumerate(self.contexts(lane)):
                 if after := self.followers.get(context):
+                    tokens = np.fromiter(after, np.int64, len(after))
                     counts = np.fromiter(after.values(), np.int32, len(after))
-                    stats[k, i] = counts.sum(), 0, len(counts), (counts == 1).sum()
-                    found.append((i, k, np.fromiter(after, np.int64, len(after)), counts))
-        return stats, found
+                    self.stats[k, i] = counts.sum(), 0, len(counts), (counts == 1).sum(), 0
+                    self.found.append((i, k, tokens, counts, self.last[context]))
+        return self.stats
 
-    def insert(self, lanes: Iterable[int], tokens: np.ndarray) -> None:
-        """The next token of each lane."""
-        for lane, token in zip(lanes, tokens.tolist(), strict=True):
+    def add(self, weights: np.ndarray, p: np.ndarray) -> None:
+        for i, k, tokens, counts, _ in self.found:
+            p[i, tokens] += weights[i, 1 + k] / self.stats[k, i, 0] * counts
+        for r, k in enumerate(self.recent, 1 + len(self.sizes)):
+            for i, here, *_, last in self.found:
+                if here == k:
+                    p[i, last] += weights[i, r]
+
+    def count(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
+        for i, k, after, counts, last in self.found:
+            self.stats[k, i, 1] = counts[after == tokens[i]].sum()
+            self.stats[k, i, 4] = last == tokens[i]
+        self.insert(lanes, tokens)
+
+    def insert(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
+        for lane, token in zip(lanes.tolist(), tokens.tolist(), strict=True):
             for context in self.contexts(lane):
                 after = self.followers.setdefault(context, {})
                 after[token] = after.get(token, 0) + 1
-            recent = b"" if token == BOS and self.isolated else self.recent[lane]
-            self.recent[lane] = (recent + token.to_bytes(2, "little"))[-KEPT_BYTES:]
+                self.last[context] = token
+            past = b"" if token == BOS and self.isolated else self.past[lane]
+            self.past[lane] = (past + token.to_bytes(2, "little"))[-2 * CONTEXT_TOKENS :]
+
+    def forget(self, lanes: np.ndarray) -> None:
+        for lane in lanes:
+            self.past[lane] = b""
 
 
 class Mixture:
     """The distribution whose code length is the score, for every token, step by step."""
 
-    def __init__(self, rt: Runtime, cfg: Config, begun: int, isolated: bool = True):
-        """begun: lanes that start with a BOS."""
+    def __init__(self, rt: Runtime, cfg: Config, begun: int, targets: int, isolated: bool = True):
+        """begun: lanes that start with a BOS; targets: about how many will come."""
         self.mixer = make_mixer(cfg.mixer, cfg, rt)
-        self.pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.pending: list[tuple[np.ndarray, ...]] = []
+        self.waiting = 0  # targets in `pending`
         self.mass_error = 0.0
-        self.counts = ContextDictionary(self.mixer.orders, begun, isolated)
-        self.counts.insert(range(begun), np.full(begun, BOS))
+        compiled = targets >= FEW_TARGETS and cfg.vocab_size <= NO_TOKEN and has_package("numba")
+        table = ContextTable if compiled else ContextDictionary
+        self.counts = table(self.mixer, cfg.vocab_size, begun, isolated)
+        self.counts.insert(np.arange(begun), np.full(begun, BOS))
+        self.recent = np.zeros((begun, REMEMBERED, 2), np.float32)  # newest first, see outcomes
+        self.p = np.empty((begun, cfg.vocab_size))
 
     def distributions(self, outputs: Sequence[Tensor], lanes: np.ndarray) -> np.ndarray:
         """predict's outputs of all lanes, (rows, V) and (rows,) -> p of these lanes, float64
-        (lanes, V)."""
+        (lanes, V), until the next call."""
         self.lanes = lanes
-        self.log_probs = outputs[0].cpu().numpy()[lanes]
-        self.entropy = outputs[1].cpu().numpy()[lanes]
-        self.stats, self.found = self.counts.read(lanes)
-        weights = self.mixer.weights(*self.mixer.inputs(self.stats, self.entropy))
-        p = weights[:, :1] * np.exp(self.log_probs)
-        for i, k, tokens, counts in self.found:
-            p[i, tokens] += weights[i, k + 1] / self.stats[k, i, 0] * counts
+        self.log_probs, self.entropy = (column.cpu().numpy() for column in outputs)
+        if len(lanes) < len(self.log_probs):
+            self.log_probs = self.log_probs[lanes]
+            self.entropy = self.entropy[lanes]
+        stats = self.counts.read(lanes)
+        self.inputs = self.mixer.inputs(stats, self.entropy, self.recent[lanes])
+        weights = self.mixer.weights(*self.inputs)
+        p = np.exp(self.log_probs, out=self.p[: len(lanes)])
+        p *= weights[:, :1]
+        self.counts.add(weights, p)
         self.mass_error = max(self.mass_error, float(np.abs(p.sum(1) - 1).max()))
         return p
 
+    def forget(self, lanes: np.ndarray) -> None:
+        """What came before in these lanes: they go on elsewhere."""
+        self.counts.forget(lanes)
+        self.recent[lanes] = 0
+
     def learn(self, tokens: np.ndarray) -> None:
         """Count the tokens of the step; when the mixer's chunk is full, train on it."""
-        for i, k, after, counts in self.found:
-            self.stats[k, i, 1] = counts[after == tokens[i]].sum()
-        self.counts.insert(self.lanes, tokens)
+        self.counts.count(self.lanes, tokens)
+        if isinstance(self.mixer, Backoff):
+            return
         log_prob = self.log_probs[np.arange(len(tokens)), tokens]
-        self.pending.append((self.stats, self.entropy, log_prob))
-        if sum(len(entropy) for _, entropy, _ in self.pending) >= self.mixer.chunk:
-            columns = [*zip(*self.pending, strict=True)]
-            stats = np.concatenate(columns[0], 1)
-            inputs = self.mixer.inputs(stats, np.concatenate(columns[1]))
-            p = expert_probabilities(stats, np.concatenate(columns[2]))
-            self.mixer.learn(*inputs, p)
+        stats = self.counts.stats
+        self.recent[self.lanes, 1:] = self.recent[self.lanes, :-1]
+        self.recent[self.lanes, 0] = outcomes(stats, log_prob)
+        p = expert_probabilities(self.mixer, stats, log_prob)
+        self.pending.append((*self.inputs, p))
+        self.waiting += len(tokens)
+        if self.waiting >= self.mixer.chunk:
+            inputs, known, p = zip(*self.pending, strict=True)
+            self.mixer.learn(torch.cat(inputs), torch.cat(known), np.concatenate(p))
             self.pending = []
+            self.waiting = 0
 
 
 def window_mass(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> float:
     """Largest error of the mixture's mass among the first targets that windows score; documents are
     added up by the codec. stream: N + 1 tokens."""
     scorer = WindowScorer(model, rt, cfg)
-    mixture = Mixture(rt, cfg, 1, isolated=False)
+    mixture = Mixture(rt, cfg, 1, WITNESSES, isolated=False)
     ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
     ids, scored, _ = scorer.windows(stream, ends, cfg.eval_stride)
     outputs = scorer.predict(scorer.rows(ids), scored)
@@ -5230,11 +5818,12 @@ def window_mass(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> flo
     return mixture.mass_error
 
 
-def coder_integers(p: np.ndarray) -> np.ndarray:
+def coder_integers(p: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """p, float64 (lanes, V) -> integers, their sum 2^24 - V: constriction's coder adds 1 to each,
-    so that every token can be coded. StreamError for what is no distribution."""
+    so that every token can be coded. StreamError for what is no distribution. out: where to."""
     free = (1 << PRECISION) - p.shape[1]
-    integers = np.floor(p * free)
+    integers = np.multiply(p, free, out=out)
+    np.floor(integers, out=integers)
     rest = free - integers.sum(1)
     if not ((np.abs(rest) <= p.shape[1]) & (p.min(1) >= 0)).all():
         mass = p.sum(1)[np.abs(rest).argmax()]
@@ -5276,35 +5865,49 @@ def run_codec(
 ) -> Coded:
     """Encoder and decoder: they differ in where the tokens come from. StreamError where these take
     more bits than there are."""
-    mixture = Mixture(rt, cfg, min(plan.lanes, plan.documents))
-    texts: dict[int, list[int]] = {}
+    begun = min(plan.lanes, plan.pieces)
+    mixture = Mixture(rt, cfg, begun, plan.targets)
+    before = np.full(begun, BOS)  # of each lane, its last token
+    buffer = np.empty_like(mixture.p)
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     spent = 0.0
     nats = np.zeros(2)
 
     def choose_tokens(outputs: list[Tensor], step: LaneStep) -> np.ndarray:
         nonlocal spent
+        if plan.cuts:
+            mixture.forget(step.lanes[(step.places == 0) & (before[step.lanes] != BOS)])
         p = mixture.distributions(outputs, step.lanes)
-        integers = coder_integers(p)
+        integers = coder_integers(p, buffer[: len(p)])
         tokens = pick_tokens(integers, step)
         mixture.learn(tokens)
+        before[step.lanes] = tokens
+        parts.append((step.pieces.astype(np.uint32), tokens.astype(np.uint16)))
         places = range(len(tokens)), tokens
         chosen = integers[places] + 1
         spent -= np.log2(chosen / (1 << PRECISION)).sum()
         nats[:] -= np.log(p[places]).sum(), mixture.log_probs[places].sum()
         if spent > most_bits:
             raise StreamError("words of another text")
-        for document, token in zip(step.documents, tokens.tolist(), strict=True):
-            texts.setdefault(document, [BOS]).append(token)
         return tokens
 
-    steps = run_lanes(model, rt, plan, choose_tokens)
-    tokens = []
-    for document, text in sorted(texts.items()):
-        ended = document < plan.documents - 1 and text[-1] == BOS  # by the next one's BOS
-        tokens += text[:-1] if ended else text
-    coded = sum(len(step.lanes) for step in steps)
-    text = np.array(tokens or [BOS], np.uint16)
-    return Coded(text, coded, mixture.mass_error, *nats.tolist())
+    coded = run_lanes(model, rt, plan, choose_tokens)
+    return Coded(joined_text(plan, parts), coded, mixture.mass_error, *nats.tolist())
+
+
+def joined_text(plan: CodingPlan, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The text, uint16, of what lanes coded in each step: numbers of the pieces, tokens. Each
+    document begins with a BOS; that which ends it is the next one's."""
+    if not parts:
+        return np.array([BOS], np.uint16)
+    pieces, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(pieces, kind="stable")
+    pieces = pieces[order].astype(np.int64)
+    tokens = tokens[order]
+    firsts = np.flatnonzero(np.diff(pieces, prepend=-1))
+    firsts = firsts[~plan.goes_on(pieces[firsts] - 1)]  # of documents
+    kept = (tokens != BOS) | (pieces == plan.pieces - 1)
+    return np.insert(tokens, firsts, BOS)[np.insert(kept, firsts, True)]
 
 
 def range_coder() -> tuple[Any, Any]:
@@ -5320,11 +5923,11 @@ def encode(
     coded."""
     queue, family = range_coder()
     coder = queue.RangeEncoder()
-    read = tokens_of_text(stream)
+    read = tokens_of_text(stream, plan)
 
     def pick_tokens(integers: np.ndarray, step: LaneStep) -> np.ndarray:
         tokens = read(None, step)
-        coder.encode(tokens, family, integers)
+        coder.encode(tokens.astype(np.int32), family, integers)
         return tokens
 
     coded = run_codec(model, rt, cfg, plan, pick_tokens)
@@ -5343,9 +5946,10 @@ def decode(model: GPT, rt: Runtime, cfg: Config, body: bytes, plan: CodingPlan) 
 
     def pick_tokens(integers: np.ndarray, _: LaneStep) -> np.ndarray:
         try:
-            return coder.decode(family, integers)
+            tokens = coder.decode(family, integers)
         except Exception as error:  # constriction's own, for words that fit no distribution
             raise StreamError(f"words of another text: {error}") from error
+        return tokens.astype(np.int64)
 
     return run_codec(model, rt, cfg, plan, pick_tokens, most_bits=32 * len(numbers) + 64)
 
@@ -5372,17 +5976,20 @@ class StreamHeader(NamedTuple):
 
     def pack(self) -> dict[str, Any]:
         scoring = {name: show(value) for name, value in self.scoring.items()}
-        *shape, ahead = self.plan
+        *shape, ahead, length, cuts = self.plan
         facts = dict(shape=shape, made=self.made, text=self.text, scoring=scoring)
-        return facts | (dict(ahead=len(ahead)) if ahead else {})
+        facts |= dict(ahead=len(ahead)) if ahead else {}
+        return facts | (dict(cuts=[length, len(cuts)]) if cuts else {})
 
     @staticmethod
     def parse(header: Any, body: bytes) -> "StreamHeader":
         """ValueError, KeyError, TypeError or AttributeError for what no encoder writes."""
         *shape, window = header["shape"]
-        plan = CodingPlan(*shape, window=window)
+        length, cut = header.get("cuts", (0, 0))
+        plan = CodingPlan(*shape, window=window, length=length)
         made = header["made"]
-        if not all(type(n) is int and 0 <= n < 2**53 for n in plan[:-1]) or plan.lanes < 1:
+        numbers = *shape, window, length, cut
+        if not all(type(n) is int and 0 <= n < 2**53 for n in numbers) or plan.lanes < 1:
             raise ValueError(f"a plan of {plan}")
         if made["device"].split()[:1] not in (["cpu"], ["cuda"]):
             raise ValueError(f"a device of {made['device']!r}")
@@ -5391,9 +5998,9 @@ class StreamHeader(NamedTuple):
         if not 0 < plan.groups <= plan.lanes or plan.lanes % plan.groups:
             raise ValueError(f"{plan.groups} groups of {plan.lanes} lanes")
         count = header.get("ahead", 0)
-        if type(count) is not int or not 0 <= count <= plan.documents:
-            raise ValueError(f"{count!r} documents ahead")
-        plan = read_side_bytes(plan, count, body)
+        if type(count) is not int or not 0 <= count <= plan.pieces or cut > plan.pieces:
+            raise ValueError(f"{count!r} pieces ahead, {cut} documents cut")
+        plan = read_side_bytes(plan, count, cut, body)
         return StreamHeader(plan, made, header["text"], stored_values(header["scoring"], SCORING))
 
 
@@ -5464,7 +6071,7 @@ def prove(report: "Report", log_prob: np.ndarray) -> tuple[Coded, dict[str, Any]
     plan = plan._replace(targets=min(max(most, WITNESSES), plan.targets))
     model = load_artifact(artifact, rt.device)
     if not most:
-        read = tokens_of_text(stream)
+        read = tokens_of_text(stream, plan)
         return run_codec(model, rt, cfg, plan, lambda _, step: read(None, step)), {}
     body, coded = encode(model, rt, cfg, stream, plan)
     scoring = {name: getattr(cfg, name) for name in SCORING}

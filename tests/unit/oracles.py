@@ -1,10 +1,10 @@
 """Oracles: what several unit tests compare the script with.
 
 honest_score is the whole score of a short text once more, by plain loops over dictionaries: from
-the text and the model's log-probabilities it recomputes the order of coding, the counts, the gate
-and its learning, and with them log p of each target, without any function of train_gpt.py. What it
-follows is written in spec/validity.md (documents as lanes) and in the docstrings of Blend. `oracle`
-counts by the definition. The rest is the script's own mixtures, on any tokens and Scores.
+the text and the model's log-probabilities it recomputes the order of coding, the counts, how past
+targets went, the gate and its learning, and with them log p of each target, without any function
+of train_gpt.py. What it follows is written in spec/validity.md (documents as lanes) and in the
+docstrings of Blend. `oracle` counts by the definition. The rest is the script's own mixtures, on any tokens and Scores.
 """
 
 import math
@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from helpers import SilentRuntime, tiny, train_gpt
 
-from train_gpt import CodingOrder, CountStore, Scores, make_mixer, mix, mix_ngrams, ngram_counts
+from train_gpt import CodingOrder, CountStore, Scores, count_ngrams, make_mixer, mix, mix_ngrams
 
 BOS = 1
 HIDDEN, RATE, FIRST_CHUNK, LARGEST_CHUNK = 32, 5e-3, 32, 4096
 LONG = (12, 16, 24)
+RECENT = (2, 3, 5, 8)  # orders whose last follower is an expert, too
+REMEMBERED, LATEST = 16, 3  # targets of a lane: in the mean of how they went, one by one
 
 # -----------------------------------------------------------------------------
 # The honest score
@@ -44,10 +46,11 @@ def coding_order(stream, lanes):
 
 
 class Counts:
-    """Of each context of each order: token -> how often it followed."""
+    """Of each context of each order: token -> how often it followed; which one did last."""
 
     def __init__(self, orders, lanes):
         self.orders, self.after = orders, defaultdict(lambda: defaultdict(int))
+        self.last = {}
         self.past = [[] for _ in range(lanes)]
         self.add([(lane, BOS) for lane in range(lanes)])  # documents of the first step begin
 
@@ -58,13 +61,14 @@ class Counts:
         ]
 
     def look_up(self, lane, token):
-        """(count of the context, of the token after it, distinct tokens after it, those seen once)
-        of each order"""
+        """(count of the context, of the token after it, distinct tokens after it, those seen once,
+        did the token follow last time) of each order"""
         found = []
         for order, context in zip(self.orders, self.contexts(lane), strict=True):
             seen = self.after.get((order, context), {}) if context is not None else {}
             once = sum(1 for count in seen.values() if count == 1)
-            found.append((sum(seen.values()), seen.get(token, 0), len(seen), once))
+            same = self.last.get((order, context)) == token
+            found.append((sum(seen.values()), seen.get(token, 0), len(seen), once, same))
         return found
 
     def add(self, tokens):
@@ -73,31 +77,37 @@ class Counts:
             for order, context in zip(self.orders, self.contexts(lane), strict=True):
                 if context is not None:
                     self.after[order, context][token] += 1
+                    self.last[order, context] = token
         for lane, token in tokens:
             self.past[lane] = [BOS] if token == BOS else [*self.past[lane], token]
 
 
-def features(found, entropy):
-    """What the gate sees of a target: of the counts by kind, then of the model's entropy."""
+def features(found, entropy, past):
+    """What the gate sees of a target: of the counts by kind, of the model's entropy, and how the
+    lane's last targets went. past: (loss / 4, p of the longest context) of each, newest first"""
     n, types, once = ([row[i] for row in found] for i in (0, 2, 3))
     parts = [math.log1p(x) / 4 for x in n] + [math.log1p(x) / 4 for x in types]
     parts += [t / max(x, 1) for t, x in zip(types, n, strict=True)]
     parts += [s / max(x, 1) for s, x in zip(once, n, strict=True)]
     parts += [float(x > 0) for x in n]
-    return [*parts, entropy / 4, entropy**2 / 16, math.exp(-entropy)]
+    parts += [entropy / 4, entropy**2 / 16, math.exp(-entropy)]
+    past = [*past[:REMEMBERED], *[(0.0, 0.0)] * REMEMBERED]
+    parts += [x for pair in past[:LATEST] for x in pair]
+    return parts + [sum(x) / REMEMBERED for x in zip(*past[:REMEMBERED], strict=True)]
 
 
 class Gate:
-    """inputs -> 32 hidden GELUs -> a softmax over the model and the orders that know the context;
-    Adam, written out."""
+    """inputs -> 32 hidden GELUs -> a softmax over the model and the orders that know the context,
+    by their counts and by what came last; Adam, written out."""
 
     def __init__(self, orders):
-        inputs = 5 * orders + 3
+        inputs = 5 * len(orders) + 3 + 2 * (LATEST + 1)
+        experts = 1 + len(orders) + len({*orders} & {*RECENT})
         generator = torch.Generator().manual_seed(0)
         a = torch.randn(inputs, HIDDEN, generator=generator) / inputs**0.5
-        b = torch.full((orders + 1,), -1.0)
+        b = torch.full((experts,), -1.0)
         b[0] = 1.0
-        self.w = [a, torch.zeros(HIDDEN), torch.zeros(HIDDEN, orders + 1), b]
+        self.w = [a, torch.zeros(HIDDEN), torch.zeros(HIDDEN, experts), b]
         self.mean = [torch.zeros_like(w) for w in self.w]
         self.square = [torch.zeros_like(w) for w in self.w]
         self.steps, self.seen, self.odds, self.chunk = 0, 0, 0.0, FIRST_CHUNK
@@ -144,14 +154,19 @@ def honest_score(stream, log_prob, entropy, lanes, orders):
     """log p of each target by the mixture. stream: tokens from a BOS on; log_prob, entropy: of the
     targets by the model, in the text's order, nats; orders: of the counts"""
     steps = coding_order(stream, lanes)
-    counts, gate = Counts(orders, len(steps[0]) if steps else 0), Gate(len(orders))
-    final, chunk = np.zeros(len(stream) - 1), []
+    counts, gate = Counts(orders, len(steps[0]) if steps else 0), Gate(orders)
+    final, chunk, past = np.zeros(len(stream) - 1), [], defaultdict(list)
     for number, step in enumerate(steps):
         for lane, target in step:
             found = counts.look_up(lane, stream[target + 1])
+            recent = [row for k, row in zip(orders, found, strict=True) if k in RECENT]
             p = [math.exp(log_prob[target])] + [c / max(n, 1) for n, c, *_ in found]
-            known = [True] + [n > 0 for n, *_ in found]
-            chunk.append((target, features(found, entropy[target]), known, p))
+            p += [float(same) for *_, same in recent]
+            known = [True] + [n > 0 for n, *_ in found + recent]
+            chunk.append((target, features(found, entropy[target], past[lane]), known, p))
+            longest = max((k for k, (n, *_) in enumerate(found) if n), default=None)
+            hit = 0.0 if longest is None else found[longest][1] / found[longest][0]
+            past[lane].insert(0, (-log_prob[target] / 4, hit))
         counts.add([(lane, stream[target + 1]) for lane, target in step])
         if len(chunk) >= gate.chunk or number == len(steps) - 1:
             targets, x, known, p = zip(*chunk, strict=True)
@@ -172,15 +187,17 @@ CFG = tiny()  # with #864's cascade
 
 
 def oracle(tokens, max_order):
-    """Context tuple -> {token: count}, updated after every token: the definition itself."""
+    """Context tuple -> {token: count}, updated after every token, so that the last key is what
+    followed last: the definition itself."""
     tokens, tables = [int(x) for x in tokens], defaultdict(dict)
-    out = np.zeros((max_order, 4, len(tokens)), np.int64)
+    out = np.zeros((max_order, 5, len(tokens)), np.int64)
     for t, token in enumerate(tokens):
         for order in range(1, min(max_order, t + 1) + 1):
             table = tables[tuple(tokens[t - order + 1 : t])]
             n, c = sum(table.values()), table.get(token, 0)
             singles = sum(count == 1 for count in table.values())
-            out[order - 1, :, t] = n, c, len(table), singles
+            out[order - 1, :, t] = n, c, len(table), singles, [*table][-1:] == [token]
+            table.pop(token, None)
             table[token] = c + 1
     return out
 
@@ -197,7 +214,7 @@ def uniform(size, vocab_size):
 
 
 def filled_store(tokens, vocab_size, orders=ORDERS):
-    return CountStore(orders).collect(ngram_counts(tokens, vocab_size, max(orders)))
+    return CountStore(orders).collect(count_ngrams(tokens, vocab_size, max(orders)))
 
 
 def mixed_by(name, tokens, scores, vocab_size, cfg=CFG):

@@ -115,7 +115,7 @@ def test_documents_ahead_come_back(numbers, tail):
     plan = CodingPlan(70_001, 3, 2, 1, 99, 16, tuple(sorted(numbers)))
     body = plan.side_bytes() + tail
     bare = plan._replace(ahead=())
-    assert train_gpt.read_side_bytes(bare, len(numbers), body) == plan
+    assert train_gpt.read_side_bytes(bare, len(numbers), 0, body) == plan
     queue = [*plan.queue()]
     assert sorted(queue) == [*range(70_001)] and queue[: len(numbers)] == [*plan.ahead]
     assert plan.side_nats() == pytest.approx(len(plan.side_bytes()) * 8 * math.log(2))
@@ -135,7 +135,7 @@ def test_documents_ahead_come_back(numbers, tail):
 )
 def test_side_bytes_that_nobody_wrote(count, body):
     with pytest.raises(ValueError, match="numbers of"):
-        train_gpt.read_side_bytes(CodingPlan(10, 3, 2, 1, 99, 16), count, body)
+        train_gpt.read_side_bytes(CodingPlan(10, 3, 2, 1, 99, 16), count, 0, body)
 
 
 def test_the_longest_are_ahead():
@@ -279,37 +279,48 @@ def test_a_stretch_is_the_first_steps(targets):
     groups=st.integers(1, 3),
     last=st.sampled_from(["text", "BOS"]),
     ahead=st.integers(0, 13),
+    piece=st.integers(0, 9),
 )
-def test_the_schedule_is_what_lanes_come_to_as_they_go(sizes, lanes, groups, last, ahead):
+def test_the_schedule_is_what_lanes_come_to_as_they_go(sizes, lanes, groups, last, ahead, piece):
     """run_lanes, along the text, without a network."""
     stream = documents(*sizes)
     if last == "BOS" or len(stream) < 2:
         stream = np.append(stream, np.uint16(BOS))
-    room = dict(eval_lanes=lanes, eval_longest_first=ahead)
+    room = dict(eval_lanes=lanes, eval_longest_first=ahead, eval_piece_tokens=piece)
     plan = CodingPlan.of(stream, tiny(**SMALL | room), groups)
     with pytest.MonkeyPatch.context() as patch:
         nothing = torch.zeros(plan.lanes // groups, 1), torch.zeros(plan.lanes // groups)
         patch.setattr(train_gpt, "require_lanes", lambda *_: None)
         patch.setattr(train_gpt, "lane_pass", lambda *_: lambda *_: nothing)
         runtime = train_gpt.Runtime(tiny())
-        read = train_gpt.tokens_of_text(stream)
-        steps = train_gpt.run_lanes(None, runtime, plan, read)
+        read = train_gpt.tokens_of_text(stream, plan)
+        steps = []
+        train_gpt.run_lanes(None, runtime, plan, lambda _, s: steps.append(s) or read(_, s))
     schedule = train_gpt.LaneSchedule(stream, plan)
     inputs, places = schedule.steps(0, len(steps) + 3, slice(None))
     assert (inputs[len(steps) :] < 0).all() and schedule.lengths.max() == len(steps)
-    starts = np.flatnonzero(stream == BOS)
+    starts, sizes, goes_on = train_gpt.Pieces.of(stream, plan.length)
+    assert plan.goes_on(np.arange(len(starts))).tolist() == goes_on.tolist()
+    assert not piece or sizes.max() <= piece
     order, times, who = [], [0] * len(steps[0].lanes), [*steps[0].lanes]
+    threads, read_before = {lane: lane for lane in who}, {}
     for t, step in enumerate(steps):
+        for lane, number in zip(step.lanes, step.pieces, strict=True):
+            if read_before.get(lane, number) != number and goes_on[read_before[lane]]:
+                threads[lane] = 1000 * t + lane  # nothing of what the lane read before is seen
+            read_before[lane] = number
         assert np.flatnonzero(inputs[t] >= 0).tolist() == step.lanes.tolist()
         assert places[t, step.lanes].tolist() == step.places.tolist()
-        order += (starts[step.documents] + step.places).tolist()
+        order += (starts[step.pieces] + step.places).tolist()
         assert inputs[t, step.lanes].tolist() == order[-len(step.lanes) :]
         times += [t + 1] * len(step.lanes)
-        who += [*step.lanes]
+        who += [threads[lane] for lane in step.lanes]
     coding = schedule.order(stream)
     assert coding.targets.tolist() == order
     assert coding.tokens.tolist() == [BOS] * len(steps[0].lanes) + stream[1:][order].tolist()
-    assert [column.tolist() for column in coding.schedule] == [times, who]
+    assert coding.schedule[0].tolist() == times
+    pairs = {*zip(coding.schedule[1].tolist(), who, strict=True)}  # the same threads, by any number
+    assert len(pairs) == len({*who}) == len({*coding.schedule[1].tolist()})
 
 
 # -----------------------------------------------------------------------------
@@ -449,6 +460,8 @@ GOLDEN = bytes.fromhex(
 
 class Cuts(list):
     """In the place of a plan"""
+
+    length = 0
 
     def side_bytes(self):
         return b""

@@ -6,6 +6,7 @@ import sysconfig
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,11 +32,14 @@ from oracles import (
 import prepare
 from train_gpt import (
     Blend,
+    ContextDictionary,
+    ContextTable,
     CountStore,
     Mixture,
     Scores,
     backoff_alpha,
     confidence,
+    count_ngrams,
     make_mixer,
     ngram_counts,
 )
@@ -46,15 +50,15 @@ PAIR_BITS = 5  # what the pair of gate and model lost at most was 3 bits, on all
 
 
 def counted(tokens, vocab_size, max_order, implementation="numba", key_bits=63):
-    """(orders, 4, N) from one implementation with `key_bits` of sort key."""
+    """(orders, 5, N) from one implementation with `key_bits` of sort key."""
     device = "cuda" if implementation == "cuda" else "cpu"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "KEY_BITS", key_bits)
         patch.setattr(train_gpt, "has_package", lambda name: implementation == name == "numba")
-        rows = list(ngram_counts(tokens, vocab_size, max_order, device))
-    assert [order for order, *_ in rows] == list(range(1, max_order + 1))
-    assert {column.dtype for _, *row in rows for column in row} == {np.dtype(np.int32)}
-    return np.array([row for _, *row in rows])
+        rows = list(count_ngrams(tokens, vocab_size, max_order, device))
+    assert [order for order, _ in rows] == list(range(1, max_order + 1))
+    assert {stats.dtype for _, stats in rows} == {np.dtype(np.int32)}
+    return np.array([stats.T for _, stats in rows])
 
 
 @st.composite
@@ -121,6 +125,14 @@ def test_counts_of_the_shortest_streams(implementation, size):
     assert np.array_equal(counted(tokens, 2, 4, implementation), oracle(tokens, 4))
 
 
+def test_the_contract_s_counts_are_four_columns_of_all():
+    tokens = np.random.default_rng(1).integers(0, 4, 300)
+    rows = list(ngram_counts(tokens, 4, 5))
+    assert [order for order, *_ in rows] == [1, 2, 3, 4, 5]
+    assert {column.dtype for _, *row in rows for column in row} == {np.dtype(np.int32)}
+    assert np.array_equal([row for _, *row in rows], oracle(tokens, 5)[:, :4])
+
+
 def test_counts_refuse_other_tokens():
     for bad in ([0, 7], [-1, 0], [0.0, 1.0]):
         with pytest.raises(ValueError, match="tokens"):
@@ -148,7 +160,7 @@ def lanes_oracle(tokens, times, lanes, max_order):
     """The definition: context tuple -> {token: count}, read by all tokens of a step, then updated;
     a lane's history begins anew with a BOS."""
     tables, history = defaultdict(dict), defaultdict(list)
-    out, first = np.zeros((max_order, 4, len(tokens)), np.int64), 0
+    out, first = np.zeros((max_order, 5, len(tokens)), np.int64), 0
     while first < len(tokens):
         last = first
         while last < len(tokens) and times[last] == times[first]:
@@ -161,9 +173,9 @@ def lanes_oracle(tokens, times, lanes, max_order):
                 table = tables[keys[t, order]]
                 singles = sum(count == 1 for count in table.values())
                 n, c = sum(table.values()), table.get(tokens[t], 0)
-                out[order - 1, :, t] = n, c, len(table), singles
+                out[order - 1, :, t] = n, c, len(table), singles, [*table][-1:] == [tokens[t]]
         for (t, _), key in keys.items():
-            tables[key][tokens[t]] = tables[key].get(tokens[t], 0) + 1
+            tables[key][tokens[t]] = tables[key].pop(tokens[t], 0) + 1
         for t in range(first, last):
             history[lanes[t]] = [
                 *([] if tokens[t] == train_gpt.BOS else history[lanes[t]]),
@@ -173,19 +185,23 @@ def lanes_oracle(tokens, times, lanes, max_order):
     return out
 
 
-def dictionary_counts(tokens, times, lanes, max_order):
-    """The decoder's: (orders, 4, N), the target's count from what is known of its context."""
-    orders, columns = tuple(range(1, max_order + 1)), []
-    counts = train_gpt.ContextDictionary(orders, int(max(lanes, default=0)) + 1, True)
+def orders_of(max_order):
+    """A mixer that asks for every order and each one's last follower."""
+    orders = tuple(range(1, max_order + 1))
+    return SimpleNamespace(orders=orders, recent_orders=orders)
+
+
+def decoder_counts(table, tokens, times, lanes, max_order, vocab_size=65_535):
+    """The decoder's: (orders, 5, N), as the text grows."""
+    counts = table(orders_of(max_order), vocab_size, int(max(lanes, default=0)) + 1, True)
+    columns = [np.zeros((max_order, 0, 5), np.int32)]
     for time in sorted({*times.tolist()}):
         now = np.flatnonzero(times == time)
-        stats, found = counts.read(lanes[now])
-        for i, k, after, seen in found:
-            stats[k, i, 1] = seen[after == tokens[now[i]]].sum()
-        counts.insert(lanes[now], tokens[now])
+        stats = counts.read(lanes[now].astype(np.int64))
+        assert not stats[..., [1, 4]].any()
+        counts.count(lanes[now].astype(np.int64), tokens[now].astype(np.int64))
         columns.append(stats)
-    empty = np.zeros((max_order, 0, 4), np.int32)
-    return np.concatenate([empty, *columns], 1).transpose(0, 2, 1)
+    return np.concatenate(columns, 1).transpose(0, 2, 1)
 
 
 def counted_in_steps(tokens, vocab_size, max_order, implementation, steps, key_bits=63):
@@ -193,9 +209,9 @@ def counted_in_steps(tokens, vocab_size, max_order, implementation, steps, key_b
         patch.setattr(train_gpt, "KEY_BITS", key_bits)
         patch.setattr(train_gpt, "has_package", lambda name: implementation == name == "numba")
         device = "cuda" if implementation == "cuda" else "cpu"
-        rows = list(ngram_counts(tokens, vocab_size, max_order, device, steps))
-    assert {column.dtype for _, *row in rows for column in row} == {np.dtype(np.int32)}
-    return np.array([row for _, *row in rows])
+        rows = list(count_ngrams(tokens, vocab_size, max_order, device, steps))
+    assert {stats.dtype for _, stats in rows} == {np.dtype(np.int32)}
+    return np.array([stats.T for _, stats in rows])
 
 
 @st.composite
@@ -226,15 +242,16 @@ def test_counts_in_steps_equal_a_dictionary(implementation, key_bits, case):
     assert np.array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("table", [ContextTable, ContextDictionary])
 @settings(max_examples=50, deadline=None)
 @given(case=laned())
-def test_decoder_s_dictionary_counts_the_same(case):
+def test_the_decoder_counts_the_same(table, case):
     _, tokens, *steps = case
     wanted = lanes_oracle(tokens.tolist(), *(s.tolist() for s in steps), 8)
-    assert np.array_equal(dictionary_counts(tokens, *steps, 8), wanted)
+    assert np.array_equal(decoder_counts(table, tokens, *steps, 8), wanted)
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "dictionary"])
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, ContextTable, ContextDictionary])
 def test_counts_in_steps_of_a_longer_text(implementation):
     """Twelve lanes of documents that repeat each other, to order 24."""
     rng, texts = np.random.default_rng(5), []
@@ -247,8 +264,8 @@ def test_counts_in_steps_of_a_longer_text(implementation):
     tokens, times, where = side_by_side(texts)
     wanted = lanes_oracle(tokens.tolist(), times.tolist(), where.tolist(), 24)
     assert (wanted[23, 0] > 1).any()
-    if implementation == "dictionary":
-        got = dictionary_counts(tokens, times, where, 24)
+    if implementation in (ContextTable, ContextDictionary):
+        got = decoder_counts(implementation, tokens, times, where, 24)
     else:
         got = counted_in_steps(tokens, 9, 24, implementation, (times, where))
     assert np.array_equal(got, wanted)
@@ -485,25 +502,31 @@ def test_probabilities_of_all_tokens_add_up_to_one(score, place):
     assert total == pytest.approx(1, abs=1e-9)
 
 
-def spelt_out(tokens, rows, rt, **changes):
+def spelt_out(tokens, rows, rt, table=ContextDictionary, **changes):
     """What a decoder would do: each distribution before its token -> p (N, V), the Mixture"""
-    mixture, out = Mixture(rt, tiny(vocab_size=256, **changes), 1, isolated=False), []
-    mixture.counts.recent[0] = b""  # the text begins with another token than BOS
-    mixture.counts.followers.clear()
-    mixture.counts.insert([0], tokens[:1])
+    cfg = tiny(vocab_size=256, **changes)
+    mixture, out = Mixture(rt, cfg, 1, len(tokens), isolated=False), []
+    assert isinstance(mixture.counts, table)
+    mixture.counts = table(mixture.mixer, 256, 1, False)  # the text begins with no BOS
+    mixture.counts.insert(np.array([0]), tokens[:1])
     for before, token in zip(tokens[:-1], tokens[1:], strict=True):
         log_probs = torch.from_numpy(np.log(rows[before][None]))
         outputs = log_probs, -(log_probs.exp() * log_probs).sum(-1)
-        out.append(mixture.distributions(outputs, np.array([0]))[0])
+        out.append(mixture.distributions(outputs, np.array([0]))[0].copy())
         mixture.learn(np.array([token]))
     return np.array(out), mixture
 
 
 @pytest.mark.parametrize("mixer", ["blend", "cascade", "none"])
-def test_distributions_spelt_out_are_what_was_scored(mixer, rt):
-    """Target by target, over the whole vocabulary, from a dictionary: the score's own numbers."""
+def test_distributions_spelt_out_are_what_was_scored(mixer, rt, monkeypatch):
+    """Target by target, over the whole vocabulary, from a dictionary: the score's own numbers; and
+    bit for bit the same from a table."""
     tokens, scores, rows = scored_text("source_code", 1200)
     p, spelt = spelt_out(tokens, rows, rt, ngram_mixer=mixer)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "FEW_TARGETS", 0)
+        by_table, _ = spelt_out(tokens, rows, rt, ContextTable, ngram_mixer=mixer)
+    assert by_table.tobytes() == p.tobytes()
     assert spelt.mass_error == np.abs(p.sum(1) - 1).max() < 1e-12
     wanted = scores.log_prob if mixer == "none" else mixed_by(mixer, tokens, scores, 256)
     assert np.allclose(np.log(p[range(1200), tokens[1:]]), wanted, rtol=0, atol=1e-6)
@@ -543,20 +566,15 @@ def test_mass_is_of_the_weights_that_are_used(monkeypatch, rt):
 
 
 def test_mass_of_the_cascade_is_of_its_counts(monkeypatch, rt):
-    read = train_gpt.ContextDictionary.read
-
-    def twice(self, lanes):
-        stats, found = read(self, lanes)
-        return stats, [(i, k, tokens, 2 * counts) for i, k, tokens, counts in found]
-
-    monkeypatch.setattr(train_gpt.ContextDictionary, "read", twice)
+    add = ContextDictionary.add
+    monkeypatch.setattr(ContextDictionary, "add", lambda self, w, p: add(self, 2 * w, p))
     assert mass_of_a_run(rt, "cascade") > 0.01
 
 
 def test_store_reads_back_what_it_kept():
     tokens = scored_text("prose", 3000)[0]
     store, kept = CountStore((1, 2, 5)), counted(tokens, 256, 5)[[0, 1, 4], :, 1:]
-    assert store.collect(ngram_counts(tokens, 256, 5)) is store
+    assert store.collect(count_ngrams(tokens, 256, 5)) is store
     for a, b in ((0, 0), (0, 3000), (17, 1234)):
         wanted = (kept * (kept[:, :1] > 0))[:, :, a:b]
         assert np.array_equal(store.read(a, b), wanted.transpose(0, 2, 1))
@@ -565,15 +583,18 @@ def test_store_reads_back_what_it_kept():
 
 
 def running_counts(tokens, order):
-    """(4, N) of one order, from a dictionary, with running totals."""
+    """(5, N) of one order, from a dictionary, with running totals."""
     tables, totals, out = defaultdict(lambda: defaultdict(int)), {}, []
+    last = {}
     for t in range(len(tokens)):
         context = tuple(tokens[max(0, t - order + 1) : t])
         table, (n, types, singles) = tables[context], totals.get(context, (0, 0, 0))
         count = table[tokens[t]]
         known = t >= order - 1
-        out.append((n, count, types, singles) if known else (0, 0, 0, 0))
+        same = last.get(context) == tokens[t]
+        out.append((n, count, types, singles, same) if known else (0, 0, 0, 0, 0))
         if known:
+            last[context] = tokens[t]
             table[tokens[t]] += 1
             totals[context] = n + 1, types + (count == 0), singles + (count == 0) - (count == 1)
     return np.array(out).T
@@ -600,7 +621,7 @@ def test_store_holds_65536_kinds_of_tokens(order, implementation):
     assert wanted[2].max() == wanted[3].max() == vocab_size
     counts = counted(tokens, vocab_size, order, implementation)[order - 1]
     assert np.array_equal(counts, wanted)
-    kept = CountStore((order,)).collect([(order, *counts)]).read(0, len(tokens) - 1)
+    kept = CountStore((order,)).collect([(order, counts.T)]).read(0, len(tokens) - 1)
     assert np.array_equal(kept[0].T, (wanted * (wanted[0] > 0))[:, 1:])
 
 
@@ -609,13 +630,14 @@ def test_target_by_target_gives_the_same_weights():
     tokens, scores, _ = scored_text("source_code", 2000)
     mixer, held, out = make_mixer("blend", CFG, SilentRuntime()), [], []
     store = filled_store(tokens, 256, mixer.orders)
+    recent = np.zeros((1, train_gpt.REMEMBERED, 2), np.float32)
     for t in range(2000):
         log_prob, entropy = (column[t : t + 1] for column in scores[:2])
         stats = store.read(t, t + 1)
-        inputs, known, p = (
-            *mixer.inputs(stats, entropy),
-            train_gpt.expert_probabilities(stats, log_prob),
-        )
+        inputs, known = mixer.inputs(stats, entropy, recent)
+        p = train_gpt.expert_probabilities(mixer, stats, log_prob)
+        outcome = train_gpt.outcomes(stats, log_prob)
+        recent = np.concatenate([outcome[None], recent[:, :-1]], 1)
         out.append(math.log((mixer.weights(inputs, known) * p).sum()))
         held.append((inputs, known, torch.from_numpy(p)))
         if len(held) == mixer.chunk:
@@ -703,10 +725,12 @@ def test_printed_orders_are_those_that_get_weight(name, least, most, text):
     assert train_gpt.show_orders(train_gpt.weighed_orders(name, cfg)) == text
     mixer, found = make_mixer(name, cfg, SilentRuntime()), set()
     for known in range(len(mixer.orders) + 1):  # contexts of the shortest so many were seen
-        stats = np.zeros((len(mixer.orders), 1, 4), np.int32)
-        stats[:known] = 9, 3, 2, 1
-        weights = mixer.weights(*mixer.inputs(stats, np.full(1, 3.0)))[0, 1:]
-        found |= {order for order, w in zip(mixer.orders, weights, strict=True) if w > 0}
+        stats = np.zeros((len(mixer.orders), 1, 5), np.int32)
+        stats[:known] = 9, 3, 2, 1, 0
+        recent = np.zeros((1, train_gpt.REMEMBERED, 2), np.float32)
+        weights = mixer.weights(*mixer.inputs(stats, np.full(1, 3.0), recent))[0, 1:]
+        weighed = mixer.orders + mixer.recent_orders
+        found |= {order for order, w in zip(weighed, weights, strict=True) if w > 0}
     assert sorted(found) == orders_in(text)
 
 

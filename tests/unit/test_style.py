@@ -92,8 +92,11 @@ def test_public_functions_are_annotated():
 
 
 def test_methods_write_their_own_attributes():
-    """torch's protocol (found_inf, grad) and settings, and tqdm's bar excepted."""
+    """torch's protocol (found_inf, grad) and settings, tqdm's bar, and the fields of an array's
+    records excepted."""
     allowed = {"self.adam.found_inf", "weight.grad", "self.bar.total"}
+    allowed |= {"arrays.nodes[entry].place"}
+    allowed |= {f"node.{name}" for name in ("list", "total", "types", "singles")}
     allowed |= {"tqdm.monitor_interval", "dynamo.recompile_limit"}
     found = set()
     for node in ast.walk(TREE):
@@ -129,7 +132,7 @@ def test_no_exception_is_caught_wholesale_around_our_own_code():
                 name = getattr(handler.type, "id", "")
                 if handler.type is None or name in ("Exception", "BaseException"):
                     wholesale.append([ast.unparse(statement) for statement in node.body])
-    assert wholesale == [["return coder.decode(family, integers)"]]
+    assert wholesale == [["tokens = coder.decode(family, integers)"]]
 
 
 def test_each_setting_stands_once():
