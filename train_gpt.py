@@ -425,6 +425,12 @@ class Config:
         "targets of a chunk, a multiple of EVAL_SEQ_LEN", least=1)
     ttt_batch_seqs: int = test_time(32, "sequences of EVAL_SEQ_LEN in a step", least=1)
     ttt_grad_clip: float = test_time(1.0, "largest norm of the gradients", **POSITIVE)
+    lane_ttt: bool = test_time(True,
+        "train the model on what all lanes have coded, as they go; SCORER=documents",
+        stored_in=("stream",))
+    lane_ttt_every: int = test_time(16, "steps of lanes between two of Adam",
+        least=1, most=1024, stored_in=("stream",))
+    lane_ttt_lr: float = test_time(3e-4, "its learning rate", stored_in=("stream",))
 
     backoff = group("Published n-gram mixture, on exact counts")
     ngram_min_count: int = backoff(2,
@@ -1217,6 +1223,12 @@ class Runtime:
             return found
 
         return finish
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's, in their order, on every rank."""
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(found, tensor)
+        return found
 
     def barrier(self) -> None:
         """Wait for all ranks, however long rank 0 takes."""
@@ -2855,6 +2867,21 @@ def fake_quantize(weight: Tensor, scale: Tensor) -> Tensor:
     return weight + torch.where(scale > 0, on_grid - weight, 0.0).detach()
 
 
+def layer_weights(model: "GPT", adapters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+    """Of MATRICES: one a layer, from the banks. adapters: what is added to a bank."""
+    banks = {name: model.bank(name) for name in BANKS}
+    for name, added in adapters.items():
+        banks[name] = banks[name] + added
+    queries, outputs = banks["qo_bank"].chunk(2)
+    keys, values = banks["kv_bank"].chunk(2)
+    # attn_scale and mlp_scale multiply the rows of a sublayer's last matrix, not its output: the
+    # same product, but the backward pass need not be given the output.
+    outputs = outputs * model.attn_scale.unsqueeze(2)
+    down = banks["mlp_down_bank"] * model.mlp_scale.unsqueeze(2)
+    matrices = queries, keys, values, outputs, banks["mlp_up_bank"], down
+    return {name: bank.unbind() for name, bank in zip(MATRICES, matrices, strict=True)}
+
+
 class Context:
     """What the blocks of a forward pass share, and how a position sees the past. This one is of
     rows: B sequences of T tokens, each from its own position 0 on."""
@@ -2864,17 +2891,7 @@ class Context:
         positions = torch.arange(ids.shape[1], device=ids.device)
         self.first = positions == 0
         self.rope = rotary_table(model.cfg, positions)
-        banks = {name: model.bank(name) for name in BANKS}
-        for name, added in (adapters or {}).items():
-            banks[name] = banks[name] + added
-        queries, outputs = banks["qo_bank"].chunk(2)
-        keys, values = banks["kv_bank"].chunk(2)
-        # attn_scale and mlp_scale multiply the rows of a sublayer's last matrix, not its output:
-        # the same product, but the backward pass need not be given the output.
-        outputs = outputs * model.attn_scale.unsqueeze(2)
-        down = banks["mlp_down_bank"] * model.mlp_scale.unsqueeze(2)
-        matrices = queries, keys, values, outputs, banks["mlp_up_bank"], down
-        self.weights = {name: bank.unbind() for name, bank in zip(MATRICES, matrices, strict=True)}
+        self.weights = layer_weights(model, adapters or {})
         self.first_values: Tensor | None = None
 
     def start(self, x0: Tensor, value_embedding: Tensor | None) -> None:
@@ -2957,6 +2974,7 @@ class LaneCache(Context):
         self.cfg = cfg
         self.lane = torch.arange(count, device=device)
         self.past: dict[str, Tensor] = {}
+        self.marked: dict[str, Tensor] = {}
         calls = cfg.num_layers + len({*cfg.depth_recurrence})
         head = cfg.model_dim // cfg.num_heads
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -2968,6 +2986,16 @@ class LaneCache(Context):
         if device.type == "cuda":  # once, not in each step, as autocast would
             for name, layers in self.weights.items():
                 self.weights[name] = tuple(weight.to(dtype) for weight in layers)
+
+    def refresh(self, model: "GPT") -> None:
+        """After a change of the model's weights; keys and values of the past stay as they are."""
+        for name, layers in layer_weights(model, {}).items():
+            torch._foreach_copy_(self.weights[name], layers)
+
+    def mark(self) -> None:
+        """Keep `past` as it is now: a LaneChunk begins here."""
+        for name, kept in self.past.items():
+            self.marked.setdefault(name, torch.empty_like(kept)).copy_(kept)
 
     def begin(self, positions: Tensor) -> None:
         """A step. positions (B,): in the lanes' documents; 0 forgets the one before."""
@@ -2996,6 +3024,52 @@ class LaneCache(Context):
         if self.varlen:
             return attend_seen(self.varlen, q, keys, values, self.seen)
         return attend_masked(q, keys.transpose(1, 2), values.transpose(1, 2), self.seen)
+
+
+class LaneChunk(Context):
+    """The last M tokens of every lane once more, all at once and with gradients. They see
+    themselves anew, and of what was before them the cached keys and values that are still there, as
+    constants; LaneCache.mark was called where they begin. With a window of 8, at positions 6, 7 of
+    a document and 0 of the next one, whose keys then lie in slots 6, 7 and 0:
+
+        6 and 7 see the cache's 1 to 5, and each other as in a row; the new 0 sees itself alone
+    """
+
+    def __init__(self, model: "GPT", cache: LaneCache, ids: Tensor, places: Tensor):
+        """ids, places in their pieces: int64 (B, M)."""
+        super().__init__(model, ids)
+        self.cache = cache
+        self.call = 0
+        self.first = places == 0
+        rope = rotary_table(model.cfg, places.flatten())
+        self.rope = rope.unflatten(1, places.shape).unsqueeze(2)  # (2, B, 1, M, r / 2)
+        slots = cache.slots
+        document = self.first.cumsum(1)  # 0: the one that a lane was reading
+        overwritten = (places.unsqueeze(2) % len(slots) == slots).any(1)  # (B, S)
+        old = (slots < places[:, :1]) & ~overwritten
+        old = old.unsqueeze(1) & (document == 0).unsqueeze(2)  # (B, M, S)
+        order = torch.arange(ids.shape[1], device=ids.device)
+        back = order.unsqueeze(1) - order
+        new = (document.unsqueeze(2) == document.unsqueeze(1)) & (back >= 0) & (back < len(slots))
+        self.seen = torch.cat([old, new], 2)  # (B, M, S + M)
+
+    def previous(self, name: str, x: Tensor) -> Tensor:
+        before = self.cache.marked.get(name)
+        before = torch.zeros_like(x[:, :1]) if before is None else before.type_as(x)
+        previous = torch.cat([before, x[:, :-1]], 1)
+        return previous.masked_fill(self.first.view(*x.shape[:2], *[1] * (x.dim() - 2)), 0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """By plain products: the same bits on every call, CUDA's fused backward has others."""
+        keys = self.cache.keys[self.call].transpose(1, 2)  # (B, G, S, d)
+        values = self.cache.values[self.call].transpose(1, 2)
+        self.call += 1
+        keys = torch.cat([keys, k.type_as(keys)], 2).unsqueeze(2)
+        values = torch.cat([values, v.type_as(values)], 2).unsqueeze(2)
+        rows = q.type_as(keys).unflatten(1, (k.shape[1], -1))  # (B, G, H / G, M, d)
+        scores = rows @ keys.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores = scores.float().masked_fill(~self.seen[:, None, None], -math.inf)
+        return (scores.softmax(-1).type_as(values) @ values).flatten(1, 2)
 
 
 class GPT(nn.Module):
@@ -4268,8 +4342,15 @@ def tokens_of_text(stream: np.ndarray, plan: CodingPlan) -> TokenChooser:
 
 
 @torch.no_grad()
-def run_lanes(model: GPT, rt: Runtime, plan: CodingPlan, choose_tokens: TokenChooser) -> int:
+def run_lanes(
+    model: GPT,
+    rt: Runtime,
+    plan: CodingPlan,
+    choose_tokens: TokenChooser,
+    cfg: Config | None = None,
+) -> int:
     """The one loop of encoding and decoding: a token a lane a step. -> targets that were coded.
+    cfg: of LANE_TTT; None: nothing is learnt.
 
     Lanes begin with the first pieces of the queue, which is the text's order but for those that
     the plan has ahead. A BOS ends a document and so its last piece (that of the text's last one,
@@ -4286,7 +4367,10 @@ def run_lanes(model: GPT, rt: Runtime, plan: CodingPlan, choose_tokens: TokenCho
     """
     group_size = plan.lanes // plan.groups
     require_lanes(model, rt, plan.lanes, plan.window)
-    passes = [lane_pass(model, rt, group_size, plan.window) for _ in range(plan.groups)]
+    model = own_copy(model, cfg)
+    caches = [LaneCache(model, group_size, plan.window) for _ in range(plan.groups)]
+    passes = [lane_pass(model, rt, cache) for cache in caches]
+    learner = LaneLearner(model, rt, cfg, caches) if cfg and cfg.lane_ttt else None
     ids = np.full(plan.lanes, BOS)
     places = np.zeros(plan.lanes, int)
     queue = plan.queue()
@@ -4299,6 +4383,8 @@ def run_lanes(model: GPT, rt: Runtime, plan: CodingPlan, choose_tokens: TokenCho
         joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
         step = LaneStep(lanes, pieces[lanes], places[lanes])
         tokens = choose_tokens(joined, step)
+        if learner:
+            learner.add(ids, places, lanes, tokens)
         ids[lanes] = tokens
         places[lanes] += 1
         coded += len(lanes)
@@ -4327,10 +4413,9 @@ def require_lanes(model: GPT, rt: Runtime, lanes: int, window: int) -> None:
     require_memory(lane_bytes(model.cfg, lanes, window, rt.cuda), what, rt.device)
 
 
-def lane_forward(model: GPT, rt: Runtime, count: int, window: int) -> Callable:
+def lane_forward(model: GPT, rt: Runtime, cache: LaneCache) -> Callable:
     """-> forward(ids, places), int64 (count,) each, that predicts the next tokens: predict's
     (count, V) and (count,)."""
-    cache = LaneCache(model, count, window)
 
     def forward(ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         cache.begin(places)
@@ -4338,35 +4423,129 @@ def lane_forward(model: GPT, rt: Runtime, count: int, window: int) -> Callable:
             return predict(model, model.hidden(ids.unsqueeze(1), cache)[:, 0])
 
     if rt.cuda:  # makes what the compiler is to find, the tensors in `past`
-        forward(*torch.zeros(2, count, dtype=torch.int64, device=rt.device))
+        forward(*torch.zeros(2, len(cache.lane), dtype=torch.int64, device=rt.device))
     return rt.compile(forward, repeatable=True)
 
 
-def lane_pass(model: GPT, rt: Runtime, count: int, window: int) -> Callable:
+def lane_pass(model: GPT, rt: Runtime, cache: LaneCache) -> Callable:
     """The codec's: lane_forward, in one launch."""
-    forward = lane_forward(model, rt, count, window)
-    return rt.graph(forward, *torch.zeros(2, count, dtype=torch.int64, device=rt.device))
+    forward = lane_forward(model, rt, cache)
+    return rt.graph(forward, *torch.zeros_like(cache.lane.expand(2, -1)))
+
+
+def own_copy(model: GPT, cfg: Config | None) -> GPT:
+    """Of a model that LANE_TTT will change."""
+    return copy.deepcopy(model) if cfg and cfg.lane_ttt else model
+
+
+class LaneLearner:
+    """Score-first learning in lanes (LANE_TTT): every LANE_TTT_EVERY steps the tokens that all
+    lanes have just coded make one step of Adam on all weights, which all lanes share. What the
+    caches hold stays as it is. A decoder knows these tokens by then and takes the same step, to
+    the bit: gradients are added up in the order of the groups, wherever they are made.
+
+    Adam without momentum, which does harm here: a step is the gradient over its own recent size.
+    The loss is divided by all lanes' tokens, also where few lanes are at work: those at the end of
+    a text move the weights less.
+    """
+
+    BETAS = 0.0, 0.99
+    CLIP = 1.0  # largest norm of the gradients
+
+    def __init__(self, model: GPT, rt: Runtime, cfg: Config, caches: Sequence[LaneCache]):
+        """model: changed as it learns. caches: of the groups that run here, one by one; where it
+        is one, and there are more ranks, each has another."""
+        self.model = model
+        self.rt = rt
+        self.every = cfg.lane_ttt_every
+        self.caches = caches
+        self.coded: list[np.ndarray] = []
+        self.ranks = rt.world_size if len(caches) == 1 else 1
+        self.weights = [*model.parameters()]
+        sizes = [weight.numel() for weight in self.weights]
+        self.gradient = torch.zeros(sum(sizes), device=rt.device)
+        for weight, part in zip(self.weights, self.gradient.split(sizes), strict=True):
+            weight.grad = part.view_as(weight)
+        how = dict(fused=True, capturable=rt.cuda)
+        self.optimizer = torch.optim.Adam(self.weights, cfg.lane_ttt_lr, self.BETAS, **how)
+        lanes = len(caches[0].lane)
+        self.tokens = self.every * lanes * len(caches) * self.ranks
+        for cache in caches:
+            cache.mark()
+        nothing = torch.zeros(4, self.every, lanes, dtype=torch.int64, device=rt.device)
+        self.passes = [
+            rt.graph(functools.partial(self.back_propagate, cache), nothing.clone())
+            for cache in caches
+        ]
+
+    def add(
+        self, ids: np.ndarray, places: np.ndarray, lanes: np.ndarray, tokens: np.ndarray
+    ) -> None:
+        """A step: inputs of all lanes, their places, and what the lanes at work coded."""
+        step = np.stack([ids, places, np.full_like(ids, BOS), np.zeros_like(ids)])
+        step[2, lanes] = tokens
+        step[3, lanes] = 1
+        self.coded.append(step)
+        if len(self.coded) == self.every:
+            self.learn(torch.as_tensor(np.stack(self.coded, 1), device=self.rt.device))
+            self.coded = []
+
+    def learn(self, chunk: Tensor) -> None:
+        """chunk: int64 (4, LANE_TTT_EVERY, lanes of all groups here): inputs, their places,
+        targets, and 1 where a lane was at work."""
+        parts = []
+        groups = chunk.chunk(len(self.caches), 2)
+        for back_propagate, group in zip(self.passes, groups, strict=True):
+            back_propagate(group)
+            parts.append(self.gradient.clone())
+        if self.ranks > 1:
+            parts = self.rt.gather(self.gradient)
+        self.gradient.copy_(sum(parts[1:], parts[0])).nan_to_num_(0.0, 0.0, 0.0)
+        nn.utils.clip_grad_norm_(self.weights, self.CLIP)
+        self.optimizer.step()
+        for cache in self.caches:
+            cache.refresh(self.model)
+            cache.mark()
+
+    @torch.enable_grad()
+    def back_propagate(self, cache: LaneCache, chunk: Tensor) -> None:
+        """The gradient of a group's share of the loss."""
+        ids, places, targets, busy = chunk.transpose(1, 2)
+        self.gradient.zero_()
+        self.model.requires_grad_()  # not for longer: the compiler would see another model
+        with self.rt.autocast():
+            hidden = self.model.hidden(ids, LaneChunk(self.model, cache, ids, places))
+            logits = self.model.logits(hidden).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        ((losses * busy.flatten()).sum() / self.tokens).backward()
+        self.model.requires_grad_(False)
 
 
 class LaneScorer:
     """Scores lanes along a schedule that lies on the device beforehand: no step waits for the host,
     and results are fetched once in SCHEDULED_STEPS."""
 
-    def __init__(self, model: GPT, rt: Runtime, count: int, window: int):
+    def __init__(self, model: GPT, rt: Runtime, cfg: Config, count: int):
+        """cfg: of LANE_TTT."""
         shape = SCHEDULED_STEPS, count
-        require_lanes(model, rt, count, window)
+        require_lanes(model, rt, count, cfg.window)
         self.rt = rt
-        self.window = window
-        self.forward = lane_forward(model, rt, count, window)
-        # inputs, their places in the pieces, targets
-        self.schedule = torch.zeros(3, *shape, dtype=torch.int64, device=rt.device)
+        self.window = cfg.window
+        model = own_copy(model, cfg)
+        cache = LaneCache(model, count, cfg.window)
+        self.forward = lane_forward(model, rt, cache)
+        # inputs, their places in the pieces, targets, 1 where a lane is at work
+        self.schedule = torch.zeros(4, *shape, dtype=torch.int64, device=rt.device)
         self.found = torch.zeros(2, *shape, dtype=torch.float64, device=rt.device)
         self.at = torch.zeros(1, dtype=torch.int64, device=rt.device)  # the next of these steps
         self.step = rt.graph(self.score_step)
+        self.learner = LaneLearner(model, rt, cfg, [cache]) if cfg.lane_ttt else None
+        every = cfg.lane_ttt_every if cfg.lane_ttt else 1
+        self.steps = SCHEDULED_STEPS // every * every  # that `score` takes at a time
 
     def score_step(self) -> None:
         """Log p of the targets, and entropy."""
-        ids, places, targets = self.schedule.index_select(1, self.at)[:, 0]
+        ids, places, targets, _ = self.schedule.index_select(1, self.at)[:, 0]
         log_probs, entropy = self.forward(ids, places)
         log_prob = log_probs.gather(1, targets.unsqueeze(1))[:, 0]
         self.found.index_copy_(1, self.at, torch.stack([log_prob, entropy]).unsqueeze(1))
@@ -4374,20 +4553,24 @@ class LaneScorer:
 
     def warm_up(self) -> None:
         """As it will run, with half the window full, and timed."""
-        columns = np.zeros((3, WARM_UP_STEPS, self.schedule.shape[2]), np.int64)
+        every = self.learner.every if self.learner else 1
+        steps = -(-WARM_UP_STEPS // every) * every
+        columns = np.zeros((4, steps, self.schedule.shape[2]), np.int64)
         columns[1] = self.window // 2
         for _ in range(2):  # the second time replaces the first, which compiles
-            self.rt.measure("lane step", WARM_UP_STEPS, lambda: self.score(columns))
+            self.rt.measure("lane step", steps, lambda: self.score(columns))
 
     @torch.no_grad()
     def score(self, columns: np.ndarray, tick: Callable = lambda _: None) -> np.ndarray:
-        """columns: int64 (3, steps, count) as `schedule` -> log p, entropy, float64 (2, steps,
-        count)."""
+        """columns: int64 (4, steps, count) as `schedule`, of a multiple of LANE_TTT_EVERY but at a
+        text's end -> log p, entropy, float64 (2, steps, count)."""
         steps = columns.shape[1]
         self.schedule[:, :steps] = torch.as_tensor(columns)
         self.at.zero_()
         for step in range(steps):
             self.step()
+            if self.learner and not (step + 1) % self.learner.every:
+                self.learner.learn(self.schedule[:, step + 1 - self.learner.every : step + 1])
             tick(step + 1)
         return self.found[:, :steps].cpu().numpy()
 
@@ -4402,19 +4585,19 @@ def score_documents(
     schedule = LaneSchedule(stream, plan)
     group_size = plan.lanes // plan.groups
     mine = slice(rt.rank * group_size, (rt.rank + 1) * group_size)
-    scorer = LaneScorer(model, rt, group_size, plan.window)
+    scorer = LaneScorer(model, rt, cfg, group_size)
     columns = np.zeros((2, plan.targets))
     aside = ThreadPoolExecutor(1)
     order = aside.submit(schedule.order, stream)  # takes seconds, while the device works
-    total = int(schedule.lengths[mine].max())
-    rt.expect("documents", "lane step", int(schedule.lengths.max()))
-    for begin in range(0, total, SCHEDULED_STEPS):
-        end = min(begin + SCHEDULED_STEPS, total)
+    total = int(schedule.lengths.max())  # on every rank: all learn together
+    rt.expect("documents", "lane step", total)
+    for begin in range(0, total, scorer.steps):
+        end = min(begin + scorer.steps, total)
         inputs, places = schedule.steps(begin, end, mine)
         busy = inputs >= 0
         ids = np.where(busy & (places > 0), stream[inputs], BOS)  # as in run_lanes
         found = scorer.score(
-            np.stack([ids, places, stream[inputs + 1]]).astype(np.int64),
+            np.stack([ids, places, stream[inputs + 1], busy]).astype(np.int64),
             lambda step, begin=begin: rt.tick("documents", begin + step, total),
         )
         columns[:, inputs[busy]] = found[:, busy]
@@ -5891,7 +6074,7 @@ def run_codec(
             raise StreamError("words of another text")
         return tokens
 
-    coded = run_lanes(model, rt, plan, choose_tokens)
+    coded = run_lanes(model, rt, plan, choose_tokens, cfg)
     return Coded(joined_text(plan, parts), coded, mixture.mass_error, *nats.tolist())
 
 
@@ -6877,7 +7060,7 @@ def warm_up_scoring(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) ->
         scorer.warm_up(cfg.eval_stride)
     if cfg.scorer == "documents":
         plan = CodingPlan.of(stream, cfg, rt.world_size)
-        LaneScorer(model, rt, plan.lanes // plan.groups, plan.window).warm_up()
+        LaneScorer(model, rt, cfg, plan.lanes // plan.groups).warm_up()
     if cfg.ttt_enabled:
         TestTimeTraining(model, rt, cfg).warm_up()
 
