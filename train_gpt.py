@@ -398,6 +398,8 @@ class Config:
     save_scores: bool = scoring(False, "write scores.npz, a row for each target")
     codec_tokens: int = scoring(1_000_000,
         "targets that are coded and decoded again; 0: none, -1: all", least=-1)
+    codec_minutes: float = scoring(10.0,
+        "all of them, too, where that takes so many minutes at most", stored_in=())
     codec_device: Literal["same", "cpu"] = scoring("same",
         "where to code, decode and take the mass; cpu: for CPUs of this kind")
 
@@ -6045,11 +6047,12 @@ def run_codec(
     pick_tokens: TokenPicker,
     *,
     most_bits: float = math.inf,
+    expected: int = 0,
 ) -> Coded:
     """Encoder and decoder: they differ in where the tokens come from. StreamError where these take
-    more bits than there are."""
+    more bits than there are. expected: targets that it is to be ready for; else the plan's."""
     begun = min(plan.lanes, plan.pieces)
-    mixture = Mixture(rt, cfg, begun, plan.targets)
+    mixture = Mixture(rt, cfg, begun, expected or plan.targets)
     before = np.full(begun, BOS)  # of each lane, its last token
     buffer = np.empty_like(mixture.p)
     parts: list[tuple[np.ndarray, np.ndarray]] = []
@@ -6250,12 +6253,12 @@ def prove(report: "Report", log_prob: np.ndarray) -> tuple[Coded, dict[str, Any]
     folder = report.rt.folder.resolve()
     artifact = folder / "artifact.bin"
     plan = CodingPlan.of(stream, cfg, rt.world_size)
-    most = plan.targets if cfg.codec_tokens < 0 else cfg.codec_tokens
-    plan = plan._replace(targets=min(max(most, WITNESSES), plan.targets))
     model = load_artifact(artifact, rt.device)
-    if not most:
+    if not cfg.codec_tokens:
         read = tokens_of_text(stream, plan)
+        plan = plan._replace(targets=min(WITNESSES, plan.targets))
         return run_codec(model, rt, cfg, plan, lambda _, step: read(None, step)), {}
+    plan = plan_proof(model, rt, cfg, stream, plan)
     body, coded = encode(model, rt, cfg, stream, plan)
     scoring = {name: getattr(cfg, name) for name in SCORING}
     code = (folder / "train_gpt.py").read_bytes()
@@ -6284,6 +6287,62 @@ def prove(report: "Report", log_prob: np.ndarray) -> tuple[Coded, dict[str, Any]
         total_tokens=len(log_prob),
         decoded="ok" if right else "FAILED",
     )
+
+
+def plan_proof(
+    model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray, plan: CodingPlan
+) -> CodingPlan:
+    """The plan of what will be coded and decoded: all targets, or CODEC_TOKENS where all would take
+    more than CODEC_MINUTES. What it will take is said, and how to prove the rest."""
+    pace = 2 * coding_pace(model, rt, cfg, stream, plan)
+    least = min(max(cfg.codec_tokens, WITNESSES), plan.targets)
+    whole = cfg.codec_tokens < 0 or plan.targets * pace <= 60 * cfg.codec_minutes
+    targets = plan.targets if whole else least
+    memory = proof_bytes(cfg, plan, targets, rt.cuda) / 1e6
+    how = dict(seconds=round(targets * pace, 1), memory_mb=round(memory))
+    rt.log("expect", "proof", tokens=targets, of=plan.targets, **how)
+    if targets < plan.targets:
+        environ = dict(DATA_PATH=cfg.data_path, TOKENIZER_PATH=cfg.tokenizer_path)
+        environ |= dict(EVAL_ONLY=rt.folder / "artifact.bin", RUN_ID=f"{cfg.run_id}_proved")
+        given = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in environ.items())
+        command = f"{given} CODEC_TOKENS=-1 python {shlex.quote(str(rt.folder / 'train_gpt.py'))}"
+        memory = proof_bytes(cfg, plan, plan.targets, rt.cuda) / 1e9
+        minutes = plan.targets * pace / 60
+        needs = f"about {minutes:.0f} minutes and {memory:.1f} GB on one machine like this"
+        rt.log("note", f"to prove all tokens, {needs}: {command}")
+    return plan._replace(targets=targets)
+
+
+def coding_pace(
+    model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray, plan: CodingPlan
+) -> float:
+    """Seconds a target of the text's first ones, once everything is warm."""
+    queue, family = range_coder()
+    coder = queue.RangeEncoder()
+    read = tokens_of_text(stream, plan)
+    times: list[float] = []
+    every = cfg.lane_ttt_every if cfg.lane_ttt else 1
+    warm = -(-WARM_UP_STEPS // every) * every
+
+    def pick_tokens(integers: np.ndarray, step: LaneStep) -> np.ndarray:
+        tokens = read(None, step)
+        coder.encode(tokens.astype(np.int32), family, integers)
+        times.append(time.perf_counter())
+        return tokens
+
+    some = plan._replace(targets=min(plan.targets, (2 * warm + 1) * plan.lanes))
+    coded = run_codec(model, rt, cfg, some, pick_tokens, expected=plan.targets)
+    if len(times) <= warm:  # a text of a moment
+        return 0.0
+    share = (len(times) - 1 - warm) / len(times)
+    return (times[-1] - times[warm]) / max(1.0, share * coded.targets)
+
+
+def proof_bytes(cfg: Config, plan: CodingPlan, targets: int, cuda: bool) -> int:
+    """What an encoder or decoder holds, about: lanes, distributions, counts, weights that learn."""
+    lanes = lane_bytes(cfg, plan.lanes, plan.window, cuda) + 16 * plan.lanes * cfg.vocab_size
+    weights = (16 if cfg.lane_ttt else 4) * count_parameters(cfg)
+    return lanes + weights + (60 if targets >= FEW_TARGETS else 3000) * targets
 
 
 def decoded_again(folder: Path, text: np.ndarray) -> bool:

@@ -25,7 +25,6 @@ too.
 import argparse
 import contextlib
 import errno
-import itertools
 import json
 import lzma
 import math
@@ -47,7 +46,7 @@ from run_folder import ROOT, RunError
 import endings
 import train_gpt
 from prepare import TOKENIZER_SHA256, VAL_TOKENS_SHA256
-from train_gpt import BOS, CAP_BYTES, printable, read_regular, sha256
+from train_gpt import CAP_BYTES, printable, read_regular, sha256
 
 OUR_CODE = sha256(train_gpt.CODE.read_bytes())
 SAME_SUM = 1e-6  # bits per byte between the claim and what the decode adds up
@@ -429,8 +428,8 @@ def decode(case: Case) -> str:
     reason = f"{found.targets:,} tokens decode, submission.json says {claimed}"
     require(claimed == found.targets, reason)
     if not whole:
-        least = coded_stretch_differs(found.tokens, text, header.plan)
-        require(least is None, f"document {least} of the decoded stretch is not the text's")
+        same = np.array_equal(found.tokens, coded_stretch(text, header.plan, found.targets))
+        require(same, "the decoded stretch is not the text's")
         reason = f"{found.targets:,} of {len(text) - 1:,} tokens decode, as in the text"
         raise NotChecked(f"{reason}; no others are in stream.bin (CODEC_TOKENS)")
     return f"{found.targets:,} tokens in {found.seconds:.0f} s, all as in the text"
@@ -456,20 +455,12 @@ def here_or_not_checked(case: Case, header: train_gpt.StreamHeader) -> None:
     train_gpt.require_memory(needed, f"{header.plan.lanes} lanes", rt.device)
 
 
-def coded_stretch_differs(
-    decoded: np.ndarray, text: np.ndarray, plan: train_gpt.CodingPlan
-) -> int | None:
-    """The first document that is not the beginning of its like in the text, of those that the plan
-    begins with; None where all are. Both: uint16, a BOS before each document."""
-    ours = np.split(text, np.flatnonzero(text == BOS))[1:]
-    theirs = np.split(decoded, np.flatnonzero(decoded == BOS))[1:]
-    begun = sorted(itertools.islice(plan.queue(), len(theirs)))
-    if len(begun) < len(theirs):
-        return len(begun)
-    for place, document in zip(begun, theirs, strict=True):
-        if not np.array_equal(document, ours[place][: len(document)]):
-            return place
-    return None
+def coded_stretch(text: np.ndarray, plan: train_gpt.CodingPlan, targets: int) -> np.ndarray:
+    """What lanes have read of a text, uint16 from a BOS on, when so many targets are coded."""
+    order = train_gpt.LaneSchedule(text, plan).order(text).targets[:targets]
+    starts = train_gpt.Pieces.of(text, plan.length).starts
+    pieces = np.searchsorted(starts, order, "right") - 1
+    return train_gpt.joined_text(plan, [(pieces, text[order + 1])])
 
 
 @check("decode")

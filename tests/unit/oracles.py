@@ -4,7 +4,8 @@ honest_score is the whole score of a short text once more, by plain loops over d
 the text and the model's log-probabilities it recomputes the order of coding, the counts, how past
 targets went, the gate and its learning, and with them log p of each target, without any function
 of train_gpt.py. What it follows is written in spec/validity.md (documents as lanes) and in the
-docstrings of Blend. `oracle` counts by the definition. The rest is the script's own mixtures, on any tokens and Scores.
+docstrings of Blend. `oracle` counts by the definition. The rest is the script's own mixtures, on
+any tokens and Scores.
 """
 
 import math
