@@ -160,7 +160,7 @@ def bench_blend(table, size, vocab_size):
     store = train_gpt.CountStore(mixers["blend"].orders)
     reset_peak()
     began = time.perf_counter()
-    store.collect(train_gpt.ngram_counts(tokens, vocab_size, max(store.orders)))
+    store.collect(train_gpt.count_ngrams(tokens, vocab_size, max(store.orders)))
     seconds = time.perf_counter() - began
     table.add("counts to order 24, twelve orders kept", seconds, peak_gb())
     bits = dict(model=float(entropy.mean()) / math.log(2))
