@@ -73,6 +73,7 @@ TINY = dict(
     eval_batch_seqs=4,
     eval_lanes=4,
     codec_tokens=0,  # of a run; encode and decode are told what to code
+    codec_minutes=0.0,  # whatever the machine's load
 )
 # The same idea for the script as a process: RECORD=tiny, shrunk further.
 SHRUNK = dict(
@@ -93,6 +94,7 @@ SHRUNK = dict(
     EVAL_STRIDE="16",
     SCORER="sliding",  # faster on two long documents; test_smoke's runs score documents
     CODEC_TOKENS="0",
+    CODEC_MINUTES="0",
 )
 # Whole runs on one dataset that several tests read: name -> (ranks, each a process, or 0: in the
 # test's own process; variables beside SHRUNK). eval_*: the artifact of "one" scored again.

@@ -72,7 +72,7 @@ RATES = {
     "backoff": Rate(0.28e-6, "s", f"{HERE}: the backoff of a target, a thread"),
     "threads": Rate(12, "threads", "assumed: of a rank, 96 cores among 8"),
     "mixing": Rate(0.8e-3, "s", f"{HERE}: NumPy's part of a chunk of the blend, 4,096 targets"),
-    "codec": Rate(123e-6, "s", f"{HERE}: mixing and coding a target, 1,024 lanes"),
+    "codec": Rate(25e-6, "s", f"{HERE}: mixing and coding a target, 1,024 lanes"),
     "start": Rate(60.0, "s", "assumed: the decoder's process, until its first step"),
     "zstd": Rate(1.35e6, "bytes/s", f"{HERE}: level 22 on 6-bit integers"),
     "lzma": Rate(1.23e6, "bytes/s", f"{HERE}: 6-bit integers"),
@@ -89,6 +89,8 @@ DOCUMENTS = 50_000
 SPREAD = 1.0  # assumed: lengths are lognormal, their logarithms spread so far
 # What the script does today.
 SEEN_KEYS_ONLY = True  # attention of a lane, by torch 2.13's varlen; else every slot
+LEARNING = 4  # times the bytes of a compiled pass, and its kernels: what learns is not compiled
+PLAIN_ATTENTION = 12  # times the scores are read or written, forward and backward
 CHUNK_LAUNCHES = 307, 83  # of a chunk of the blend: eager, and where its batches are replayed
 GRAPH_KERNELS = 256  # in these
 OPTIMIZER_LAUNCHES = 50, 60, 20  # at least, for clipping, for each bank: on the emulated device
@@ -494,6 +496,31 @@ def documents_seconds(cfg: Config, ranks: int, *, seen: bool = SEEN_KEYS_ONLY) -
     return steps * lane_step_seconds(cfg, lanes, keys)
 
 
+def learning_seconds(cfg: Config, ranks: int) -> float:
+    """Of LANE_TTT: a pass there and back over the lanes' last tokens, whose attention goes by plain
+    products over all slots; every rank's gradients on every rank, in float32, added up, clipped;
+    Adam, and bf16 copies of the weights."""
+    if not cfg.lane_ttt:
+        return 0.0
+    lanes = lanes_of(cfg, ranks)
+    rows = lanes * cfg.lane_ttt_every
+    keys = cfg.window + cfg.lane_ttt_every
+    shape = Shape.of(cfg)
+    there = forward(cfg, NOW, True)
+    back = backward(cfg, NOW)
+    moved = LEARNING * rows * (there.moved + back.moved)
+    moved += PLAIN_ATTENTION * 4 * rows * cfg.num_heads * keys * len(shape.calls)
+    moved += 3 * 8 * lanes * keys * shape.keys * len(shape.calls)  # keys and values, joined
+    size = 4 * train_gpt.count_parameters(cfg)
+    moved += size * (2 * ranks + 4 + 7 + 3)
+    flops = rows * (6 * weights(cfg) + 3 * attention_flops(cfg, keys))
+    kernels = LEARNING * (there.kernels + back.kernels) + 3 * products(cfg)
+    step = fused_seconds(moved) + flops / rate("products") + kernels * rate("launch")
+    step += size * (ranks - 1) / rate("nvlink") + 100 * rate("eager")
+    steps = lane_steps(lanes * ranks, cfg.eval_longest_first)
+    return steps / cfg.lane_ttt_every * step
+
+
 def gathering_seconds(ranks: int) -> float:
     """Log p and entropy of all targets, in float64, between ranks."""
     return 2 * (ranks - 1) / ranks * 16 * TARGETS / rate("gloo")
@@ -558,6 +585,8 @@ def evaluation_parts(cfg: Config, ranks: int) -> dict[str, float]:
         parts["sliding windows"] = (sliding + again) * windows_seconds(cfg, ranks, cfg.eval_stride)
     if cfg.scorer == "documents":
         parts["documents"] = documents_seconds(cfg, ranks) + gathering_seconds(ranks)
+        if cfg.lane_ttt:
+            parts["learning in lanes"] = learning_seconds(cfg, ranks)
     if cfg.mixer != "none":
         parts["counts"] = counts_seconds(cfg)
         parts["backoff"] = TARGETS * rate("backoff") / rate("threads")
@@ -574,6 +603,7 @@ def proof_seconds(cfg: Config, ranks: int) -> float:
     lanes = lanes_of(cfg, ranks)
     keys = keys_seen(cfg.window) if SEEN_KEYS_ONLY else cfg.window
     device = targets / lanes * lane_step_seconds(cfg, lanes, keys)
+    device += targets / TARGETS * ranks * learning_seconds(cfg, ranks)
     return 2 * (device + targets * rate("codec")) + rate("start")
 
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -46,8 +47,8 @@ finally:
 
 
 def lanes(job):
-    """Scores beside whole rows, then own's lane step in three ways."""
-    cfg = configuration("own", job)
+    """Scores beside whole rows, then own's lane step in three ways, and what learning adds."""
+    cfg = configuration("own", job, lane_ttt=False)
     count = cfg.eval_lanes // RANKS
     model = scoring_model(cfg, job.device)
     with torch.no_grad():
@@ -68,6 +69,23 @@ def lanes(job):
             if how is train_gpt.Runtime:
                 apart(job, "split, masked", other[1], columns, step)
             del other
+        learning(job, model, replace(cfg, lane_ttt=True), count, step)
+
+
+def learning(job, model, cfg, count, before):
+    """Steps of which every 16th teaches; before: seconds of one, by the masked scorer."""
+    made = job.seconds(lambda: lane_scorer(model, train_gpt.Runtime(cfg), count, cfg))
+    every = cfg.lane_ttt_every
+    columns = steady_columns(count, cfg, 2 * every)
+    step = timed(job, "learning in lanes", *made, columns)
+    teaching = every * max(0.0, step - before)
+    text = f"{1e3 * teaching:.1f} ms for each step of Adam, besides what is gathered from others"
+    job.row("a step of Adam", text, seconds=teaching)
+    twice = [lane_scorer(model, train_gpt.Runtime(cfg), count, cfg) for _ in range(2)]
+    found = [scorer.score(columns) for scorer in twice]
+    same = bool((found[0] == found[1]).all())
+    text = f"two scorers learn the same, to the bit: {same}"
+    job.check("learning repeats", same, text)
 
 
 def apart(job, item, scorer, columns, step):
@@ -77,19 +95,19 @@ def apart(job, item, scorer, columns, step):
 
 
 def lane_scorer(model, runtime, count, cfg):
-    return train_gpt.LaneScorer(model, runtime, count, cfg.window)
+    return train_gpt.LaneScorer(model, runtime, cfg, count)
 
 
 def steady_columns(count, cfg, steps):
     """What LaneScorer.score takes, of lanes in the midst of documents as long as FineWeb's: int64
-    (3, steps, count)."""
+    (4, steps, count)."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(0, SPREAD, 200_000))
     lengths = np.maximum(1, lengths * (LENGTH / lengths.mean())).astype(int)
     lengths = rng.choice(lengths, count, p=lengths / lengths.sum())  # a long one is met more often
     places = (rng.integers(0, 1 << 30, count) + np.arange(steps)[:, None]) % lengths
     ids, targets = rng.integers(2, cfg.vocab_size, (2, steps, count))
-    return np.stack([ids, places, targets])
+    return np.stack([ids, places, targets, np.ones_like(ids)])
 
 
 def timed(job, name, capture, scorer, columns):

@@ -38,9 +38,9 @@ def counts(job):
     tell(job, store, (laying_out, *device), len(tokens))
     size = len(tokens) - 1
     entropy = np.random.default_rng(1).gamma(4.0, 0.7, size)
-    times = coding.schedule[0][store.skip :]
+    schedule = [column[store.skip :] for column in coding.schedule]
     for name in ("cascade", "blend"):
-        mixed(job, cfg, name, store, (entropy, times))
+        mixed(job, cfg, name, store, (entropy, *schedule))
     captured(job, cfg)
 
 
@@ -60,11 +60,12 @@ def late_weights(job, cfg, eager):
     draw = np.random.default_rng(0)
     for _ in range(3):
         entropy = draw.gamma(4.0, 0.7, blend.LARGEST_CHUNK)
-        counts = draw.integers(0, 9, (len(blend.orders), len(entropy), 4), np.int32)
-        stats = np.sort(counts)[..., ::-1].copy()
-        given = blend.inputs(stats, entropy)
+        counts = draw.integers(0, 9, (len(blend.orders), len(entropy), 5), np.int32)
+        stats = np.minimum(np.sort(counts)[..., ::-1], [9, 9, 9, 9, 1]).astype(np.int32)
+        recent = draw.random((len(entropy), train_gpt.REMEMBERED, 2), np.float32)
+        given = blend.inputs(stats, entropy, recent)
         found = blend.weights(*given)
-        blend.learn(*given, train_gpt.expert_probabilities(stats, -entropy))
+        blend.learn(*given, train_gpt.expert_probabilities(blend, stats, -entropy))
     return found
 
 
@@ -72,7 +73,7 @@ def counted(job, store, coding, cfg):
     """Fill the store -> (seconds of it all, of them waiting for counts)"""
     orders, waited = store.orders, 0.0
     how = dict(device=job.device, schedule=coding.schedule, wanted=orders)
-    found = train_gpt.ngram_counts(coding.tokens, cfg.vocab_size, max(orders), **how)
+    found = train_gpt.count_ngrams(coding.tokens, cfg.vocab_size, max(orders), **how)
 
     def timed():
         nonlocal waited
@@ -116,7 +117,7 @@ def same_counts(job, tokens, vocab_size, orders):
     """The device's n-gram counts are the CPU's."""
     devices = job.device, "cpu"
     here, there = (
-        train_gpt.ngram_counts(tokens, vocab_size, max(orders), each, wanted=orders)
+        train_gpt.count_ngrams(tokens, vocab_size, max(orders), each, wanted=orders)
         for each in devices
     )
     pairs = list(zip(here, there, strict=True))
@@ -132,10 +133,10 @@ def mixed(job, cfg, name, store, columns):
     torch.set_num_threads(train_gpt.choose_threads(1)[0])
 
     def seconds(part):
-        entropy, times = (column[:part] for column in columns)
+        entropy, *schedule = (column[:part] for column in columns)
         cut = train_gpt.Scores(log_prob=-entropy, entropy=entropy)
         mixer = train_gpt.make_mixer(name, cfg, train_gpt.Runtime(cfg))
-        return job.seconds(lambda: train_gpt.mix(mixer, store, cut, times))
+        return job.seconds(lambda: train_gpt.mix(mixer, store, cut, schedule))
 
     seconds(600)  # loads kernels
     job.reset_peak()

@@ -194,8 +194,8 @@ def afterwards(job, compiled, trainer, more):
         how = loaded, runtime, cfg, stream
         scores, _ = stage("documents", lambda: train_gpt.score_documents(*how))
         plan = train_gpt.CodingPlan.of(stream, cfg, 1)._replace(targets=4 * cfg.eval_lanes)
-        read = train_gpt.tokens_of_text(stream)
-        stage("codec", lambda: train_gpt.run_lanes(loaded, runtime, plan, read))
+        read = train_gpt.tokens_of_text(stream, plan)
+        stage("codec", lambda: train_gpt.run_lanes(loaded, runtime, plan, read, cfg))
     late = trainer.qat_since == 2 and all((grid > 0).any() for grid in model.buffers())
     ok = not sum(new.values()) and late and bool(np.isfinite(scores.log_prob).all())
     text = ", ".join(f"{name} {spent[name]:.1f} s {new[name]} graphs" for name in new)

@@ -101,9 +101,13 @@ def main():
     small = plan._replace(targets=3 * plan.lanes)  # kernels are compiled
     rt.begin("")
     rt.tick = lambda *_: None
-    some = train_gpt.run_codec(
-        None, rt, cfg, small, lambda _, step: reader(None, step), expected=plan.targets
-    ) if (reader := train_gpt.tokens_of_text(stream, plan)) else None
+    some = (
+        train_gpt.run_codec(
+            None, rt, cfg, small, lambda _, step: reader(None, step), expected=plan.targets
+        )
+        if (reader := train_gpt.tokens_of_text(stream, plan))
+        else None
+    )
     del rt.tick, some
     if args.profile:
         profile = cProfile.Profile()

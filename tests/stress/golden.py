@@ -114,6 +114,7 @@ TINY = {
     "SCORER": "documents",
     "EVAL_LANES": "32",
     "CODEC_TOKENS": "10000",
+    "CODEC_MINUTES": "0",
     "SAVE_SCORES": "1",
 }
 # A RECORD, four layers deep and narrow, at rates that make 40 steps change every matrix.
@@ -185,6 +186,7 @@ ROWS = (
         XSA_LAST_N="4",
         EVAL_LANES="24",
         CODEC_TOKENS="4000",
+        CODEC_MINUTES="0",
         alive=(*LATE, "final_codec.coded_bytes"),
     ),
     shrunk("pr864", PSEUDO, XSA_LAST_N="2", GRAD_ACCUM_STEPS="2"),

@@ -121,20 +121,22 @@ trainer.update(1.0)
 with counted(work=True) as step:
     trainer.update(1.0)
 with torch.no_grad():
-    forward = lane_forward(model.eval(), rt, cfg.eval_lanes, cfg.window)
+    cache = LaneCache(model.eval(), cfg.eval_lanes, cfg.window)
+    forward = lane_forward(model, rt, cache)
 ids = torch.zeros(2, cfg.eval_lanes, dtype=torch.int64, device=rt.device)
 with counted(work=True) as lanes, torch.no_grad():
     forward(*ids)
 blend = Blend(weighed_orders("blend", cfg), rt)
 blend.learned = 1 << 20
 entropy = np.ones(blend.LARGEST_CHUNK)
-inputs = np.ones((len(blend.orders), len(entropy), 4), np.int32), entropy
+recent = np.ones((len(entropy), REMEMBERED, 2), np.float32)
+inputs = np.ones((len(blend.orders), len(entropy), 5), np.int32), entropy, recent
 captured, chunk = blend.train_last_batch, []
 for blend.train_last_batch in (blend.train, captured):
     with counted() as tally:
         given = blend.inputs(*inputs)
         blend.weights(*given)
-        blend.learn(*given, expert_probabilities(inputs[0], -entropy))
+        blend.learn(*given, expert_probabilities(blend, inputs[0], -entropy))
     chunk.append(tally.total("launch"))
 found = dict(step=sums(step), lanes=sums(lanes), chunk=chunk)
 print(json.dumps(found))

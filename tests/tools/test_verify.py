@@ -625,6 +625,43 @@ def test_other_documents_ahead_fail(tmp_path_factory, data):
     assert "has shape" in reasons(folder)["stream"]
 
 
+def test_pieces_of_documents_are_proved(tmp_path_factory, data):
+    """Cut where the plan says: their bytes are paid for; a stretch is checked, too."""
+    env = dict(EVAL_LANES="3", EVAL_PIECE_TOKENS="97")
+    folder = finished(tmp_path_factory, "pieces", data, **env)
+    case = verify.Case(folder)
+    found = list(verify.examine(case))
+    assert verify.verdict(found)[1] == "PROVED", [row for row in found if row.status != "ok"]
+    plan = case.stream[0].plan
+    assert plan.cuts and plan.length == 97 and not plan.ahead
+    with np.load(folder / "scores.npz") as scores:
+        nats = -scores["logp_final"].sum()
+    paid = len(plan.side_bytes()) * math.log(256)
+    assert case.decoded.nats == pytest.approx(nats + paid, rel=1e-9)
+    stretch = finished(tmp_path_factory, "pieces_stretch", data, **env, CODEC_TOKENS="2100")
+    found = rows(stretch)
+    assert statuses(found) == {"decode", "score"} and found["rescored"][0] == "ok"
+    reseal(stretch, lambda header, body: header.update(cuts=[96, header["cuts"][1]]))
+    assert "has shape" in reasons(stretch)["stream"]
+
+
+def test_a_run_that_learnt_otherwise_fails(tmp_path_factory, data):
+    """The claim of learning in lanes with the stream of a run without, and the other way round."""
+    folders = [finished(tmp_path_factory, f"learnt_{on}", data, LANE_TTT=on) for on in ("0", "1")]
+    found = [verify.Case(folder).claim("val_bpb") for folder in folders]
+    assert found[0] != found[1]
+    for folder in folders:
+        assert verify.verdict(list(verify.examine(verify.Case(folder))))[1] == "PROVED"
+    header, words = train_gpt.read_stream(folders[1] / "stream.bin")
+    assert header.scoring["lane_ttt"] and not verify.Case(folders[0]).stream[0].scoring["lane_ttt"]
+    shutil.copy(folders[0] / "stream.bin", folders[1] / "stream.bin")
+    assert "settings are not those" in reasons(folders[1])["stream"]
+    sealed = train_gpt.seal(train_gpt.STREAM_PREFIX, header.pack(), words)
+    (folders[1] / "stream.bin").write_bytes(sealed)
+    reseal(folders[1], lambda header, body: header["scoring"].update(lane_ttt="0"))
+    assert "settings are not those" in reasons(folders[1])["stream"]
+
+
 def test_without_the_text(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "nowhere"))
     found = examined(folder)

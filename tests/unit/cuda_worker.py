@@ -142,7 +142,8 @@ def mixtures(rt, cfg, order, scores):
         mixer = train_gpt.make_mixer(name, cfg, rt)
         store = train_gpt.CountStore(mixer.orders, len(order.tokens) - len(scores.log_prob))
         store.collect(counts(rt, order, max(mixer.orders)))
-        found[name] = train_gpt.mix(mixer, store, scores, order.schedule[0][store.skip :])
+        schedule = [column[store.skip :] for column in order.schedule]
+        found[name] = train_gpt.mix(mixer, store, scores, schedule)
     return found
 
 
@@ -156,15 +157,17 @@ def late_weights(rt, eager=False):
     rows = blend.LARGEST_CHUNK + 77
     for _ in range(3):
         entropy = rng.gamma(4.0, 0.7, rows)
-        stats = np.sort(rng.integers(0, 9, (3, rows, 4), np.int32))[..., ::-1].copy()
-        given = blend.inputs(stats, entropy)
+        stats = np.sort(rng.integers(0, 9, (3, rows, 5), np.int32))[..., ::-1].copy()
+        stats[..., 4] %= 2
+        recent = rng.random((rows, train_gpt.REMEMBERED, 2), np.float32)
+        given = blend.inputs(stats, entropy, recent)
         weights = blend.weights(*given)
-        blend.learn(*given, train_gpt.expert_probabilities(stats, -entropy))
+        blend.learn(*given, train_gpt.expert_probabilities(blend, stats, -entropy))
     return weights
 
 
 def counts(rt, order, most):
-    return train_gpt.ngram_counts(order.tokens, 64, most, rt.device, order.schedule)
+    return train_gpt.count_ngrams(order.tokens, 64, most, rt.device, order.schedule)
 
 
 def beside_the_cpu(folder):

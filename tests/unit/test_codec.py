@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -291,6 +292,7 @@ def test_the_schedule_is_what_lanes_come_to_as_they_go(sizes, lanes, groups, las
     with pytest.MonkeyPatch.context() as patch:
         nothing = torch.zeros(plan.lanes // groups, 1), torch.zeros(plan.lanes // groups)
         patch.setattr(train_gpt, "require_lanes", lambda *_: None)
+        patch.setattr(train_gpt, "LaneCache", lambda *_: None)
         patch.setattr(train_gpt, "lane_pass", lambda *_: lambda *_: nothing)
         runtime = train_gpt.Runtime(tiny())
         read = train_gpt.tokens_of_text(stream, plan)
@@ -646,6 +648,51 @@ def test_what_another_process_decoded(proved):
     claim = honest_claim(folder, tiny(**SMALL), stream)
     assert line["claimed_bytes"] == math.ceil(-claim.sum() / math.log(256))
     assert not (folder / "decoded.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "minutes", "pace", "wanted"),
+    [
+        (-1, 0.0, 1.0, 5000),
+        (2500, 0.0, 1e-6, 2500),
+        (2500, 1.0, 0.005, 5000),  # there and back: 50 seconds
+        (2500, 0.8, 0.005, 2500),
+        (10, 0.0, 1.0, train_gpt.WITNESSES),
+        (9000, 0.0, 1.0, 5000),
+    ],
+)
+def test_how_much_is_proved(tokens, minutes, pace, wanted, monkeypatch, tmp_path):
+    """All of it where that takes no longer than CODEC_MINUTES; else a command proves the rest."""
+    cfg = tiny(**SMALL, codec_tokens=tokens, codec_minutes=minutes, data_path=str(tmp_path))
+    stream, rt, lines = documents(4999), train_gpt.Runtime(cfg), []
+    monkeypatch.setattr(rt, "log", lambda *words, **values: lines.append((words, values)))
+    monkeypatch.setattr(train_gpt, "coding_pace", lambda *_: pace)
+    plan = CodingPlan.of(stream, cfg, 1)
+    assert train_gpt.plan_proof(None, rt, cfg, stream, plan) == plan._replace(targets=wanted)
+    assert lines[0][0] == ("expect", "proof")
+    assert lines[0][1].items() >= dict(tokens=wanted, of=5000).items()
+    assert lines[0][1]["seconds"] == pytest.approx(2 * pace * wanted, abs=0.06)
+    assert lines[0][1]["memory_mb"] >= 0
+    assert len(lines) == 1 + (wanted < 5000)
+    if wanted < 5000:
+        (_, note), _ = lines[1]
+        assert "CODEC_TOKENS=-1 python" in note and f"DATA_PATH={tmp_path}" in note
+        assert f"about {5000 * 2 * pace / 60:.0f} minutes" in note
+
+
+def test_the_pace_of_coding_is_measured():
+    """Of steps behind the warm-up; a text of fewer takes no time worth telling."""
+    cfg = tiny(**SMALL)
+    stream, rt = documents(200, 200, 200), train_gpt.Runtime(cfg)
+    plan = CodingPlan.of(stream, cfg, 1)
+    pace = train_gpt.coding_pace(model_of(cfg), rt, cfg, stream, plan)
+    began = time.perf_counter()
+    encode(model_of(cfg), rt, cfg, stream, plan)
+    spent = (time.perf_counter() - began) / plan.targets
+    assert 0.1 * spent < pace < 10 * spent
+    short = documents(9, 9, 9)
+    plan = CodingPlan.of(short, cfg, 1)
+    assert train_gpt.coding_pace(model_of(cfg), rt, cfg, short, plan) == 0.0
 
 
 def swap_artifact(folder, _):

@@ -111,7 +111,8 @@ def test_lanes_of_scorer_and_codec_share_a_graph(rt):
     rt.cuda = True  # what the first use makes is made beforehand
     ids = torch.ones(2, 3, dtype=torch.int64)
     with torch.no_grad():
-        found = [train_gpt.lane_forward(model, rt, 3, 16)(*ids)[0] for _ in range(4)]
+        caches = [train_gpt.LaneCache(model, 3, 16) for _ in range(4)]
+        found = [train_gpt.lane_forward(model, rt, cache)(*ids)[0] for cache in caches]
     assert new_graphs() == 1
     assert all(torch.equal(x, found[0]) for x in found)
 

@@ -110,8 +110,8 @@ def test_gradient_is_that_of_a_row_whose_past_is_fixed(name, past):
     logits = model.logits(model.hidden(rows, Detached(model, rows, past)))[:, past:]
     wanted = F.cross_entropy(logits.flatten(0, 1), targets.T[:, past:].flatten())
     wanted = torch.autograd.grad(wanted, [*model.parameters()], allow_unused=True)
-    wanted = [torch.zeros_like(w) if g is None else g for g, w in zip(wanted, model.parameters())]
-    flat = torch.cat([gradient.flatten() for gradient in wanted])
+    pairs = zip(wanted, model.parameters(), strict=True)
+    flat = torch.cat([torch.zeros(w.numel()) if g is None else g.flatten() for g, w in pairs])
     assert flat.abs().max() > 1e-4
     assert torch.allclose(learner.gradient, flat, rtol=1e-3, atol=1e-6)
 
@@ -250,9 +250,7 @@ def test_rate_zero_is_no_learning():
 def test_it_learns():
     """Phrases that come again and again; what the network alone spends."""
     stream = repeats(copies=40)
-    nats = [
-        coded(tiny(**SMALL | RATE | dict(lane_ttt=on)), stream)[1].model_nats for on in (0, 1)
-    ]
+    nats = [coded(tiny(**SMALL | RATE | dict(lane_ttt=on)), stream)[1].model_nats for on in (0, 1)]
     assert nats[1] < 0.8 * nats[0]
 
 
