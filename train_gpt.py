@@ -18,6 +18,7 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The se
 
 `run_stages` in section 14 tells the story. What lies in more than one section:
 
+  learning   LaneChunk (5) sees the cache, LaneLearner (10) takes the step; run_lanes, LaneScorer
   late QAT   fake_quantize (5), update_qat_grids (7), search_grid (9); on from Trainer.update (13)
   a signal   Runtime.signals (3); Trainer.save_if_due (13) saves (8), run (14) says what is kept
   a file     is written whole or not at all by write_atomically (3)
@@ -37,10 +38,11 @@ Words with one meaning each:
   stream.bin    what the codec makes of them: a header, a plan's side_bytes, the range coder's words
   target        a token that is predicted: every token of a stream but its first
   document      the tokens from one BOS up to the next
+  piece         a document, or a part of a long one: what a lane reads with nothing before it
   row           one training or scoring sequence of a batch
   window        the past that is kept: of sliding windows the inputs of a pass, which overlap,
                 `stride` targets apart; of lanes the keys and values of each attention
-  lane          one of many places where documents are read, one after another, a token a step
+  lane          one of many places where pieces are read, one after another, a token a step
   bank          one tensor that stacks a kind of matrix of all layers
   scale, grid   the step of a matrix's row, stored beside its integers; the values integer * scale
                 it may take
@@ -50,7 +52,7 @@ Words with one meaning each:
   backoff       the published mixture of model and counts, with fixed weights: NGRAM_MIXER=cascade
   blend         the learned mixture of model and counts, what val_bpb is by default
   mass          the sum of a distribution over the vocabulary: 1, or it is no distribution
-  plan          what a decoder must know before its first token: documents, lanes, targets
+  plan          what a decoder must know before its first token: pieces, lanes, targets
   C1            no probability may depend on its target or on later tokens (upstream issue #1017)
 """
 
@@ -1051,6 +1053,7 @@ def techniques(cfg: Config) -> dict[str, bool]:
         swa=swa,
         pruning=cfg.target_mb > 0,
         ttt=cfg.ttt_enabled,
+        lane_ttt=cfg.lane_ttt and cfg.scorer == "documents",
     )
 
 

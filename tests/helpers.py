@@ -72,6 +72,7 @@ TINY = dict(
     eval_stride=4,
     eval_batch_seqs=4,
     eval_lanes=4,
+    lane_ttt=False,  # test_learning.py's; the whole runs below learn
     codec_tokens=0,  # of a run; encode and decode are told what to code
     codec_minutes=0.0,  # whatever the machine's load
 )

@@ -89,9 +89,10 @@ DOCUMENTS = 50_000
 SPREAD = 1.0  # assumed: lengths are lognormal, their logarithms spread so far
 # What the script does today.
 SEEN_KEYS_ONLY = True  # attention of a lane, by torch 2.13's varlen; else every slot
-LEARNING = 4  # times the bytes of a compiled pass, and its kernels: what learns is not compiled
+LEARNING = 9, 14  # times the kernels of a compiled pass, and its bytes: what learns is not
+# compiled; on the emulated device
 PLAIN_ATTENTION = 12  # times the scores are read or written, forward and backward
-CHUNK_LAUNCHES = 307, 83  # of a chunk of the blend: eager, and where its batches are replayed
+CHUNK_LAUNCHES = 309, 85  # of a chunk of the blend: eager, and where its batches are replayed
 GRAPH_KERNELS = 256  # in these
 OPTIMIZER_LAUNCHES = 50, 60, 20  # at least, for clipping, for each bank: on the emulated device
 MATH_FALLBACK = 17  # times the bytes of keys and values: SDPA's last resort expands them in fp32
@@ -496,28 +497,36 @@ def documents_seconds(cfg: Config, ranks: int, *, seen: bool = SEEN_KEYS_ONLY) -
     return steps * lane_step_seconds(cfg, lanes, keys)
 
 
-def learning_seconds(cfg: Config, ranks: int) -> float:
-    """Of LANE_TTT: a pass there and back over the lanes' last tokens, whose attention goes by plain
-    products over all slots; every rank's gradients on every rank, in float32, added up, clipped;
-    Adam, and bf16 copies of the weights."""
-    if not cfg.lane_ttt:
-        return 0.0
+def learning_work(cfg: Config, ranks: int) -> tuple[float, float, float]:
+    """Kernels, bytes moved and FLOP of a step of LANE_TTT: a pass there and back over the lanes'
+    last tokens, not compiled, whose attention goes by plain products over all slots; gradients of
+    all ranks, in float32, added up, clipped; Adam, and copies of the weights."""
     lanes = lanes_of(cfg, ranks)
     rows = lanes * cfg.lane_ttt_every
     keys = cfg.window + cfg.lane_ttt_every
     shape = Shape.of(cfg)
     there = forward(cfg, NOW, True)
     back = backward(cfg, NOW)
-    moved = LEARNING * rows * (there.moved + back.moved)
+    apart, again = LEARNING
+    moved = again * rows * (there.moved + back.moved)
     moved += PLAIN_ATTENTION * 4 * rows * cfg.num_heads * keys * len(shape.calls)
     moved += 3 * 8 * lanes * keys * shape.keys * len(shape.calls)  # keys and values, joined
     size = 4 * train_gpt.count_parameters(cfg)
     moved += size * (2 * ranks + 4 + 7 + 3)
     flops = rows * (6 * weights(cfg) + 3 * attention_flops(cfg, keys))
-    kernels = LEARNING * (there.kernels + back.kernels) + 3 * products(cfg)
+    kernels = apart * (there.kernels + back.kernels) + 3 * products(cfg)
+    return kernels, moved, flops
+
+
+def learning_seconds(cfg: Config, ranks: int) -> float:
+    """Of LANE_TTT: its steps, and every rank's gradients to every rank."""
+    if not cfg.lane_ttt:
+        return 0.0
+    kernels, moved, flops = learning_work(cfg, ranks)
     step = fused_seconds(moved) + flops / rate("products") + kernels * rate("launch")
-    step += size * (ranks - 1) / rate("nvlink") + 100 * rate("eager")
-    steps = lane_steps(lanes * ranks, cfg.eval_longest_first)
+    step += 4 * train_gpt.count_parameters(cfg) * (ranks - 1) / rate("nvlink")
+    step += 100 * rate("eager")
+    steps = lane_steps(lanes_of(cfg, ranks) * ranks, cfg.eval_longest_first)
     return steps / cfg.lane_ttt_every * step
 
 

@@ -84,7 +84,7 @@ def test_flops_are_those_that_torch_counts(record):
 
 
 EMULATED = """
-import json, os, sys
+import functools, json, os, sys
 import emulated_cuda
 from helpers import random_stream, write_shard
 from tally import counted
@@ -126,6 +126,13 @@ with torch.no_grad():
 ids = torch.zeros(2, cfg.eval_lanes, dtype=torch.int64, device=rt.device)
 with counted(work=True) as lanes, torch.no_grad():
     forward(*ids)
+learner = LaneLearner(model.requires_grad_(False), rt, cfg, [cache])
+learner.passes = [functools.partial(learner.back_propagate, cache)]  # not replayed: counted
+learnt = torch.zeros(4, cfg.lane_ttt_every, cfg.eval_lanes, dtype=torch.int64, device=rt.device)
+with counted(work=True) as learning:
+    learner.learn(learnt)
+works = learning.work.values()
+learning = dict(kernels=sum(w.kernels for w in works), bytes=sum(w.bytes for w in works))
 blend = Blend(weighed_orders("blend", cfg), rt)
 blend.learned = 1 << 20
 entropy = np.ones(blend.LARGEST_CHUNK)
@@ -138,7 +145,7 @@ for blend.train_last_batch in (blend.train, captured):
         blend.weights(*given)
         blend.learn(*given, expert_probabilities(blend, inputs[0], -entropy))
     chunk.append(tally.total("launch"))
-found = dict(step=sums(step), lanes=sums(lanes), chunk=chunk)
+found = dict(step=sums(step), lanes=sums(lanes), chunk=chunk, learning=learning)
 print(json.dumps(found))
 """
 
@@ -199,6 +206,13 @@ def test_lanes_and_blend_are_those_of_the_emulated_device(emulated):
     attention = cfg.eval_lanes * estimate.attention_flops(cfg, cfg.window)
     assert lanes["attention_flops"] == pytest.approx(attention)
     assert emulated["chunk"] == list(estimate.CHUNK_LAUNCHES)
+
+
+def test_learning_is_that_of_the_emulated_device(emulated):
+    """Of one rank: nothing is gathered."""
+    kernels, moved, _ = estimate.learning_work(small(), 1)
+    assert emulated["learning"]["kernels"] == pytest.approx(kernels, rel=0.15)
+    assert emulated["learning"]["bytes"] == pytest.approx(moved, rel=0.25)
 
 
 KEPT = """

@@ -664,7 +664,7 @@ def test_what_another_process_decoded(proved):
 def test_how_much_is_proved(tokens, minutes, pace, wanted, monkeypatch, tmp_path):
     """All of it where that takes no longer than CODEC_MINUTES; else a command proves the rest."""
     cfg = tiny(**SMALL, codec_tokens=tokens, codec_minutes=minutes, data_path=str(tmp_path))
-    stream, rt, lines = documents(4999), train_gpt.Runtime(cfg), []
+    stream, rt, lines = documents(5000), train_gpt.Runtime(cfg), []
     monkeypatch.setattr(rt, "log", lambda *words, **values: lines.append((words, values)))
     monkeypatch.setattr(train_gpt, "coding_pace", lambda *_: pace)
     plan = CodingPlan.of(stream, cfg, 1)

@@ -64,14 +64,20 @@ def learner_of(model, cfg, steps, targets, count=None, windows=None):
     forward = train_gpt.lane_forward(model, rt, cache)
     ids, places = (torch.from_numpy(column) for column in steps)
     before = len(ids) - every
+    still, learner = replace(cfg, lane_ttt_lr=0.0), None
+    columns = torch.stack([ids, places, targets, torch.ones_like(ids)])
     with torch.no_grad():
-        for t in range(before):
+        for t in range(len(ids)):
+            if t == before:
+                learner = learner or LaneLearner(model, rt, cfg, [cache])
+                for group in learner.optimizer.param_groups:
+                    group["lr"] = cfg.lane_ttt_lr
+            elif t == before % every:
+                learner = LaneLearner(model, rt, still, [cache])
             forward(ids[t], places[t])
-        learner = LaneLearner(model, rt, cfg, [cache])  # marks what was before
-        for t in range(before, len(ids)):
-            forward(ids[t], places[t])
-    busy = torch.ones_like(ids[before:])
-    return learner, torch.stack([ids[before:], places[before:], targets[before:], busy])
+            if learner and t < before and not (t + 1 - before) % every:
+                learner.learn(columns[:, t + 1 - every : t + 1])
+    return learner, columns[:, before:].clone()
 
 
 class Detached(Context):
@@ -185,6 +191,8 @@ def test_a_step_is_adam_s_of_the_clipped_gradient():
         learner.learn(chunk)
         for name, weight in model.named_parameters():
             assert torch.allclose(weight, before.get_parameter(name), rtol=0, atol=1e-6), name
+        for name, layers in train_gpt.layer_weights(model, {}).items():  # lanes go on with these
+            assert all(map(torch.equal, layers, learner.caches[0].weights[name])), name
     assert not any(weight.requires_grad for weight in model.parameters())
 
 
@@ -330,7 +338,7 @@ def test_ranks_learn_the_same(monkeypatch):
 def test_uniform_tokens_are_not_made_dearer():
     """By at most 0.01 bits, at the rate of the default."""
     cfg = tiny(**SMALL | dict(eval_lanes=8), vocab_size=64)
-    assert cfg.lane_ttt and cfg.lane_ttt_lr == train_gpt.Config().lane_ttt_lr
+    assert train_gpt.Config().lane_ttt and cfg.lane_ttt_lr == train_gpt.Config().lane_ttt_lr
     stream = documents(*[400] * 8, seed=4)
     model, rt = train_gpt.GPT(cfg).initialise().eval().requires_grad_(False), train_gpt.Runtime(cfg)
     bits = []

@@ -251,6 +251,33 @@ def test_the_decoder_counts_the_same(table, case):
     assert np.array_equal(decoder_counts(table, tokens, *steps, 8), wanted)
 
 
+def repeating_lanes(size, vocab_size, seed=0):
+    """Three lanes of phrases that come again -> tokens, times, lanes"""
+    rng = np.random.default_rng(seed)
+    phrases = rng.integers(2, vocab_size, (6, 7))
+    texts = [np.concatenate(phrases[rng.integers(0, 6, size)]) for _ in range(3)]
+    for text in texts:
+        text[rng.random(len(text)) < 0.1] = rng.integers(1, vocab_size)
+    return side_by_side(texts)
+
+
+def test_a_collision_of_hashes_costs_no_count(monkeypatch):
+    """Four bits of hash: nearly all entries collide."""
+    monkeypatch.setattr(train_gpt, "ORDER_BITS", 28)
+    monkeypatch.setattr(train_gpt, "jit", functools.cache(train_gpt.jit.__wrapped__))
+    tokens, *steps = repeating_lanes(20, 40)
+    found = decoder_counts(ContextTable, tokens, *steps, 8, 40)
+    assert np.array_equal(found, decoder_counts(ContextDictionary, tokens, *steps, 8, 40))
+
+
+def test_a_table_that_grows_forgets_nothing(monkeypatch):
+    """From sixteen slots, eleven doublings; its nodes, lists and text grow, too."""
+    monkeypatch.setattr(ContextTable, "SLOTS", 16)
+    tokens, *steps = repeating_lanes(250, 40, seed=1)
+    found = decoder_counts(ContextTable, tokens, *steps, 8, 40)
+    assert np.array_equal(found, decoder_counts(ContextDictionary, tokens, *steps, 8, 40))
+
+
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, ContextTable, ContextDictionary])
 def test_counts_in_steps_of_a_longer_text(implementation):
     """Twelve lanes of documents that repeat each other, to order 24."""
