@@ -4385,7 +4385,9 @@ def run_lanes(
     while len(lanes := np.flatnonzero(pieces < none)) and coded < plan.targets:
         inputs = torch.as_tensor(np.stack([ids, places]), device=rt.device).split(group_size, 1)
         outputs = [forward(*group) for forward, group in zip(passes, inputs, strict=True)]
-        joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
+        joined = [*outputs[0]]  # large: not copied where it is one group
+        if len(outputs) > 1:
+            joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
         step = LaneStep(lanes, pieces[lanes], places[lanes])
         tokens = choose_tokens(joined, step)
         if learner:
@@ -5599,17 +5601,18 @@ def last_follower(arrays: ContextArrays, entry: int) -> int:
 
 def add_followers(
     arrays: ContextArrays,
-    read: tuple[np.ndarray, np.ndarray],
+    read: tuple[np.ndarray, np.ndarray, int],
     recent: np.ndarray,
     weights: np.ndarray,
     p: np.ndarray,
 ) -> None:
-    """Add to p (lanes, V) the weighed shares of all counts and, of the orders with index `recent`,
-    of the last followers. read: stats and found; weights: (lanes, 1 + K + R), the model's first."""
-    stats, found = read
+    """Add to p (rows, V) the weighed shares of all counts and, of the orders with index `recent`,
+    of the last followers. read: stats and found of all lanes, and which of them p begins with;
+    weights: (lanes, 1 + K + R), the model's first."""
+    stats, found, first = read
     levels = len(arrays.sizes)
-    for i in range(len(p)):
-        row = p[i]
+    for i in range(first, first + len(p)):
+        row = p[i - first]
         for k in range(levels):
             if stats[k, i, 0] == 0:
                 break
@@ -5834,9 +5837,10 @@ class ContextTable:
         jit(read_contexts)(self.arrays, lanes, self.stats, self.found)
         return self.stats
 
-    def add(self, weights: np.ndarray, p: np.ndarray) -> None:
-        """To p (lanes, V): the weighed counts of the contexts that were read."""
-        read = self.stats, self.found
+    def add(self, weights: np.ndarray, p: np.ndarray, first: int = 0) -> None:
+        """To p, the distributions of the lanes from the `first` on: the weighed counts of their
+        contexts. weights: of all lanes."""
+        read = self.stats, self.found, first
         jit(add_followers)(self.arrays, read, self.recent, weights, p)
 
     def count(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
@@ -5906,13 +5910,14 @@ class ContextDictionary:
                     self.found.append((i, k, tokens, counts, self.last[context]))
         return self.stats
 
-    def add(self, weights: np.ndarray, p: np.ndarray) -> None:
-        for i, k, tokens, counts, _ in self.found:
-            p[i, tokens] += weights[i, 1 + k] / self.stats[k, i, 0] * counts
+    def add(self, weights: np.ndarray, p: np.ndarray, first: int = 0) -> None:
+        found = [row for row in self.found if first <= row[0] < first + len(p)]
+        for i, k, tokens, counts, _ in found:
+            p[i - first, tokens] += weights[i, 1 + k] / self.stats[k, i, 0] * counts
         for r, k in enumerate(self.recent, 1 + len(self.sizes)):
-            for i, here, *_, last in self.found:
+            for i, here, *_, last in found:
                 if here == k:
-                    p[i, last] += weights[i, r]
+                    p[i - first, last] += weights[i, r]
 
     def count(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
         for i, k, after, counts, last in self.found:
@@ -5932,6 +5937,13 @@ class ContextDictionary:
     def forget(self, lanes: np.ndarray) -> None:
         for lane in lanes:
             self.past[lane] = b""
+
+
+def cached_rows(count: int, vocab_size: int) -> Iterator[slice]:
+    """Of so many distributions those that are best worked on together: half a MB of float64."""
+    most = max(1, (1 << 16) // vocab_size)
+    for begin in range(0, count, most):
+        yield slice(begin, min(begin + most, count))
 
 
 class Mixture:
@@ -5961,11 +5973,12 @@ class Mixture:
         stats = self.counts.read(lanes)
         self.inputs = self.mixer.inputs(stats, self.entropy, self.recent[lanes])
         weights = self.mixer.weights(*self.inputs)
-        p = np.exp(self.log_probs, out=self.p[: len(lanes)])
-        p *= weights[:, :1]
-        self.counts.add(weights, p)
-        self.mass_error = max(self.mass_error, float(np.abs(p.sum(1) - 1).max()))
-        return p
+        for rows in cached_rows(len(lanes), self.p.shape[1]):
+            p = np.exp(self.log_probs[rows], out=self.p[rows])
+            p *= weights[rows, :1]
+            self.counts.add(weights, p, rows.start)
+            self.mass_error = max(self.mass_error, float(np.abs(p.sum(1) - 1).max()))
+        return self.p[: len(lanes)]
 
     def forget(self, lanes: np.ndarray) -> None:
         """What came before in these lanes: they go on elsewhere."""
@@ -6057,7 +6070,7 @@ def run_codec(
     begun = min(plan.lanes, plan.pieces)
     mixture = Mixture(rt, cfg, begun, expected or plan.targets)
     before = np.full(begun, BOS)  # of each lane, its last token
-    buffer = np.empty_like(mixture.p)
+    buffer = np.empty_like(mixture.p[: next(cached_rows(*mixture.p.shape)).stop])
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     spent = 0.0
     nats = np.zeros(2)
@@ -6067,14 +6080,18 @@ def run_codec(
         if plan.cuts:
             mixture.forget(step.lanes[(step.places == 0) & (before[step.lanes] != BOS)])
         p = mixture.distributions(outputs, step.lanes)
-        integers = coder_integers(p, buffer[: len(p)])
-        tokens = pick_tokens(integers, step)
+        tokens = np.empty(len(p), np.int64)
+        chosen = np.empty(len(p))
+        for rows in cached_rows(*p.shape):
+            integers = coder_integers(p[rows], buffer[: rows.stop - rows.start])
+            part = LaneStep(step.lanes[rows], step.pieces[rows], step.places[rows])
+            tokens[rows] = pick_tokens(integers, part)
+            chosen[rows] = integers[range(len(integers)), tokens[rows]]
         mixture.learn(tokens)
         before[step.lanes] = tokens
         parts.append((step.pieces.astype(np.uint32), tokens.astype(np.uint16)))
         places = range(len(tokens)), tokens
-        chosen = integers[places] + 1
-        spent -= np.log2(chosen / (1 << PRECISION)).sum()
+        spent -= np.log2((chosen + 1) / (1 << PRECISION)).sum()
         nats[:] -= np.log(p[places]).sum(), mixture.log_probs[places].sum()
         if spent > most_bits:
             raise StreamError("words of another text")

@@ -729,7 +729,7 @@ LEARNING = [
     Fault(
         "one_group",
         "of several groups the last one alone teaches",
-        "test_learning.py -k ranks_learn",
+        "test_learning.py -k groups_add_up",
         script("sum($parts[1:], $parts[0])", "$parts[-1]"),
     ),
     Fault(

@@ -196,6 +196,27 @@ def test_a_step_is_adam_s_of_the_clipped_gradient():
     assert not any(weight.requires_grad for weight in model.parameters())
 
 
+def test_groups_add_up_to_a_gradient(monkeypatch):
+    """In their order, whoever has made them."""
+    monkeypatch.setattr(LaneLearner, "CLIP", 1e9)
+    cfg = tiny(**SMALL | RATE | dict(lane_ttt_lr=0.0))
+    model, rt, rng = frozen(cfg), train_gpt.Runtime(cfg), np.random.default_rng(1)
+    caches = [LaneCache(model, 2, cfg.window) for _ in range(3)]
+    learner = LaneLearner(model, rt, cfg, caches)
+    chunk = torch.from_numpy(rng.integers(2, 64, (4, 4, 6)))
+    chunk[1] = torch.arange(4)[:, None]
+    chunk[3] = 1
+    parts = []
+    for cache, group in zip(caches, chunk.chunk(3, 2), strict=True):
+        learner.back_propagate(cache, group)
+        parts.append(learner.gradient.clone())
+    learner.learn(chunk)
+    assert torch.equal(learner.gradient, parts[0] + parts[1] + parts[2])
+    whole = LaneLearner(model, rt, cfg, [LaneCache(model, 6, cfg.window)])
+    whole.learn(chunk)
+    assert torch.allclose(learner.gradient, whole.gradient, rtol=1e-3, atol=1e-6)
+
+
 def test_a_gradient_that_is_no_number_changes_nothing(monkeypatch):
     cfg = tiny(**SMALL, **RATE)
     model = frozen(cfg)
