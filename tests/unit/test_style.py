@@ -21,7 +21,7 @@ VARIABLES = train_gpt.VARIABLES
 
 # What may be longer than 60 lines, and why.
 LONG = {"parameter_specs": "a table: a row a parameter"}
-MOST_LINES = 6500  # past it, the next issue's note asks which feature has not earned its place
+MOST_LINES = 7500  # past it, the next issue's note asks which feature has not earned its place
 
 
 def length(function):
