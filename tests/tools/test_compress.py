@@ -165,7 +165,7 @@ def test_longer_files_get_more_lanes(tokens):
     lanes = compress.lanes_for(tokens)
     assert 1 <= compress.lanes_for(tokens // 2) <= lanes <= compress.LANES
     assert lanes == 1 or tokens >= lanes * compress.FEW_TOKENS
-    assert lanes >= min(tokens // 512, 32) and (lanes >= 8 or tokens < 800)
+    assert lanes >= min(tokens // 512, 32) and (lanes >= compress.FEW_LANES or tokens < 800)
 
 
 @pytest.fixture
