@@ -2,7 +2,7 @@
 
     pip install pyppmd==1.3.1
     RECORD=tiny python train_gpt.py
-    OMP_NUM_THREADS=1 python tests/stress/bench_compress.py --artifact runs/tiny_seed1337/artifact.bin
+    OMP_NUM_THREADS=1 python tests/stress/bench_compress.py --artifact runs/NAME/artifact.bin
 
 Writes results.json and README.md into --out, which is this folder by default. The artifact must be
 one of `tiny` on the embedded text, whose training side is the text that the others are primed with.
@@ -277,23 +277,24 @@ The validation side of the embedded text, which the artifact was not trained on:
 
 {rates}
 
-What is unlike the training text gains little or loses. Blocks that the model makes larger, such as
-the random bytes, are stored as they are: beyond the file itself only the header is spent.
+What is unlike the training text gains less: there the counts and what is learnt on the way do the
+work. Blocks that the model makes larger, such as the random bytes, are stored as they are: beyond
+the file itself only the header is spent.
 
 ## Speed
 
 {speeds}
 
 Other programs shared the cores, as the load above says: tokens a second of CPU time are what a
-quiet core gives, about. Lanes 0: stored, nothing to decode. A file gets a lane for each
-{lane_tokens} tokens, {most} at most; a small one {few}, but not more than one for each {few_tokens}
-tokens. Fewer are slower, and their pieces see more of what came before:
+quiet core gives, or less, for they share its caches. Lanes 0: stored, nothing to decode. A file
+gets a lane for each {lane_tokens} tokens, {most} at most; a small one {few}, but not more than one
+for each {few_tokens} tokens. Fewer are slower, and their pieces see more of what came before:
 
 {lanes_table}
 
 ## Learning
 
-Bytes by the rate at which the model learns from what was coded; {rate:g} is what compress.py takes:
+Bytes by the rate at which the model learns from what was coded; compress.py takes {rate:g}:
 
 {rates_table}
 """
