@@ -13,14 +13,17 @@ where it has none, those bytes are kept aside. A block that the model makes larg
 is. The file is restored once from what will be written before that is put in place.
 
 The tokens are dealt out to lanes, one contiguous piece each, that are coded side by side: more
-lanes are faster, fewer let a piece see more of what came before. A .pgz is a container of
-train_gpt.seal: JSON header (bytes, sha256 of file and tokenizer, fingerprint of code, artifact,
-libraries and machine, settings of the scorer, plan and size of each block), the blocks, the bytes
-kept aside. It restores on machines whose floating point is the same, and says so where it is not.
+lanes are faster, fewer let a piece see more of what came before. Counts and model learn from what
+all lanes have coded. A .pgz is a header of 64 bytes at most (class Header), the coded blocks, the
+bytes kept aside. It restores on machines whose floating point is the same, and says so where it is
+not. What the short fingerprints in a header stand for is kept beside the artifact, in
+artifact.bin.made.json, for messages alone: a restore works without it.
 """
 
 import argparse
 import contextlib
+import hashlib
+import json
 import lzma
 import os
 import re
@@ -41,7 +44,7 @@ if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
 import numpy as np
 import torch
 import zstandard
-from run_folder import blame  # puts train_gpt and data/ on the path
+from run_folder import blame, parse_object  # puts train_gpt and data/ on the path
 from tqdm import tqdm
 
 import endings
@@ -49,16 +52,33 @@ import train_gpt
 from prepare_text import DataError, encode_documents, free_memory, load_tokenizer
 from train_gpt import BOS, CodingPlan, Config, UserError, printable
 
-SUFFIX, PREFIX = ".pgz", b"PGZ\x01"
-LANES, LANE_TOKENS = 32, 512  # lanes at most; tokens in each at least
+SUFFIX = ".pgz"
+MAGIC, VERSION = b"PGZ", 2  # the version is one more with each change of what a .pgz means
+PREFIX = MAGIC + bytes([VERSION])
+LANES, LANE_TOKENS = 32, 512  # lanes at most; tokens in each at least, but for
+FEW_LANES, FEW_TOKENS = 10, 80  # so many anyway, of so many tokens each: 1,000 tokens/s on a core
 MOST_LANES, THREADS = 4096, 1024  # that can be asked for, by --lanes or by a container
-BLOCK_TOKENS = 1 << 19  # coded on their own: counts take about 3 KB of memory a token
+BLOCK_TOKENS = 1 << 24  # coded on their own, for counts take COUNT_MEMORY bytes a token
+# The highest rate at which no prose like the training text grew by more than 0.3 %, as 200 KB did;
+# smaller prose took 0 to 0.9 % fewer bytes than without learning, Python and READMEs 1.1 to 3.4 %
+# (files of 2.5 to 60 KB, two artifacts, 8 to 32 lanes). At 3e-4 those gain a third of that; at 2e-3
+# they gain 2 to 3.7 %, and prose of 10 KB grows by 1.6 %.
+LEARNING = dict(lane_ttt=True, lane_ttt_every=16, lane_ttt_lr=1e-3)
 CODING_MEMORY = 64  # bytes that a byte of a file takes at most while it is cut into tokens
-RESTORE_MEMORY = 8  # and while it is put together
+COUNT_MEMORY = 100  # and a token of a block while it is coded
+RESTORE_MEMORY = 8  # and a byte of a file while it is put together
 ASIDE_MEMORY = 1 << 28  # of the decoder of what is kept aside; xz -6, as written, takes 9 MB
-CONTAINER_MEMORY = 4  # a byte of a container: as read, without its seal, in parts
-SAY_AFTER = 2.0  # seconds of coding after which the rest can be told
-SETTINGS = "eval_seq_len ngram_enabled ngram_mixer ngram_min_order ngram_max_order".split()
+CONTAINER_MEMORY = 4  # a byte of a container: as read, without its header, in parts
+SAY_AFTER = 1.0  # seconds of coding after which the rest can be told, if it is as long
+CHECK_BYTES, DIGEST_BYTES, PART_BYTES = 8, 16, 4  # of sha256: of a container, file, part
+MADE = {  # the four parts of a fingerprint, of what Compressor.made tells
+    "artifact": ("artifact",),
+    "tokenizer": ("tokenizer",),
+    "code": ("code", "settings"),
+    "machine": ("torch", "numpy", "constriction", "device"),
+}
+DEVICES = "cpu", "cuda"  # by number
+TABLE_ENTRIES, TABLE_BYTES = 100, 1 << 20  # of the table beside an artifact, at most
 INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, by surrogateescape
 SMALLER = tuple(map(re.compile, (r"(?s)[^\r\n]+|[\r\n]+", r"(?s) ?\S+|\s", r"(?s).")))
 
@@ -75,7 +95,7 @@ class Packed(NamedTuple):
     """A container, and how it came about."""
 
     data: bytes
-    header: dict[str, Any]
+    header: "Header"
     tokens: int
     seconds: float  # of coding
 
@@ -84,10 +104,12 @@ class Progress(train_gpt.Runtime):
     """A Runtime with one bar for all blocks, where a person waits; elsewhere a line, once it can
     be told how long all will take."""
 
-    def bar_of(self, what: str, tokens: int) -> Any:
-        """A bar on standard error if that is a terminal; a context manager."""
+    def bar_of(self, what: str, tokens: int, after: str = "") -> Any:
+        """A bar on standard error if that is a terminal; a context manager. after: what the line
+        ends with."""
         self.whole = tqdm(total=tokens, desc=what, unit="tok", disable=None)
         self.what = what
+        self.after = after
         self.done = 0  # tokens of the block
         self.all_done = 0
         self.first: tuple[float, int] | None = None  # time and tokens where the measure begins
@@ -95,11 +117,11 @@ class Progress(train_gpt.Runtime):
         return self.whole
 
     def tick(self, stage: str, done: int, total: int) -> None:
-        """Of a block, whose lanes also end with a token each."""
-        more = min(done - self.done, self.whole.total - self.all_done)
+        """Of a block."""
+        more = done - self.done if done > self.done else done  # or of the next block
         self.whole.update(more)
         self.all_done += more
-        self.done = done if done < total else 0
+        self.done = done
         now = time.perf_counter()
         if not self.first:  # behind us: what only the first step waits for
             self.first = now, self.all_done
@@ -108,7 +130,8 @@ class Progress(train_gpt.Runtime):
             self.said = True
             rest = spent * (self.whole.total - self.all_done) / coded
             line = f"{self.what}: {self.whole.total:,} tokens, about {duration(rest)} to go"
-            endings.say(line, sys.stderr)
+            if rest >= SAY_AFTER:
+                endings.say(line + self.after, sys.stderr)
 
 
 def duration(seconds: float) -> str:
@@ -173,11 +196,18 @@ def tokenise(spelt: Spelling, data: bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.array(tokens, np.uint16), np.repeat(np.array(held, bool), sizes)
 
 
-def deal(tokens: np.ndarray, lanes: int) -> np.ndarray:
-    """The stream of a block: a BOS before each of `lanes` even pieces, fewer if tokens are;
-    uint16"""
-    pieces = np.array_split(tokens, max(1, min(lanes, len(tokens))))
-    return np.concatenate([np.append(np.uint16(BOS), piece) for piece in pieces])
+def lanes_for(tokens: int) -> int:
+    """How many lanes a block of so many tokens gets."""
+    return max(1, min(FEW_LANES, tokens // FEW_TOKENS), min(LANES, tokens // LANE_TOKENS))
+
+
+def plan_of(tokens: int, lanes: int, window: int) -> CodingPlan:
+    """What CodingPlan.of makes of one document of so many tokens, which is cut into a piece for
+    each lane; fewer lanes, where even pieces are fewer."""
+    length = -(-tokens // lanes)
+    pieces = -(-tokens // length)
+    plan = CodingPlan(pieces, tokens - (pieces - 1) * length, pieces, 1, tokens, window)
+    return plan._replace(length=length, cuts=((0, pieces - 1),)) if pieces > 1 else plan
 
 
 def keep_aside(data: bytes, held: np.ndarray) -> bytes:
@@ -212,6 +242,124 @@ def put_back(text: bytes, aside: bytes, size: int) -> bytes:
 # Containers
 
 
+class Reader:
+    """Takes bytes apart, front to back; ValueError where they end too soon."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+        self.place = 0
+
+    def take(self, count: int) -> bytes:
+        self.place += count
+        if self.place > len(self.data):
+            raise ValueError(f"cut off after {len(self.data)} bytes")
+        return self.data[self.place - count : self.place]
+
+    def number(self) -> int:
+        """As `varint` wrote it, below 2^63."""
+        number = 0
+        for shift in range(0, 63, 7):
+            byte = self.take(1)[0]
+            number |= (byte & 127) << shift
+            if byte < 128:
+                return number
+        raise ValueError("a number without end")
+
+
+def varint(number: int) -> bytes:
+    """Seven bits a byte, the low ones first, with the eighth where more follow (LEB128)."""
+    packed = bytearray()
+    while number > 127:
+        packed.append(number & 127 | 128)
+        number >>= 7
+    return bytes(packed) + bytes([number])
+
+
+class Header(NamedTuple):
+    """What a restore needs beside artifact, tokenizer and code. Plans follow from the numbers of
+    tokens and lanes; settings are those of the code, which the fingerprint has."""
+
+    digest: bytes  # of the file's sha256, the first DIGEST_BYTES
+    made: bytes  # fingerprint_of what it was made with
+    threads: int
+    device: str  # of DEVICES
+    size: int  # bytes of the file
+    tokens: int
+    blocks: tuple[tuple[int, int], ...]  # of each its lanes, 0: stored as it is, and its bytes
+
+    def pack(self) -> bytes:
+        """digest, fingerprint and numbers, the blocks' last."""
+        numbers = [self.threads, DEVICES.index(self.device), self.size, self.tokens]
+        for block in self.blocks:
+            numbers += block
+        return self.digest + self.made + b"".join(map(varint, numbers))
+
+    @staticmethod
+    def parse(body: bytes) -> tuple["Header", bytes]:
+        """-> header, the blocks and what was kept aside; ValueError for what no file can have:
+        memory and time are taken according to it."""
+        reader = Reader(body)
+        digest = reader.take(DIGEST_BYTES)
+        made = reader.take(PART_BYTES * len(MADE))
+        threads, device, size, tokens = (reader.number() for _ in range(4))
+        if not 1 <= threads <= THREADS or device >= len(DEVICES):
+            raise ValueError(f"{threads} threads, device {device}")
+        check_claims(size, tokens)
+        blocks = tuple((reader.number(), reader.number()) for _ in block_sizes(tokens))
+        for (lanes, _), count in zip(blocks, block_sizes(tokens), strict=True):
+            if lanes > min(MOST_LANES, count):
+                raise ValueError(f"{lanes} lanes for {count} tokens")
+        payload = body[reader.place :]
+        if sum(taken for _, taken in blocks) > len(payload):
+            raise ValueError("its blocks are more than it holds")
+        return Header(digest, made, threads, DEVICES[device], size, tokens, blocks), payload
+
+
+def block_sizes(tokens: int) -> list[int]:
+    """Tokens of each block of a file."""
+    return [min(BLOCK_TOKENS, tokens - a) for a in range(0, tokens, BLOCK_TOKENS)]
+
+
+def check_claims(size: int, tokens: int) -> None:
+    """ValueError for a file of so many bytes and tokens that cannot be, or not be restored here."""
+    if tokens > size:  # a token is a byte at least
+        raise ValueError(f"its blocks have {tokens} tokens for {size} bytes")
+    if size * RESTORE_MEMORY + min(tokens, BLOCK_TOKENS) * COUNT_MEMORY > free_memory():
+        raise ValueError(f"it claims {size:,} bytes, more than the memory free here")
+
+
+def digest_of(data: bytes, size: int) -> bytes:
+    """The first bytes of its sha256."""
+    return hashlib.sha256(data).digest()[:size]
+
+
+def seal(header: Header, payload: bytes) -> bytes:
+    """PREFIX, check of all that follows it, header, payload."""
+    body = header.pack() + payload
+    return PREFIX + digest_of(body, CHECK_BYTES) + body
+
+
+def open_container(packed: bytes, name: str) -> tuple[Header, bytes]:
+    """-> header, payload; UserError for what is damaged, of another version or none of ours."""
+    start = len(PREFIX) + CHECK_BYTES
+    with blame(name):
+        if not packed.startswith(MAGIC) or len(packed) < start:
+            raise ValueError(f"no {SUFFIX}, it does not begin with {MAGIC.decode()}")
+        version = packed[len(MAGIC)]
+        if version != VERSION:
+            what = f"a {SUFFIX} of version {version}, this program reads version {VERSION}"
+            raise UserError(f"{name}: {what}; fix: restore it with the compress.py that made it")
+        body = packed[start:]
+        if digest_of(body, CHECK_BYTES) != packed[len(PREFIX) : start]:
+            raise ValueError("its check does not fit")
+        return Header.parse(body)
+
+
+def device_of(packed: bytes, name: str) -> str:
+    """Where a container was made: cpu or cuda"""
+    return open_container(packed, name)[0].device
+
+
 class Compressor:
     """An artifact and its tokenizer, ready to code files."""
 
@@ -226,44 +374,52 @@ class Compressor:
         read_regular(self.tokenizer, CONTAINER_MEMORY)  # else it could wait for ever
         self.spelt = spelling(self.tokenizer, self.model.cfg.vocab_size)
         self.known = artifact.stat().st_size + self.tokenizer.stat().st_size  # bytes, to both sides
-
-    def config(self, scoring: dict[str, str], lanes: int) -> Config:
-        """What train_gpt codes by: the artifact's model, these settings, lanes at most."""
         model = {name: getattr(self.model.cfg, name) for name in train_gpt.MODEL_FIELDS}
-        values = {name: train_gpt.parse(name.upper(), text) for name, text in scoring.items()}
-        return Config(**model | values, eval_lanes=lanes)
+        self.cfg = Config(**model | LEARNING)
 
     def made(self) -> dict[str, Any]:
         """Whatever the code depends on, by name."""
         digest = train_gpt.sha256(self.tokenizer.read_bytes())
-        return dict(tokenizer=digest) | train_gpt.fingerprint(
+        found = dict(tokenizer=digest) | train_gpt.fingerprint(
             self.rt, train_gpt.CODE.read_bytes(), self.artifact.read_bytes()
         )
+        return found | dict(settings=json.dumps(LEARNING | dict(block_tokens=BLOCK_TOKENS)))
 
-    def compress(self, data: bytes, lanes: int = 0) -> Packed:
-        """Any bytes -> Packed. lanes: 0 chooses by the number of tokens."""
+    def compress(self, data: bytes, lanes: int = 0, after: str = "") -> Packed:
+        """Any bytes -> Packed. lanes: 0 chooses by the number of tokens; after: see bar_of."""
         began = time.perf_counter()
         tokens, held = tokenise(self.spelt, data)
-        lanes = lanes or min(LANES, max(1, len(tokens) // LANE_TOKENS))
-        scoring = defaults()
-        cfg = self.config(scoring, lanes)
         blocks = []
         parts = []
-        with self.rt.bar_of("compressing", len(tokens)):
+        with self.rt.bar_of("compressing", len(tokens), after):
             for a in range(0, len(tokens), BLOCK_TOKENS):
-                block = tokens[a : a + BLOCK_TOKENS]
-                stream = deal(block, lanes)
-                raw = self.text(block)
-                plan = CodingPlan.of(stream, cfg, 1)
-                words, _ = train_gpt.encode(self.model, self.rt, cfg, stream, plan)
-                smaller = len(words) < len(raw)
-                blocks.append([plan if smaller else None, len(words if smaller else raw)])
-                parts.append(words if smaller else raw)
+                used, part = self.code(tokens[a : a + BLOCK_TOKENS], lanes)
+                blocks.append((used, len(part)))
+                parts.append(part)
         parts.append(b"" if held.all() else keep_aside(data, held))
-        header = dict(bytes=len(data), sha256=train_gpt.sha256(data), made=self.made())
-        header |= dict(scoring=scoring, blocks=blocks)
-        packed = train_gpt.seal(PREFIX, header, b"".join(parts))
+        made = self.made()
+        header = Header(
+            digest=digest_of(data, DIGEST_BYTES),
+            made=fingerprint_of(made),
+            threads=made["threads"],
+            device=self.rt.device.type,
+            size=len(data),
+            tokens=len(tokens),
+            blocks=tuple(blocks),
+        )
+        packed = seal(header, b"".join(parts))
         return Packed(packed, header, len(tokens), time.perf_counter() - began)
+
+    def code(self, tokens: np.ndarray, lanes: int) -> tuple[int, bytes]:
+        """A block -> its lanes, 0: it is stored, and its bytes"""
+        count = len(tokens)
+        train_gpt.require_memory(count * COUNT_MEMORY, f"counts of {count:,} tokens")
+        plan = plan_of(count, min(lanes or lanes_for(count), count), self.cfg.window)
+        stream = np.append(np.uint16(BOS), tokens)
+        body, _ = train_gpt.encode(self.model, self.rt, self.cfg, stream, plan)
+        words = body[len(plan.side_bytes()) :]  # the others follow from the plan
+        text = self.text(tokens)
+        return (plan.lanes, words) if len(words) < len(text) else (0, text)
 
     def text(self, tokens: np.ndarray) -> bytes:
         """What tokens stand for."""
@@ -273,90 +429,108 @@ class Compressor:
         """The file; UserError if `packed`, called `name`, is damaged or of other making."""
         header, payload = open_container(packed, name)
         with blame(name):
-            torch.set_num_threads(min(header["made"]["threads"], THREADS))
-            fits(header, self.made(), name)
+            torch.set_num_threads(header.threads)
+            fits(header, self.made(), name, self.table())
             data = self.unpack(header, payload)
-        if train_gpt.sha256(data) != header["sha256"]:
+        if (len(data), digest_of(data, DIGEST_BYTES)) != (header.size, header.digest):
             raise UserError(f"{name}: restores to other bytes; fix: use the machine it was made on")
         return data
 
-    def unpack(self, header: dict[str, Any], payload: bytes) -> bytes:
+    def unpack(self, header: Header, payload: bytes) -> bytes:
         """What the blocks hold and what was kept aside, together; any exception for a lie"""
-        blocks = [(plan and read_plan(plan), size) for plan, size in header["blocks"]]
-        plans = [plan for plan, _ in blocks if plan]
-        for plan in plans:
-            check_plan(plan, self.config(header["scoring"], plan.lanes), header)
-        check_sizes(header, [size for _, size in blocks], plans, payload)
+        sizes = block_sizes(header.tokens)
+        coded = [n for n, (lanes, _) in zip(sizes, header.blocks, strict=True) if lanes]
+        reader = Reader(payload)
         parts = []
-        with self.rt.bar_of("restoring", sum(plan.targets for plan in plans)):
-            for plan, size in blocks:
-                part = payload[:size]
-                payload = payload[size:]
-                if plan:
-                    cfg = self.config(header["scoring"], plan.lanes)
-                    with contextlib.suppress(ValueError):  # words that no coder can have made
-                        text = train_gpt.decode(self.model, self.rt, cfg, part, plan).text
-                        part = self.text(text[text != BOS])
-                parts.append(part)
+        with self.rt.bar_of("restoring", sum(coded)):
+            for count, (lanes, size) in zip(sizes, header.blocks, strict=True):
+                part = reader.take(size)
+                parts.append(self.decode(part, count, lanes) if lanes else part)
         data = b"".join(parts)
-        return put_back(data, payload, header["bytes"]) if payload else data
+        aside = payload[reader.place :]
+        return put_back(data, aside, header.size) if aside else data
+
+    def decode(self, words: bytes, count: int, lanes: int) -> bytes:
+        """The text of a block of `count` tokens; `words` where no coder can have made them"""
+        plan = plan_of(count, lanes, self.cfg.window)
+        with contextlib.suppress(train_gpt.StreamError):
+            body = plan.side_bytes() + words
+            text = train_gpt.decode(self.model, self.rt, self.cfg, body, plan).text
+            return self.text(text[text != BOS])
+        return words
+
+    def table(self) -> dict[str, Any]:
+        """Fingerprint -> what it stands for, as kept beside the artifact; empty where nothing that
+        can be read is there."""
+        with contextlib.suppress(UserError, OSError):
+            path = table_of(self.artifact)
+            return parse_object(train_gpt.read_regular(path, TABLE_BYTES), str(path))
+        return {}
+
+    def remember(self) -> None:
+        """Enter into the table what is made here, for the messages of later restores: it is no
+        failure if that cannot be."""
+        made = self.made()
+        table = self.table()
+        key = fingerprint_of(made).hex()
+        if key in table:
+            return
+        entries = [*table.items()][1 - TABLE_ENTRIES :]
+        text = json.dumps(dict(entries) | {key: made}, indent=1) + "\n"
+        with contextlib.suppress(UserError, OSError):
+            train_gpt.write_atomically(table_of(self.artifact), text.encode())
 
 
-def check_sizes(
-    header: dict[str, Any], sizes: list[int], plans: list[CodingPlan], payload: bytes
-) -> None:
-    """ValueError for sizes that no file can have: memory and time are taken according to them."""
-    if not all(type(size) is int and size >= 0 for size in [header["bytes"], *sizes]):
-        raise ValueError("its sizes are no numbers")
-    if sum(sizes) > len(payload):
-        raise ValueError("its blocks are more than it holds")
-    tokens = sum(plan.targets - plan.lanes for plan in plans)
-    if tokens > header["bytes"]:  # a token is a byte at least; each lane ends with one more
-        raise ValueError(f"its blocks have {tokens} tokens for {header['bytes']} bytes")
-    if header["bytes"] * RESTORE_MEMORY > free_memory():
-        raise ValueError(f"it claims {header['bytes']:,} bytes, more than the memory free here")
+def table_of(artifact: Path) -> Path:
+    return artifact.with_name(f"{artifact.name}.made.json")
 
 
-def read_plan(numbers: list[Any]) -> CodingPlan:
-    """Of a header, where a tuple is a list."""
-    plan = CodingPlan(*numbers)
-    return plan._replace(ahead=tuple(plan.ahead))
+# -----------------------------------------------------------------------------
+# What a container was made with
 
 
-def check_plan(plan: CodingPlan, cfg: Config, header: dict[str, Any]) -> None:
-    """ValueError for a plan that `compress` makes of no file: memory is taken according to it."""
-    wanted = plan._replace(documents=plan.lanes, groups=1, window=cfg.window, ahead=())
-    sizes = 1 <= plan.lanes <= min(MOST_LANES, plan.targets, BLOCK_TOKENS + 1)
-    sizes = sizes and plan.targets < BLOCK_TOKENS + plan.lanes  # a BOS between the pieces
-    if plan != wanted or not sizes or header["scoring"] != defaults():
-        raise ValueError(f"its plan is {[*plan]}")
+def fingerprint_of(made: dict[str, Any]) -> bytes:
+    """PART_BYTES for each of MADE's parts: of a file alone its sha256's first ones."""
+    parts = []
+    for names in MADE.values():
+        joined = "\n".join([str(made[name]) for name in names])
+        digest = joined if len(names) == 1 else train_gpt.sha256(joined.encode())
+        parts.append(bytes.fromhex(digest)[:PART_BYTES])
+    return b"".join(parts)
 
 
-def defaults() -> dict[str, str]:
-    """The settings of the scorer, as text"""
-    return {name: train_gpt.show(getattr(Config(), name)) for name in SETTINGS}
+def fits(header: Header, here: dict[str, Any], name: str, table: dict[str, Any]) -> None:
+    """UserError for what a container was made with and is another here; in words where the table
+    has them."""
+    there = entry_of(table, header.made)
+    mine = fingerprint_of(here)
+    told = []
+    for i, (part, names) in enumerate(MADE.items()):
+        bytes_of = slice(i * PART_BYTES, (i + 1) * PART_BYTES)
+        if header.made[bytes_of] == mine[bytes_of]:
+            continue
+        if there:
+            pairs = [f"{n} {safe(there[n])}, here {here[n]}" for n in names if there[n] != here[n]]
+        else:
+            ours = ", ".join(f"{n} {here[n]}" for n in names)
+            pairs = [f"{header.made[bytes_of].hex()}, here {mine[bytes_of].hex()}: {ours}"]
+        told.append(f"another {part} ({'; '.join(pairs)})")
+    if told:
+        raise UserError(f"{name}: made with {' and '.join(told)}; fix: use what it was made with")
 
 
-def open_container(packed: bytes, name: str) -> tuple[dict[str, Any], bytes]:
-    """-> header, payload; UserError for anything damaged"""
-    with blame(name):
-        return train_gpt.unseal(PREFIX, packed)
+def entry_of(table: dict[str, Any], made: bytes) -> dict[str, Any]:
+    """Of a fingerprint; empty unless there is one that it is the fingerprint of."""
+    entry = table.get(made.hex())
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        if fingerprint_of(entry) == made:
+            return entry
+    return {}
 
 
-def device_of(packed: bytes, name: str) -> str:
-    """Where a container was made: cpu or cuda"""
-    with blame(name):
-        return open_container(packed, name)[0]["made"]["device"].split()[0]
-
-
-def fits(header: dict[str, Any], here: dict[str, Any], name: str) -> None:
-    """UserError, by name, for what a container was made with and is another here."""
-    for what, value in here.items():
-        if header["made"][what] != value:
-            made = ascii(header["made"][what]).strip("'")[:100]  # anybody's: no escapes
-            raise UserError(
-                f"{name}: made with {what} {made}, here it is {value}; fix: use that one"
-            )
+def safe(text: Any) -> str:
+    """Anybody's text, without escapes that a terminal would obey."""
+    return ascii(text).strip("'")[:100]
 
 
 # -----------------------------------------------------------------------------
@@ -441,7 +615,8 @@ def compress_file(options: argparse.Namespace) -> None:
     data = read_regular(options.file, CODING_MEMORY)
     check_target(target)
     compressor = Compressor(options.artifact, options.tokenizer, options.device)
-    packed = compressor.compress(data, options.lanes)
+    after = ", then as long to check it" if options.check else ""
+    packed = compressor.compress(data, options.lanes, after)
     began = time.perf_counter()
     if options.check and compressor.restore(packed.data, str(target)) != data:
         raise UserError(f"{target}: does not restore to {options.file}; nothing is written")
@@ -450,6 +625,7 @@ def compress_file(options: argparse.Namespace) -> None:
         f", restored in {time.perf_counter() - began:.1f} s" if options.check else ", unchecked"
     )
     place(target, packed.data)
+    compressor.remember()
     endings.say(f"{options.file} -> {target}: {len(data):,} bytes in {packed.tokens:,} tokens")
     endings.say(figures("pgz", len(packed.data), len(data), speed))
     for name, size in endings.in_thread(lambda: others(data)).items():

@@ -1,7 +1,8 @@
 """Set compress.py beside general compressors and beside PPMd that knows the training text.
 
     pip install pyppmd==1.3.1
-    python tests/stress/bench_compress.py --artifact runs/tiny_seed1337/artifact.bin
+    RECORD=tiny python train_gpt.py
+    OMP_NUM_THREADS=1 python tests/stress/bench_compress.py --artifact runs/NAME/artifact.bin
 
 Writes results.json and README.md into --out, which is this folder by default. The artifact must be
 one of `tiny` on the embedded text, whose training side is the text that the others are primed with.
@@ -17,8 +18,10 @@ import json
 import lzma
 import os
 import platform
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
@@ -38,6 +41,10 @@ HERE = ROOT / "records/track_cpu/compress"
 
 ORDERS, MEMORY = (6, 12, 16), 1 << 30
 BETWEEN = "\n\n"  # two documents of a text
+PROSE, DOCUMENT, README = "prose, 85 documents", "prose, one document", "README.md"
+SCRIPT = "train_gpt.py, the first 30 KB"
+LANES = {PROSE: (16, 32, 64), DOCUMENT: (1, 4, 8, 16), README: (1, 4, 8, 16)}
+RATES = 0.0, 3e-4, 6e-4, 1e-3, 2e-3  # of learning; 0: none
 COLUMNS = {  # of the table, and what results.json calls them
     "**pgz**": "pgz",
     "zstd -19": "zstd -19",
@@ -93,37 +100,80 @@ def files():
     """Name -> bytes. The prose is the validation side of the embedded text, in no training."""
     _, val = sample_documents()
     return {
-        "prose, 85 documents": BETWEEN.join(val).encode(),
-        "prose, one document": val[0].encode(),
-        "README.md": (ROOT / "README.md").read_bytes(),
-        "train_gpt.py, the first 30 KB": (ROOT / "train_gpt.py").read_bytes()[:30_000],
+        PROSE: BETWEEN.join(val).encode(),
+        "prose, 10 KB": BETWEEN.join(val).encode()[:10_000],
+        DOCUMENT: val[0].encode(),
+        README: (ROOT / "README.md").read_bytes(),
+        SCRIPT: (ROOT / "train_gpt.py").read_bytes()[:30_000],
+        "data/endings.py": (ROOT / "data/endings.py").read_bytes(),
         "random bytes": np.random.default_rng(0).bytes(5_000),
     }
 
 
+def coded(compressor, data, lanes=0):
+    """-> Packed, tokens a second, tokens a second of CPU time"""
+    began = time.process_time()
+    packed = compressor.compress(data, lanes)
+    busy = time.process_time() - began
+    return packed, packed.tokens / packed.seconds, packed.tokens / busy
+
+
 def measure(compressor, primers, data):
     """One row: sizes by all, speed of coding and restoring (tokens a second)."""
-    packed = compressor.compress(data)
+    packed, speed, cpu_speed = coded(compressor, data)
     began = time.perf_counter()
     if compressor.restore(packed.data) != data:
         raise compress.UserError("a file does not come back")
-    back, blocks = time.perf_counter() - began, packed.header["blocks"]
+    back, blocks = time.perf_counter() - began, packed.header.blocks
     row = dict(bytes=len(data), tokens=packed.tokens, pgz=len(packed.data))
     row["header"] = len(packed.data) - sum(size for _, size in blocks)
-    row["lanes"] = max(shape[2] if shape else 0 for shape, _ in blocks)
-    row |= dict(tokens_per_s=packed.tokens / packed.seconds, restored_per_s=packed.tokens / back)
+    row["lanes"] = max(lanes for lanes, _ in blocks)
+    row |= dict(tokens_per_s=speed, cpu_tokens_per_s=cpu_speed)
+    row["restored_per_s"] = packed.tokens / back
     row |= compress.others(data) | {"ppmd": min(ppmd(data, order) for order in ORDERS)}
     return row | primers.sizes_of(data)
 
 
-def by_lanes(compressor, data):
-    """The prose by numbers of lanes: bytes, speed."""
+def by_lanes(compressor, files):
+    """Files by numbers of lanes: bytes, speeds."""
     rows = []
-    for lanes in (16, 32, 64):
-        packed = compressor.compress(data, lanes)
-        speed = packed.tokens / packed.seconds
-        rows.append(dict(lanes=lanes, pgz=len(packed.data), tokens_per_s=speed))
+    for name, numbers in LANES.items():
+        for lanes in numbers:
+            packed, speed, cpu_speed = coded(compressor, files[name], lanes)
+            row = dict(file=name, lanes=lanes, pgz=len(packed.data), tokens_per_s=speed)
+            rows.append(row | dict(cpu_tokens_per_s=cpu_speed))
     return rows
+
+
+def by_rate(compressor, files):
+    """Bytes of files by rates of learning; all but the longest, which takes minutes."""
+    known = compressor.cfg
+    rows = []
+    for name, data in files.items():
+        sizes = {}
+        for rate in RATES if name not in (PROSE, "random bytes") else ():
+            changes = dict(lane_ttt_lr=rate) if rate else dict(lane_ttt=False)
+            compressor.cfg = replace(known, **changes)
+            sizes[f"{rate:g}"] = len(compressor.compress(data).data)
+        rows += [dict(file=name) | sizes] if sizes else []
+    compressor.cfg = known
+    return rows
+
+
+def commit():
+    """What is checked out, and whether it was changed since."""
+    git = ["git", "-C", str(ROOT)]
+    how = dict(capture_output=True, text=True, check=True)
+    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], **how).stdout.strip()
+    tracked = [
+        *git,
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "train_gpt.py",
+        "records/tools",
+    ]
+    return name + (" and changes" if subprocess.run(tracked, **how).stdout else "")
 
 
 def table(names, rows):
@@ -140,9 +190,16 @@ def sizes_table(rows, show):
 
 
 def speeds_table(rows):
-    names = ["file", "bytes", "tokens", "lanes", "header", "coded, tokens/s", "restored, tokens/s"]
-    keys = ["bytes", "tokens", "lanes", "header", "tokens_per_s", "restored_per_s"]
+    names = ["file", "bytes", "tokens", "lanes", "header", "coded, tokens/s", "of CPU time"]
+    keys = ["bytes", "tokens", "lanes", "header", "tokens_per_s", "cpu_tokens_per_s"]
+    names.append("restored, tokens/s")
+    keys.append("restored_per_s")
     return table(names, ([n, *(f"{row[key]:,.0f}" for key in keys)] for n, row in rows.items()))
+
+
+def cells(row):
+    """Numbers as they are shown."""
+    return [x if isinstance(x, str) else f"{x:,.0f}" for x in row.values()]
 
 
 def verdict(row):
@@ -157,9 +214,10 @@ def verdict(row):
 def report(results):
     """The text of README.md."""
     rows, known = results["files"], results["known"]
-    prose = rows["prose, 85 documents"]
+    prose = rows[PROSE]
     saved = (prose["xz -9"] - prose["pgz"]) / prose["bytes"]  # for each byte of such prose
-    lanes = ([f"{x:,.0f}" for x in row.values()] for row in results["by_lanes"])
+    lanes = ["file", "lanes", "pgz", "tokens/s", "of CPU time"]
+    rates = ["file", "no learning", *(f"{rate:g}" for rate in RATES[1:])]
     return TEXT.format(
         **results | known,
         even=known["artifact_and_tokenizer"] / saved / 1e6,
@@ -171,17 +229,25 @@ def report(results):
         sizes=sizes_table(rows, lambda size, _: f"{size:,}"),
         rates=sizes_table(rows, lambda size, row: f"{8 * size / row['bytes']:.3f}"),
         speeds=speeds_table(rows),
-        lanes_table=table(["lanes", "pgz", "tokens/s"], lanes),
+        lanes_table=table(lanes, map(cells, results["by_lanes"])),
+        rates_table=table(rates, map(cells, results["by_rate"])),
+        rate=compress.LEARNING["lane_ttt_lr"],
+        few=compress.FEW_LANES,
+        few_tokens=compress.FEW_TOKENS,
+        lane_tokens=compress.LANE_TOKENS,
+        most=compress.LANES,
     )
 
 
 TEXT = """# Files through the artifact
 
     pip install pyppmd==1.3.1
+    RECORD=tiny python train_gpt.py
     {command}
 
-{date}; {cores} cores, load {load:.2f} before and {load_after:.2f} after; {versions}.
-Artifact {artifact:.16}, code {code:.16} (sha256).
+{date}; threads: {cores}, load of the machine {load:.2f} before and {load_after:.2f} after;
+{versions}.
+Commit {commit}, train_gpt.py {code:.16}, artifact {artifact:.16} (sha256).
 
 What both sides know beforehand is in no size below: for `.pgz` the artifact and its tokenizer,
 {artifact_and_tokenizer:,} bytes; for the primed compressors the text that the artifact was trained
@@ -198,7 +264,8 @@ The validation side of the embedded text, which the artifact was not trained on:
 
 {verdict}
 
-{header} bytes of the .pgz are its header, which the others do not have. PPMd is variant H with
+{header} bytes of the .pgz are its header, in which the file's sha256 and what it was made with take
+32: the others have none of that, or less. PPMd is variant H with
 1 GiB of memory and the best of the orders {orders} for each file (here {best[whole]}, and
 {best[budget]} within the budget).
 
@@ -210,18 +277,26 @@ The validation side of the embedded text, which the artifact was not trained on:
 
 {rates}
 
-What is unlike the training text gains little or loses. Blocks that the model makes larger, such as
-the random bytes, are stored as they are: beyond the file itself only the header is spent.
+What is unlike the training text gains less: there the counts and what is learnt on the way do the
+work. Blocks that the model makes larger, such as the random bytes, are stored as they are: beyond
+the file itself only the header is spent.
 
 ## Speed
 
 {speeds}
 
-Other programs shared the cores, as the load above says. Lanes 0: stored, nothing to decode. Small
-files get fewer lanes (one for each 512 tokens, 32 at most): slower in tokens a second, but their
-pieces see more of what came before. The prose by lanes:
+Other programs shared the cores, as the load above says: tokens a second of CPU time are what a
+quiet core gives, or less, for they share its caches. Lanes 0: stored, nothing to decode. A file
+gets a lane for each {lane_tokens} tokens, {most} at most; a small one {few}, but not more than one
+for each {few_tokens} tokens. Fewer are slower, and their pieces see more of what came before:
 
 {lanes_table}
+
+## Learning
+
+Bytes by the rate at which the model learns from what was coded; compress.py takes {rate:g}:
+
+{rates_table}
 """
 
 
@@ -240,15 +315,19 @@ def main(arguments=None):
         for name, data in files().items():
             rows[name] = measure(compressor, primers, data)
             print(name, rows[name], flush=True)
-        lanes = by_lanes(compressor, files()["prose, 85 documents"])
-    except (train_gpt.UserError, OSError, ValueError) as error:
+        lanes = by_lanes(compressor, files())
+        rates = by_rate(compressor, files())
+    except (train_gpt.UserError, OSError, ValueError, subprocess.SubprocessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     names = ("torch", "numpy", "constriction", "zstandard", "pyppmd")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
     made = compressor.made()
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    threads = threads and f"OMP_NUM_THREADS={threads} "
     results = dict(
-        command="python tests/stress/bench_compress.py --artifact " + str(options.artifact),
+        command=f"{threads}python tests/stress/bench_compress.py --artifact {options.artifact}",
+        commit=commit(),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         cores=made["threads"],
         load=load,
@@ -266,6 +345,7 @@ def main(arguments=None):
         ),
         files=rows,
         by_lanes=lanes,
+        by_rate=rates,
     )
     whole = json.dumps(results, indent=1) + "\n"
     (options.out / "results.json").write_text(whole, encoding="utf-8")

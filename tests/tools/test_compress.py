@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 
 import compress  # noqa: E402
 import numpy as np
@@ -90,6 +92,13 @@ def compressor(compressors):
     return compressors["lossless"]
 
 
+def parts_of(packed):
+    """-> header, its bytes with everything before them, blocks, what was kept aside"""
+    header, payload = compress.open_container(packed, "x")
+    size = sum(size for _, size in header.blocks)
+    return header, packed[: len(packed) - len(payload)], payload[:size], payload[size:]
+
+
 # -----------------------------------------------------------------------------
 # Bytes come back
 
@@ -100,6 +109,9 @@ def test_every_file_comes_back(compressors, tokenizer, name):
     compressor, data = compressors[tokenizer], FILES[name]
     packed = compressor.compress(data, 12)
     assert compressor.restore(packed.data) == data
+    header, begin, blocks, aside = parts_of(packed.data)
+    assert header == packed.header and len(begin) <= 64
+    assert begin + blocks + aside == packed.data and (aside == b"" or tokenizer == "without bytes")
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
@@ -127,16 +139,69 @@ def test_text_is_not_spelt_in_bytes(compressors):
 def test_any_number_of_lanes(compressor, lanes):
     data = SOURCE_CODE.encode()[:400]
     packed = compressor.compress(data, lanes)
-    ((shape, _),) = packed.header["blocks"]
-    assert shape is None or shape.lanes == shape.documents == min(lanes, packed.tokens)
-    assert shape or lanes == 4096  # a lane for each token costs more than it saves
+    ((used, _),) = packed.header.blocks
+    assert used in (0, min(lanes, packed.tokens))
+    assert used or lanes == 4096  # a lane for each token costs more than it saves
     assert compressor.restore(packed.data) == data
 
 
-def test_longer_files_get_more_lanes(compressor, monkeypatch):
-    monkeypatch.setattr(compress, "LANE_TOKENS", 10)
-    lanes = [compressor.compress(b"\xff" * size).header["blocks"][0] for size in (9, 45, 700)]
-    assert [shape and shape.lanes for shape, _ in lanes] == [1, 4, 32]
+@given(st.integers(1, 1 << 18), st.integers(1, 4096))
+@settings(deadline=None)
+def test_a_plan_follows_from_tokens_and_lanes(tokens, lanes):
+    """It is that which train_gpt makes of the text, and its own lanes give it again."""
+    lanes = min(lanes, tokens)
+    plan = compress.plan_of(tokens, lanes, 256)
+    cfg = train_gpt.Config(
+        eval_lanes=lanes, eval_piece_tokens=-(-tokens // lanes), eval_seq_len=256
+    )
+    stream = np.full(tokens + 1, 5, np.uint16)
+    stream[0] = train_gpt.BOS
+    assert plan == train_gpt.CodingPlan.of(stream, cfg, 1)
+    assert plan == compress.plan_of(tokens, plan.lanes, 256) and plan.lanes <= lanes
+
+
+@given(st.integers(0, 1 << 24))
+def test_longer_files_get_more_lanes(tokens):
+    lanes = compress.lanes_for(tokens)
+    assert 1 <= compress.lanes_for(tokens // 2) <= lanes <= compress.LANES
+    assert lanes == 1 or tokens >= lanes * compress.FEW_TOKENS
+    assert lanes >= min(tokens // 512, 32) and (lanes >= compress.FEW_LANES or tokens < 800)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Of each block that is coded: stream, plan, what train_gpt.encode told."""
+    seen = []
+    encode = train_gpt.encode
+
+    def spy(model, rt, cfg, stream, plan):
+        body, coded = encode(model, rt, cfg, stream, plan)
+        seen.append((stream, plan, coded))
+        return body, coded
+
+    monkeypatch.setattr(train_gpt, "encode", spy)
+    return seen
+
+
+def test_both_sides_learn_from_what_was_coded(compressor, encoded, monkeypatch):
+    data = (SOURCE_CODE.encode()[:150] + SCRIPTS.encode()[:150]) * 4
+    assert compressor.restore(compressor.compress(data, 4).data) == data
+    with monkeypatch.context() as patch:
+        patch.setattr(compressor, "cfg", replace(compressor.cfg, lane_ttt=False))
+        still = compressor.compress(data, 4).data
+    (*_, learnt), (*_, not_learnt) = encoded
+    assert learnt.model_nats < 0.99 * not_learnt.model_nats  # random weights have much to learn
+    with pytest.raises(compress.UserError, match="restores to other bytes"):
+        compressor.restore(still)
+
+
+def test_a_block_is_one_document(compressor, encoded):
+    """Cut into a piece for each lane: no end of a piece is coded, and counts are of all lanes."""
+    packed = compressor.compress(SOURCE_CODE.encode()[:300] * 4, 4)
+    ((stream, plan, coded),) = encoded
+    assert np.flatnonzero(stream == train_gpt.BOS).tolist() == [0]
+    assert (plan.lanes, plan.pieces) == (4, 4) and coded.targets == packed.tokens
+    assert coded.nats < 0.7 * coded.model_nats  # the other lanes have it already
 
 
 def test_blocks_follow_each_other(compressor, monkeypatch):
@@ -144,9 +209,10 @@ def test_blocks_follow_each_other(compressor, monkeypatch):
     monkeypatch.setattr(compress, "BLOCK_TOKENS", 200)
     data = b"\xfe" * 400 + RANDOM.bytes(2000).translate(None, bytes(range(128))) + b"\xfe" * 300
     packed = compressor.compress(data)
-    stored = [shape is None for shape, _ in packed.header["blocks"]]
+    stored = [lanes == 0 for lanes, _ in packed.header.blocks]
     assert len(stored) == -(-packed.tokens // 200)
     assert not stored[0] and all(stored[3:-2]) and compressor.restore(packed.data) == data
+    assert len(parts_of(packed.data)[1]) <= 64 + 3 * len(stored)
 
 
 def test_random_bytes_do_not_grow(compressors):
@@ -154,25 +220,56 @@ def test_random_bytes_do_not_grow(compressors):
     for name, compressor in compressors.items():
         packed = compressor.compress(data, 9)
         aside = 220 if name == "without bytes" else 0  # a mark for each byte, xz's container
-        assert len(packed.data) <= len(data) + len(json.dumps(packed.header)) + 64 + aside
+        assert len(packed.data) <= len(data) + 64 + aside
+
+
+HEADERS = st.builds(
+    compress.Header,
+    st.binary(min_size=16, max_size=16),
+    st.binary(min_size=16, max_size=16),
+    st.integers(1, 1024),
+    st.sampled_from(compress.DEVICES),
+    st.integers(1 << 24, 1 << 32),
+    st.integers(1, 1 << 24),
+    st.tuples(st.tuples(st.just(0) | st.integers(1, 4096), st.integers(0, 1 << 28))),
+)
+
+
+@given(HEADERS)
+def test_a_header_is_small_whatever_the_file(header):
+    """To 4 GiB in one block, that is."""
+    assert len(compress.seal(header, b"")) <= 64
+
+
+@given(HEADERS, st.binary(max_size=40), st.integers(0, 50), st.integers(0, 40))
+def test_a_header_is_read_as_it_was_written(header, payload, tokens, lanes):
+    blocks = ((min(lanes, tokens), len(payload) // 2),) if tokens else ()
+    header = header._replace(size=tokens + lanes, tokens=tokens, blocks=blocks)
+    assert compress.open_container(compress.seal(header, payload), "x") == (header, payload)
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_numbers(number):
+    packed = compress.varint(number)
+    assert compress.Reader(packed).number() == number
+    assert len(packed) == max(1, -(-number.bit_length() // 7))
 
 
 def test_header_says_what_a_restore_needs(compressor):
     data = SCRIPTS.encode()[:300]
     packed = compressor.compress(data)
-    header, payload = train_gpt.unseal(compress.PREFIX, packed.data)
-    assert header["bytes"] == len(data) and header["sha256"] == hashlib.sha256(data).hexdigest()
-    digests = {
-        what: hashlib.sha256(path.read_bytes()).hexdigest()
-        for what, path in dict(
-            tokenizer=compressor.tokenizer, artifact=compressor.artifact, code=ROOT / "train_gpt.py"
-        ).items()
-    }
-    assert header["made"].items() >= digests.items()
-    assert {"torch", "numpy", "constriction", "device", "threads"} <= header["made"].keys()
-    assert header["scoring"]["ngram_mixer"] == "blend"
-    assert sum(size for _, size in header["blocks"]) == len(payload)
-    assert str(ROOT) not in json.dumps(header)
+    header, begin, blocks, _ = parts_of(packed.data)
+    assert (header.size, header.tokens) == (len(data), packed.tokens)
+    assert header.digest == hashlib.sha256(data).digest()[:16]
+    assert (header.threads, header.device) == (1, "cpu")
+    for i, path in enumerate((compressor.artifact, compressor.tokenizer)):
+        digest = hashlib.sha256(path.read_bytes()).digest()
+        assert header.made[4 * i : 4 * i + 4] == digest[:4]
+    made = compressor.made()
+    assert made.keys() == {"threads"}.union(*compress.MADE.values())
+    assert made["code"] == hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
+    assert '"lane_ttt_lr"' in made["settings"]
+    assert sum(size for _, size in header.blocks) == len(blocks)
 
 
 def test_the_same_bytes_twice(compressor):
@@ -184,23 +281,48 @@ def test_the_same_bytes_twice(compressor):
 # Refusals
 
 
-@pytest.mark.parametrize("place", [0, 9, 40, -40, -1])
-def test_one_flipped_bit_is_refused(compressor, place):
-    packed = bytearray(compressor.compress(b"some text").data)
-    packed[place] ^= 4
-    with pytest.raises(compress.UserError, match="x.pgz: damaged"):
-        compressor.restore(bytes(packed), "x.pgz")
+def test_one_flipped_bit_is_refused(compressor, monkeypatch):
+    """Any one, before anything is decoded."""
+    packed = compressor.compress(b"some text").data
+    monkeypatch.setattr(compressor, "unpack", lambda *_: pytest.fail("decoded"))
+    for place in range(8 * len(packed)):
+        damaged = bytearray(packed)
+        damaged[place // 8] ^= 1 << place % 8
+        wanted = "version" if place // 8 == 3 else "damaged"
+        with pytest.raises(compress.UserError, match=f"x.pgz: .*{wanted}"):
+            compressor.restore(bytes(damaged), "x.pgz")
 
 
-@pytest.mark.parametrize("change", [lambda p: p[:-1], lambda p: p + b"\0", lambda p: b""])
-def test_another_length_is_refused(compressor, change):
-    with pytest.raises(compress.UserError, match="damaged"):
-        compressor.restore(change(compressor.compress(b"some text").data))
+def test_another_length_is_refused(compressor):
+    packed = compressor.compress(b"some text").data
+    for wrong in (*(packed[:size] for size in range(len(packed))), packed + b"\0"):
+        with pytest.raises(compress.UserError, match="x: damaged"):
+            compressor.restore(wrong, "x")
+
+
+@given(st.binary(max_size=80))
+def test_sealed_containers_that_say_anything(body):
+    """No other exception, whatever is behind a check that fits."""
+    check = hashlib.sha256(body).digest()[:8]
+    packed = compress.PREFIX + check + body
+    try:
+        header, payload = compress.open_container(packed, "x")
+    except compress.UserError as error:
+        assert str(error).startswith("x: damaged (")
+        return
+    assert body.endswith(payload) and header.tokens <= header.size
 
 
 def test_another_container_is_refused(compressor):
-    with pytest.raises(compress.UserError, match="not of this program"):
+    with pytest.raises(compress.UserError, match="no .pgz, it does not begin with PGZ"):
         compressor.restore(train_gpt.seal(train_gpt.STREAM_PREFIX, {}, b""))
+
+
+def test_an_older_version_is_refused(compressor):
+    old = train_gpt.seal(b"PGZ\x01", dict(bytes=0, blocks=[]), b"")
+    told = "x: a .pgz of version 1, this program reads version 2; fix: restore it with the compress"
+    with pytest.raises(compress.UserError, match=told):
+        compressor.restore(old, "x")
 
 
 @pytest.mark.parametrize("what", ["artifact", "tokenizer"])
@@ -211,16 +333,138 @@ def test_another_model_is_refused_by_name(compressor, artifacts, tmp_path, what)
         tokenizer = prepare_text.train_tokenizer([SCRIPTS, SOURCE_CODE, CHINESE], 512)
         other.with_name("tokenizer.model").write_bytes(tokenizer)
     packed = compressor.compress(b"some text").data
-    with pytest.raises(compress.UserError, match=f"made with {what} [0-9a-f]{{64}}, here"):
+    there, here = (
+        compress.fingerprint_of(c.made()) for c in (compressor, compress.Compressor(other))
+    )
+    part = slice(4, 8) if what == "tokenizer" else slice(4)
+    told = f"made with another {what} .{there[part].hex()}, here {here[part].hex()}: {what} "
+    with pytest.raises(compress.UserError, match=told + "[0-9a-f]{64}.; fix: use"):
+        compress.Compressor(other).restore(packed)
+    table = {there.hex(): compressor.made()}
+    compress.table_of(other).write_text(json.dumps(table))
+    whole = compressor.made()[what]
+    with pytest.raises(compress.UserError, match=f"another {what} .{what} {whole}, here [0-9a-f]"):
         compress.Compressor(other).restore(packed)
 
 
-@pytest.mark.parametrize("what", ["torch", "numpy", "constriction", "code", "device"])
-def test_another_machine_is_refused_by_name(compressor, monkeypatch, what):
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("what", ["torch", "numpy", "constriction", "code", "device", "settings"])
+def test_another_machine_is_refused_by_name(compressor, monkeypatch, what, known):
     packed, made = compressor.compress(b"some text").data, compressor.made()
+    table = {compress.fingerprint_of(made).hex(): made} if known else {}
     monkeypatch.setattr(compressor, "made", lambda: made | {what: "another"})
-    with pytest.raises(compress.UserError, match=f"made with {what} .*, here it is another"):
+    monkeypatch.setattr(compressor, "table", lambda: table)
+    part = "code" if what in ("code", "settings") else "machine"
+    with pytest.raises(compress.UserError) as refused:
+        compressor.restore(packed, "x")
+    told = f"({what} {made[what]}, here another); fix: " if known else f"{what} another"
+    assert str(refused.value).startswith(f"x: made with another {part} (")
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_all_that_differs_is_named(compressor, monkeypatch):
+    packed, made = compressor.compress(b"some text").data, compressor.made()
+    other = made | dict(tokenizer="0" * 64, torch="another", numpy="another")
+    monkeypatch.setattr(compressor, "made", lambda: other)
+    with pytest.raises(compress.UserError, match="another tokenizer .* and another machine"):
         compressor.restore(packed)
+
+
+# What fingerprints stand for
+
+
+def test_a_table_beside_the_artifact_is_kept(compressor, artifacts, monkeypatch, tmp_path):
+    monkeypatch.setattr(compressor, "artifact", tmp_path / "artifact.bin")
+    (tmp_path / "artifact.bin").write_bytes(artifacts["lossless"].read_bytes())
+    compressor.remember()
+    first = compressor.made()
+    table = tmp_path / "artifact.bin.made.json"
+    assert json.loads(table.read_bytes()) == {compress.fingerprint_of(first).hex(): first}
+    before = table.read_bytes()
+    compressor.remember()  # nothing new
+    assert table.read_bytes() == before and names(tmp_path) == ["artifact.bin", table.name]
+    for number in range(compress.TABLE_ENTRIES + 5):
+        monkeypatch.setattr(compressor, "made", lambda n=number: first | dict(torch=str(n)))
+        if number in (0, compress.TABLE_ENTRIES + 4):
+            compressor.remember()
+            continue
+        entries = json.loads(table.read_bytes())
+        entries[compress.fingerprint_of(compressor.made()).hex()] = compressor.made()
+        table.write_text(json.dumps(entries))
+    versions = [entry["torch"] for entry in json.loads(table.read_bytes()).values()]
+    assert versions == [str(n) for n in range(5, compress.TABLE_ENTRIES + 5)]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff", b"[" * 10_000, b'{"a": 1}', b'{"KEY": [1]}', b'{"KEY": {}}']
+)
+def test_a_table_of_nonsense_does_no_harm(artifacts, tmp_path, content):
+    with cores(1):
+        folder = tmp_path / "copy"
+        artifact_of(folder, artifacts["lossless"].with_name("tokenizer.model").read_bytes())
+        compressor = compress.Compressor(folder / "artifact.bin")
+    made = compressor.made()
+    packed = compressor.compress(b"some text")
+    header, payload = compress.open_container(packed.data, "x")
+    other = compress.seal(header._replace(made=bytes(16)), payload)
+    content = content.replace(b"KEY", bytes(16).hex().encode())
+    compress.table_of(compressor.artifact).write_bytes(content)
+    assert compressor.restore(packed.data) == b"some text"
+    with pytest.raises(compress.UserError, match="another artifact .00000000, here"):
+        compressor.restore(other)
+    compressor.remember()
+    assert compressor.table()[compress.fingerprint_of(made).hex()] == made
+
+
+def test_a_table_that_cannot_be_written_is_no_failure(command, artifacts, tmp_path, monkeypatch):
+    """Nor is one that cannot be read; the one that was there stays whole."""
+    (tmp_path / "a").write_bytes(b"text")
+    table = compress.table_of(artifacts["lossless"])
+    table.unlink(missing_ok=True)
+    table.write_text('{"old": 1}')
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", refuse)
+        assert command("a")[0] == 0
+    assert table.read_text() == '{"old": 1}'
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)  # as on a full disk, at the end
+        assert command("a", "--output", "b")[0] == 0
+    assert table.read_text() == '{"old": 1}'
+    table.unlink()
+    table.mkdir()
+    before = names(table.parent)
+    assert command("a", "--output", "c")[0] == 0
+    assert command("--restore", "c", "--output", "d") == (0, "c -> d: 4 bytes\n", "")
+    assert names(table.parent) == before
+    table.rmdir()
+
+
+def test_a_command_keeps_the_table(command, artifacts, compressor, tmp_path):
+    (tmp_path / "a").write_bytes(b"text")
+    table = compress.table_of(artifacts["lossless"])
+    table.unlink(missing_ok=True)
+    assert command("a")[0] == 0
+    ((key, entry),) = json.loads(table.read_bytes()).items()
+    header, _ = compress.open_container((tmp_path / "a.pgz").read_bytes(), "x")
+    assert key == header.made.hex() and entry == compressor.made()
+    table.unlink()
+    (tmp_path / "a").unlink()
+    assert command("--restore", "a.pgz")[0] == 0 and not table.exists()
+
+
+def test_a_table_that_lies_is_not_believed(compressor, monkeypatch):
+    """Its words must have the fingerprint that they stand at."""
+    packed, made = compressor.compress(b"some text").data, compressor.made()
+    lie = made | dict(torch="9.9")
+    monkeypatch.setattr(compressor, "made", lambda: made | dict(torch="8.8"))
+    monkeypatch.setattr(compressor, "table", lambda: {compress.fingerprint_of(made).hex(): lie})
+    with pytest.raises(compress.UserError, match="another machine") as refused:
+        compressor.restore(packed)
+    assert "9.9" not in str(refused.value)
 
 
 def test_threads_are_those_of_the_maker(compressor):
@@ -421,9 +665,23 @@ def test_the_second_measured_stretch_tells_the_time(compressor, monkeypatch, cap
     lines = capfd.readouterr().err.splitlines()
     assert [line.split(" tokens, about ")[0] for line in lines] == [
         f"compressing: {packed.tokens:,}",
-        f"restoring: {packed.header['blocks'][0][0].targets:,}",
+        f"restoring: {packed.tokens:,}",
     ]
     assert all(line.endswith(" s to go") for line in lines)
+    compressor.compress(text, 1, ", then more")
+    assert capfd.readouterr().err.endswith(" s to go, then more\n")
+
+
+def test_the_end_is_not_worth_a_line(compressor, monkeypatch, capfd):
+    """Told once it is known, where it is as long as the measure took."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr(compress.time, "perf_counter", lambda: next(clock))
+    for after, lines in ((100, 0), (5, 1)):
+        monkeypatch.setattr(compress, "SAY_AFTER", after)
+        with compressor.rt.bar_of("compressing", 150):
+            for done in range(1, 151):
+                compressor.rt.tick("documents", done, 150)
+        assert capfd.readouterr().err.count("compressing: 150 tokens, about") == lines
 
 
 def test_duration():
@@ -432,25 +690,28 @@ def test_duration():
     assert [*map(compress.duration, given)] == wanted
 
 
-def hostile(compressor, data=b"", payload=b"", **changes):
+def hostile(compressor, payload=b"", **changes):
     """A container for this machine that claims what it likes."""
-    header = compressor.compress(data).header
-    return train_gpt.seal(compress.PREFIX, header | changes, payload)
+    header = compressor.compress(b"").header
+    return compress.seal(header._replace(**changes), payload)
 
 
-ZEROS = dict(bytes=1000, blocks=[])
+ZEROS = dict(size=1000)
+ONE = dict(size=9, tokens=9)
 
 
 @pytest.mark.parametrize(
     ("changes", "payload", "told"),
     [
-        (dict(bytes=10**13), b"", "more than the memory free"),
-        (dict(bytes=-1), b"", "no numbers"),
-        (dict(bytes=1e9), b"", "no numbers"),
-        (dict(bytes=True), b"", "no numbers"),
-        (dict(blocks=[[None, -5]]), b"12345678", "no numbers"),
-        (dict(blocks=[[None, 10**15]]), b"", "more than it holds"),
-        (dict(blocks=[[[1, 0, 10**9, 1, 2**19, 1024], 0]]), b"", "its plan is"),
+        (dict(size=10**13), b"", "more than the memory free"),
+        (dict(size=10**12, tokens=10**12), b"", "more than the memory free"),
+        (dict(tokens=5), b"", "5 tokens for 0 bytes"),
+        (dict(threads=0), b"", "0 threads"),
+        (dict(threads=10**6), b"", "1000000 threads"),
+        (ONE | dict(blocks=((0, 10**15),)), b"", "more than it holds"),
+        (ONE | dict(blocks=((10**9, 0),)), b"", "1000000000 lanes for 9 tokens"),
+        (ONE, b"", "cut off"),
+        (ONE, b"\xff" * 20, "a number without end"),
         (ZEROS, "bomb", "kept aside is cut off, or more than 1125 bytes"),
         (ZEROS, "window", "Memory usage limit"),
         (ZEROS, "cut", "kept aside is cut off"),
@@ -474,20 +735,43 @@ def test_a_container_that_lies_about_sizes(compressor, changes, payload, told):
 
 
 def test_a_container_without_end_is_refused(compressor):
-    """A thousand blocks of half a million tokens each, of which none has a byte."""
-    window = compressor.config(compress.defaults(), 9).window
-    blocks = [[[9, 0, 9, 1, 1 << 19, window], 0]] * 1000
-    packed = hostile(compressor, bytes=10**6, blocks=blocks)
-    with pytest.raises(compress.UserError, match="524279000 tokens for 1000000 bytes"):
+    """A thousand blocks of which none has a byte; and one that would go on, for want of words."""
+    tokens = 1000 * compress.BLOCK_TOKENS
+    packed = hostile(compressor, size=10**6, tokens=tokens, blocks=((9, 0),) * 1000)
+    with pytest.raises(compress.UserError, match="16777216000 tokens for 1000000 bytes"):
         compressor.restore(packed, "x.pgz")
+    packed = hostile(compressor, size=19_000, tokens=19_000, blocks=((2, 0),))
+    with pytest.raises(compress.UserError, match="restores to other bytes"):
+        compressor.restore(packed, "x.pgz")
+    assert compressor.rt.all_done < 100
 
 
-def test_a_header_brings_no_escapes_to_the_terminal(compressor):
-    header = compressor.compress(b"x").header
-    made = header["made"] | {"torch": "\x1b]0;owned\x07" + "x" * 999}
-    with pytest.raises(compress.UserError) as refused:
-        compressor.restore(train_gpt.seal(compress.PREFIX, header | dict(made=made), b""))
+def test_an_unknown_device_is_refused(compressor):
+    header = compressor.compress(b"").header
+    packed = header.digest + header.made + bytes([1, 7, 0, 0])
+    packed = compress.PREFIX + hashlib.sha256(packed).digest()[:8] + packed
+    with pytest.raises(compress.UserError, match="x: damaged .*1 threads, device 7"):
+        compress.device_of(packed, "x")
+
+
+def test_too_little_memory_for_the_counts_is_said(compressor, monkeypatch):
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: 99)
+    with pytest.raises(compress.UserError, match="counts of . tokens: .* fix: smaller ones"):
+        compressor.compress(b"text")
+
+
+def test_no_escapes_reach_the_terminal(compressor, monkeypatch):
+    """Neither by a header, which has no text, nor by a table that has its fingerprint."""
+    made = compressor.made() | {"torch": "\x1b]0;owned\x07" + "x" * 999}
+    packed = hostile(compressor, made=compress.fingerprint_of(made))
+    table = {compress.fingerprint_of(made).hex(): made}
+    monkeypatch.setattr(compressor, "table", lambda: table)
+    with pytest.raises(compress.UserError, match="another machine .torch .*owned") as refused:
+        compressor.restore(packed)
     assert "\x1b" not in str(refused.value) and len(str(refused.value)) < 300
+    with pytest.raises(compress.UserError) as refused:
+        compressor.restore(b"PGZ\x1b]0;owned\x07")
+    assert str(refused.value).isprintable()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -541,7 +825,7 @@ def test_progress_reaches_the_end(compressor, monkeypatch):
     compressor.restore(packed.data)
     assert [what for what, _ in bars] == ["compressing", "restoring"]
     assert [bar.n for _, bar in bars] == [bar.total for _, bar in bars]
-    assert [bar.total for _, bar in bars] == [300, 306]  # with the ends of six lanes
+    assert [bar.total for _, bar in bars] == [300, 300]
 
 
 def test_fresh_processes(artifacts, tmp_path):
