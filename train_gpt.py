@@ -4445,6 +4445,16 @@ def own_copy(model: GPT, cfg: Config | None) -> GPT:
     return copy.deepcopy(model) if cfg and cfg.lane_ttt else model
 
 
+def learning_bytes(cfg: Config, lanes: int, window: int, every: int) -> int:
+    """What a step of LANE_TTT holds at least, in a group: weights of its own, gradients, Adam's
+    state; attention's scores, twice, activations and logits."""
+    calls = cfg.num_layers + len({*cfg.depth_recurrence})
+    hidden = int(cfg.mlp_mult * cfg.model_dim)
+    each = 8 * calls * cfg.num_heads * (window + every)
+    each += 4 * calls * (8 * cfg.model_dim + 2 * hidden) + 12 * cfg.vocab_size
+    return 16 * count_parameters(cfg) + lanes * every * each
+
+
 class LaneLearner:
     """Score-first learning in lanes (LANE_TTT): every LANE_TTT_EVERY steps the tokens that all
     lanes have just coded make one step of Adam on all weights, which all lanes share. What the
@@ -4462,6 +4472,12 @@ class LaneLearner:
     def __init__(self, model: GPT, rt: Runtime, cfg: Config, caches: Sequence[LaneCache]):
         """model: changed as it learns. caches: of the groups that run here, one by one; where it
         is one, and there are more ranks, each has another."""
+        lanes = len(caches[0].lane)
+        window = len(caches[0].slots)
+        what = f"LANE_TTT_EVERY={cfg.lane_ttt_every} steps of {lanes} lanes"
+        require_memory(
+            learning_bytes(model.cfg, lanes, window, cfg.lane_ttt_every), what, rt.device
+        )
         self.model = model
         self.rt = rt
         self.every = cfg.lane_ttt_every
@@ -4475,7 +4491,6 @@ class LaneLearner:
             weight.grad = part.view_as(weight)
         how = dict(fused=True, capturable=rt.cuda)
         self.optimizer = torch.optim.Adam(self.weights, cfg.lane_ttt_lr, self.BETAS, **how)
-        lanes = len(caches[0].lane)
         self.tokens = self.every * lanes * len(caches) * self.ranks
         for cache in caches:
             cache.mark()
@@ -6071,7 +6086,8 @@ def run_codec(
     mixture = Mixture(rt, cfg, begun, expected or plan.targets)
     before = np.full(begun, BOS)  # of each lane, its last token
     buffer = np.empty_like(mixture.p[: next(cached_rows(*mixture.p.shape)).stop])
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    pieces = bytearray()  # of each coded token, uint32; and it, uint16: an array a step, with few
+    text = bytearray()  # lanes, would hold more than it is worth
     spent = 0.0
     nats = np.zeros(2)
 
@@ -6089,7 +6105,8 @@ def run_codec(
             chosen[rows] = integers[range(len(integers)), tokens[rows]]
         mixture.learn(tokens)
         before[step.lanes] = tokens
-        parts.append((step.pieces.astype(np.uint32), tokens.astype(np.uint16)))
+        pieces.extend(step.pieces.astype(np.uint32).tobytes())
+        text.extend(tokens.astype(np.uint16).tobytes())
         places = range(len(tokens)), tokens
         spent -= np.log2((chosen + 1) / (1 << PRECISION)).sum()
         nats[:] -= np.log(p[places]).sum(), mixture.log_probs[places].sum()
@@ -6098,15 +6115,15 @@ def run_codec(
         return tokens
 
     coded = run_lanes(model, rt, plan, choose_tokens, cfg)
-    return Coded(joined_text(plan, parts), coded, mixture.mass_error, *nats.tolist())
+    tokens = joined_text(plan, np.frombuffer(pieces, np.uint32), np.frombuffer(text, np.uint16))
+    return Coded(tokens, coded, mixture.mass_error, *nats.tolist())
 
 
-def joined_text(plan: CodingPlan, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The text, uint16, of what lanes coded in each step: numbers of the pieces, tokens. Each
-    document begins with a BOS; that which ends it is the next one's."""
-    if not parts:
+def joined_text(plan: CodingPlan, pieces: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The text, uint16, of tokens (N,) in the order in which lanes coded them, and the numbers of
+    their pieces. Each document begins with a BOS; that which ends it is the next one's."""
+    if not len(tokens):
         return np.array([BOS], np.uint16)
-    pieces, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(pieces, kind="stable")
     pieces = pieces[order].astype(np.int64)
     tokens = tokens[order]
@@ -6361,7 +6378,10 @@ def coding_pace(
 def proof_bytes(cfg: Config, plan: CodingPlan, targets: int, cuda: bool) -> int:
     """What an encoder or decoder holds, about: lanes, distributions, counts, weights that learn."""
     lanes = lane_bytes(cfg, plan.lanes, plan.window, cuda) + 16 * plan.lanes * cfg.vocab_size
-    weights = (16 if cfg.lane_ttt else 4) * count_parameters(cfg)
+    weights = 4 * count_parameters(cfg)
+    if cfg.lane_ttt:
+        each = plan.lanes // plan.groups
+        weights += learning_bytes(cfg, each, plan.window, cfg.lane_ttt_every)
     return lanes + weights + (60 if targets >= FEW_TARGETS else 3000) * targets
 
 

@@ -460,7 +460,7 @@ def coded_stretch(text: np.ndarray, plan: train_gpt.CodingPlan, targets: int) ->
     order = train_gpt.LaneSchedule(text, plan).order(text).targets[:targets]
     starts = train_gpt.Pieces.of(text, plan.length).starts
     pieces = np.searchsorted(starts, order, "right") - 1
-    return train_gpt.joined_text(plan, [(pieces, text[order + 1])])
+    return train_gpt.joined_text(plan, pieces, text[order + 1])
 
 
 @check("decode")

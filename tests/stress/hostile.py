@@ -315,12 +315,17 @@ def payload_bomb(rng: Rng, data: bytes) -> bytes:
 def stream_lies(rng: Rng, data: bytes) -> bytes:
     """A plan, threads or device that would take all memory or time"""
     header, words = train_gpt.unseal(train_gpt.STREAM_PREFIX, data)
-    at = int(rng.integers(len(header["shape"]) + 1))
+    at = int(rng.integers(len(header["shape"]) + 3))
     number = int(choose(rng, (0, 7, 1000, 8000, 10**6, 2**22, 2**31, 2**40, 2**63)))
     if at < len(header["shape"]):
         header["shape"][at] = number
         if rng.random() < 0.5:
             header["shape"][int(rng.integers(len(header["shape"])))] = number
+    elif at == len(header["shape"]):
+        header["cuts"] = [number, int(choose(rng, (0, 1, number)))]
+    elif at == len(header["shape"]) + 1:
+        header["scoring"]["lane_ttt"] = "1"
+        header["scoring"]["lane_ttt_every"] = str(choose(rng, (1, 16, 1024)))
     else:
         header["made"]["threads"] = number
     return train_gpt.seal(train_gpt.STREAM_PREFIX, header, words)
@@ -338,14 +343,30 @@ def header_lies(prefix: bytes) -> Callable[[Rng, bytes], bytes]:
 
 
 def pgz_bomb(rng: Rng, data: bytes) -> bytes:
-    """Zeros in xz as what was kept aside; `bytes` says so, says less or far more"""
-    header, payload = train_gpt.unseal(compress.PREFIX, data)
-    header["bytes"] = int(choose(rng, (len(payload), BOMB_BYTES, BOMB_BYTES // 2, 12 * 10**9)))
-    kept = sum(size for _, size in header["blocks"])
+    """Zeros in xz as what was kept aside; the size says so, says less or far more"""
+    header, payload = compress.open_container(data, "a seed")
+    size = int(choose(rng, (len(payload), BOMB_BYTES, BOMB_BYTES // 2, 12 * 10**9)))
+    header = header._replace(size=size)
+    kept = sum(taken for _, taken in header.blocks)
     if rng.random() < 0.5:
-        header["blocks"] = []
+        header = header._replace(tokens=0, blocks=())
         kept = 0
-    return train_gpt.seal(compress.PREFIX, header, payload[:kept] + zeros("xz"))
+    return compress.seal(header, payload[:kept] + zeros("xz"))
+
+
+def pgz_lies(rng: Rng, data: bytes) -> bytes:
+    """A hostile number in the header, which its check fits"""
+    header, payload = compress.open_container(data, "a seed")
+    number = int(choose(rng, (0, 1, 2**31, 2**40, 2**62)))
+    what = choose(rng, ("threads", "size", "tokens", "lanes", "taken"))
+    lanes, taken = header.blocks[0]
+    if what == "lanes":
+        header = header._replace(blocks=((number, taken), *header.blocks[1:]))
+    elif what == "taken":
+        header = header._replace(blocks=((lanes, number), *header.blocks[1:]))
+    else:
+        header = header._replace(**{what: number})
+    return compress.seal(header, payload)
 
 
 def signed_tensors(rng: Rng, data: bytes) -> bytes:
@@ -402,7 +423,7 @@ CONTENT: dict[str, dict[str, Callable[[Rng, bytes], bytes]]] = {
         "header": header_lies(train_gpt.ARTIFACT_PREFIX),
     },
     "stream": {"plan": stream_lies, "header": header_lies(train_gpt.STREAM_PREFIX)},
-    "pgz": {"bomb": pgz_bomb, "header": header_lies(compress.PREFIX)},
+    "pgz": {"bomb": pgz_bomb, "header": pgz_lies},
     "tensors": {"tensors that lie": signed_tensors},
     "state": JSON | {"signed state": signed_state},
     "shard": {"shard that lies": long_shard},
