@@ -5520,6 +5520,7 @@ NODE = np.dtype(
     ]
 )
 NODES, LISTS, ENTRIES, TEXT, FREE = range(5)  # of ContextArrays.used
+CACHED_NUMBERS = 1 << 16  # of distributions, half a MB: what a core's cache holds
 FEW_TARGETS = 20_000  # are counted in a dictionary before a table's kernels would be compiled
 
 
@@ -5955,8 +5956,8 @@ class ContextDictionary:
 
 
 def cached_rows(count: int, vocab_size: int) -> Iterator[slice]:
-    """Of so many distributions those that are best worked on together: half a MB of float64."""
-    most = max(1, (1 << 16) // vocab_size)
+    """Of so many distributions those that are best worked on together."""
+    most = max(1, CACHED_NUMBERS // vocab_size)
     for begin in range(0, count, most):
         yield slice(begin, min(begin + most, count))
 
@@ -6085,7 +6086,7 @@ def run_codec(
     begun = min(plan.lanes, plan.pieces)
     mixture = Mixture(rt, cfg, begun, expected or plan.targets)
     before = np.full(begun, BOS)  # of each lane, its last token
-    buffer = np.empty_like(mixture.p[: next(cached_rows(*mixture.p.shape)).stop])
+    buffer = np.empty((max(1, CACHED_NUMBERS // cfg.vocab_size), cfg.vocab_size))
     pieces = bytearray()  # of each coded token, uint32; and it, uint16: an array a step, with few
     text = bytearray()  # lanes, would hold more than it is worth
     spent = 0.0
