@@ -95,7 +95,7 @@ SHRUNK = dict(
     EVAL_STRIDE="16",
     SCORER="sliding",  # faster on two long documents; test_smoke's runs score documents
     CODEC_TOKENS="0",
-    CODEC_MINUTES="0",
+    CODEC_MINUTES="0.0",
 )
 # Whole runs on one dataset that several tests read: name -> (ranks, each a process, or 0: in the
 # test's own process; variables beside SHRUNK). eval_*: the artifact of "one" scored again.

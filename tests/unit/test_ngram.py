@@ -594,7 +594,7 @@ def test_mass_is_of_the_weights_that_are_used(monkeypatch, rt):
 
 def test_mass_of_the_cascade_is_of_its_counts(monkeypatch, rt):
     add = ContextDictionary.add
-    monkeypatch.setattr(ContextDictionary, "add", lambda self, w, p: add(self, 2 * w, p))
+    monkeypatch.setattr(ContextDictionary, "add", lambda self, w, *p: add(self, 2 * w, *p))
     assert mass_of_a_run(rt, "cascade") > 0.01
 
 
