@@ -18,7 +18,8 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The se
 
 `run_stages` in section 14 tells the story. What lies in more than one section:
 
-  learning   LaneChunk (5) sees the cache, LaneLearner (10) takes the step; run_lanes, LaneScorer
+  learning   LaneChunk (5) reads the cache again with gradients, LaneLearner (10) steps; called by
+             LaneScorer and run_lanes (10)
   late QAT   fake_quantize (5), update_qat_grids (7), search_grid (9); on from Trainer.update (13)
   a signal   Runtime.signals (3); Trainer.save_if_due (13) saves (8), run (14) says what is kept
   a file     is written whole or not at all by write_atomically (3)
@@ -43,6 +44,8 @@ Words with one meaning each:
   window        the past that is kept: of sliding windows the inputs of a pass, which overlap,
                 `stride` targets apart; of lanes the keys and values of each attention
   lane          one of many places where pieces are read, one after another, a token a step
+  thread        what a lane reads up to a cut: counts and the gate do not look back across it
+  learning      of all weights, in lanes (LANE_TTT); not the gate's
   bank          one tensor that stacks a kind of matrix of all layers
   scale, grid   the step of a matrix's row, stored beside its integers; the values integer * scale
                 it may take
@@ -51,6 +54,8 @@ Words with one meaning each:
   coding        the order in which lanes, step by step, take the targets of a stream
   backoff       the published mixture of model and counts, with fixed weights: NGRAM_MIXER=cascade
   blend         the learned mixture of model and counts, what val_bpb is by default
+  expert        one of the 1 + K + R distributions that its gate weighs: the model, the counts of K
+                orders, and of R of these the token that followed last time
   mass          the sum of a distribution over the vocabulary: 1, or it is no distribution
   plan          what a decoder must know before its first token: pieces, lanes, targets
   C1            no probability may depend on its target or on later tokens (upstream issue #1017)
@@ -390,7 +395,8 @@ class Config:
     scorer: Literal["sliding", "documents"] = scoring("documents",
         "what feeds the n-gram mixture, sliding windows, or documents token by token, whose "
         "score a stream of bytes can prove")
-    eval_lanes: int = scoring(1024, "documents read side by side, all ranks together", least=1)
+    eval_lanes: int = scoring(1024,
+        "documents, or pieces of long ones, read side by side, all ranks together", least=1)
     eval_piece_tokens: int = scoring(8192,
         "targets after which a document is cut, so that lanes read its pieces side by side, each "
         "with nothing before it; 0: never", stored_in=())
@@ -399,9 +405,10 @@ class Config:
         "one at the end; the bytes that name them count in the score", stored_in=())
     save_scores: bool = scoring(False, "write scores.npz, a row for each target")
     codec_tokens: int = scoring(1_000_000,
-        "targets that are coded and decoded again; 0: none, -1: all", least=-1)
+        "targets, the first in the order of coding, that are coded and decoded again; 0: none, "
+        "-1: all", least=-1)
     codec_minutes: float = scoring(10.0,
-        "all of them, too, where that takes so many minutes at most", stored_in=())
+        "all targets are coded where that and decoding take fewer minutes", stored_in=())
     codec_device: Literal["same", "cpu"] = scoring("same",
         "where to code, decode and take the mass; cpu: for CPUs of this kind")
 
@@ -434,7 +441,7 @@ class Config:
         stored_in=("stream",))
     lane_ttt_every: int = test_time(16, "steps of lanes between two of Adam",
         least=1, most=1024, stored_in=("stream",))
-    lane_ttt_lr: float = test_time(3e-4, "its learning rate", stored_in=("stream",))
+    lane_ttt_lr: float = test_time(3e-4, "Adam's learning rate in lanes", stored_in=("stream",))
 
     backoff = group("Published n-gram mixture, on exact counts")
     ngram_min_count: int = backoff(2,
@@ -533,6 +540,16 @@ class Config:
     def window(self) -> int:
         """Inputs of a scoring pass, or keys and values that each attention of a lane keeps."""
         return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def learns_every(self) -> int:
+        """Steps of lanes between two of Adam; 1 without LANE_TTT."""
+        return self.lane_ttt_every if self.lane_ttt else 1
+
+    @property
+    def warm_up_steps(self) -> int:
+        """Of lanes: WARM_UP_STEPS and more, up to a step of Adam."""
+        return -(-WARM_UP_STEPS // self.learns_every) * self.learns_every
 
     @property
     def mixer(self) -> str:
@@ -3038,6 +3055,9 @@ class LaneChunk(Context):
     a document and 0 of the next one, whose keys then lie in slots 6, 7 and 0:
 
         6 and 7 see the cache's 1 to 5, and each other as in a row; the new 0 sees itself alone
+
+    The old key of slot 0 is gone, though 6 and 7 saw it when they were scored: up to M - 1 keys
+    fewer are seen here.
     """
 
     def __init__(self, model: "GPT", cache: LaneCache, ids: Tensor, places: Tensor):
@@ -3065,7 +3085,8 @@ class LaneChunk(Context):
         return previous.masked_fill(self.first.view(*x.shape[:2], *[1] * (x.dim() - 2)), 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """By plain products: the same bits on every call, CUDA's fused backward has others."""
+        """By plain matrix products: the backward pass of CUDA's fused attention differs from call
+        to call."""
         keys = self.cache.keys[self.call].transpose(1, 2)  # (B, G, S, d)
         values = self.cache.values[self.call].transpose(1, 2)
         self.call += 1
@@ -4144,7 +4165,8 @@ WARM_UP_STEPS = 32  # of lanes, that are timed beforehand
 
 
 class Pieces(NamedTuple):
-    """A stream in what lanes take one by one: documents, the long ones in parts."""
+    """A stream in what lanes take one by one: documents, the long ones in parts. The first input of
+    a piece is a BOS, also amid a document: keys, smear and bigrams begin anew."""
 
     starts: np.ndarray  # places of their first inputs, (P,)
     sizes: np.ndarray  # targets, (P,)
@@ -4176,8 +4198,8 @@ class CodingPlan(NamedTuple):
     window: int  # keys and values a lane keeps
     ahead: tuple[int, ...] = ()  # pieces that are read first, ascending
     length: int = 0  # targets of a piece whose document goes on in the next one
-    cuts: tuple[tuple[int, int], ...] = ()  # of each such document, ascending: its first piece, and
-    # how many end with a cut
+    # Of each such document, ascending: its first piece, and how many end with a cut.
+    cuts: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
     def of(stream: np.ndarray, cfg: Config, groups: int) -> "CodingPlan":
@@ -4215,9 +4237,9 @@ class CodingPlan(NamedTuple):
 
     def side_bytes(self) -> bytes:
         """What the body of stream.bin begins with: which pieces are ahead, as the gaps between
-        them, the first counted from -1; of each document that is cut the gap from the cuts before
-        to its first piece, and how many there are; seven bits a byte, the low ones first, with the
-        eighth where more follow (LEB128)."""
+        them, the first counted from -1; of each document that is cut the gap from the last piece of
+        the one before, at first from -1, to its first, and how many end with a cut. Seven bits a
+        byte, the low ones first, with the eighth where more follow (LEB128)."""
         numbers = np.diff(self.ahead, prepend=-1).tolist()
         end = -1
         for first, count in self.cuts:
@@ -4258,7 +4280,7 @@ def read_side_bytes(plan: CodingPlan, ahead: int, cut: int, body: bytes) -> Codi
     whole = len(numbers) == ahead + 2 * cut and all(number > 0 for number in numbers)
     within = all(piece < plan.pieces for piece in numbers_ahead[-1:] + edges[-1:])
     if not (whole and within and body.startswith(plan.side_bytes())):
-        raise ValueError(f"it does not begin with the numbers of {ahead + cut} documents")
+        raise ValueError(f"it does not begin with the numbers of {ahead} pieces and {cut} cuts")
     return plan
 
 
@@ -4355,15 +4377,15 @@ def run_lanes(
     cfg: Config | None = None,
 ) -> int:
     """The one loop of encoding and decoding: a token a lane a step. -> targets that were coded.
-    cfg: of LANE_TTT; None: nothing is learnt.
+    cfg: LANE_TTT's settings; None: the weights stay.
 
     Lanes begin with the first pieces of the queue, which is the text's order but for those that
-    the plan has ahead. A BOS ends a document and so its last piece (that of the text's last one,
-    which no BOS follows, and pieces that are cut end by their lengths), and its lane takes the
-    next that waits, with nothing before it. The network runs each
-    group of lanes in its own cache; choose_tokens(their outputs, joined; who is at work where)
-    says which token follows in each lane: read from a text, or from a range decoder. Since nothing
-    else differs, encoder and decoder call the network with the same numbers in the same shapes.
+    the plan has ahead. A piece ends with the BOS that ends its document; one that is cut, and the
+    text's last, at its known length. Its lane then takes the next piece that waits. The network
+    runs each group of lanes in its own cache; choose_tokens(their outputs, joined; who is at work
+    where) says which token follows in each lane: read from a text, or from a range decoder. Since
+    nothing else differs, encoder and decoder call the network with the same numbers in the same
+    shapes.
     Three documents a b c | d e | f g h in two lanes:
 
         step     1     2     3     4     5     6
@@ -4397,7 +4419,7 @@ def run_lanes(
         coded += len(lanes)
         rt.tick("documents", coded, plan.targets)
         over = (step.pieces == none - 1) & (places[lanes] == plan.last)
-        if plan.length in places:
+        if plan.cuts and plan.length in places:
             over |= (places[lanes] == plan.length) & plan.goes_on(step.pieces)
         for lane in lanes[over | (tokens == BOS)]:
             ids[lane] = BOS
@@ -4441,7 +4463,7 @@ def lane_pass(model: GPT, rt: Runtime, cache: LaneCache) -> Callable:
 
 
 def own_copy(model: GPT, cfg: Config | None) -> GPT:
-    """Of a model that LANE_TTT will change."""
+    """A copy where LANE_TTT will change it; else the model itself."""
     return copy.deepcopy(model) if cfg and cfg.lane_ttt else model
 
 
@@ -4461,17 +4483,17 @@ class LaneLearner:
     caches hold stays as it is. A decoder knows these tokens by then and takes the same step, to
     the bit: gradients are added up in the order of the groups, wherever they are made.
 
-    Adam without momentum, which does harm here: a step is the gradient over its own recent size.
-    The loss is divided by all lanes' tokens, also where few lanes are at work: those at the end of
-    a text move the weights less.
+    Adam without momentum (it did harm): a step is the gradient over the root of the mean of its
+    last squares. The loss is divided by all lanes' tokens, also where few lanes are at work: those
+    at the end of a text move the weights less.
     """
 
     BETAS = 0.0, 0.99
     CLIP = 1.0  # largest norm of the gradients
 
     def __init__(self, model: GPT, rt: Runtime, cfg: Config, caches: Sequence[LaneCache]):
-        """model: changed as it learns. caches: of the groups that run here, one by one; where it
-        is one, and there are more ranks, each has another."""
+        """model: changed as it learns. caches: one for each group that this process runs: the
+        codec all of them, in scoring each rank its own."""
         lanes = len(caches[0].lane)
         window = len(caches[0].slots)
         what = f"LANE_TTT_EVERY={cfg.lane_ttt_every} steps of {lanes} lanes"
@@ -4491,12 +4513,12 @@ class LaneLearner:
             weight.grad = part.view_as(weight)
         how = dict(fused=True, capturable=rt.cuda)
         self.optimizer = torch.optim.Adam(self.weights, cfg.lane_ttt_lr, self.BETAS, **how)
-        self.tokens = self.every * lanes * len(caches) * self.ranks
+        self.tokens_a_step = self.every * lanes * len(caches) * self.ranks
         for cache in caches:
             cache.mark()
         nothing = torch.zeros(4, self.every, lanes, dtype=torch.int64, device=rt.device)
         self.passes = [
-            rt.graph(functools.partial(self.back_propagate, cache), nothing.clone())
+            rt.graph(functools.partial(self.back_propagate, cache), nothing.clone())  # kept by it
             for cache in caches
         ]
 
@@ -4522,6 +4544,7 @@ class LaneLearner:
             parts.append(self.gradient.clone())
         if self.ranks > 1:
             parts = self.rt.gather(self.gradient)
+        # No step by what is no number: it would spoil all that follows.
         self.gradient.copy_(sum(parts[1:], parts[0])).nan_to_num_(0.0, 0.0, 0.0)
         nn.utils.clip_grad_norm_(self.weights, self.CLIP)
         self.optimizer.step()
@@ -4531,7 +4554,7 @@ class LaneLearner:
 
     @torch.enable_grad()
     def back_propagate(self, cache: LaneCache, chunk: Tensor) -> None:
-        """The gradient of a group's share of the loss."""
+        """The gradient of a group's share of the loss. chunk: int64 (4, LANE_TTT_EVERY, lanes)."""
         ids, places, targets, busy = chunk.transpose(1, 2)
         self.gradient.zero_()
         self.model.requires_grad_()  # not for longer: the compiler would see another model
@@ -4539,7 +4562,7 @@ class LaneLearner:
             hidden = self.model.hidden(ids, LaneChunk(self.model, cache, ids, places))
             logits = self.model.logits(hidden).float()
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        ((losses * busy.flatten()).sum() / self.tokens).backward()
+        ((losses * busy.flatten()).sum() / self.tokens_a_step).backward()
         self.model.requires_grad_(False)
 
 
@@ -4562,8 +4585,8 @@ class LaneScorer:
         self.at = torch.zeros(1, dtype=torch.int64, device=rt.device)  # the next of these steps
         self.step = rt.graph(self.score_step)
         self.learner = LaneLearner(model, rt, cfg, [cache]) if cfg.lane_ttt else None
-        every = cfg.lane_ttt_every if cfg.lane_ttt else 1
-        self.steps = SCHEDULED_STEPS // every * every  # that `score` takes at a time
+        self.warm_up_steps = cfg.warm_up_steps
+        self.steps = SCHEDULED_STEPS // cfg.learns_every * cfg.learns_every  # of `score` at a time
 
     def score_step(self) -> None:
         """Log p of the targets, and entropy."""
@@ -4575,12 +4598,10 @@ class LaneScorer:
 
     def warm_up(self) -> None:
         """As it will run, with half the window full, and timed."""
-        every = self.learner.every if self.learner else 1
-        steps = -(-WARM_UP_STEPS // every) * every
-        columns = np.zeros((4, steps, self.schedule.shape[2]), np.int64)
+        columns = np.zeros((4, self.warm_up_steps, self.schedule.shape[2]), np.int64)
         columns[1] = self.window // 2
         for _ in range(2):  # the second time replaces the first, which compiles
-            self.rt.measure("lane step", steps, lambda: self.score(columns))
+            self.rt.measure("lane step", self.warm_up_steps, lambda: self.score(columns))
 
     @torch.no_grad()
     def score(self, columns: np.ndarray, tick: Callable = lambda _: None) -> np.ndarray:
@@ -4721,8 +4742,8 @@ class LowRankAdapters:
 
 class TestTimeTraining:
     """Learns from scored chunks only: SGD on all weights (PR #549), or Adam on low-rank adapters
-    (PR #808). Every rank takes the same steps. A decoder would have to train in step with the
-    encoder, so SCORER=documents, whose score is proved, refuses it."""
+    (PR #808). Every rank takes the same steps. The codec does not, so SCORER=documents, whose score
+    is proved, refuses it; what it learns by is a LaneLearner."""
 
     def __init__(self, model: GPT, rt: Runtime, cfg: Config):
         self.model = copy.deepcopy(model)
@@ -4833,7 +4854,7 @@ def enrichment_change(model: GPT, stream: np.ndarray, piece: int = ENRICHED_AT_O
 
 KEY_BITS = 63  # of a sort key: context group, token, position
 LONG_ORDERS = (12, 16, 24)  # of the blend, beside 1 and the range of settings: long repeats
-RECENT_ORDERS = (2, 3, 5, 8)  # whose last follower the blend weighs, too
+LAST_ORDERS = (2, 3, 5, 8)  # whose last follower the blend weighs, too
 
 
 def ngram_counts(
@@ -4870,8 +4891,8 @@ def count_ngrams(
 
     Statistics int32 (N, 5): ngram_counts' four, and 1 where t is what followed the context when it
     was last seen. tokens (N,): integers below vocab_size, else ValueError; left as they are.
-    schedule: lane step and lane, int32 (N,) each, of tokens in the order of coding: those of one
-    step do not see each other; a context stays in its lane, from the last BOS on.
+    schedule: lane step and thread, int32 (N,) each, of tokens in the order of coding: those of one
+    step do not see each other; a context stays in its thread, from the last BOS on.
     """
     tokens = np.asarray(tokens)
     valid = not len(tokens) or 0 <= tokens.min() <= tokens.max() < vocab_size
@@ -4880,7 +4901,7 @@ def count_ngrams(
         raise ValueError(f"tokens must be integers in 0..{vocab_size - 1}, not {found}")
     nothing = np.zeros(0, np.int32)
     times = nothing if schedule is None else schedule[0]
-    following = nothing if schedule is None else next_in_lane(schedule[1])
+    following = nothing if schedule is None else next_in_thread(schedule[1])
     text = TokenLinks(tokens.astype(np.int32), times, following)
     every = range(1, max_order + 1)
     orders = every if wanted is None else sorted({*wanted} & {*every})
@@ -4900,7 +4921,7 @@ class TokenLinks(NamedTuple):
     following: np.ndarray  # -1: none
 
 
-def next_in_lane(lanes: np.ndarray) -> np.ndarray:
+def next_in_thread(lanes: np.ndarray) -> np.ndarray:
     """Place of the lane's next token, -1 at its end; int32 (N,)."""
     order = np.argsort(lanes, kind="stable")
     following = np.full(len(lanes), -1, np.int32)
@@ -5143,7 +5164,7 @@ class Backoff:
 
     def __init__(self, orders: Sequence[int], cfg: Config):
         self.orders = orders
-        self.recent_orders: tuple[int, ...] = ()
+        self.last_orders: tuple[int, ...] = ()
         self.cfg = cfg
         self.chunk = 1 << 16  # targets at a time
 
@@ -5162,9 +5183,6 @@ class Backoff:
     def weights(self, order: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         """Of the model and of each order's counts: float64 (rows, K + 1)."""
         return np.vstack([1 - alpha, alpha * (np.array(self.orders)[:, None] == order)]).T
-
-    def learn(self, *inputs: Any) -> None:
-        """Nothing: the weights are fixed by configuration."""
 
 
 def confidence(change: np.ndarray) -> np.ndarray:
@@ -5191,7 +5209,7 @@ def backoff_alpha(
 
 
 class Blend:
-    """The learned mixture: the model, each order's plain c / n and, of RECENT_ORDERS, the token
+    """The learned mixture: the model, each order's plain c / n and, of LAST_ORDERS, the token
     that followed the context last time; weighed by a gate (one hidden layer) that learns from each
     chunk once it is scored; then gate against model alone, as a Bayesian pair whose odds are their
     likelihoods so far, so that a useless gate costs a bit. The gate sees the counts, how uncertain
@@ -5215,11 +5233,11 @@ class Blend:
     def __init__(self, orders: Sequence[int], rt: Runtime):
         self.device = rt.device
         self.orders = orders
-        self.recent_orders = tuple(order for order in orders if order in RECENT_ORDERS)
-        rows = [orders.index(order) for order in self.recent_orders]
-        self.recent_rows = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self.last_orders = tuple(order for order in orders if order in LAST_ORDERS)
+        rows = [orders.index(order) for order in self.last_orders]
+        self.last_rows = torch.tensor(rows, dtype=torch.int64, device=self.device)
         inputs = 5 * len(orders) + 3 + 2 * (self.LATEST + 1)
-        experts = 1 + len(orders) + len(self.recent_orders)
+        experts = 1 + len(orders) + len(self.last_orders)
         first = torch.randn(inputs, self.HIDDEN, generator=torch.Generator().manual_seed(0))
         bias = torch.full((experts,), -1.0)
         bias[0] = 1.0  # the model starts favoured
@@ -5250,22 +5268,22 @@ class Blend:
         return train
 
     def inputs(
-        self, stats: np.ndarray, entropy: np.ndarray, recent: Tensor | np.ndarray
+        self, stats: np.ndarray, entropy: np.ndarray, past: Tensor | np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """Inputs of the gate (rows, 5 K + 11), scaled by constants, not by the stream (C1), and the
         experts' mask (rows, 1 + K + R). stats: (K, rows, 5) of count_ngrams; entropy: (rows,)
-        float64, nats; recent: outcomes before each row, newest first, (rows, REMEMBERED, 2)."""
+        float64, nats; past: outcomes before each row, newest first, (rows, REMEMBERED, 2)."""
         stats = torch.as_tensor(stats, device=self.device)
-        recent = torch.as_tensor(recent, device=self.device)
+        past = torch.as_tensor(past, device=self.device)
         h = torch.as_tensor(entropy, device=self.device).float()[None]
         n, _, types, singles, _ = stats.float().unbind(-1)
         known = n > 0
         total = n.clamp(min=1)
         inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
-        latest = recent[:, : self.LATEST].flatten(1).T
-        inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp(), latest, recent.mean(1).T])
+        latest = past[:, : self.LATEST].flatten(1).T
+        inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp(), latest, past.mean(1).T])
         model = torch.ones_like(h, dtype=torch.bool)
-        return inputs.T, torch.cat([model, known, known[self.recent_rows]]).T
+        return inputs.T, torch.cat([model, known, known[self.last_rows]]).T
 
     def logits(self, inputs: Tensor, known: Tensor) -> Tensor:
         hidden = F.gelu(inputs @ self.layers[0] + self.layers[1])
@@ -5315,8 +5333,8 @@ def expert_probabilities(
     """Of the targets, by model, counts and last followers: float64 (rows, 1 + K + R)."""
     n = stats[..., 0]
     c = stats[..., 1]
-    recent = [stats[mixer.orders.index(order), :, 4] for order in mixer.recent_orders]
-    return np.vstack([np.exp(log_prob).clip(1e-300), c / np.maximum(n, 1), *recent]).T
+    last = [stats[mixer.orders.index(order), :, 4] for order in mixer.last_orders]
+    return np.vstack([np.exp(log_prob).clip(1e-300), c / np.maximum(n, 1), *last]).T
 
 
 REMEMBERED = 16  # of a lane's last targets, how they went
@@ -5334,18 +5352,18 @@ def outcomes(stats: np.ndarray, log_prob: np.ndarray) -> np.ndarray:
     return np.stack([-log_prob / 4, p], 1).astype(np.float32)
 
 
-class Recent:
+class PastOutcomes:
     """Outcomes of a text's targets, filled in as they are scored, and for each target those of the
-    REMEMBERED before it in its lane. They lie lane after lane, each behind as many zeros."""
+    REMEMBERED before it in its thread. They lie thread after thread, each behind as many zeros."""
 
-    def __init__(self, lanes: np.ndarray, device: torch.device):
-        """lanes: of the targets, in the order of coding, (N,)."""
-        order = np.argsort(lanes, kind="stable")
-        gaps = REMEMBERED * (lanes[order].astype(np.int64) + 1)
-        places = np.empty(len(lanes), np.int64)
-        places[order] = np.arange(len(lanes)) + gaps
+    def __init__(self, threads: np.ndarray, device: torch.device):
+        """threads: of the targets, in the order of coding, (N,)."""
+        order = np.argsort(threads, kind="stable")
+        gaps = REMEMBERED * (threads[order].astype(np.int64) + 1)
+        places = np.empty(len(threads), np.int64)
+        places[order] = np.arange(len(threads)) + gaps
         self.places = places.astype(np.int32)
-        size = len(lanes) + int(gaps.max(initial=0))
+        size = len(threads) + int(gaps.max(initial=0))
         self.values = torch.zeros(size, 2, device=device)
         self.before = torch.arange(1, REMEMBERED + 1, device=device)
 
@@ -5391,13 +5409,13 @@ def mix(
     tick: Callable = lambda *_: None,
 ) -> np.ndarray:
     """Score each target, then learn from it (a Backoff does not learn). -> log-probability (N,),
-    nats. schedule: lane steps of the targets, which a chunk does not divide, and lanes; None: one
-    by one."""
+    nats. schedule: lane steps of the targets, which a chunk does not divide, and threads; None:
+    one by one."""
     if isinstance(mixer, Backoff):
         return mix_fixed(mixer, store, scores, tick)
     size = len(scores.log_prob)
-    times, lanes = schedule or (None, np.zeros(size, np.int32))
-    recent = Recent(lanes, mixer.device)
+    times, threads = schedule or (None, np.zeros(size, np.int32))
+    past = PastOutcomes(threads, mixer.device)
     mixed = np.empty(size)
     begin = 0
     while begin < size:
@@ -5406,7 +5424,7 @@ def mix(
             end = np.searchsorted(times, times[end - 1], "right")
         log_prob = scores.log_prob[begin:end]
         stats = store.read(begin, end)
-        before = recent.add(begin, outcomes(stats, log_prob))
+        before = past.add(begin, outcomes(stats, log_prob))
         inputs = mixer.inputs(stats, scores.entropy[begin:end], before)
         p = expert_probabilities(mixer, stats, log_prob)
         mixed[begin:end] = np.log((mixer.weights(*inputs) * p).sum(1))
@@ -5490,7 +5508,7 @@ class StreamError(UserError):
     """Damaged, or of another code, artifact or machine."""
 
 
-# Counts that grow with the text. ngram_counts needs the whole text; a decoder has what it decoded
+# Counts that grow with the text. count_ngrams needs the whole text; a decoder has what it decoded
 # so far. For every context it must know how often which token followed, and each new token is
 # counted in a context of every order. Most contexts of natural text occur once, so they are kept as
 # a suffix tree would: a context that was seen once is a place in the text, kept at the shortest
@@ -5560,7 +5578,7 @@ def same_tokens(text: np.ndarray, one: int, other: int, begin: int, end: int) ->
 
 def find_context(arrays: ContextArrays, place: int, hashed: int, order: int) -> tuple[int, int]:
     """-> slot of the context before a place, or the free one that it would take; its key. order:
-    index of one. A context has `size` tokens: lengthen has seen to that."""
+    its index in sizes; so many tokens precede the place, as lengthen has found."""
     table = arrays.table
     key = np.int64(hashed >> np.uint64(32 + ORDER_BITS)) << ORDER_BITS | order
     slot = key * len(table) >> 32
@@ -5618,13 +5636,13 @@ def last_follower(arrays: ContextArrays, entry: int) -> int:
 def add_followers(
     arrays: ContextArrays,
     read: tuple[np.ndarray, np.ndarray, int],
-    recent: np.ndarray,
+    last_rows: np.ndarray,
     weights: np.ndarray,
     p: np.ndarray,
 ) -> None:
-    """Add to p (rows, V) the weighed shares of all counts and, of the orders with index `recent`,
-    of the last followers. read: stats and found of all lanes, and which of them p begins with;
-    weights: (lanes, 1 + K + R), the model's first."""
+    """Add to p (rows, V) the weighed shares of all counts and, of the orders with these indices
+    (last_rows), of the last followers. read: stats and found of all lanes, and which of them p
+    begins with; weights: (lanes, 1 + K + R), the model's first."""
     stats, found, first = read
     levels = len(arrays.sizes)
     for i in range(first, first + len(p)):
@@ -5643,8 +5661,8 @@ def add_followers(
                 begin = arrays.nodes[entry].list
                 for follower in arrays.lists[begin : begin + stats[k, i, 2]]:
                     row[follower >> 32] += weight * (follower & LOW_BITS)
-        for r in range(len(recent)):
-            k = recent[r]
+        for r in range(len(last_rows)):
+            k = last_rows[r]
             if stats[k, i, 0]:
                 row[last_follower(arrays, np.int64(found[k, i]))] += weights[i, 1 + levels + r]
 
@@ -5798,7 +5816,9 @@ def insert_tokens(
             text[place] = NO_TOKEN
             text[place + 1] = BOS
             place += 2
-        if place % LANE_BLOCK >= LANE_BLOCK - 4:  # the next block begins with this one's end
+        # A step takes up to four places: a token, its end and BOS, and another end (forget). The
+        # next block begins with this one's end.
+        if place % LANE_BLOCK >= LANE_BLOCK - 4:
             block = arrays.used[TEXT]
             arrays.used[TEXT] += LANE_BLOCK
             text[block : block + CONTEXT_TOKENS] = text[place - CONTEXT_TOKENS : place]
@@ -5820,15 +5840,16 @@ def doubled(table: np.ndarray) -> np.ndarray:
 
 
 class ContextTable:
-    """What follows each context: count_ngrams of a text that is not there yet. About 50 bytes and
-    some microseconds a token. Compiled by numba; for vocabularies below NO_TOKEN."""
+    """What follows each context: count_ngrams of a text that is not there yet. About 60 bytes and
+    some microseconds a token. Compiled by numba; for vocabularies of at most NO_TOKEN tokens."""
 
     SLOTS = 1 << 16  # at first
+    TOKEN_BYTES = 60  # that a token of natural text takes, about
 
     def __init__(self, mixer: "Blend | Backoff", vocab_size: int, lanes: int, isolated: bool):
         """isolated: a context begins at a BOS."""
         orders = mixer.orders
-        self.recent = np.array([orders.index(order) for order in mixer.recent_orders], np.int64)
+        self.last_rows = np.array([orders.index(order) for order in mixer.last_orders], np.int64)
         self.isolated = isolated
         places = LANE_BLOCK * np.arange(lanes) + CONTEXT_TOKENS + 1
         text = np.zeros((lanes + 1) * LANE_BLOCK, np.uint16)
@@ -5857,7 +5878,7 @@ class ContextTable:
         """To p, the distributions of the lanes from the `first` on: the weighed counts of their
         contexts. weights: of all lanes."""
         read = self.stats, self.found, first
-        jit(add_followers)(self.arrays, read, self.recent, weights, p)
+        jit(add_followers)(self.arrays, read, self.last_rows, weights, p)
 
     def count(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
         """The tokens that came, int64: into the statistics that were read, then counted."""
@@ -5877,7 +5898,8 @@ class ContextTable:
         self.arrays.places[lanes] += 1
 
     def grow(self) -> None:
-        """Room for a token at least; what is large grows by a quarter, in its place."""
+        """Room for a token at least: the table twice as large, by a copy; the others by a quarter,
+        in their place."""
         arrays = self.arrays
         levels = len(arrays.sizes)
         for array, used, more in (
@@ -5890,19 +5912,17 @@ class ContextTable:
         if 4 * (arrays.used[ENTRIES] + levels + 1) > 3 * len(arrays.table):
             self.arrays = arrays._replace(table=jit(doubled)(arrays.table))
 
-    def size(self) -> int:
-        """Bytes."""
-        return sum(array.nbytes for array in self.arrays)
-
 
 class ContextDictionary:
     """The same in Python's own terms, {context: {token: count}}: for short texts, and without
     numba. Its distributions are those of a ContextTable to the bit."""
 
+    TOKEN_BYTES = 3000
+
     def __init__(self, mixer: "Blend | Backoff", vocab_size: int, lanes: int, isolated: bool):
         """isolated: a context begins at a BOS."""
         self.sizes = [2 * order - 2 for order in mixer.orders]  # of their contexts, in bytes
-        self.recent = [mixer.orders.index(order) for order in mixer.recent_orders]
+        self.last_rows = [mixer.orders.index(order) for order in mixer.last_orders]
         self.isolated = isolated
         self.followers: dict[bytes, dict[int, int]] = {}
         self.last: dict[bytes, int] = {}
@@ -5930,7 +5950,7 @@ class ContextDictionary:
         found = [row for row in self.found if first <= row[0] < first + len(p)]
         for i, k, tokens, counts, _ in found:
             p[i - first, tokens] += weights[i, 1 + k] / self.stats[k, i, 0] * counts
-        for r, k in enumerate(self.recent, 1 + len(self.sizes)):
+        for r, k in enumerate(self.last_rows, 1 + len(self.sizes)):
             for i, here, *_, last in found:
                 if here == k:
                     p[i - first, last] += weights[i, r]
@@ -5955,6 +5975,12 @@ class ContextDictionary:
             self.past[lane] = b""
 
 
+def context_counts(targets: int, vocab_size: int) -> type[ContextTable] | type[ContextDictionary]:
+    """What counts the contexts of a text of so many targets."""
+    compiled = targets >= FEW_TARGETS and vocab_size <= NO_TOKEN and has_package("numba")
+    return ContextTable if compiled else ContextDictionary
+
+
 def cached_rows(count: int, vocab_size: int) -> Iterator[slice]:
     """Of so many distributions those that are best worked on together."""
     most = max(1, CACHED_NUMBERS // vocab_size)
@@ -5966,28 +5992,28 @@ class Mixture:
     """The distribution whose code length is the score, for every token, step by step."""
 
     def __init__(self, rt: Runtime, cfg: Config, begun: int, targets: int, isolated: bool = True):
-        """begun: lanes that start with a BOS; targets: about how many will come."""
+        """begun: lanes that start with a BOS; targets: about how many will come. isolated: no
+        context reaches back beyond a BOS; False: of sliding windows."""
         self.mixer = make_mixer(cfg.mixer, cfg, rt)
         self.pending: list[tuple[np.ndarray, ...]] = []
         self.waiting = 0  # targets in `pending`
         self.mass_error = 0.0
-        compiled = targets >= FEW_TARGETS and cfg.vocab_size <= NO_TOKEN and has_package("numba")
-        table = ContextTable if compiled else ContextDictionary
+        table = context_counts(targets, cfg.vocab_size)
         self.counts = table(self.mixer, cfg.vocab_size, begun, isolated)
         self.counts.insert(np.arange(begun), np.full(begun, BOS))
-        self.recent = np.zeros((begun, REMEMBERED, 2), np.float32)  # newest first, see outcomes
+        self.past = np.zeros((begun, REMEMBERED, 2), np.float32)  # newest first, see outcomes
         self.p = np.empty((begun, cfg.vocab_size))
 
     def distributions(self, outputs: Sequence[Tensor], lanes: np.ndarray) -> np.ndarray:
         """predict's outputs of all lanes, (rows, V) and (rows,) -> p of these lanes, float64
-        (lanes, V), until the next call."""
+        (lanes, V), in an array that the next call uses again."""
         self.lanes = lanes
         self.log_probs, self.entropy = (column.cpu().numpy() for column in outputs)
         if len(lanes) < len(self.log_probs):
             self.log_probs = self.log_probs[lanes]
             self.entropy = self.entropy[lanes]
         stats = self.counts.read(lanes)
-        self.inputs = self.mixer.inputs(stats, self.entropy, self.recent[lanes])
+        self.inputs = self.mixer.inputs(stats, self.entropy, self.past[lanes])
         weights = self.mixer.weights(*self.inputs)
         for rows in cached_rows(len(lanes), self.p.shape[1]):
             p = np.exp(self.log_probs[rows], out=self.p[rows])
@@ -5999,7 +6025,7 @@ class Mixture:
     def forget(self, lanes: np.ndarray) -> None:
         """What came before in these lanes: they go on elsewhere."""
         self.counts.forget(lanes)
-        self.recent[lanes] = 0
+        self.past[lanes] = 0
 
     def learn(self, tokens: np.ndarray) -> None:
         """Count the tokens of the step; when the mixer's chunk is full, train on it."""
@@ -6008,8 +6034,8 @@ class Mixture:
             return
         log_prob = self.log_probs[np.arange(len(tokens)), tokens]
         stats = self.counts.stats
-        self.recent[self.lanes, 1:] = self.recent[self.lanes, :-1]
-        self.recent[self.lanes, 0] = outcomes(stats, log_prob)
+        self.past[self.lanes, 1:] = self.past[self.lanes, :-1]
+        self.past[self.lanes, 0] = outcomes(stats, log_prob)
         p = expert_probabilities(self.mixer, stats, log_prob)
         self.pending.append((*self.inputs, p))
         self.waiting += len(tokens)
@@ -6067,7 +6093,7 @@ class Coded(NamedTuple):
     model_nats: float  # the same by the network alone
 
 
-# (integers of the lanes at work (lanes, V), who they are) -> their tokens (lanes,)
+# (integers of some of the lanes at work (rows, V), who they are) -> their tokens (rows,)
 TokenPicker = Callable[[np.ndarray, LaneStep], np.ndarray]
 
 
@@ -6080,15 +6106,19 @@ def run_codec(
     *,
     most_bits: float = math.inf,
     expected: int = 0,
+    after_step: Callable = lambda: None,
 ) -> Coded:
     """Encoder and decoder: they differ in where the tokens come from. StreamError where these take
-    more bits than there are. expected: targets that it is to be ready for; else the plan's."""
+    more bits than there are. expected: targets of the whole, where the plan is of a part;
+    after_step: called after each step of lanes."""
     begun = min(plan.lanes, plan.pieces)
     mixture = Mixture(rt, cfg, begun, expected or plan.targets)
     before = np.full(begun, BOS)  # of each lane, its last token
     buffer = np.empty((max(1, CACHED_NUMBERS // cfg.vocab_size), cfg.vocab_size))
-    pieces = bytearray()  # of each coded token, uint32; and it, uint16: an array a step, with few
-    text = bytearray()  # lanes, would hold more than it is worth
+    # Of each coded token its piece, uint32, and itself, uint16: an array a step would be mostly
+    # overhead where lanes are few.
+    pieces = bytearray()
+    text = bytearray()
     spent = 0.0
     nats = np.zeros(2)
 
@@ -6113,6 +6143,7 @@ def run_codec(
         nats[:] -= np.log(p[places]).sum(), mixture.log_probs[places].sum()
         if spent > most_bits:
             raise StreamError("words of another text")
+        after_step()
         return tokens
 
     coded = run_lanes(model, rt, plan, choose_tokens, cfg)
@@ -6122,7 +6153,9 @@ def run_codec(
 
 def joined_text(plan: CodingPlan, pieces: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """The text, uint16, of tokens (N,) in the order in which lanes coded them, and the numbers of
-    their pieces. Each document begins with a BOS; that which ends it is the next one's."""
+    their pieces: a BOS before each document, in the place of that which was coded at the end of the
+    one before; the text's own last one stays. Of a part of the text: what was coded of each piece,
+    joined."""
     if not len(tokens):
         return np.array([BOS], np.uint16)
     order = np.argsort(pieces, kind="stable")
@@ -6141,10 +6174,10 @@ def range_coder() -> tuple[Any, Any]:
 
 
 def encode(
-    model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray, plan: CodingPlan
+    model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray, plan: CodingPlan, **how: Any
 ) -> tuple[bytes, Coded]:
     """-> the plan's side_bytes and words of the range coder, little-endian uint32, and what was
-    coded."""
+    coded. how: run_codec's."""
     queue, family = range_coder()
     coder = queue.RangeEncoder()
     read = tokens_of_text(stream, plan)
@@ -6154,7 +6187,7 @@ def encode(
         coder.encode(tokens.astype(np.int32), family, integers)
         return tokens
 
-    coded = run_codec(model, rt, cfg, plan, pick_tokens)
+    coded = run_codec(model, rt, cfg, plan, pick_tokens, **how)
     return plan.side_bytes() + coder.get_compressed().astype("<u4").tobytes(), coded
 
 
@@ -6331,10 +6364,10 @@ def plan_proof(
     model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray, plan: CodingPlan
 ) -> CodingPlan:
     """The plan of what will be coded and decoded: all targets, or CODEC_TOKENS where all would take
-    more than CODEC_MINUTES. What it will take is said, and how to prove the rest."""
-    pace = 2 * coding_pace(model, rt, cfg, stream, plan)
+    CODEC_MINUTES or more. What it will take is said, and how to prove them all."""
+    pace = 2 * coding_pace(model, rt, cfg, stream, plan)  # encoder, then decoder
     least = min(max(cfg.codec_tokens, WITNESSES), plan.targets)
-    whole = cfg.codec_tokens < 0 or plan.targets * pace <= 60 * cfg.codec_minutes
+    whole = cfg.codec_tokens < 0 or plan.targets * pace < 60 * cfg.codec_minutes
     targets = plan.targets if whole else least
     memory = proof_bytes(cfg, plan, targets, rt.cuda) / 1e6
     how = dict(seconds=round(targets * pace, 1), memory_mb=round(memory))
@@ -6354,26 +6387,17 @@ def plan_proof(
 def coding_pace(
     model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray, plan: CodingPlan
 ) -> float:
-    """Seconds a target of the text's first ones, once everything is warm."""
-    queue, family = range_coder()
-    coder = queue.RangeEncoder()
-    read = tokens_of_text(stream, plan)
+    """Seconds that encoding takes a target: of the first steps of lanes, those behind the warm-up;
+    0 where the text has no more."""
     times: list[float] = []
-    every = cfg.lane_ttt_every if cfg.lane_ttt else 1
-    warm = -(-WARM_UP_STEPS // every) * every
-
-    def pick_tokens(integers: np.ndarray, step: LaneStep) -> np.ndarray:
-        tokens = read(None, step)
-        coder.encode(tokens.astype(np.int32), family, integers)
-        times.append(time.perf_counter())
-        return tokens
-
+    warm = cfg.warm_up_steps
     some = plan._replace(targets=min(plan.targets, (2 * warm + 1) * plan.lanes))
-    coded = run_codec(model, rt, cfg, some, pick_tokens, expected=plan.targets)
-    if len(times) <= warm:  # a text of a moment
+    how = dict(expected=plan.targets, after_step=lambda: times.append(time.perf_counter()))
+    _, coded = encode(model, rt, cfg, stream, some, **how)
+    measured = len(times) - 1 - warm
+    if measured <= 0:
         return 0.0
-    share = (len(times) - 1 - warm) / len(times)
-    return (times[-1] - times[warm]) / max(1.0, share * coded.targets)
+    return (times[-1] - times[warm]) / measured * len(times) / coded.targets
 
 
 def proof_bytes(cfg: Config, plan: CodingPlan, targets: int, cuda: bool) -> int:
@@ -6383,7 +6407,7 @@ def proof_bytes(cfg: Config, plan: CodingPlan, targets: int, cuda: bool) -> int:
     if cfg.lane_ttt:
         each = plan.lanes // plan.groups
         weights += learning_bytes(cfg, each, plan.window, cfg.lane_ttt_every)
-    return lanes + weights + (60 if targets >= FEW_TARGETS else 3000) * targets
+    return lanes + weights + context_counts(targets, cfg.vocab_size).TOKEN_BYTES * targets
 
 
 def decoded_again(folder: Path, text: np.ndarray) -> bool:

@@ -69,18 +69,20 @@ class Watch(train_gpt.Runtime):
     """Prints how fast it goes."""
 
     def begin(self, what):
-        self.what, self.began, self.last = what, time.perf_counter(), (time.perf_counter(), 0)
+        self.what, self.last = what, (time.perf_counter(), time.process_time(), 0)
         self.held, self.rows = resident_bytes(), []
 
     def tick(self, _, done, total):
-        if done * SHOWN // total == self.last[1] * SHOWN // total and done < total:
+        if done * SHOWN // total == self.last[2] * SHOWN // total and done < total:
             return
-        now = time.perf_counter()
-        rate = (done - self.last[1]) / (now - self.last[0])
+        now = time.perf_counter(), time.process_time(), done
+        wall, busy, more = (new - old for new, old in zip(now, self.last, strict=True))
         held = (resident_bytes() - self.held) / done
-        self.rows.append(dict(what=self.what, tokens=done, rate=rate, bytes_a_token=held))
-        print(f"| {self.what} | {done:,} | {rate:,.0f} | {held:.0f} |", flush=True)
-        self.last = now, done
+        row = dict(what=self.what, tokens=done, rate=more / wall, of_cpu=more / busy)
+        self.rows.append(row | dict(bytes_a_token=held))
+        rates = f"{more / wall:,.0f} | {more / busy:,.0f}"
+        print(f"| {self.what} | {done:,} | {rates} | {held:.0f} |", flush=True)
+        self.last = now
 
 
 def main():
@@ -118,7 +120,8 @@ def main():
         rt.tick = lambda *_: None
         profile.runcall(train_gpt.encode, None, rt, cfg, stream, plan)
         return pstats.Stats(profile).sort_stats("tottime").print_stats(25)
-    print("| what | tokens | tokens/s since the line before | bytes a token |\n|---|---|---|---|")
+    print("| what | tokens | tokens/s since the line before | of CPU time | bytes a token |")
+    print("|---|---|---|---|---|")
     rt.begin("encoded")
     body, coded = train_gpt.encode(None, rt, cfg, stream, plan)
     rows = rt.rows
@@ -128,10 +131,10 @@ def main():
     same = bool(np.array_equal(decoded.text, stream))
     bits = 8 * len(body) / len(stream)
     print(f"\n{len(body):,} bytes, {bits:.3f} bits a token; the text came back: {same}")
-    seconds = [FINEWEB / row["rate"] for row in (rows[SHOWN - 1], rows[-1])]
+    seconds = [FINEWEB / row["of_cpu"] for row in (rows[SHOWN - 1], rows[-1])]
     memory = max(row["bytes_a_token"] for row in rows[SHOWN // 2 :]) * FINEWEB / 1e9
     print(f"{FINEWEB:,} tokens at the last rates: {seconds[0] / 60:.0f} + {seconds[1] / 60:.0f}")
-    print(f"minutes and {memory:.1f} GB, the network aside")
+    print(f"minutes of a core and {memory:.1f} GB, the network aside")
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     if args.out:
         found = dict(tokens=args.tokens, vocab=args.vocab, lanes=args.lanes, same=same)

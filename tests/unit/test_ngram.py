@@ -188,7 +188,7 @@ def lanes_oracle(tokens, times, lanes, max_order):
 def orders_of(max_order):
     """A mixer that asks for every order and each one's last follower."""
     orders = tuple(range(1, max_order + 1))
-    return SimpleNamespace(orders=orders, recent_orders=orders)
+    return SimpleNamespace(orders=orders, last_orders=orders)
 
 
 def decoder_counts(table, tokens, times, lanes, max_order, vocab_size=65_535):
@@ -756,7 +756,7 @@ def test_printed_orders_are_those_that_get_weight(name, least, most, text):
         stats[:known] = 9, 3, 2, 1, 0
         recent = np.zeros((1, train_gpt.REMEMBERED, 2), np.float32)
         weights = mixer.weights(*mixer.inputs(stats, np.full(1, 3.0), recent))[0, 1:]
-        weighed = mixer.orders + mixer.recent_orders
+        weighed = mixer.orders + mixer.last_orders
         found |= {order for order, w in zip(weighed, weights, strict=True) if w > 0}
     assert sorted(found) == orders_in(text)
 
