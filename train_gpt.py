@@ -2976,17 +2976,17 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class LaneCache(Context):
-    """The past of documents that are read side by side, one token a lane a step.
+    """The past of pieces that are read side by side, one token a lane a step.
 
     Each lane holds the last `window` keys and values of every attention (a layer applied twice has
-    two) and, by name, what smear and bigram hash saw a token ago. Position p of a document lies in
-    slot p % window; slots that this document has not filled yet are not seen, so a new
-    document needs nothing cleared. Their order does not matter: keys carry their position (rotary),
+    two) and, by name, what smear and bigram hash saw a token ago. Position p of a piece lies in
+    slot p % window; slots that this piece has not filled yet are not seen, so a new piece needs
+    nothing cleared. Their order does not matter: keys carry their position (rotary),
     and whatever is seen is of the past. With a window of 4, at position 5:
 
         slot       0  1  2  3
         position   4  5  2  3     all seen: the last four
-        at p = 1   0  1  .  .     slots 2 and 3 hold another document and are masked
+        at p = 1   0  1  .  .     slots 2 and 3 hold another piece and are masked
     """
 
     def __init__(self, model: "GPT", count: int, window: int):
@@ -3020,7 +3020,7 @@ class LaneCache(Context):
             self.marked.setdefault(name, torch.empty_like(kept)).copy_(kept)
 
     def begin(self, positions: Tensor) -> None:
-        """A step. positions (B,): in the lanes' documents; 0 forgets the one before."""
+        """A step. positions (B,): in the lanes' pieces; 0 forgets the one before."""
         self.first = positions.unsqueeze(1) == 0
         self.call = 0
         self.first_values = None
@@ -4157,7 +4157,7 @@ class WindowScorer:
         return self.rt.sum(result)
 
 
-# Documents in lanes.
+# Documents and their pieces in lanes.
 
 
 SCHEDULED_STEPS = 1024  # of lanes, that are laid out at a time
@@ -5033,8 +5033,8 @@ def numba_orders(text: TokenLinks, vocab_size: int, wanted: Sequence[int]) -> It
             if order in wanted:
                 jit(scan_contexts)(keys, layout, text.tokens, text.times, stats)
                 yield stats
+            # From order 2 on a document ends at a BOS.
             text.following[text.tokens[: len(text.following)] == BOS] = -1
-            # from order 2 on, a document ends there
             keys = longer
             packed = packed.result()
             del stats, longer
@@ -5140,7 +5140,7 @@ class CountStore:
             if order in self.orders:  # others cost memory, where all were counted
                 seen = np.flatnonzero(n).astype(np.int32)
                 few = stats[seen, 2:]
-                if few.max(initial=0) < 2**16:  # half the memory, but 65,536 tokens may follow
+                if few.max(initial=0) < 2**16:  # half the memory; a context may have 65,536 types
                     few = few.astype(np.uint16)
                 self.columns.append((seen, stats[seen, :2], few))
                 self.matched = np.where(n > 0, np.int8(order), self.matched)
