@@ -4429,11 +4429,11 @@ def run_lanes(
 
 
 def lane_bytes(cfg: Config, lanes: int, window: int, cuda: bool) -> int:
-    """What lanes hold at least: keys, values and float64 distributions."""
+    """What lanes hold at least: keys, values, float64 distributions, the codec's text."""
     calls = cfg.num_layers + len({*cfg.depth_recurrence})
     kept = 2 * calls * cfg.model_dim // cfg.num_heads * cfg.num_kv_heads * window
     number = 2 if cuda else 4
-    return lanes * (number * kept + 24 * cfg.vocab_size)
+    return lanes * (number * kept + 24 * cfg.vocab_size + 2 * LANE_BLOCK)
 
 
 def require_lanes(model: GPT, rt: Runtime, lanes: int, window: int) -> None:
@@ -4467,14 +4467,15 @@ def own_copy(model: GPT, cfg: Config | None) -> GPT:
     return copy.deepcopy(model) if cfg and cfg.lane_ttt else model
 
 
-def learning_bytes(cfg: Config, lanes: int, window: int, every: int) -> int:
-    """What a step of LANE_TTT holds at least, in a group: weights of its own, gradients, Adam's
-    state; attention's scores, twice, activations and logits."""
+def learning_bytes(cfg: Config, caches: int, lanes: int, window: int, every: int) -> int:
+    """What LANE_TTT holds at least: weights of its own, a gradient, the sum of all, Adam's state;
+    each cache's copies of weights; of a group's step attention's scores, twice, activations and
+    logits."""
     calls = cfg.num_layers + len({*cfg.depth_recurrence})
     hidden = int(cfg.mlp_mult * cfg.model_dim)
     each = 8 * calls * cfg.num_heads * (window + every)
     each += 4 * calls * (8 * cfg.model_dim + 2 * hidden) + 12 * cfg.vocab_size
-    return 16 * count_parameters(cfg) + lanes * every * each
+    return (20 + 2 * caches) * count_parameters(cfg) + lanes * every * each
 
 
 class LaneLearner:
@@ -4497,9 +4498,8 @@ class LaneLearner:
         lanes = len(caches[0].lane)
         window = len(caches[0].slots)
         what = f"LANE_TTT_EVERY={cfg.lane_ttt_every} steps of {lanes} lanes"
-        require_memory(
-            learning_bytes(model.cfg, lanes, window, cfg.lane_ttt_every), what, rt.device
-        )
+        needed = learning_bytes(model.cfg, len(caches), lanes, window, cfg.lane_ttt_every)
+        require_memory(needed, what, rt.device)
         self.model = model
         self.rt = rt
         self.every = cfg.lane_ttt_every
@@ -4509,6 +4509,7 @@ class LaneLearner:
         self.weights = [*model.parameters()]
         sizes = [weight.numel() for weight in self.weights]
         self.gradient = torch.zeros(sum(sizes), device=rt.device)
+        self.total = torch.zeros_like(self.gradient)  # of all groups
         for weight, part in zip(self.weights, self.gradient.split(sizes), strict=True):
             weight.grad = part.view_as(weight)
         how = dict(fused=True, capturable=rt.cuda)
@@ -4537,15 +4538,14 @@ class LaneLearner:
     def learn(self, chunk: Tensor) -> None:
         """chunk: int64 (4, LANE_TTT_EVERY, lanes of all groups here): inputs, their places,
         targets, and 1 where a lane was at work."""
-        parts = []
+        self.total.zero_()
         groups = chunk.chunk(len(self.caches), 2)
         for back_propagate, group in zip(self.passes, groups, strict=True):
             back_propagate(group)
-            parts.append(self.gradient.clone())
-        if self.ranks > 1:
-            parts = self.rt.gather(self.gradient)
+            for part in self.rt.gather(self.gradient) if self.ranks > 1 else [self.gradient]:
+                self.total += part
         # No step by what is no number: it would spoil all that follows.
-        self.gradient.copy_(sum(parts[1:], parts[0])).nan_to_num_(0.0, 0.0, 0.0)
+        self.gradient.copy_(self.total.nan_to_num_(0.0, 0.0, 0.0))
         nn.utils.clip_grad_norm_(self.weights, self.CLIP)
         self.optimizer.step()
         for cache in self.caches:
@@ -6111,9 +6111,10 @@ def run_codec(
     """Encoder and decoder: they differ in where the tokens come from. StreamError where these take
     more bits than there are. expected: targets of the whole, where the plan is of a part;
     after_step: called after each step of lanes."""
+    require_lanes(model, rt, plan.lanes, plan.window)  # before what a forged plan would allocate
     begun = min(plan.lanes, plan.pieces)
     mixture = Mixture(rt, cfg, begun, expected or plan.targets)
-    before = np.full(begun, BOS)  # of each lane, its last token
+    before = np.full(begun, -1)  # the piece that each lane has read from last
     buffer = np.empty((max(1, CACHED_NUMBERS // cfg.vocab_size), cfg.vocab_size))
     # Of each coded token its piece, uint32, and itself, uint16: an array a step would be mostly
     # overhead where lanes are few.
@@ -6125,7 +6126,8 @@ def run_codec(
     def choose_tokens(outputs: list[Tensor], step: LaneStep) -> np.ndarray:
         nonlocal spent
         if plan.cuts:
-            mixture.forget(step.lanes[(step.places == 0) & (before[step.lanes] != BOS)])
+            mixture.forget(step.lanes[(step.places == 0) & plan.goes_on(before[step.lanes])])
+            before[step.lanes] = step.pieces
         p = mixture.distributions(outputs, step.lanes)
         tokens = np.empty(len(p), np.int64)
         chosen = np.empty(len(p))
@@ -6135,7 +6137,6 @@ def run_codec(
             tokens[rows] = pick_tokens(integers, part)
             chosen[rows] = integers[range(len(integers)), tokens[rows]]
         mixture.learn(tokens)
-        before[step.lanes] = tokens
         pieces.extend(step.pieces.astype(np.uint32).tobytes())
         text.extend(tokens.astype(np.uint16).tobytes())
         places = range(len(tokens)), tokens
@@ -6296,7 +6297,10 @@ def decode_folder(cfg: Config) -> None:
             raise StreamError(f"{path}: made with {name} {there}, not {here}; fix: use that")
     model = load_artifact(artifact, rt.device, packed)
     stored = {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
-    cfg = replace(cfg, **header.scoring, **stored)
+    try:
+        cfg = replace(cfg, **header.scoring, **stored).check()
+    except ConfigError as error:
+        raise StreamError(f"{path}: its settings: {error}; get it again") from error
     if header.plan.window != cfg.window:
         window = f"a window of {header.plan.window}, not {cfg.window}"
         raise StreamError(f"{path}: {window}; fix: get it again")
@@ -6406,7 +6410,7 @@ def proof_bytes(cfg: Config, plan: CodingPlan, targets: int, cuda: bool) -> int:
     weights = 4 * count_parameters(cfg)
     if cfg.lane_ttt:
         each = plan.lanes // plan.groups
-        weights += learning_bytes(cfg, each, plan.window, cfg.lane_ttt_every)
+        weights += learning_bytes(cfg, plan.groups, each, plan.window, cfg.lane_ttt_every)
     return lanes + weights + context_counts(targets, cfg.vocab_size).TOKEN_BYTES * targets
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import perturbed, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import scored_documents
 
 from train_gpt import BOS, CodingPlan, Context, LaneCache, LaneChunk, LaneLearner, decode, encode
 
@@ -437,10 +438,31 @@ def test_pieces_come_back_at_the_score_s_price(mixer, lanes, monkeypatch):
     again, spent = coded(cfg, stream, model=model)
     assert again == words and spent[1:] == found[1:]
     if mixer == "blend":
-        from oracles import scored_documents
-
         _, final, _ = scored_documents(model, cfg, stream)
         assert -final.sum() == pytest.approx(found.nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_lane_goes_on_after_the_text_s_last_piece(on):
+    """Which no BOS ends, and which is ahead of others, beside a document that is cut."""
+    shape = dict(eval_lanes=2, eval_longest_first=5, eval_piece_tokens=8, lane_ttt=on)
+    cfg, phrase = tiny(**SMALL | shape), np.random.default_rng(0).integers(2, 64, 8)
+    texts = [np.tile(phrase, 4), phrase[:3], phrase[:2], phrase[:4], phrase[:5], phrase]
+    stream = np.concatenate([np.append(BOS, text) for text in texts]).astype(np.uint16)
+    plan = CodingPlan.of(stream, cfg, 1)
+    assert plan.cuts and plan.last and plan.ahead[-1] == plan.pieces - 1 < len(plan.ahead) + 6
+    model = frozen(cfg)
+    _, found = coded(cfg, stream, model=model)
+    _, final, _ = scored_documents(model, cfg, stream)
+    assert -final.sum() == pytest.approx(found.nats, rel=1e-6)
+
+
+def test_a_forged_number_of_lanes_asks_for_no_memory():
+    """Before anything is made for them."""
+    cfg, stream = tiny(**SMALL), documents(9, 9)
+    plan = CodingPlan.of(stream, cfg, 1)._replace(pieces=2 * 10**9, lanes=2 * 10**9, last=1)
+    with pytest.raises(train_gpt.LackOfMemory, match="lanes"):
+        decode(frozen(cfg), train_gpt.Runtime(cfg), cfg, bytes(64), plan)
 
 
 def test_a_piece_knows_nothing_of_what_its_lane_read_before():
