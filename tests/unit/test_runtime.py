@@ -1230,8 +1230,8 @@ def test_room_for_all_that_a_run_writes(checked, dataset, monkeypatch):
 
 def test_memory_for_lanes(checked, monkeypatch):
     """Lanes that wait for documents are none: twelve documents; keys and values of two heads of 8
-    in four layers, three float64 distributions over 1,024 tokens."""
-    need = 12 * (4 * 2 * 2048 * 16 * 4 + 3 * 8 * 1024)
+    in four layers, three float64 distributions over 1,024 tokens, a block of the codec's text."""
+    need = 12 * (4 * 2 * 2048 * 16 * 4 + 3 * 8 * 1024 + 2 * train_gpt.LANE_BLOCK)
     lanes = dict(scorer="documents", eval_lanes=4096, eval_seq_len=2048, eval_stride=2048)
     for free, enough in ((need, True), (need - 1, False)):
         monkeypatch.setattr(train_gpt, "available_memory", lambda free=free: free)
