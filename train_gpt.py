@@ -4858,23 +4858,15 @@ LAST_ORDERS = (2, 3, 5, 8)  # whose last follower the blend weighs, too
 
 
 def ngram_counts(
-    tokens: np.ndarray,
-    vocab_size: int,
-    max_order: int,
-    device: Any = "cpu",
-    schedule: tuple[np.ndarray, np.ndarray] | None = None,
-    *,
-    wanted: Iterable[int] | None = None,
+    tokens: np.ndarray, vocab_size: int, max_order: int, *more: Any, **how: Any
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (order, context_count, target_count, types, singletons), orders 1..max_order, or the
     wanted ones of them.
 
     Four int32 (N,): at t, how often the context (order - 1 tokens) and context + token t came
-    before, its distinct continuations, and those seen once. The rest is count_ngrams'.
+    before, its distinct continuations, and those seen once. more, how: count_ngrams'.
     """
-    for order, stats in count_ngrams(
-        tokens, vocab_size, max_order, device, schedule, wanted=wanted
-    ):
+    for order, stats in count_ngrams(tokens, vocab_size, max_order, *more, **how):
         yield order, *stats[:, :4].T
 
 
