@@ -5519,7 +5519,7 @@ NO_TOKEN = 0xFFFF  # in a lane's text: its context does not reach beyond
 LANE_BLOCK = 4096  # tokens of text that a lane takes at a time
 CONTEXT_TOKENS = 32  # which begin with so many of the block before: more than any context has
 LOW_BITS = 0xFFFFFFFF
-ORDER_BITS = 5  # of a key's 32; the others are of a hash
+LEVEL_BITS = 5  # of a key's 32; the others are of a hash
 NODE = np.dtype(
     [
         ("place", np.int32),  # where in the text the context was last seen: of what followed
@@ -5568,17 +5568,17 @@ def same_tokens(text: np.ndarray, one: int, other: int, begin: int, end: int) ->
     return True
 
 
-def find_context(arrays: ContextArrays, place: int, hashed: int, order: int) -> tuple[int, int]:
-    """-> slot of the context before a place, or the free one that it would take; its key. order:
-    its index in sizes; so many tokens precede the place, as lengthen has found."""
+def find_context(arrays: ContextArrays, place: int, hashed: int, level: int) -> tuple[int, int]:
+    """-> slot of the context before a place, or the free one that it would take; its key. level:
+    its size's index; so many tokens precede the place, as lengthen has found."""
     table = arrays.table
-    key = np.int64(hashed >> np.uint64(32 + ORDER_BITS)) << ORDER_BITS | order
+    key = np.int64(hashed >> np.uint64(32 + LEVEL_BITS)) << LEVEL_BITS | level
     slot = key * len(table) >> 32
     while table[slot] != 0:
         if table[slot] & LOW_BITS == key:
             other = table[slot] >> 32
             other = np.int64(arrays.nodes[other].place) if other >= 0 else ~other
-            if same_tokens(arrays.text, place, other, 0, arrays.sizes[order]):
+            if same_tokens(arrays.text, place, other, 0, arrays.sizes[level]):
                 break
         slot = slot + 1 & len(table) - 1
     return slot, key
@@ -5739,7 +5739,7 @@ def count_first_order(arrays: ContextArrays, token: int) -> None:
     node.singles += (count == 1) - (count == 2)
 
 
-def make_node(arrays: ContextArrays, slot: int, key: int, hashed: int, order: int) -> int:
+def make_node(arrays: ContextArrays, slot: int, key: int, hashed: int, level: int) -> int:
     """The context of a slot, seen once so far, is seen again -> its node. The place where it was
     seen is from now on an entry of the next order, if it has a context that long."""
     place = ~(arrays.table[slot] >> 32)
@@ -5748,11 +5748,11 @@ def make_node(arrays: ContextArrays, slot: int, key: int, hashed: int, order: in
     arrays.table[slot] = entry << 32 | key
     arrays.nodes[entry].place = place
     count_follower(arrays, entry, arrays.text[place])
-    if order + 1 < len(arrays.sizes):
-        size = arrays.sizes[order + 1]
-        hashed, length = lengthen(arrays.text, place, hashed, arrays.sizes[order], size)
+    if level + 1 < len(arrays.sizes):
+        size = arrays.sizes[level + 1]
+        hashed, length = lengthen(arrays.text, place, hashed, arrays.sizes[level], size)
         if length == size:
-            slot, key = find_context(arrays, place, hashed, order + 1)
+            slot, key = find_context(arrays, place, hashed, level + 1)
             arrays.table[slot] = ~place << 32 | key
             arrays.used[ENTRIES] += 1
     return entry
@@ -6292,7 +6292,7 @@ def decode_folder(cfg: Config) -> None:
     try:
         cfg = replace(cfg, **header.scoring, **stored).check()
     except ConfigError as error:
-        raise StreamError(f"{path}: its settings: {error}; get it again") from error
+        raise StreamError(f"{path}: its settings: {error}; fix: get it again") from error
     if header.plan.window != cfg.window:
         window = f"a window of {header.plan.window}, not {cfg.window}"
         raise StreamError(f"{path}: {window}; fix: get it again")

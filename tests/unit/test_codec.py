@@ -809,6 +809,13 @@ def test_a_gpu_s_stream_is_refused_without_one(copied):
         decode_here(folder)
 
 
+def test_settings_that_contradict_each_other_are_refused(copied):
+    """Each may be what its own type allows: the stream's reader has only looked at that."""
+    forged = dict(ngram_min_order="9", ngram_max_order="2")
+    copied[1](lambda header, words: (header | dict(scoring=header["scoring"] | forged), words))
+    assert "its settings: NGRAM_MIN_ORDER=9: must be" in refusal(copied[0])
+
+
 def test_another_artifact_or_code_is_refused(copied, monkeypatch):
     folder, _ = copied
     path = folder / "artifact.bin"

@@ -465,6 +465,14 @@ def test_a_forged_number_of_lanes_asks_for_no_memory():
         decode(frozen(cfg), train_gpt.Runtime(cfg), cfg, bytes(64), plan)
 
 
+def test_learning_asks_for_its_memory_first():
+    """A step of Adam on all that many steps of lanes have coded."""
+    cfg = tiny(**SMALL | RATE | dict(lane_ttt_every=10**9))
+    rt, model = train_gpt.Runtime(cfg), frozen(cfg)
+    with pytest.raises(train_gpt.LackOfMemory, match="LANE_TTT_EVERY=1000000000 steps of 3 lanes"):
+        LaneLearner(model, rt, cfg, [LaneCache(model, 3, cfg.window)])
+
+
 def test_a_piece_knows_nothing_of_what_its_lane_read_before():
     """Network and contexts: the first target of a piece is predicted as a document's."""
     cfg = tiny(**SMALL | dict(eval_lanes=1, eval_piece_tokens=8, lane_ttt=False))

@@ -263,7 +263,7 @@ def repeating_lanes(size, vocab_size, seed=0):
 
 def test_a_collision_of_hashes_costs_no_count(monkeypatch):
     """Four bits of hash: nearly all entries collide."""
-    monkeypatch.setattr(train_gpt, "ORDER_BITS", 28)
+    monkeypatch.setattr(train_gpt, "LEVEL_BITS", 28)
     monkeypatch.setattr(train_gpt, "jit", functools.cache(train_gpt.jit.__wrapped__))
     tokens, *steps = repeating_lanes(20, 40)
     found = decoder_counts(ContextTable, tokens, *steps, 8, 40)
