@@ -55,6 +55,7 @@ SAME_DEVICE = 1e-4  # nats a token of two scorings in fp32, in other shapes
 OTHER_DEVICE = 0.02  # bf16 on one side
 UNSIGNED = {"author", "github_id", "name", "date", "sha256"}  # of submission.json: not in the log
 UNPROVABLE = "seed, steps, seconds, hardware, names, dates, the training text, other stages' scores"
+UNPROVABLE += ", each order's gain"
 PATHS = ("DATA_PATH", "TOKENIZER_PATH")
 STATUSES = ("ok", "FAILED", "not checked")
 MOST = {  # what is looked at -> bytes at most
@@ -387,7 +388,27 @@ def log(case: Case) -> str:
     ]
     same = case.file("log.txt").decode(errors="replace") == "".join(f"{x}\n" for x in lines)
     require(same, "log.txt and metrics.jsonl differ")
+    logged_settings(case)
     return f"submission.json and log.txt repeat the {len(lines)} lines of metrics.jsonl"
+
+
+def logged_settings(case: Case) -> None:
+    """Failed where the log's last start says other settings than config.env, by which the score is
+    made again."""
+    settings = case.run.config
+    said: list[tuple[str, str]] = []
+    for line in case.run.lines:
+        if line["key"] == "config":
+            fields = train_gpt.line_fields(line).items()
+            said = [(name, str(value).rpartition("(")[0]) for name, value in fields]
+        elif line["key"] == "setting":
+            name, _, value = str(line["value"]).partition("=")
+            said.append((name, value))
+    for name, there in said:
+        here = settings.get(name, there)  # a path or a name of the run is in no config.env
+        if name == "VOCAB_SIZE" and there == "0":  # the tokenizer's
+            there = here
+        require(here == there, f"{name} is {there[:60]} in the log, {here[:60]} in config.env")
 
 
 @check("code", "artifact", "text")
@@ -479,6 +500,12 @@ def score(case: Case) -> str:
         number = isinstance(there, int | float) and abs(here - there) <= SAME_SUM
         reason = f"{' '.join(names)} is {there} in submission.json, {here:.9g} by the decode"
         require(number, reason)
+    orders = train_gpt.show_orders(train_gpt.weighed_orders(case.cfg.mixer, case.cfg))
+    said = dict(mixer=case.cfg.mixer, orders=orders, mass_error=f"{found.mass_error:.1e}")
+    for name, here in said.items():
+        there = case.claim("stages", "ngram", name)
+        there = f"{there:.1e}" if isinstance(there, float) else there
+        require(there == here, f"{name} is {there} in submission.json, {here} by the decode")
     coded = len(case.stream[1])
     claimed = case.claim("codec", "claimed_bytes")
     bytes_here = math.ceil(found.nats / math.log(256))

@@ -625,6 +625,31 @@ def test_other_documents_ahead_fail(tmp_path_factory, data):
     assert "has shape" in reasons(folder)["stream"]
 
 
+FALSE_LINES = {
+    "config": ("log", lambda line: line.update(EVAL_LANES="7(default)")),
+    "setting": ("log", lambda line: line.update(value="EVAL_LANES=7")),
+    "final_ngram_exact": ("score", lambda line: line.update(orders="1-2")),
+    "final_ngram_exact ": ("score", lambda line: line.update(mass_error=0.0)),
+}
+
+
+@pytest.mark.parametrize("key", FALSE_LINES)
+def test_a_log_of_other_settings_fails(folder, decoded, key):
+    """Though every file repeats it."""
+    name, change = FALSE_LINES[key]
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for line in lines:
+        if line["key"] == key.strip():
+            change(line)
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    texts = [train_gpt.log_line(x["key"], x["value"], train_gpt.line_fields(x)) for x in lines]
+    (folder / "log.txt").write_text("".join(f"{text}\n" for text in texts))
+    train_gpt.write_submission(folder)
+    found = rows(folder, decoded)
+    assert [name for name, (status, _) in found.items() if status == "FAILED"] == [name]
+
+
 def test_pieces_of_documents_are_proved(tmp_path_factory, data):
     """Cut where the plan says: their bytes are paid for; a stretch is checked, too."""
     env = dict(EVAL_LANES="3", EVAL_PIECE_TOKENS="97")
