@@ -341,7 +341,7 @@ class Config:
     calibration_rows: int = quantiser(64, "training sequences that it takes", least=1)
     gptq_reserve_seconds: float = quantiser(0.0,
         "of the training time that gptq is left; 0: as long as it takes in the warm-up")
-    target_bytes: int = quantiser(0,
+    target_bytes: int = quantiser(16_000_000,
         "of weights and packed script together: where they are more the clips rise until they are "
         "not; 0: as they come")
     quant_per: Literal["row", "matrix"] = quantiser("row",
@@ -3919,6 +3919,7 @@ HESSIANS = {  # of a tensor's matrices, in their order: the names of their input
 DAMPING = 0.01  # of the mean of H's diagonal, added to it; ten times as much until H has a root
 MOST_DAMPING = 1e6  # more than that: rounded to nearest
 MOST_WIDENING = 64.0  # of clips, for TARGET_BYTES
+FIT_ROOM, FIT_TRIES = 0.001, 6  # share of it that may be left; clips that are tried to leave less
 GPTQ_BLOCK = 128  # columns that are rounded before the ones behind them hear of it
 CALIBRATION_TOKENS = 16_384  # in a pass
 
@@ -4273,32 +4274,50 @@ def make_artifact(
     log: Callable,
 ) -> bytes:
     """The bytes of artifact.bin on rank 0, none on the others; called on every rank. With
-    TARGET_BYTES all clips rise alike until they fit with the packed script: sizes of rounding to
-    nearest, to scale, are bisected, what comes of them is packed, and so on."""
+    TARGET_BYTES all clips rise alike until they fit with the packed script: by bisection the
+    entropy of rounding to nearest falls by as many bytes as are too many, what comes of these clips
+    is packed, and so on."""
     began = time.perf_counter()
-    room = cfg.target_bytes and cfg.target_bytes - len(pack_script(SCRIPT))
+    room = cfg.target_bytes - len(pack_script(SCRIPT)) if cfg.target_bytes else sys.maxsize
     widening = 1.0
-    tries = 0
-    while True:
+    too_narrow, fitting = 1.0, MOST_WIDENING
+    best = b""
+    size = 0
+    for tries in itertools.count(1):
         clipped = widen_clips(cfg, widening)
         payload, found = quantise(weights, clipped, hessians, rt)
         packed = pack_payload(payload, cfg, log) if rt.rank == 0 else b""
-        size = int(rt.largest(len(packed)).item())
-        tries += 1
-        if not room or size <= room:
-            break
-        if widening > MOST_WIDENING:
-            reason = f"weights of {size:,} bytes where {room:,} are left beside the script"
+        length = int(rt.largest(len(packed)).item())
+        if length <= room:
+            best, size, fitting, rounding, sigmas = (
+                packed,
+                length,
+                widening,
+                found,
+                clipped.clip_sigmas,
+            )
+        elif widening >= MOST_WIDENING:
+            reason = f"weights of {length:,} bytes where {room:,} are left beside the script"
             raise UserError(f"TARGET_BYTES={cfg.target_bytes}: {reason}; fix: a smaller model")
-        aim = room / size * (1 - 0.0005) * nearest_bytes(weights, clipped)
-        wider = max(1.001 * widening, find_widening(weights, cfg, aim))
+        else:
+            too_narrow = widening
+        if size and (fitting == 1.0 or tries >= FIT_TRIES or room - size < FIT_ROOM * room):
+            break
+        aim = nearest_bytes(weights, clipped) + room - length - FIT_ROOM / 4 * room
+        wider = find_widening(weights, cfg, aim, too_narrow, fitting)
         widening = rt.largest(wider if rt.rank == 0 else 0.0).item()
-    if found:
-        log("gptq", **found, seconds=time.perf_counter() - began)
-    if room:
-        sigmas = dict(clip_sigmas=clipped.clip_sigmas, tries=tries)
-        log("target_bytes", cfg.target_bytes, weights=size, room=room - size, **sigmas)
-    return packed
+    if rounding:
+        log("gptq", **rounding, seconds=time.perf_counter() - began)
+    if cfg.target_bytes:
+        log(
+            "target_bytes",
+            cfg.target_bytes,
+            weights=size,
+            room=room - size,
+            clip_sigmas=sigmas,
+            tries=tries,
+        )
+    return best
 
 
 def widen_clips(cfg: Config, factor: float) -> Config:
@@ -4320,9 +4339,11 @@ def nearest_bytes(weights: Mapping[str, Tensor], cfg: Config) -> float:
     return bits / 8
 
 
-def find_widening(weights: Mapping[str, Tensor], cfg: Config, aim: float) -> float:
-    """The least factor of all clips, to a thousandth, at which nearest_bytes is `aim`."""
-    low, high = 1.0, MOST_WIDENING
+def find_widening(
+    weights: Mapping[str, Tensor], cfg: Config, aim: float, low: float, high: float
+) -> float:
+    """The least factor of all clips between these, to a thousandth, at which nearest_bytes is
+    `aim`; above low."""
     while high / low > 1.001:
         middle = math.sqrt(low * high)
         if nearest_bytes(weights, widen_clips(cfg, middle)) > aim:

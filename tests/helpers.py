@@ -67,6 +67,12 @@ TINY = dict(
     swa_every=1,
     qat_every=2,
     quant_floor=False,  # a few steps leave weights too small for it
+    quant="lite",  # test_gptq.py, test_range.py and runs by RECORD=tiny have the other ones
+    clip_sigmas=0.0,
+    target_bytes=0,
+    embed_clip_sigmas=0.0,
+    control_coding="fp16",
+    compressor="zstd",
     late_qat_threshold=0.5,
     val_loss_every=0,
     eval_stride=4,
@@ -157,6 +163,18 @@ class SilentRuntime:
         pass
 
     tick = stage = show = log
+
+
+def gptq_payload(cfg, runtime):
+    """What QUANT=gptq makes of random weights, by random tokens -> arrays by name: the Hessians,
+    and the payload's bytes."""
+    model = perturbed(cfg, spread=0.1).eval()
+    rows = train_gpt.calibration_rows(cfg, runtime, [])
+    hessians = train_gpt.collect_hessians(model, runtime, cfg, rows)
+    weights = dict(model.named_parameters())
+    payload, found = train_gpt.quantise(weights, cfg, hessians, runtime)
+    arrays = {name: hessian.numpy() for name, hessian in hessians.items()}
+    return arrays | dict(payload=np.frombuffer(payload.tobytes(), np.uint8), rows=found["rows"])
 
 
 def random_ids(cfg, rows=3, seed=0):

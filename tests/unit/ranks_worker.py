@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from helpers import adapted, fixed_steps, perturbed, random_stream, tiny, train_gpt
+from helpers import adapted, fixed_steps, gptq_payload, perturbed, random_stream, tiny, train_gpt
 
 SIBLINGS = dict(  # 2-D Muon parameters, one matrix for two ranks, and the group without decay
     bigram_kind="linear", pre_enrich_dim=24, polyglu_enabled=True, depth_recurrence=(1, 2)
@@ -30,14 +30,20 @@ TTT = dict(ttt_enabled=True, scorer="sliding", ttt_chunk_tokens=64, ttt_batch_se
 CAPPED = dict(max_wallclock_seconds=1.5, iterations=10**6, warmdown_iters=10**6)
 
 
+# banks of 3 and 6 matrices, and one of a single matrix, which rank 1 has no part of
+GPTQ = ODD | dict(quant="gptq", clip_sigmas=12.85, embed_clip_sigmas=20.0, pre_enrich_dim=24)
+GPTQ |= dict(calibration="random", calibration_rows=7)
+
+
 JOBS = {  # what two ranks do: name -> (steps, changes to the configuration); steps 0: to the cap,
-    # "ttt": no training but scores that learn
+    # "ttt": no training but scores that learn, "gptq": none but weights that are rounded
     "odd": (3, ODD),
     "micro": (3, dict(grad_accum_steps=2, train_batch_tokens=128)),
     "local": (2, dict(clip="local", grad_clip_norm=0.05)),
     "siblings": (3, SIBLINGS),
     "ttt_sgd": ("ttt", TTT),
     "ttt_lora": ("ttt", TTT | dict(ttt_use_lora=True)),
+    "gptq": ("gptq", GPTQ),
     "capped": (0, CAPPED | dict(swa_every=3, train_log_every=10**6)),
 }
 
@@ -53,6 +59,8 @@ def main():
             stream = np.array(train_gpt.read_shard(shard, cfg.vocab_size)[:401])
             result = adapted(perturbed(cfg), runtime, cfg, stream)._asdict()
             result.pop("pe_delta")
+        elif steps == "gptq":
+            result = gptq_payload(cfg, runtime)
         else:
             result = fixed_steps(cfg, runtime, shard, steps)
         np.savez(folder / f"{name}_rank{runtime.rank}.npz", **result)

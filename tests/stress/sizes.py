@@ -1,0 +1,182 @@
+"""Bits per byte against bytes: one checkpoint's averaged weights, quantised in many ways.
+
+    python tests/stress/sizes.py --checkpoints runs/*/checkpoint/step_000800.json [--out FILE.json]
+        [--picture FILE.png]
+
+Of each checkpoint the weights are rounded and packed by each way, grid and clip, and the artifact
+that comes of it scores the validation text by the model alone, in windows without overlap. Prints
+the mean over checkpoints: bytes of artifact.bin, bits per byte, its excess over the unrounded
+weights; and for each way the least bits per byte for a number of bytes, by linear interpolation.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers import train_gpt  # noqa: E402
+
+BITS = (4, 5, 6, 7, 8)
+STEPS = (0.25, 0.35, 0.414, 0.5, 0.65, 0.85, 1.1)  # of the grid, in standard deviations
+WAYS = {  # name -> settings
+    "lite, zstd": dict(quant="lite", compressor="zstd", control_coding="fp16"),
+    "lite, range": dict(quant="lite", compressor="range"),
+    "deviations, range": dict(quant="lite", compressor="range"),
+    "deviations, GPTQ, range": dict(quant="gptq", compressor="range"),
+}
+SHARES = (0.35, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)  # of the largest artifact, where ways are compared
+
+
+def variants():
+    """(way, settings) of every point."""
+    for way, settings in WAYS.items():
+        for bits in BITS:
+            grid = settings | dict(matrix_coding=f"int{bits}")
+            if way.startswith("lite"):
+                yield way, grid | dict(clip_sigmas=0.0, embed_clip_sigmas=0.0)
+                continue
+            for step in STEPS:
+                largest = 2 ** (bits - 1) - 1
+                clip = step * largest
+                if clip >= 2.5:  # a grid that ends earlier is no candidate
+                    embed = 20.0 * step / 0.414
+                    yield way, grid | dict(clip_sigmas=clip, embed_clip_sigmas=embed)
+
+
+def averaged_weights(path):
+    """A checkpoint's configuration and what its run would have exported."""
+    state, tensors = train_gpt.read_checkpoint(path)
+    names = train_gpt.stored_names("checkpoint")
+    values = {name: state.settings[name.upper()] for name in names}
+    cfg = train_gpt.Config(**train_gpt.stored_values(values, names))
+    model = train_gpt.GPT(cfg)
+    averages = train_gpt.Averages(model, cfg)
+    averages.resume(state.snapshots)
+    for name in ("weights", "ema", "swa"):
+        kind = name.removesuffix("s")
+        for i, tensor in enumerate(getattr(averages, name)):
+            tensor.data.copy_(tensors[f"{kind}.{i}"])
+    return cfg, averages.final(), state.settings
+
+
+def measure(path):
+    """-> of each variant a row."""
+    torch.set_num_threads(1)
+    cfg, weights, settings = averaged_weights(path)
+    cfg = replace(cfg, target_bytes=0, device="cpu", eval_stride=cfg.train_seq_len)
+    rt = train_gpt.Runtime(cfg)
+    data = train_gpt.SAMPLE_DATA
+    (shard,) = train_gpt.find_shards(str(data), "val")
+    stream = np.array(train_gpt.read_shard(shard, cfg.vocab_size))
+    tokens = train_gpt.token_bytes(str(data / "tokenizer.model"), cfg.vocab_size)
+    text_bytes = tokens.count(stream[1:], stream[:-1]).sum()
+
+    def bits_per_byte(model):
+        log_prob = train_gpt.WindowScorer(model, rt, cfg).score(stream, cfg.window).log_prob
+        return -log_prob.sum() / np.log(2) / text_bytes
+
+    model = train_gpt.GPT(cfg)
+    model.load_state_dict(weights)
+    model.eval().requires_grad_(False)
+    exact = bits_per_byte(model)
+    rows = train_gpt.calibration_rows(cfg, rt, train_gpt.find_shards(str(data), "train"))
+    hessians = train_gpt.collect_hessians(model, rt, cfg, rows)
+    found = []
+    for way, changes in variants():
+        changed = replace(cfg, **dict(control_coding="int8") | changes)
+        known = hessians if changed.quant == "gptq" else {}
+        payload, _ = train_gpt.quantise(weights, changed, known)
+        packed = train_gpt.pack_payload(payload, changed, lambda *_, **__: None)
+        score = bits_per_byte(train_gpt.load_artifact("artifact.bin", content=packed))
+        point = dict(checkpoint=str(path), way=way, bits=changed.matrix_coding)
+        point |= dict(clip_sigmas=round(changed.clip_sigmas, 2), bytes=len(packed))
+        found.append(point | dict(val_bpb=score, exact=exact))
+        print(point, f"{score:.4f} {score - exact:+.4f}", file=sys.stderr, flush=True)
+    return found
+
+
+def means(rows):
+    """way -> [(bytes, bpb, bits, clip)] over checkpoints, by bytes."""
+    table = {}
+    key = lambda row: (row["way"], row["bits"], row["clip_sigmas"])  # noqa: E731
+    for (way, bits, clip), group in itertools.groupby(sorted(rows, key=key), key):
+        group = list(group)
+        size, score = (np.mean([row[name] for row in group]) for name in ("bytes", "val_bpb"))
+        table.setdefault(way, []).append((size, score, bits, clip))
+    return {way: sorted(table[way]) for way in WAYS}
+
+
+def frontier(points):
+    """Those that no other one beats in both."""
+    kept = []
+    for point in points:
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def show(rows):
+    exact = np.mean([row["exact"] for row in rows])
+    print(f"Unrounded: {exact:.4f} bits per byte.\n")
+    print("| way | grid | deviations | bytes | bpb | over unrounded |\n|---|---|---|---|---|---|")
+    table = means(rows)
+    for way, points in table.items():
+        for size, score, bits, clip in frontier(points):
+            row = (way, bits, clip or "quantile", f"{size:,.0f}", f"{score:.4f}")
+            print(f"| {' | '.join(map(str, row))} | {score - exact:+.4f} |")
+    largest = max(size for points in table.values() for size, *_ in points)
+    print(f"\n| bytes | {' | '.join(WAYS)} |\n|{'---|' * (1 + len(WAYS))}")
+    for share in SHARES:
+        cells = [least(frontier(points), share * largest) for points in table.values()]
+        print(f"| {share * largest:,.0f} | {' | '.join(cells)} |")
+
+
+def least(points, size):
+    """Bits per byte at a size, between two points of a frontier."""
+    sizes, scores = (np.array(column) for column in list(zip(*points, strict=True))[:2])
+    if size < sizes[0]:
+        return "-"
+    return f"{np.interp(size, sizes, scores):.4f}"
+
+
+def picture(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for way, points in means(rows).items():
+        sizes, scores = zip(*(point[:2] for point in frontier(points)), strict=True)
+        axes.plot(np.array(sizes) / 1e3, scores, marker="o", label=way)
+    axes.axhline(np.mean([row["exact"] for row in rows]), color="grey", ls=":", label="unrounded")
+    axes.set(xlabel="artifact.bin, KB", ylabel="bits per byte, model alone")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoints", type=Path, nargs="+", required=True, help=".json files")
+    parser.add_argument("--out", type=Path, help="JSON file of all points")
+    parser.add_argument("--picture", type=Path, help="PNG file")
+    args = parser.parse_args()
+    with ProcessPoolExecutor(2) as pool:
+        rows = [row for rows in pool.map(measure, args.checkpoints) for row in rows]
+    show(rows)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
+    if args.picture:
+        picture(rows, args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""COMPRESSOR=range and TARGET_BYTES: what comes back, at what size, and what is refused."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import opened, perturbed, tiny, train_gpt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+RANGE = dict(compressor="range", clip_sigmas=12.85, embed_clip_sigmas=20.0, control_coding="int8")
+CFG = tiny(**RANGE)
+SPECS = train_gpt.parameter_specs(CFG)
+WEIGHTS = dict(perturbed(CFG).named_parameters())
+
+
+def payload_of(fill, specs=SPECS):
+    """fill(array of integers, largest) and random floats."""
+    payload = np.zeros((), train_gpt.payload_type(specs))
+    rng = np.random.default_rng(0)
+    for name, spec in specs.items():
+        field = payload[name]
+        if field.dtype.names:
+            fill(field["integers"], train_gpt.LARGEST[spec.coding])
+            field = field["scale"]
+        field[...] = rng.normal(size=field.shape)
+    return payload
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 999), spread=st.sampled_from([0.0, 0.3, 3.0, 1e3]))
+def test_payloads_come_back(seed, spread):
+    """Of zeros, of few and of all values, of columns of very different sizes."""
+    rng = np.random.default_rng(seed)
+
+    def fill(integers, largest):
+        sizes = spread * np.exp(rng.normal(size=integers.shape[-1:]))
+        integers[...] = (rng.normal(size=integers.shape) * sizes).round().clip(-largest, largest)
+
+    payload = payload_of(fill)
+    before = payload.tobytes()
+    words = train_gpt.range_encode(payload, SPECS)
+    assert payload.tobytes() == before
+    assert train_gpt.range_decode(words, SPECS).tobytes() == before
+    assert train_gpt.range_encode(payload, SPECS) == words
+
+
+def test_ends_of_the_grid_come_back():
+    for end in (lambda q, largest: q.fill(largest), lambda q, largest: q.fill(-largest)):
+        payload = payload_of(end)
+        words = train_gpt.range_encode(payload, SPECS)
+        assert train_gpt.range_decode(words, SPECS).tobytes() == payload.tobytes()
+
+
+def model_bits(payload, specs):
+    """What the coding model itself gives, without a coder."""
+    bits = 0.0
+
+    def code(symbols, shares):
+        nonlocal bits
+        assert shares.min() > 0 and math.isclose(shares.sum(), 1)
+        bits -= np.log2(shares[symbols]).sum()
+        return symbols
+
+    train_gpt.code_payload(code, copy.deepcopy(payload), specs)
+    return bits
+
+
+def gaussian(cfg, spread=2.4):
+    """A payload as grids by deviation leave it."""
+    specs = train_gpt.parameter_specs(cfg)
+    rng = np.random.default_rng(1)
+
+    def fill(integers, largest):
+        numbers = rng.normal(size=integers.shape) * spread * largest / 31
+        integers[...] = numbers.round().clip(-largest, largest)
+
+    return payload_of(fill, specs), specs
+
+
+def test_size_is_the_model_s_entropy():
+    payload, specs = gaussian(tiny(**RANGE, model_dim=64, num_layers=4))
+    size = len(train_gpt.range_encode(payload, specs))
+    assert size <= 1.001 * model_bits(payload, specs) / 8 + 8
+
+
+def test_matrices_take_their_entropy():
+    """Independent integers: nothing is to be won, and little may be lost on learning counts."""
+    rng = np.random.default_rng(2)
+    matrices = (rng.normal(size=(4, 512, 512)) * 2.4).round().clip(-31, 31).astype(np.int8)
+    bits = 0.0
+
+    def code(symbols, shares):
+        nonlocal bits
+        bits -= np.log2(shares[symbols]).sum()
+        return symbols
+
+    train_gpt.code_integers(code, matrices.copy(), 31)
+    counts = np.bincount(matrices.ravel().astype(int) + 31)
+    shares = counts[counts > 0] / counts.sum()
+    entropy = -(counts[counts > 0] * np.log2(shares)).sum()
+    assert entropy < bits < 1.004 * entropy
+
+
+def test_columns_of_other_sizes_gain():
+    rng = np.random.default_rng(3)
+    sizes = np.exp(rng.normal(size=256))
+    matrix = (rng.normal(size=(1, 300, 256)) * 2 * sizes).round().clip(-31, 31).astype(np.int8)
+    shuffled = rng.permuted(matrix, axis=2)
+
+    def bits_of(integers):
+        total = 0.0
+
+        def code(symbols, shares):
+            nonlocal total
+            total -= np.log2(shares[symbols]).sum()
+            return symbols
+
+        train_gpt.code_integers(code, integers.copy(), 31)
+        return total
+
+    assert bits_of(matrix) < 0.93 * bits_of(shuffled)
+
+
+def test_an_artifact_comes_back_and_is_smaller():
+    packed = train_gpt.pack_artifact(WEIGHTS, CFG)
+    model = train_gpt.load_artifact("a", content=packed)
+    payload, _ = train_gpt.quantise(WEIGHTS, CFG)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, train_gpt.unpack_tensor(payload[name])), name
+    zstd = train_gpt.pack_artifact(WEIGHTS, tiny(**RANGE | dict(compressor="zstd")))
+    assert len(packed) < 0.97 * len(zstd)
+
+
+def test_flipped_bits_are_refused_before_anything_is_loaded(monkeypatch):
+    packed = train_gpt.pack_artifact(WEIGHTS, CFG)
+    monkeypatch.setattr(train_gpt, "range_decode", lambda *_: pytest.fail("decoded"))
+    for place in np.linspace(0, 8 * len(packed) - 1, 60).astype(int).tolist():
+        bad = bytearray(packed)
+        bad[place // 8] ^= 1 << place % 8
+        with pytest.raises(train_gpt.ArtifactError):
+            train_gpt.load_artifact("a", content=bytes(bad))
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "odd", "none", "random"])
+def test_signed_words_of_no_weights(change):
+    """Signed anew: refused, or weights on their grids; never a crash."""
+    header, words = opened(train_gpt.pack_artifact(WEIGHTS, CFG))
+    random = np.random.default_rng(0).bytes(len(words))
+    words = dict(
+        shorter=words[:-400], longer=words + bytes(400), odd=words[:-1], none=b"", random=random
+    )[change]
+    content = train_gpt.seal(train_gpt.ARTIFACT_PREFIX, header, words)
+    if change in ("longer", "odd"):
+        with pytest.raises(train_gpt.ArtifactError):
+            train_gpt.load_artifact("a", content=content)
+        return
+    try:
+        _, payload = train_gpt.read_artifact("a", content)
+    except train_gpt.ArtifactError:
+        return
+    for name, spec in SPECS.items():
+        if payload[name].dtype.names:
+            assert (
+                abs(payload[name]["integers"].astype(int)).max() <= train_gpt.LARGEST[spec.coding]
+            )
+
+
+def test_artifacts_of_earlier_versions_are_refused_by_name():
+    packed = bytearray(train_gpt.pack_artifact(WEIGHTS, CFG))
+    packed[8] = 1
+    with pytest.raises(train_gpt.ArtifactError, match="of version 1, made by an earlier or later"):
+        train_gpt.load_artifact("a", content=bytes(packed))
+
+
+# -----------------------------------------------------------------------------
+# TARGET_BYTES
+
+
+def made(target, lines, **changes):
+    cfg = tiny(**RANGE | changes, target_bytes=target)
+    rt = train_gpt.Runtime(cfg)
+    log = lambda *words, **values: lines.append((words, values))  # noqa: E731
+    return train_gpt.make_artifact(WEIGHTS, cfg, rt, {}, log)
+
+
+SCRIPT_BYTES = len(train_gpt.pack_script(train_gpt.SCRIPT))
+
+
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.6])
+@pytest.mark.parametrize("compressor", ["range", "zstd"])
+def test_clips_rise_until_the_bytes_fit(share, compressor):
+    free = made(0, [], compressor=compressor)
+    lines = []
+    target = SCRIPT_BYTES + int(share * len(free))
+    packed = made(target, lines, compressor=compressor)
+    ((words, values),) = lines
+    assert words == ("target_bytes", target) and values["clip_sigmas"] > 12.85
+    assert 0 <= values["room"] == target - SCRIPT_BYTES - len(packed) < 0.02 * len(packed)
+    assert values["weights"] == len(packed) and values["tries"] <= 6
+
+
+def test_what_fits_is_left_alone():
+    lines = []
+    free = made(0, [])
+    assert made(SCRIPT_BYTES + len(free), lines) == free
+    assert lines[0][1] == dict(weights=len(free), room=0, clip_sigmas=12.85, tries=1)
+
+
+def test_what_cannot_fit_is_refused():
+    with pytest.raises(
+        train_gpt.UserError, match=r"TARGET_BYTES=\d+: weights of .* fix: a smaller"
+    ):
+        made(SCRIPT_BYTES + 500, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (dict(target_mb=1.0, compressor="zstd"), "TARGET_BYTES"),
+        (dict(clip_sigmas=0.0), "TARGET_BYTES"),
+        (dict(target_bytes=0, target_mb=1.0), "TARGET_MB"),
+    ],
+)
+def test_targets_that_contradict_each_other(changes, name):
+    with pytest.raises(train_gpt.ConfigError, match=f"^{name}="):
+        tiny(**RANGE | dict(target_bytes=10**6) | changes)
