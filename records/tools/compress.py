@@ -381,7 +381,7 @@ class Compressor:
         """Whatever the code depends on, by name."""
         digest = train_gpt.sha256(self.tokenizer.read_bytes())
         found = dict(tokenizer=digest) | train_gpt.fingerprint(
-            self.rt, train_gpt.CODE.read_bytes(), self.artifact.read_bytes()
+            self.rt, train_gpt.SCRIPT, self.artifact.read_bytes()
         )
         return found | dict(settings=json.dumps(LEARNING | dict(block_tokens=BLOCK_TOKENS)))
 

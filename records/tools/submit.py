@@ -4,10 +4,11 @@
       --name "Exact n-grams" --author "Ada Lovelace" --github-id ada --blurb "..."
 
 It writes records/track_<track>/<date>_<name>/ (--out: another folder than records/), whole or not
-at all: README.md, submission.json, train_gpt.py, config.env, train_seed<N>.log, requirements.txt,
-and for each seed a folder seed_<N>/ with what verify.py reads. val_bpb is the mean over all
-seeds, never the best. train_gpt.py and an artifact are the bytes that count; train_gpt.py runs the
-config.env beside it, and of seed_<N>/ it reads nothing but the tokenizer.
+at all: README.md, submission.json, train_gpt.py, train_gpt_packed.py, config.env,
+train_seed<N>.log, requirements.txt, and for each seed a folder seed_<N>/ with what verify.py reads.
+val_bpb is the mean over all seeds, never the best. The packed script, which runs the very bytes of
+train_gpt.py, and an artifact are the bytes that count; both run the config.env beside them, and of
+seed_<N>/ they read nothing but the tokenizer.
 
 verify.py is run on each folder: it must be PROVED here, or, where its stream holds a stretch of the
 text only, its artifact must score the same here. Runs that are not, are unfinished or over a cap
@@ -32,7 +33,16 @@ from run_folder import FILES, RECORDS, ROOT, RunError, blame, parse_object
 from stats import MEASURES, Result
 
 import endings
-from train_gpt import CAP_BYTES, VARIABLES, UserError, line_fields, printable, read_regular
+from train_gpt import (
+    CAP_BYTES,
+    PACKED_NAME,
+    VARIABLES,
+    UserError,
+    line_fields,
+    pack_script,
+    printable,
+    read_regular,
+)
 
 PROOF = [*stats.CHECKED, "blocks.npz"]
 UPSTREAM_SEEDS = 3
@@ -173,8 +183,9 @@ val_bpb {score}, val_loss {loss} ({seeds}).
 
 {stages}
 
-Bytes: train_gpt.py {code:,}, artifact at most {weights:,}, together at most {total:,} of
-{cap:,}. Everything else here is log and proof.
+Bytes: {packed} {code:,}, artifact at most {weights:,}, together at most
+{total:,} of {cap:,}. Everything else here is log and proof, and train_gpt.py, the same script as it
+is read: {packed} holds it, compressed, and runs these very bytes.
 
 ## Run
 
@@ -241,6 +252,7 @@ def readme(whole: dict[str, Any], runs: Sequence[Result]) -> str:
         seeds=f"mean of {len(runs)} seeds, ± standard deviation" if len(runs) > 1 else "one seed",
         runs=stats.run_table(runs),
         stages=stats.stage_table(runs),
+        packed=PACKED_NAME,
         code=whole["bytes_code"],
         weights=whole["bytes_total"] - whole["bytes_code"],
         total=whole["bytes_total"],
@@ -274,6 +286,7 @@ def build(
         if (log := run.folder.path / "log.txt").exists():
             copy(log, folder / f"train_seed{run.seed}.log")
     copy(runs[0].folder.file(FILES["code"]), folder / FILES["code"])
+    (folder / PACKED_NAME).write_bytes(pack_script((folder / FILES["code"]).read_bytes()))
     copy(ROOT / "requirements.txt", folder / "requirements.txt")
     whole = combined(about, runs) | ({"problems": list(wrong)} if wrong else {})
     texts = {

@@ -48,7 +48,7 @@ import train_gpt
 from prepare import TOKENIZER_SHA256, VAL_TOKENS_SHA256
 from train_gpt import CAP_BYTES, printable, read_regular, sha256
 
-OUR_CODE = sha256(train_gpt.CODE.read_bytes())
+OUR_CODE = sha256(train_gpt.SCRIPT)
 SAME_SUM = 1e-6  # bits per byte between the claim and what the decode adds up
 MOST_WEIGHTS = 2**28  # that are unpacked, 3 GB
 SAME_DEVICE = 1e-4  # nats a token of two scorings in fp32, in other shapes
@@ -305,23 +305,32 @@ def check(*needs: str) -> Callable:
     return register
 
 
+def script_sha256(content: bytes) -> str:
+    """Of train_gpt.py as it is read; of its packed form only where that is byte for byte what
+    packing this checkout's gives, so that none of it need be believed."""
+    packed = content == train_gpt.pack_script(train_gpt.SCRIPT)
+    return OUR_CODE if packed else sha256(content)
+
+
 @check()
 def code(case: Case) -> str:
-    found = sha256(case.file("train_gpt.py"))
+    found = script_sha256(case.file("train_gpt.py"))
     reason = f"train_gpt.py has sha256 {found[:12]}, this checkout's has {OUR_CODE[:12]}"
     require(found == OUR_CODE, f"{reason}; fix: read it, or check out the commit that it is from")
     with contextlib.suppress(OSError):
         if not case.origin.resolve().name.startswith("seed_"):  # of a submission: they share it
             raise FileNotFoundError
-        above = sha256(read_regular(case.origin.resolve().parent / "train_gpt.py", CAP_BYTES))
-        require(above == found, f"another one lies above the folder, sha256 {above[:12]}")
+        for name in ("train_gpt.py", train_gpt.PACKED_NAME):
+            path = case.origin.resolve().parent / name
+            above = script_sha256(read_regular(path, CAP_BYTES))
+            require(above == found, f"another {name} lies above the folder, sha256 {above[:12]}")
     return f"train_gpt.py is this checkout's, sha256 {found[:12]}"
 
 
 @check()
 def files(case: Case) -> str:
     for what, name in run_folder.FILES.items():
-        found = sha256(case.file(name))
+        found = script_sha256(case.file(name))
         claimed = str(case.claim("sha256", what))
         reason = f"{name} has sha256 {found[:12]}, submission.json says {claimed[:12]}"
         require(found == claimed, reason)
@@ -343,9 +352,9 @@ def artifact(case: Case) -> str:
     if weights > MOST_WEIGHTS:
         raise NotChecked(f"{weights:,} weights in {len(content):,} bytes are not unpacked here")
     model = case.model.cfg
-    total = sum(len(case.file(name)) for name in ("train_gpt.py", "artifact.bin"))
-    require(total <= CAP_BYTES, f"{total:,} bytes with the code, the cap is {CAP_BYTES:,}")
-    return f"whole, {model.num_layers} layers x {model.model_dim}, {total:,} bytes with the code"
+    total = len(train_gpt.pack_script(train_gpt.SCRIPT)) + len(content)
+    require(total <= CAP_BYTES, f"{total:,} bytes with the script, the cap is {CAP_BYTES:,}")
+    return f"whole, {model.num_layers} layers x {model.model_dim}, {total:,} bytes with the script"
 
 
 @check("artifact")
@@ -416,7 +425,7 @@ def stream(case: Case) -> str:
     header, words = case.stream
     for name, path in dict(code="train_gpt.py", artifact="artifact.bin").items():
         there = str(header.made[name])
-        here = sha256(case.file(path))
+        here = script_sha256(case.file(path))
         require(there == here, f"stream.bin was made with {name} {there[:12]}, not {here[:12]}")
     plan = header.plan
     wanted = train_gpt.CodingPlan.of(case.text.stream, case.cfg, plan.groups)

@@ -184,7 +184,7 @@ def proof(job):
     runtime = train_gpt.Runtime(cfg)
     runtime.folder = job.options.folder / "proof"
     runtime.folder.mkdir()
-    (runtime.folder / "train_gpt.py").write_bytes(train_gpt.CODE.read_bytes())
+    (runtime.folder / "train_gpt.py").write_bytes(train_gpt.SCRIPT)
     path, weights = runtime.folder / "artifact.bin", perturbed(cfg, spread=0.02).named_parameters()
     path.write_bytes(train_gpt.pack_artifact(dict(weights), cfg))
     model = train_gpt.load_artifact(path, job.device)

@@ -633,7 +633,7 @@ def build_coded(folder: Path) -> None:
     plan = train_gpt.CodingPlan.of(stream, cfg, 1)
     words, coded = train_gpt.encode(train_gpt.load_artifact(artifact), rt, cfg, stream, plan)
     scoring = {name: getattr(cfg, name) for name in train_gpt.SCORING}
-    made = train_gpt.fingerprint(rt, train_gpt.CODE.read_bytes(), artifact.read_bytes())
+    made = train_gpt.fingerprint(rt, train_gpt.SCRIPT, artifact.read_bytes())
     header = train_gpt.StreamHeader(plan, made, train_gpt.sha256(coded.text), scoring)
     sealed = train_gpt.seal(train_gpt.STREAM_PREFIX, header.pack(), words)
     (folder / "coded/stream.bin").write_bytes(sealed)
