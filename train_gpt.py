@@ -21,9 +21,13 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The se
   learning   LaneChunk (5) reads the cache again with gradients, LaneLearner (10) steps; called by
              LaneScorer and run_lanes (10)
   late QAT   fake_quantize (5), update_qat_grids (7), search_grid (9); on from Trainer.update (13)
+  GPTQ       Context.linear (5) shows inputs, collect_hessians and gptq (9) use them; called by
+             quantise_model (14), in the training's clock
   a signal   Runtime.signals (3); Trainer.save_if_due (13) saves (8), run (14) says what is kept
   a file     is written whole or not at all by write_atomically (3)
-  the caps   TARGET_MB prunes (9); over_caps (14) says what is over; nothing is refused
+  the caps   TARGET_BYTES widens clips, TARGET_MB prunes (9); over_caps (14) says what is over;
+             nothing is refused
+  the bytes  pack_script (14) is what a submission ships; SCRIPT (1) is what it holds and runs
 
 Everything that a run does is in here. A repository around it adds the embedded text
 (data/sample/prepare.py), RECORDs by name (records/**/config.env), and of records/tools/ the picture
