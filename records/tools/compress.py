@@ -28,7 +28,6 @@ import lzma
 import os
 import re
 import secrets
-import signal
 import stat
 import sys
 import time
@@ -36,18 +35,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import checkout  # noqa: F401  (puts train_gpt and data/ on the path)
+
+import endings
+
 if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
-    for number in (signal.SIGINT, signal.SIGTERM):  # while the imports take their seconds
-        signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
+    endings.begin()  # the imports take seconds
 
 import numpy as np
 import torch
 import zstandard
-from run_folder import blame, parse_object  # puts train_gpt and data/ on the path
+from run_folder import blame, parse_object
 from tqdm import tqdm
 
-import endings
 import train_gpt
 from prepare_text import DataError, encode_documents, free_memory, load_tokenizer
 from train_gpt import BOS, CodingPlan, Config, UserError, printable
