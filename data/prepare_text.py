@@ -53,7 +53,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -778,6 +778,14 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None, model: bytes
     return tokenizer
 
 
+@lru_cache(maxsize=1)  # a caller may give a text in a million fragments
+def within_text(tokenizer: Any) -> Any:
+    """The same model for what does not begin a text."""
+    return sentencepiece.SentencePieceProcessor(
+        model_proto=tokenizer.serialized_model_proto() + WITHIN_TEXT
+    )
+
+
 def encode_documents(tokenizer: Any, documents: Sequence[str]) -> list[list[int]]:
     """Token ids (list of int, no BOS) of each document; a literal U+2581 becomes byte tokens.
 
@@ -792,10 +800,7 @@ def encode_documents(tokenizer: Any, documents: Sequence[str]) -> list[list[int]
         for document in documents
     ]
     begun = tokenizer.encode([cut[0] if cut else "" for cut in parts])
-    within = sentencepiece.SentencePieceProcessor(
-        model_proto=tokenizer.serialized_model_proto() + WITHIN_TEXT
-    )
-    rest = iter(within.encode([part for cut in parts for part in cut[1:]]))
+    rest = iter(within_text(tokenizer).encode([part for cut in parts for part in cut[1:]]))
     tokens = []
     for cut, first in zip(parts, begun, strict=True):
         ids = []

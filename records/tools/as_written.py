@@ -16,24 +16,24 @@ left out: #864 some 2,000 at the start, #1026 all but the first of eight ranks.
 import argparse
 import itertools
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401  (puts train_gpt and data/ on the path)
+
+import endings
+
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # while the imports take their seconds
-        signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
+    endings.begin()  # the imports take seconds
 
 import numpy as np
 import torch
 from run_folder import RunFolder, blame, read_columns
 from torch import Tensor
 
-import endings
 from train_gpt import (
     BOS,
     Config,

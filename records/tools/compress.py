@@ -3,32 +3,37 @@
     python records/tools/compress.py FILE --artifact runs/tiny_seed1337/artifact.bin
     python records/tools/compress.py --restore FILE.pgz --artifact runs/tiny_seed1337/artifact.bin
 
-The file is cut into tokens, and these are coded by the distribution that val_bpb is the code length
-of: the artifact's model and the n-grams of the file so far (train_gpt.py, section 12). Both sides
-need the artifact, its tokenizer and the same train_gpt.py; neither is in the .pgz. Text like that
-which the artifact was trained on becomes small; for other files a general compressor is better.
+The file is cut into tokens, these into blocks of 16.8 million, coded by the distribution that
+val_bpb is the code length of: the artifact's model and the n-grams of the block so far
+(train_gpt.py, section 12). Both sides need the artifact, its tokenizer, the same train_gpt.py, the
+same versions of torch, numpy and constriction, and the same kind of processor; none of them is in
+the .pgz. Text like that which the artifact was trained on becomes small; for other files a general
+compressor is better.
 
 Every byte is carried: what is no UTF-8, or what the tokenizer alters, is spelt in its byte tokens;
 where it has none, those bytes are kept aside. A block that the model makes larger is stored as it
-is. The file is restored once from what will be written before that is put in place.
+is. The file is restored once from what will be written before that is put in place; --no-check
+leaves that out. What is put in place is on the disk, has the rights of the file it was made from,
+and replaces nothing.
 
-The tokens are dealt out to lanes, one contiguous piece each, that are coded side by side: more
-lanes are faster, fewer let a piece see more of what came before. Counts and model learn from what
-all lanes have coded. A .pgz is a header of 64 bytes at most (class Header), the coded blocks, the
-bytes kept aside. It restores on machines whose floating point is the same, and says so where it is
-not. What the short fingerprints in a header stand for is kept beside the artifact, in
-artifact.bin.made.json, for messages alone: a restore works without it.
+The tokens of a block are dealt out to lanes, one contiguous piece each, that are coded side by
+side: more lanes are faster, fewer let a piece see more of what came before. Counts and model learn
+from what all lanes have coded, in each block anew. A .pgz is a header (class Header; 64 bytes at
+most, 7 more for each block after the first), the coded blocks, the bytes kept aside. It restores on
+machines whose floating point is the same, and says so where it is not. What the short fingerprints
+in a header stand for is kept beside the artifact, in artifact.bin.made.json, for messages alone: a
+restore works without it.
 """
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import lzma
 import os
 import re
 import secrets
-import signal
 import stat
 import sys
 import time
@@ -36,21 +41,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import checkout  # noqa: F401  (puts train_gpt and data/ on the path)
+
+import endings
+
 if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
-    for number in (signal.SIGINT, signal.SIGTERM):  # while the imports take their seconds
-        signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
+    endings.begin()  # the imports take seconds
 
 import numpy as np
 import torch
 import zstandard
-from run_folder import blame, parse_object  # puts train_gpt and data/ on the path
+from run_folder import parse_object
 from tqdm import tqdm
 
-import endings
 import train_gpt
-from prepare_text import DataError, encode_documents, free_memory, load_tokenizer
-from train_gpt import BOS, CodingPlan, Config, UserError, printable
+from prepare_text import DataError, encode_documents, load_tokenizer
+from train_gpt import BOS, CodingPlan, Config, LackOfMemory, StreamError, UserError, printable
 
 SUFFIX = ".pgz"
 MAGIC, VERSION = b"PGZ", 2  # the version is one more with each change of what a .pgz means
@@ -58,18 +65,21 @@ PREFIX = MAGIC + bytes([VERSION])
 LANES, LANE_TOKENS = 32, 512  # lanes at most; tokens in each at least, but for
 FEW_LANES, FEW_TOKENS = 10, 80  # so many anyway, of so many tokens each: 1,000 tokens/s on a core
 MOST_LANES, THREADS = 4096, 1024  # that can be asked for, by --lanes or by a container
-BLOCK_TOKENS = 1 << 24  # coded on their own, for counts take COUNT_MEMORY bytes a token
+BLOCK_TOKENS = 1 << 24  # coded on their own, for counts take memory
 # The highest rate at which no prose like the training text grew by more than 0.3 %, as 200 KB did;
 # smaller prose took 0 to 0.9 % fewer bytes than without learning, Python and READMEs 1.1 to 3.4 %
 # (files of 2.5 to 60 KB, two artifacts, 8 to 32 lanes). At 3e-4 those gain a third of that; at 2e-3
 # they gain 2 to 3.7 %, and prose of 10 KB grows by 1.6 %.
 LEARNING = dict(lane_ttt=True, lane_ttt_every=16, lane_ttt_lr=1e-3)
 CODING_MEMORY = 64  # bytes that a byte of a file takes at most while it is cut into tokens
-COUNT_MEMORY = 100  # and a token of a block while it is coded
-RESTORE_MEMORY = 8  # and a byte of a file while it is put together
+RESTORE_MEMORY = 8  # and while it is put together
 ASIDE_MEMORY = 1 << 28  # of the decoder of what is kept aside; xz -6, as written, takes 9 MB
 CONTAINER_MEMORY = 4  # a byte of a container: as read, without its header, in parts
 SAY_AFTER = 1.0  # seconds of coding after which the rest can be told, if it is as long
+MOST_COMPARED = 1 << 20  # bytes of a file that general compressors are shown, too
+STALE_SECONDS = 86_400  # after which nobody writes a partial file any more: it was left by a kill
+NEVER_FLUSHED = errno.EINVAL, errno.ENOTSUP, errno.EACCES  # folders of some disks, or unreadable
+IDENTITY = "st_dev", "st_ino", "st_size", "st_mtime_ns"  # other ones: another file, or changed
 CHECK_BYTES, DIGEST_BYTES, PART_BYTES = 8, 16, 4  # of sha256: of a container, file, part
 MADE = {  # the four parts of a fingerprint, of what Compressor.made tells
     "artifact": ("artifact",),
@@ -77,6 +87,8 @@ MADE = {  # the four parts of a fingerprint, of what Compressor.made tells
     "code": ("code", "settings"),
     "machine": ("torch", "numpy", "constriction", "device"),
 }
+EMPTY = b"empty"  # stands for no bytes, which loaders take for none given
+CODE = train_gpt.CODE.read_bytes()  # that runs here, whatever becomes of the file
 DEVICES = "cpu", "cuda"  # by number
 TABLE_ENTRIES, TABLE_BYTES = 100, 1 << 20  # of the table beside an artifact, at most
 INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, by surrogateescape
@@ -146,21 +158,22 @@ def duration(seconds: float) -> str:
 # Bytes and tokens
 
 
-def spelling(path: Path, vocab_size: int) -> Spelling:
-    """The tokenizer of a file; UserError or DataError unless it fits a model of vocab_size
-    tokens."""
-    tokenizer = load_tokenizer(path)
+def spelling(path: Path, model: bytes, vocab_size: int) -> Spelling:
+    """The tokenizer of a file that has these bytes; UserError or DataError unless it fits a model
+    of vocab_size tokens."""
+    tokenizer = load_tokenizer(path, model=model)
     ids = [*range(tokenizer.vocab_size())]
     if len(ids) != vocab_size:
         fix = "give the one the artifact was trained with"
         raise UserError(f"{path}: {len(ids)} pieces, the artifact has {vocab_size}; fix: {fix}")
     pieces, letters = [], {}
-    for i, name in enumerate(map(tokenizer.id_to_piece, ids)):
-        silent = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        pieces.append(b"" if silent else name.replace("\u2581", " ").encode())
-        if tokenizer.is_byte(i):  # <0x00> to <0xFF>
-            pieces[i] = bytes([int(name[3:5], 16)])
-            letters[pieces[i]] = i
+    with parsing(str(path)):
+        for i, name in enumerate(map(tokenizer.id_to_piece, ids)):
+            silent = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+            pieces.append(b"" if silent else name.replace("\u2581", " ").encode())
+            if tokenizer.is_byte(i):  # <0x00> to <0xFF>
+                pieces[i] = bytes([int(name[3:5], 16)])
+                letters[pieces[i]] = i
     all_bytes = [bytes([n]) for n in range(256)]
     whole = all(byte in letters for byte in all_bytes)
     return Spelling(tokenizer, pieces, [letters[byte] for byte in all_bytes] if whole else [])
@@ -242,6 +255,19 @@ def put_back(text: bytes, aside: bytes, size: int) -> bytes:
 # Containers
 
 
+@contextlib.contextmanager
+def parsing(name: str) -> Iterator[None]:
+    """UserError for bytes that no program of ours wrote: ValueErrors and lzma's errors are theirs,
+    others are not."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, lzma.LZMAError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{name}: damaged ({reason}); fix: get it again") from error
+
+
 class Reader:
     """Takes bytes apart, front to back; ValueError where they end too soon."""
 
@@ -296,36 +322,32 @@ class Header(NamedTuple):
 
     @staticmethod
     def parse(body: bytes) -> tuple["Header", bytes]:
-        """-> header, the blocks and what was kept aside; ValueError for what no file can have:
-        memory and time are taken according to it."""
+        """-> header, the blocks and what was kept aside; ValueError for what no file can have."""
         reader = Reader(body)
         digest = reader.take(DIGEST_BYTES)
         made = reader.take(PART_BYTES * len(MADE))
         threads, device, size, tokens = (reader.number() for _ in range(4))
         if not 1 <= threads <= THREADS or device >= len(DEVICES):
             raise ValueError(f"{threads} threads, device {device}")
-        check_claims(size, tokens)
-        blocks = tuple((reader.number(), reader.number()) for _ in block_sizes(tokens))
-        for (lanes, _), count in zip(blocks, block_sizes(tokens), strict=True):
+        if tokens > size:  # a token is a byte at least
+            raise ValueError(f"its blocks have {tokens} tokens for {size} bytes")
+        blocks = []
+        for count in block_sizes(tokens):
+            lanes, taken = reader.number(), reader.number()
             if lanes > min(MOST_LANES, count):
                 raise ValueError(f"{lanes} lanes for {count} tokens")
+            blocks.append((lanes, taken))
         payload = body[reader.place :]
         if sum(taken for _, taken in blocks) > len(payload):
             raise ValueError("its blocks are more than it holds")
-        return Header(digest, made, threads, DEVICES[device], size, tokens, blocks), payload
+        found = Header(digest, made, threads, DEVICES[device], size, tokens, tuple(blocks))
+        return found, payload
 
 
-def block_sizes(tokens: int) -> list[int]:
-    """Tokens of each block of a file."""
-    return [min(BLOCK_TOKENS, tokens - a) for a in range(0, tokens, BLOCK_TOKENS)]
-
-
-def check_claims(size: int, tokens: int) -> None:
-    """ValueError for a file of so many bytes and tokens that cannot be, or not be restored here."""
-    if tokens > size:  # a token is a byte at least
-        raise ValueError(f"its blocks have {tokens} tokens for {size} bytes")
-    if size * RESTORE_MEMORY + min(tokens, BLOCK_TOKENS) * COUNT_MEMORY > free_memory():
-        raise ValueError(f"it claims {size:,} bytes, more than the memory free here")
+def block_sizes(tokens: int) -> Iterator[int]:
+    """Tokens of each block of a file, one by one: a forged number of them asks for no memory."""
+    for a in range(0, tokens, BLOCK_TOKENS):
+        yield min(BLOCK_TOKENS, tokens - a)
 
 
 def digest_of(data: bytes, size: int) -> bytes:
@@ -340,19 +362,25 @@ def seal(header: Header, payload: bytes) -> bytes:
 
 
 def open_container(packed: bytes, name: str) -> tuple[Header, bytes]:
-    """-> header, payload; UserError for what is damaged, of another version or none of ours."""
+    """-> header, payload; UserError for what is damaged, of another version or none of ours,
+    LackOfMemory for what does not fit here."""
     start = len(PREFIX) + CHECK_BYTES
-    with blame(name):
-        if not packed.startswith(MAGIC) or len(packed) < start:
+    with parsing(name):
+        if not packed.startswith(MAGIC):
             raise ValueError(f"no {SUFFIX}, it does not begin with {MAGIC.decode()}")
-        version = packed[len(MAGIC)]
-        if version != VERSION:
-            what = f"a {SUFFIX} of version {version}, this program reads version {VERSION}"
+        version = packed[len(MAGIC) : len(PREFIX)]
+        if version and version[0] != VERSION:
+            what = f"a {SUFFIX} of version {version[0]}, this program reads version {VERSION}"
             raise UserError(f"{name}: {what}; fix: restore it with the compress.py that made it")
+        if len(packed) < start:
+            raise ValueError(f"cut off after {len(packed)} bytes")
         body = packed[start:]
         if digest_of(body, CHECK_BYTES) != packed[len(PREFIX) : start]:
             raise ValueError("its check does not fit")
-        return Header.parse(body)
+        header, payload = Header.parse(body)
+    needed = header.size * RESTORE_MEMORY
+    train_gpt.require_memory(needed, f"{name}: a file of {header.size:,} bytes")
+    return header, payload
 
 
 def device_of(packed: bytes, name: str) -> str:
@@ -360,8 +388,14 @@ def device_of(packed: bytes, name: str) -> str:
     return open_container(packed, name)[0].device
 
 
+def require_device(device: str, what: str, fix: str) -> None:
+    """UserError where it is not here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{what}: torch sees no CUDA device; fix: {fix}")
+
+
 class Compressor:
-    """An artifact and its tokenizer, ready to code files."""
+    """An artifact and its tokenizer, each read once, ready to code files."""
 
     def __init__(self, artifact: Path, tokenizer: Path | None = None, device: str = "cpu"):
         """tokenizer: else tokenizer.model beside the artifact. UserError, DataError, OSError"""
@@ -369,21 +403,31 @@ class Compressor:
         self.tokenizer = tokenizer or artifact.with_name("tokenizer.model")
         self.rt = Progress(Config(device=device))
         self.rt.start()
-        content = read_regular(artifact, CONTAINER_MEMORY)
-        self.model = train_gpt.load_artifact(artifact, self.rt.device, content)
-        read_regular(self.tokenizer, CONTAINER_MEMORY)  # else it could wait for ever
-        self.spelt = spelling(self.tokenizer, self.model.cfg.vocab_size)
-        self.known = artifact.stat().st_size + self.tokenizer.stat().st_size  # bytes, to both sides
+        torch.set_num_threads(min(torch.get_num_threads(), THREADS))
+        weights = read_source(artifact, CONTAINER_MEMORY).data or EMPTY
+        self.model = train_gpt.load_artifact(artifact, self.rt.device, weights)
+        pieces = read_source(self.tokenizer, CONTAINER_MEMORY).data or EMPTY
+        self.spelt = spelling(self.tokenizer, pieces, self.model.cfg.vocab_size)
+        self.known = len(weights) + len(pieces)  # bytes, to both sides
+        self.read = train_gpt.fingerprint(self.rt, CODE, weights)
+        self.read["tokenizer"] = train_gpt.sha256(pieces)
         model = {name: getattr(self.model.cfg, name) for name in train_gpt.MODEL_FIELDS}
         self.cfg = Config(**model | LEARNING)
 
     def made(self) -> dict[str, Any]:
-        """Whatever the code depends on, by name."""
-        digest = train_gpt.sha256(self.tokenizer.read_bytes())
-        found = dict(tokenizer=digest) | train_gpt.fingerprint(
-            self.rt, train_gpt.SCRIPT, self.artifact.read_bytes()
-        )
-        return found | dict(settings=json.dumps(LEARNING | dict(block_tokens=BLOCK_TOKENS)))
+        """Whatever the code depends on, by name; of files as they were read."""
+        settings = json.dumps(LEARNING | dict(block_tokens=BLOCK_TOKENS))
+        return self.read | dict(threads=torch.get_num_threads(), settings=settings)
+
+    def require_unchanged(self) -> None:
+        """UserError unless a restore will find the files that coded here where they were."""
+        files = dict(artifact=self.artifact, tokenizer=self.tokenizer, code=train_gpt.CODE)
+        for name, path in files.items():
+            with contextlib.suppress(OSError, UserError):
+                found = read_source(path, CONTAINER_MEMORY).data
+                if train_gpt.sha256(found) == self.read[name]:
+                    continue
+            raise changed(path)
 
     def compress(self, data: bytes, lanes: int = 0, after: str = "") -> Packed:
         """Any bytes -> Packed. lanes: 0 chooses by the number of tokens; after: see bar_of."""
@@ -407,19 +451,32 @@ class Compressor:
             tokens=len(tokens),
             blocks=tuple(blocks),
         )
-        packed = seal(header, b"".join(parts))
+        payload = b"".join(parts)
+        require_readable(header, payload)
+        packed = seal(header, payload)
         return Packed(packed, header, len(tokens), time.perf_counter() - began)
 
     def code(self, tokens: np.ndarray, lanes: int) -> tuple[int, bytes]:
         """A block -> its lanes, 0: it is stored, and its bytes"""
         count = len(tokens)
-        train_gpt.require_memory(count * COUNT_MEMORY, f"counts of {count:,} tokens")
         plan = plan_of(count, min(lanes or lanes_for(count), count), self.cfg.window)
+        self.require_room(plan, f"--lanes {plan.lanes}")
         stream = np.append(np.uint16(BOS), tokens)
         body, _ = train_gpt.encode(self.model, self.rt, self.cfg, stream, plan)
         words = body[len(plan.side_bytes()) :]  # the others follow from the plan
         text = self.text(tokens)
         return (plan.lanes, words) if len(words) < len(text) else (0, text)
+
+    def require_room(self, plan: CodingPlan, name: str) -> None:
+        """LackOfMemory, before hours of work, for a block that cannot be coded here."""
+        what = f"{name}: {plan.targets:,} tokens in {plan.lanes} lanes"
+        table = train_gpt.context_counts(plan.targets, self.cfg.vocab_size)
+        counts = table.TOKEN_BYTES * plan.targets
+        rest = train_gpt.proof_bytes(self.cfg, plan, plan.targets, self.rt.cuda) - counts
+        if self.rt.cuda:
+            train_gpt.require_memory(rest, what, self.rt.device)
+            rest = 0
+        train_gpt.require_memory(counts + rest, what)
 
     def text(self, tokens: np.ndarray) -> bytes:
         """What tokens stand for."""
@@ -428,36 +485,56 @@ class Compressor:
     def restore(self, packed: bytes, name: str = "the container") -> bytes:
         """The file; UserError if `packed`, called `name`, is damaged or of other making."""
         header, payload = open_container(packed, name)
-        with blame(name):
-            torch.set_num_threads(header.threads)
-            fits(header, self.made(), name, self.table())
-            data = self.unpack(header, payload)
-        if (len(data), digest_of(data, DIGEST_BYTES)) != (header.size, header.digest):
-            raise UserError(f"{name}: restores to other bytes; fix: use the machine it was made on")
-        return data
+        torch.set_num_threads(header.threads)
+        fits(header, self.made(), name, self.table())
+        with contextlib.suppress(StreamError):  # what comes after it would be wrong, too
+            data = self.unpack(header, payload, name)
+            if (len(data), digest_of(data, DIGEST_BYTES)) == (header.size, header.digest):
+                return data
+        raise UserError(f"{name}: restores to other bytes; fix: use the machine it was made on")
 
-    def unpack(self, header: Header, payload: bytes) -> bytes:
-        """What the blocks hold and what was kept aside, together; any exception for a lie"""
-        sizes = block_sizes(header.tokens)
-        coded = [n for n, (lanes, _) in zip(sizes, header.blocks, strict=True) if lanes]
+    def unpack(self, header: Header, payload: bytes, name: str) -> bytes:
+        """What the blocks hold and what was kept aside, together; StreamError, UserError"""
+        plans = []
+        for count, (lanes, _) in zip(block_sizes(header.tokens), header.blocks, strict=True):
+            plans.append(plan_of(count, lanes, self.cfg.window) if lanes else None)
+        coded = [plan for plan in plans if plan]
+        for plan in coded:
+            self.require_room(plan, name)
         reader = Reader(payload)
         parts = []
-        with self.rt.bar_of("restoring", sum(coded)):
-            for count, (lanes, size) in zip(sizes, header.blocks, strict=True):
+        left = header.size
+        with self.rt.bar_of("restoring", sum(plan.targets for plan in coded)):
+            for plan, (_, size) in zip(plans, header.blocks, strict=True):
                 part = reader.take(size)
-                parts.append(self.decode(part, count, lanes) if lanes else part)
+                parts.append(self.decode(part, plan) if plan else part)
+                left -= len(parts[-1])
+                if left < 0:
+                    raise StreamError("more bytes than the file has")
         data = b"".join(parts)
-        aside = payload[reader.place :]
-        return put_back(data, aside, header.size) if aside else data
+        if aside := payload[reader.place :]:
+            with parsing(name):
+                data = put_back(data, aside, header.size)
+        return data
 
-    def decode(self, words: bytes, count: int, lanes: int) -> bytes:
-        """The text of a block of `count` tokens; `words` where no coder can have made them"""
-        plan = plan_of(count, lanes, self.cfg.window)
-        with contextlib.suppress(train_gpt.StreamError):
-            body = plan.side_bytes() + words
-            text = train_gpt.decode(self.model, self.rt, self.cfg, body, plan).text
-            return self.text(text[text != BOS])
-        return words
+    def decode(self, words: bytes, plan: CodingPlan) -> bytes:
+        """The text of a block; StreamError where no coder can have made the words"""
+        body = plan.side_bytes() + words
+        text = train_gpt.decode(self.model, self.rt, self.cfg, body, plan).text
+        return self.text(text[text != BOS])
+
+    def check(self, packed: bytes, data: bytes, name: str) -> None:
+        """UserError unless it restores here to the bytes of the file of that name."""
+        reason = "other bytes"
+        try:
+            if self.restore(packed) == data:
+                return
+        except LackOfMemory:
+            raise
+        except UserError as error:
+            reason = str(error).partition("; fix: ")[0]
+        fix = "OMP_NUM_THREADS=1, or another machine"
+        raise UserError(f"{name}: does not restore here ({reason}); nothing is written; fix: {fix}")
 
     def table(self) -> dict[str, Any]:
         """Fingerprint -> what it stands for, as kept beside the artifact; empty where nothing that
@@ -483,6 +560,18 @@ class Compressor:
 
 def table_of(artifact: Path) -> Path:
     return artifact.with_name(f"{artifact.name}.made.json")
+
+
+def require_readable(header: Header, payload: bytes) -> None:
+    """UserError for a header that a restore would refuse."""
+    try:
+        if Header.parse(header.pack() + payload) == (header, payload):
+            return
+        reason = "it says something else"
+    except ValueError as error:
+        reason = str(error)
+    fix = "report it, with the command"
+    raise UserError(f"its header cannot be read again ({reason}); nothing is written; fix: {fix}")
 
 
 # -----------------------------------------------------------------------------
@@ -543,29 +632,49 @@ def check_target(path: Path) -> None:
         raise exists(path)
     try:
         with endings.held():
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             os.unlink(path)
     except FileExistsError:
         raise exists(path) from None
     except OSError as error:
-        fix = "--output a name in a folder that can be written"
-        raise UserError(f"{path}: {error.strerror}; fix: {fix}") from None
+        raise unwritable(path, error) from None
 
 
-def place(path: Path, data: bytes) -> None:
-    """Write a new file, whole or not at all; UserError if there is one."""
-    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+def place(path: Path, data: bytes, mode: int) -> None:
+    """Write a new file with these rights, to the disk, whole or not at all; UserError if there is
+    one."""
+    remove_stale(path)
+    partial = path.with_name(f".{mark_of(path)}{secrets.token_hex(8)}.partial")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "xb", opener=lambda name, how: os.open(name, how, 0o600)) as file:
             file.write(data)
+            file.flush()
+            with contextlib.suppress(OSError):  # a disk without rights
+                os.fchmod(file.fileno(), mode & 0o777)
+            os.fsync(file.fileno())
         with endings.held():
             give_name(partial, path)
+        flush_folder(path)
     except FileExistsError:
         raise exists(path) from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; fix: make room there") from None
+        raise unwritable(path, error) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def mark_of(path: Path) -> str:
+    """Of a file's partial ones, by which a later run knows them."""
+    return f"{train_gpt.sha256(os.fsencode(path.name))[:16]}_"
+
+
+def remove_stale(path: Path) -> None:
+    """What kills and power cuts left of earlier runs that were to write this file."""
+    for old in path.parent.glob(f".{mark_of(path)}*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.lstat().st_mtime > STALE_SECONDS:
+                old.unlink()
 
 
 def give_name(partial: Path, path: Path) -> None:
@@ -575,22 +684,69 @@ def give_name(partial: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a disk without hard links
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(partial, path)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        try:
+            os.replace(partial, path)
+        except OSError:
+            os.unlink(path)
+            raise
 
 
-def read_regular(path: Path, memory: int) -> bytes:
-    """A regular file; UserError for anything else, which may have no end, and for one with more
-    than a `memory`th of the bytes free here."""
+def flush_folder(path: Path) -> None:
+    """A power cut leaves the new file its name. OSError where the disk fails, and no file then."""
+    try:
+        train_gpt.flush_to_disk(path.parent)
+    except OSError as error:
+        if error.errno not in NEVER_FLUSHED:
+            path.unlink(missing_ok=True)
+            raise
+
+
+class Source(NamedTuple):
+    """A file as it was read."""
+
+    data: bytes
+    status: os.stat_result
+
+
+def same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """The same, and not written to in between."""
+    return all(getattr(one, name) == getattr(other, name) for name in IDENTITY)
+
+
+def read_source(path: Path, memory: int) -> Source:
+    """A regular file; UserError for anything else, which may have no end, for one that changes
+    meanwhile, and where `memory` bytes for each of its bytes are not free."""
     with open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())  # of a FIFO, too: it was opened without waiting
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: not a regular file; fix: copy what it holds to one")
-        most = free_memory() // memory
-        if status.st_size > most:
-            size = f"{status.st_size:,} bytes, {most:,} fit the memory free here"
-            raise UserError(f"{path}: {size}; fix: in parts, or a machine with more")
-        return file.read(status.st_size + 1)
+        size = status.st_size
+        train_gpt.require_memory(size * memory, f"{path}: a file of {size:,} bytes")
+        data = file.read(size + 1)
+        if len(data) != size or not same_file(status, os.fstat(file.fileno())):
+            reason = "changes while it is read, or its size is not what it holds"
+            raise UserError(f"{path}: {reason}; fix: give a copy of it")
+    return Source(data, status)
+
+
+def require_same(path: Path, status: os.stat_result) -> None:
+    """UserError for a file that was written to or replaced since it was read. One that is gone is
+    no fault: what was made of it is all that is left."""
+    with contextlib.suppress(FileNotFoundError):
+        if not same_file(status, os.stat(path)):
+            raise changed(path)
+
+
+def changed(path: Path) -> UserError:
+    reason = "changed since it was read; nothing is written"
+    return UserError(f"{path}: {reason}; fix: run it again, and let nobody write to it")
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "make room there" if full else "--output a name in a folder that can be written"
+    return UserError(f"{path}: {error.strerror}; fix: {fix}")
 
 
 def exists(path: Path) -> UserError:
@@ -611,39 +767,55 @@ def others(data: bytes) -> dict[str, int]:
 
 def compress_file(options: argparse.Namespace) -> None:
     """FILE -> FILE.pgz, and the figures."""
-    target = options.output or Path(f"{options.file}{SUFFIX}")
-    data = read_regular(options.file, CODING_MEMORY)
+    path = options.file
+    target = options.output or Path(f"{path}{SUFFIX}")
+    data, status = read_source(path, CODING_MEMORY)
     check_target(target)
+    require_device(options.device, f"--device {options.device}", "--device cpu")
     compressor = Compressor(options.artifact, options.tokenizer, options.device)
     after = ", then as long to check it" if options.check else ""
     packed = compressor.compress(data, options.lanes, after)
-    began = time.perf_counter()
-    if options.check and compressor.restore(packed.data, str(target)) != data:
-        raise UserError(f"{target}: does not restore to {options.file}; nothing is written")
     speed = f"{packed.tokens / packed.seconds:,.0f} tokens/s"
-    speed += (
-        f", restored in {time.perf_counter() - began:.1f} s" if options.check else ", unchecked"
-    )
-    place(target, packed.data)
-    compressor.remember()
-    endings.say(f"{options.file} -> {target}: {len(data):,} bytes in {packed.tokens:,} tokens")
+    began = time.perf_counter()
+    if options.check:
+        compressor.check(packed.data, data, str(path))
+    took = time.perf_counter() - began
+    speed += f", restored in {took:.1f} s" if options.check else ", unchecked"
+    compressor.require_unchanged()
+    require_same(path, status)
+    place(target, packed.data, status.st_mode)
+    tokens = f"{packed.tokens:,} tokens"
+    endings.say(printable(f"{path} -> {target}: {len(data):,} bytes in {tokens}"))
     endings.say(figures("pgz", len(packed.data), len(data), speed))
-    for name, size in endings.in_thread(lambda: others(data)).items():
-        endings.say(figures(name, size, len(data)))
+    try:
+        finish(compressor, data)
+    except Exception as error:  # the file is in place, whatever comes of the rest
+        reason = f"{type(error).__name__}: {error}"
+        endings.say(printable(f"note: {target} is written; then {reason}"), sys.stderr)
+
+
+def finish(compressor: Compressor, data: bytes) -> None:
+    """What is of use once a file is in place: words for later restores, others' figures."""
+    compressor.remember()
+    if len(data) <= MOST_COMPARED:
+        for name, size in endings.in_thread(lambda: others(data)).items():
+            endings.say(figures(name, size, len(data)))
     endings.say(f"apart, known to both sides: artifact and tokenizer, {compressor.known:,} bytes")
 
 
 def restore_file(options: argparse.Namespace) -> None:
     """FILE.pgz -> FILE."""
-    path, target = options.file, options.output or options.file.with_suffix("")
+    path = options.file
     if path.suffix != SUFFIX and not options.output:
         raise UserError(f"{path}: its name does not end with {SUFFIX}; fix: give --output")
-    packed = read_regular(path, CONTAINER_MEMORY)
+    target = options.output or path.with_suffix("")
+    packed, status = read_source(path, CONTAINER_MEMORY)
     check_target(target)
     device = device_of(packed, str(path))
+    require_device(device, f"{path}: made on {device}", "restore it where there is one")
     data = Compressor(options.artifact, options.tokenizer, device).restore(packed, str(path))
-    place(target, data)
-    endings.say(f"{path} -> {target}: {len(data):,} bytes")
+    place(target, data, status.st_mode)
+    endings.say(printable(f"{path} -> {target}: {len(data):,} bytes"))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -657,10 +829,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", type=Path, help="default: tokenizer.model beside the artifact")
     add("--restore", action="store_true", help="write the file that a .pgz was made from")
     add("--output", type=Path, help="default: FILE.pgz, or FILE without it; never overwritten")
-    add("--check", action=argparse.BooleanOptionalAction, default=True, help="restore it first")
-    add("--lanes", type=int, default=0, help="pieces coded side by side; default: by the length")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="to compress on; a restore's too")
+    add("--check", action=argparse.BooleanOptionalAction, help="restore it first; default: it is")
+    add("--lanes", type=int, help="pieces coded side by side; default: by the length")
+    add("--device", choices=DEVICES, help="to compress and restore on; default: cpu")
     options = parser.parse_args(arguments)
+    own = {"--[no-]check": options.check, "--lanes": options.lanes, "--device": options.device}
+    given = ", ".join(name for name, value in own.items() if value is not None)
+    if options.restore and given:
+        parser.error(f"{given}: of no use to --restore, which follows FILE; fix: leave it out")
+    options.check = options.check is not False
+    options.lanes = options.lanes or 0
+    options.device = options.device or DEVICES[0]
     if not 0 <= options.lanes <= MOST_LANES:
         parser.error(
             f"--lanes {options.lanes}: give 1 to {MOST_LANES}, or 0 to choose by the length"
@@ -668,16 +847,27 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Python and numpy say it by MemoryError, torch by its own or in words."""
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or bool(re.search("allocate memory|out of memory", str(error)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one line on what is wrong; nothing is written then."""
     options = parse_arguments(arguments)
     try:
         (restore_file if options.restore else compress_file)(options)
-    except (UserError, DataError, OSError, MemoryError) as error:
-        what = str(error) or "not enough memory; fix: in parts, or a machine with more"
-        endings.say(f"error: {printable(what)}", sys.stderr)
-        return 2
-    return 0
+    except (UserError, DataError, OSError) as error:
+        what = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        what = f"{options.file}: not enough memory; fix: in parts, or a machine with more"
+    else:
+        return 0
+    endings.say(f"error: {printable(what)}", sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

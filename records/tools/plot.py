@@ -15,7 +15,6 @@ import contextlib
 import io
 import math
 import os
-import signal
 import statistics
 import sys
 from collections import Counter
@@ -25,9 +24,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import checkout  # noqa: F401  (puts train_gpt and data/ on the path)
+
+import endings
+
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # while the imports take their seconds
-        signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
+    endings.begin()  # the imports take seconds
 
 import numpy as np
 from run_folder import (
@@ -42,7 +44,6 @@ from run_folder import (
     who_has_what,
 )
 
-import endings
 from train_gpt import (
     CAP_BYTES,
     PER_RUN,

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+import endings
+import train_gpt
+
 RECORDS = ROOT / "records"
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "data/sample")]
-import endings  # noqa: E402
-import train_gpt  # noqa: E402
-
 MOST_BLOCKS_BYTES = 2**26  # 64 bytes for 1,024 targets each
 MOST_MEMBERS = 64
 DIRECTORY_ENTRY = b"PK\x01\x02"  # begins each of a zip's list of members

@@ -20,21 +20,21 @@ import argparse
 import contextlib
 import os
 import re
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
-    for number in (signal.SIGINT, signal.SIGTERM):  # while the imports take their seconds
-        signal.signal(number, lambda n, _: os._exit(os.write(2, b"interrupted\n") and 128 + n))
-
-import numpy as np
-import run_folder  # noqa: F401  (puts train_gpt and data/ on the path)
+import checkout  # noqa: F401  (puts train_gpt and data/ on the path)
 
 import endings
+
+if __name__ == "__main__":  # long spins of idle threads slow a shared CPU
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it at load
+    endings.begin()  # the imports take seconds
+
+import numpy as np
+
 import train_gpt
 from prepare_text import DataError, load_tokenizer
 from train_gpt import CodingPlan, Config, LaneStep, UserError, printable

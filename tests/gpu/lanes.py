@@ -65,15 +65,15 @@ def lanes(job):
         for name, how in (("compiled, masked", train_gpt.Runtime), ("eager, masked", Eager)):
             with mock.patch.object(train_gpt, "varlen_attention", lambda device: None):
                 other = job.seconds(lambda h=how: lane_scorer(model, h(cfg), count, cfg))
-            step = timed(job, name, *other, columns)
+            masked = timed(job, name, *other, columns)
             if how is train_gpt.Runtime:
-                apart(job, "split, masked", other[1], columns, step)
+                apart(job, "split, masked", other[1], columns, masked)
             del other
         learning(job, model, replace(cfg, lane_ttt=True), count, step)
 
 
 def learning(job, model, cfg, count, before):
-    """Steps of which every 16th teaches; before: seconds of one, by the masked scorer."""
+    """Steps of which every 16th teaches; before: seconds of one that does not."""
     made = job.seconds(lambda: lane_scorer(model, train_gpt.Runtime(cfg), count, cfg))
     every = cfg.lane_ttt_every
     columns = steady_columns(count, cfg, 2 * every)

@@ -697,7 +697,7 @@ class Worker:
         self.seed, self.known, self.watching, self.seen = seed, {}, False, ""
         self.original = {name: Path(kind.file).read_bytes() for name, kind in KINDS.items()}
         os.environ["DATA_PATH"] = str(folder / "set")
-        train_gpt.available_memory = compress.free_memory = lambda: MEMORY
+        train_gpt.available_memory = lambda: MEMORY
         prepare_text.free_memory = lambda: MEMORY // 5  # which it may fill with text
         train_gpt.close_run = lambda rt: None  # draws a picture, in a process
         os.fsync = lambda file: None  # no power is cut here

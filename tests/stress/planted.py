@@ -952,6 +952,26 @@ VERIFY = [
         tool("verify", "require(found.mass_error <= train_gpt.MASS_LIMIT,", "require(True,"),
     ),
     Fault(
+        "other_settings",
+        "a log may tell of other settings than those that are proved",
+        "test_verify.py -k log_of_other",
+        tool(
+            "verify",
+            'require(here == there, f"{name} is {there[:60]}',
+            'require(True, f"{name} is {there[:60]}',
+        ),
+    ),
+    Fault(
+        "other_orders",
+        "a submission may tell of another mixture than is decoded",
+        "test_verify.py -k log_of_other",
+        tool(
+            "verify",
+            'require(there == here, f"{name} is {there} in',
+            'require(True, f"{name} is {there} in',
+        ),
+    ),
+    Fault(
         "other_code",
         "a folder with other code is proved",
         "test_verify.py -k changed_code",

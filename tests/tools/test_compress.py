@@ -1,5 +1,6 @@
 """records/tools/compress.py: every byte comes back, from what was written and from nothing else."""
 
+import errno
 import hashlib
 import io
 import json
@@ -7,6 +8,7 @@ import lzma
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -229,16 +231,19 @@ HEADERS = st.builds(
     st.binary(min_size=16, max_size=16),
     st.integers(1, 1024),
     st.sampled_from(compress.DEVICES),
-    st.integers(1 << 24, 1 << 32),
-    st.integers(1, 1 << 24),
-    st.tuples(st.tuples(st.just(0) | st.integers(1, 4096), st.integers(0, 1 << 28))),
+    st.integers(1 << 24, 1 << 35),
+    st.integers(1, 1 << 35),
+    st.lists(
+        st.tuples(st.just(0) | st.integers(1, 4096), st.integers(0, 1 << 32)),
+        min_size=1,
+        max_size=9,
+    ).map(tuple),
 )
 
 
 @given(HEADERS)
 def test_a_header_is_small_whatever_the_file(header):
-    """To 4 GiB in one block, that is."""
-    assert len(compress.seal(header, b"")) <= 64
+    assert len(compress.seal(header, b"")) <= 64 + 7 * (len(header.blocks) - 1)
 
 
 @given(HEADERS, st.binary(max_size=40), st.integers(0, 50), st.integers(0, 40))
@@ -270,6 +275,94 @@ def test_header_says_what_a_restore_needs(compressor):
     assert made["code"] == hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
     assert '"lane_ttt_lr"' in made["settings"]
     assert sum(size for _, size in header.blocks) == len(blocks)
+
+
+def test_what_coded_is_what_was_read(artifacts, tmp_path, monkeypatch):
+    """The header names the bytes that are at work, whatever lies in their place meanwhile."""
+    folder = tmp_path / "own"
+    tokenizer = artifacts["lossless"].with_name("tokenizer.model")
+    with cores(1):
+        compressor = compress.Compressor(artifact_of(folder, tokenizer.read_bytes()))
+    before = compressor.made()
+    for path in (compressor.artifact, compressor.tokenizer):
+        path.write_bytes(b"another")
+    monkeypatch.setattr(train_gpt, "CODE", compressor.artifact)
+    assert compressor.made() == before and compressor.known > 1000
+    packed = compressor.compress(b"some text")
+    assert packed.header.made == compress.fingerprint_of(before)
+    assert compressor.restore(packed.data) == b"some text"
+
+
+@pytest.mark.parametrize("what", ["artifact.bin", "tokenizer.model"])
+def test_each_file_is_read_once(artifacts, tmp_path, monkeypatch, what):
+    """What is loaded and what is hashed cannot differ."""
+    folder = tmp_path / "own"
+    artifact = artifact_of(folder, artifacts["lossless"].with_name("tokenizer.model").read_bytes())
+    whole = hashlib.sha256((folder / what).read_bytes()).hexdigest()
+    read = compress.read_source
+
+    def read_and_replace(path, memory):
+        source = read(path, memory)
+        if path == folder / what:
+            path.write_bytes(b"another")
+        return source
+
+    monkeypatch.setattr(compress, "read_source", read_and_replace)
+    with cores(1):
+        compressor = compress.Compressor(artifact)
+    assert compressor.made()[what.partition(".")[0]] == whole
+
+
+@pytest.mark.parametrize("what", ["artifact.bin", "tokenizer.model"])
+@pytest.mark.parametrize("how", ["changed", "removed"])
+def test_nothing_is_packed_for_files_that_are_gone(
+    command, artifacts, tmp_path, monkeypatch, what, how
+):
+    """A restore would look for them where they were."""
+    folder = tmp_path / "own"
+    artifact = artifact_of(folder, artifacts["lossless"].with_name("tokenizer.model").read_bytes())
+    (tmp_path / "a").write_bytes(b"text")
+    code = compress.Compressor.code
+
+    def slowly(self, *arguments):
+        (folder / what).write_bytes(b"x") if how == "changed" else (folder / what).unlink()
+        return code(self, *arguments)
+
+    monkeypatch.setattr(compress.Compressor, "code", slowly)
+    status, out, err = command("a", artifact=artifact)
+    told = f"{folder / what}: changed since it was read; nothing is written; fix: "
+    assert (status, out) == (2, "") and err.startswith(f"error: {told}")
+    assert names(tmp_path) == ["a", "own"]
+
+
+def test_a_header_that_cannot_be_read_is_not_written(compressor, monkeypatch):
+    """As of more threads than a restore would believe: it is found while the file is there."""
+    monkeypatch.setattr(compress, "THREADS", 1)
+    torch.set_num_threads(2)
+    with pytest.raises(compress.UserError, match="2 threads.*nothing is written; fix: ") as refused:
+        compressor.compress(b"text")
+    assert "damaged" not in str(refused.value)
+
+
+def test_no_more_threads_than_a_header_tells(artifacts, monkeypatch):
+    monkeypatch.setattr(compress, "THREADS", 1)
+    monkeypatch.setattr(train_gpt, "choose_threads", lambda _: (2, "cores"))
+    compress.Compressor(artifacts["lossless"])
+    assert torch.get_num_threads() == 1
+
+
+def test_a_tokenizer_is_built_once_for_all_fragments(compressor, monkeypatch):
+    built = []
+    kind = prepare_text.sentencepiece.SentencePieceProcessor
+
+    def build(**how):
+        built.append(how)
+        return kind(**how)
+
+    monkeypatch.setattr(prepare_text.sentencepiece, "SentencePieceProcessor", build)
+    data = b"text \xff" * 50
+    tokens, held = compress.tokenise(compressor.spelt, data)
+    assert compressor.text(tokens) == data and held.all() and len(built) <= 1
 
 
 def test_the_same_bytes_twice(compressor):
@@ -308,9 +401,21 @@ def test_sealed_containers_that_say_anything(body):
     try:
         header, payload = compress.open_container(packed, "x")
     except compress.UserError as error:
-        assert str(error).startswith("x: damaged (")
+        assert str(error).startswith(("x: damaged (", "x: a file of "))
         return
     assert body.endswith(payload) and header.tokens <= header.size
+
+
+def test_a_container_cut_within_its_beginning(compressor):
+    for packed in (b"PGZ", b"PGZ\x02abc", b"PGZ\x02abcdefg"):
+        with pytest.raises(compress.UserError, match=f"cut off after {len(packed)} bytes"):
+            compressor.restore(packed, "x")
+
+
+@pytest.mark.parametrize("packed", [b"", b"P", b"text", b"pgz\x02abcdefghijk"])
+def test_another_beginning_is_none_of_ours(compressor, packed):
+    with pytest.raises(compress.UserError, match="no .pgz, it does not begin with PGZ"):
+        compressor.restore(packed, "x")
 
 
 def test_another_container_is_refused(compressor):
@@ -487,15 +592,104 @@ def test_other_arithmetic_is_noticed(artifacts, data):
         compressor.restore(packed)
 
 
-def test_words_that_no_coder_makes_are_noticed(compressor, monkeypatch):
-    """On a machine of other arithmetic the decoder itself may give up."""
+@pytest.mark.parametrize("how", ["no words", "too long"])
+def test_words_that_no_coder_makes_are_noticed(compressor, monkeypatch, how):
+    """On a machine of other arithmetic the decoder itself may give up: no block after that is
+    decoded."""
+    decoded = []
 
-    def decode(*_):
-        raise train_gpt.StreamError("words of another text")
+    def decode(*arguments):
+        decoded.append(arguments)
+        if how == "no words":
+            raise train_gpt.StreamError("words of another text")
+        return train_gpt.Coded(np.full(700, 5, np.uint16), 700, 0.0, 0.0, 0.0)
 
-    packed = compressor.compress(b"\xfe" * 300)
+    monkeypatch.setattr(compress, "BLOCK_TOKENS", 200)
+    packed = compressor.compress(b"\xfe" * 600)
+    assert [lanes > 0 for lanes, _ in packed.header.blocks] == [True] * 3
     monkeypatch.setattr(train_gpt, "decode", decode)
     with pytest.raises(compress.UserError, match="restores to other bytes"):
+        compressor.restore(packed.data)
+    assert len(decoded) == 1
+
+
+# What is no fault of the file
+
+LACKS = {
+    "Python's": lambda: MemoryError(),
+    "numpy's": lambda: MemoryError("Unable to allocate 8.00 EiB for an array"),
+    "torch's, on a CPU": lambda: RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: can't allocate memory: you tried"
+        " to allocate 8 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "torch's, on a GPU": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+}
+
+
+@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("name", LACKS)
+def test_lack_of_memory_is_said_as_such(command, tmp_path, monkeypatch, name, restore):
+    (tmp_path / "a").write_bytes(b"\xfe" * 300)
+    assert command("a")[0] == 0
+    (tmp_path / "a" if restore else tmp_path / "a.pgz").unlink()
+    before = names(tmp_path)
+
+    def lack(*_, **__):
+        raise LACKS[name]()
+
+    monkeypatch.setattr(train_gpt, "decode", lack)  # of the check, too
+    status, out, err = command(*(["--restore", "a.pgz"] if restore else ["a"]))
+    told = f"error: {'a.pgz' if restore else 'a'}: not enough memory; fix: in parts, or"
+    assert (status, out) == (2, "") and err.startswith(told) and err.count("\n") == 1
+    assert names(tmp_path) == before
+
+
+def test_memory_that_torch_has_not_is_known_by_its_words():
+    """And by those that it has today."""
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert compress.lacks_memory(failed.value)
+    assert not compress.lacks_memory(RuntimeError("shapes do not match"))
+
+
+@pytest.mark.parametrize("where", ["decode", "put_back", "fits", "open_container"])
+def test_a_fault_of_the_program_blames_no_file(compressors, monkeypatch, where):
+    packed = compressors["without bytes"].compress(SOURCE_CODE.encode()[:600] + b"\xff").data
+
+    def fault(*_, **__):
+        raise TypeError("a mistake")
+
+    target = train_gpt if where == "decode" else compress
+    monkeypatch.setattr(target, where, fault)
+    with pytest.raises(TypeError, match="a mistake"):
+        compressors["without bytes"].restore(packed)
+
+
+def test_a_file_that_does_not_fit_here_is_not_called_damaged(compressor, monkeypatch):
+    data = b"\xfe" * 800
+    packed = compressor.compress(data).data
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: 8 * len(data) - 1)
+    with pytest.raises(compress.LackOfMemory, match="x: a file of 800 bytes: .* are free; fix: "):
+        compressor.restore(packed, "x")
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: 8 * len(data))
+    with pytest.raises(compress.LackOfMemory, match="x: [0-9]+ tokens in [0-9]+ lanes: "):
+        compressor.restore(packed, "x")
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: None)  # nobody says how much
+    assert compressor.restore(packed, "x") == data
+
+
+def test_all_blocks_must_fit_before_one_is_decoded(compressor, monkeypatch):
+    monkeypatch.setattr(compress, "BLOCK_TOKENS", 300)
+    packed = compressor.compress(b"\xfe" * 390)
+    assert all(lanes for lanes, _ in packed.header.blocks)
+
+    def require(plan, name):
+        if plan.targets < 100:
+            raise compress.LackOfMemory(name)
+
+    monkeypatch.setattr(compressor, "require_room", require)
+    monkeypatch.setattr(train_gpt, "decode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(compress.LackOfMemory):
         compressor.restore(packed.data)
 
 
@@ -577,12 +771,209 @@ def test_existing_files_stay(command, tmp_path, monkeypatch, restore, late):
     assert old.read_bytes() == before and names(tmp_path) == ["a", "a.pgz"]
 
 
-def test_failed_check_writes_nothing(command, tmp_path, monkeypatch):
-    (tmp_path / "a").write_bytes(b"text")
-    monkeypatch.setattr(compress.Compressor, "restore", lambda *_: b"test")
+@pytest.mark.parametrize("fault", ["arithmetic", "no words", "other bytes"])
+def test_failed_check_writes_nothing(command, tmp_path, monkeypatch, fault):
+    """It says that here and now the file does not come back, not that it is damaged."""
+    (tmp_path / "a").write_bytes(FILES["source code"])
+    decode = train_gpt.decode
+
+    def other_weights(model, *arguments):
+        with torch.no_grad():
+            model.tok_emb.mul_(1.1)
+        return decode(model, *arguments)
+
+    def no_words(*_):
+        raise train_gpt.StreamError("words of another text")
+
+    if fault == "other bytes":  # and a digest that does not tell
+        monkeypatch.setattr(compress, "digest_of", lambda data, size: bytes(size))
+        monkeypatch.setattr(compress.Compressor, "text", lambda self, tokens: b"x" * 1500)
+    else:
+        monkeypatch.setattr(train_gpt, "decode", no_words if fault == "no words" else other_weights)
     status, out, err = command("a")
-    assert (status, out) == (2, "") and "does not restore to a" in err
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: a: does not restore here (") and "damaged" not in err
+    assert "; nothing is written; fix: " in err and "machine it was made on" not in err
     assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("what", ["remember", "others"])
+def test_what_fails_behind_success_is_a_note(command, tmp_path, monkeypatch, what):
+    """The file is in place by then: no status may say otherwise."""
+
+    def fail(*_):
+        assert (tmp_path / "a.pgz").exists()
+        raise MemoryError("none left")
+
+    (tmp_path / "a").write_bytes(b"text")
+    monkeypatch.setattr(compress.Compressor if what == "remember" else compress, what, fail)
+    status, out, err = command("a")
+    assert status == 0 and out.startswith("a -> a.pgz: 4 bytes in ") and "\npgz " in out
+    assert err == "note: a.pgz is written; then MemoryError: none left\n"
+    (tmp_path / "a").unlink()
+    assert command("--restore", "a.pgz")[0] == 0 and (tmp_path / "a").read_bytes() == b"text"
+
+
+def test_large_files_are_not_shown_to_others(command, tmp_path, monkeypatch):
+    """xz -9 alone takes 700 MB and minutes."""
+    monkeypatch.setattr(compress, "MOST_COMPARED", 4)
+    (tmp_path / "a").write_bytes(b"text")
+    assert "xz -9" in command("a")[1]
+    monkeypatch.setattr(compress, "others", lambda _: pytest.fail("compared"))
+    (tmp_path / "b").write_bytes(b"texts")
+    status, out, err = command("b")
+    assert (status, err) == (0, "") and "apart" in out and "xz -9" not in out
+
+
+# On the disk
+
+
+@pytest.fixture
+def flushed(monkeypatch):
+    """Names of what os.fsync was given, and for each whether the target was there by then; set
+    `fail`: the number of the call that fails, by what errno."""
+    seen, fail = [], {}
+    fsync = os.fsync
+
+    def watch(file):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{file}"))
+        seen.append((name, os.fstat(file).st_size, os.path.exists("a.pgz")))
+        if len(seen) - 1 in fail:
+            raise OSError(fail[len(seen) - 1], os.strerror(fail[len(seen) - 1]))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    monkeypatch.setattr(compress.Compressor, "remember", lambda _: None)
+    return seen, fail
+
+
+def test_a_power_cut_loses_nothing_that_was_said_to_be_written(command, tmp_path, flushed):
+    """Content first, then name, then folder."""
+    seen, _ = flushed
+    (tmp_path / "a").write_bytes(b"text")
+    assert command("a")[0] == 0
+    (partial, size, there), (folder, _, named) = seen
+    assert partial.endswith(".partial") and size == (tmp_path / "a.pgz").stat().st_size
+    assert (there, folder, named) == (False, tmp_path.name, True)
+    seen.clear()
+    (tmp_path / "a").unlink()
+    assert command("--restore", "a.pgz")[0] == 0
+    assert [name for name, *_ in seen][1:] == [tmp_path.name] and seen[0][1] == 4
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "status"),
+    [(0, errno.EIO, 2), (0, errno.ENOSPC, 2), (1, errno.EIO, 2), (1, errno.EINVAL, 0)],
+)
+def test_a_disk_that_fails_leaves_no_file(command, tmp_path, flushed, call, number, status):
+    """A folder that cannot be flushed at all, as on some disks, is no failure."""
+    flushed[1][call] = number
+    (tmp_path / "a").write_bytes(b"text")
+    found, _, err = command("a")
+    assert found == status and names(tmp_path) == (["a"] if status else ["a", "a.pgz"])
+    if status:
+        fix = "make room there" if number == errno.ENOSPC else "--output a name"
+        assert err.startswith(f"error: a.pgz: {os.strerror(number)}; fix: {fix}")
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o4755])
+def test_rights_are_those_of_the_file(command, tmp_path, monkeypatch, mode):
+    """Of both; nobody else can read it before."""
+    before = []
+    written = os.fchmod
+
+    def fchmod(file, how):
+        before.append(stat.S_IMODE(os.fstat(file).st_mode))
+        written(file, how)
+
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    old = os.umask(0)
+    try:
+        (tmp_path / "a").write_bytes(b"text")
+        (tmp_path / "a").chmod(mode)
+        assert command("a")[0] == 0 and command("--restore", "a.pgz", "--output", "b")[0] == 0
+    finally:
+        os.umask(old)
+    for name in ("a.pgz", "b"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode & 0o777
+    assert before == [0o600] * 2
+
+
+def test_what_a_kill_left_is_removed(command, tmp_path):
+    """Of the same target, once nobody can be writing it."""
+    (tmp_path / "a").write_bytes(b"text")
+    left = [tmp_path / f".{compress.mark_of(tmp_path / name)}0.partial" for name in ("a.pgz", "b")]
+    young = left[0].with_name(left[0].name.replace("0.partial", "1.partial"))
+    for path in (*left, young):
+        path.write_bytes(b"half")
+    for path in left:
+        os.utime(path, (0, 0))
+    assert command("a")[0] == 0
+    assert names(tmp_path) == sorted(["a", "a.pgz", left[1].name, young.name])
+
+
+# A file that changes
+
+
+@pytest.mark.parametrize("change", [b"te", b"text and more", b"TEXT"])
+@pytest.mark.parametrize("what", ["a", "a.pgz"])
+def test_a_file_that_changes_while_it_is_read(command, tmp_path, monkeypatch, change, what):
+    (tmp_path / "a").write_bytes(b"text")
+    if what == "a.pgz":
+        assert command("a")[0] == 0
+        (tmp_path / "a").unlink()
+    os.utime(tmp_path / what, ns=(0, 0))
+    before = names(tmp_path)
+    fstat = os.fstat
+
+    def looked_at(file):
+        status = fstat(file)
+        if os.readlink(f"/proc/self/fd/{file}") == str(tmp_path / what):
+            (tmp_path / what).write_bytes(change)
+        return status
+
+    monkeypatch.setattr(os, "fstat", looked_at)
+    status, out, err = command(*(["--restore", "a.pgz"] if what == "a.pgz" else ["a"]))
+    assert (status, out) == (2, "") and names(tmp_path) == before
+    assert err.startswith(f"error: {what}: changes while it is read") and "fix: " in err
+
+
+def test_a_file_that_claims_no_size(command, tmp_path):
+    """As all of /proc: its first bytes are not taken for the whole."""
+    assert os.stat("/proc/self/status").st_size == 0
+    status, out, err = command("/proc/self/status", "--output", "b")
+    assert (status, out) == (2, "") and names(tmp_path) == []
+    assert err.startswith("error: /proc/self/status: changes while it is read, or its size is not")
+
+
+@pytest.mark.parametrize("how", ["appended", "same length", "replaced", "removed"])
+def test_a_file_that_changes_while_it_is_coded(command, tmp_path, monkeypatch, how):
+    """It would be deleted in the belief that it is packed. One that is gone is packed: nothing
+    else is left of it."""
+    file = tmp_path / "a"
+    file.write_bytes(b"text")
+    os.utime(file, ns=(0, 0))
+    code = compress.Compressor.code
+
+    def slowly(self, *arguments):
+        if how == "removed":
+            file.unlink()
+        elif how == "replaced":
+            (tmp_path / "b").write_bytes(b"text")
+            os.utime(tmp_path / "b", ns=(0, 0))
+            (tmp_path / "b").replace(file)
+        else:
+            file.write_bytes(b"text, longer" if how == "appended" else b"TEXT")
+        return code(self, *arguments)
+
+    monkeypatch.setattr(compress.Compressor, "code", slowly)
+    status, out, err = command("a")
+    if how == "removed":
+        assert status == 0 and command("--restore", "a.pgz")[0] == 0
+        assert file.read_bytes() == b"text"
+        return
+    assert (status, out) == (2, "") and names(tmp_path) == ["a"]
+    assert err.startswith("error: a: changed since it was read; nothing is written; fix: run it")
 
 
 @pytest.mark.parametrize(
@@ -591,6 +982,10 @@ def test_failed_check_writes_nothing(command, tmp_path, monkeypatch):
         (["none"], "none"),
         (["."], "directory"),
         (["--restore", "a"], "does not end with .pgz; fix: give --output"),
+        (["--restore", "."], ".: its name does not end with .pgz; fix: give --output"),
+        (["--restore", "/"], "/: its name does not end with .pgz; fix: give --output"),
+        (["--restore", "..", "--output", "x"], "directory"),
+        (["a", "--device", "cuda"], "--device cuda: torch sees no CUDA device; fix: --device cpu"),
         (["--restore", "a.pgz"], "a.pgz: damaged"),
         (["a", "--tokenizer", "none"], "No such file or directory: 'none'"),
         (["a", "--tokenizer", "a"], "--tokenizer a: not a SentencePiece model"),
@@ -602,12 +997,12 @@ def test_failed_check_writes_nothing(command, tmp_path, monkeypatch):
         (["fifo"], "fifo: not a regular file"),
         (["/dev/zero"], "/dev/zero: not a regular file"),
         (["--restore", "fifo", "--output", "x"], "fifo: not a regular file"),
-        (["sparse"], "sparse: 1,000,000,000,000 bytes, "),
-        (["--restore", "sparse", "--output", "x"], "sparse: 1,000,000,000,000 bytes, "),
+        (["sparse"], "sparse: a file of 1,000,000,000,000 bytes: 64,000,000,000,000 bytes of mem"),
+        (["--restore", "sparse", "--output", "x"], "sparse: a file of 1,000,000,000,000 bytes: "),
         (["a", "--tokenizer", "fifo"], "fifo: not a regular file"),
     ],
 )
-def test_one_line_for_what_is_wrong(command, tmp_path, arguments, message):
+def test_one_line_for_what_is_wrong(command, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "a").write_bytes(b"text")
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("nowhere")
@@ -617,10 +1012,58 @@ def test_one_line_for_what_is_wrong(command, tmp_path, arguments, message):
         (tmp_path / "a.pgz").write_bytes(b"text")
         (tmp_path / "a").unlink()
     before = names(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, out, err = command(*arguments)
     assert status == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("error: ") and message in err.replace("Is a d", "d")
     assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--device", "cpu"], "--device: of no use to --restore"),
+        (["--lanes", "0"], "--lanes: of"),
+        (["--check"], "--[no-]check: of"),
+        (["--no-check", "--lanes", "2"], "--[no-]check, --lanes: of"),
+    ],
+)
+def test_a_restore_passes_over_no_option(command, tmp_path, capsys, given, told):
+    (tmp_path / "a").write_bytes(b"text")
+    assert command("a")[0] == 0
+    (tmp_path / "a").unlink()
+    with pytest.raises(SystemExit) as left:
+        command("--restore", "a.pgz", *given)
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and f"error: {told}" in err and "fix: leave it out" in err
+    assert names(tmp_path) == ["a.pgz"]
+
+
+def test_a_container_of_another_device(command, compressor, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "a.pgz").write_bytes(hostile(compressor, device="cuda"))
+    status, out, err = command("--restore", "a.pgz")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: a.pgz: made on cuda: torch sees no CUDA device; fix: restore it")
+
+
+def test_lanes_that_do_not_fit_are_told_by_their_option(command, tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"\xfe" * 21)
+    monkeypatch.setattr(train_gpt, "lane_bytes", lambda *_: 1 << 60)
+    status, _, err = command("a", "--lanes", "7")
+    assert status == 2 and err.startswith("error: --lanes 7: 21 tokens in 7 lanes: 1,152,9")
+    assert "EVAL_LANES" not in err and "; fix: " in err
+
+
+def test_names_move_no_cursor(command, tmp_path):
+    name = "a\x1b[2Kb\n.txt"
+    (tmp_path / name).write_bytes(b"text")
+    _, out, err = command(name)
+    (tmp_path / name).unlink()
+    _, more, worse = command("--restore", f"{name}.pgz")
+    assert out.startswith("a\\x1b[2Kb\\n.txt -> a\\x1b[2Kb\\n.txt.pgz: 4 bytes")
+    assert more == "a\\x1b[2Kb\\n.txt.pgz -> a\\x1b[2Kb\\n.txt: 4 bytes\n"
+    assert err + worse == "" and (tmp_path / name).read_bytes() == b"text"
 
 
 def test_an_unwritable_output_is_found_before_any_work(command, tmp_path, monkeypatch):
@@ -651,6 +1094,10 @@ def test_a_disk_without_hard_links(command, tmp_path, monkeypatch):
     monkeypatch.setattr(compress, "check_target", lambda _: None)
     assert command("--restore", "a.pgz", "--output", "a")[0] == 2
     assert (tmp_path / "a").read_bytes() == b"text"
+    monkeypatch.setattr(os, "replace", refuse)  # behind the empty file that holds the name
+    status, _, err = command("--restore", "a.pgz", "--output", "c")
+    assert status == 2 and err.startswith("error: c: Operation not permitted; fix: --output")
+    assert names(tmp_path) == ["a", "a.pgz", "b"]
 
 
 def test_the_second_measured_stretch_tells_the_time(compressor, monkeypatch, capfd):
@@ -703,8 +1150,8 @@ ONE = dict(size=9, tokens=9)
 @pytest.mark.parametrize(
     ("changes", "payload", "told"),
     [
-        (dict(size=10**13), b"", "more than the memory free"),
-        (dict(size=10**12, tokens=10**12), b"", "more than the memory free"),
+        (dict(size=10**12, tokens=10**12), b"", "cut off"),
+        (dict(size=2**62, tokens=2**62), b"\0" * 999, "cut off"),
         (dict(tokens=5), b"", "5 tokens for 0 bytes"),
         (dict(threads=0), b"", "0 threads"),
         (dict(threads=10**6), b"", "1000000 threads"),
@@ -734,6 +1181,11 @@ def test_a_container_that_lies_about_sizes(compressor, changes, payload, told):
     assert told in str(refused.value)
 
 
+def test_a_container_that_claims_more_than_the_memory(compressor):
+    with pytest.raises(compress.LackOfMemory, match="x.pgz: a file of 10,000,000,000,000 bytes: "):
+        compressor.restore(hostile(compressor, size=10**13), "x.pgz")
+
+
 def test_a_container_without_end_is_refused(compressor):
     """A thousand blocks of which none has a byte; and one that would go on, for want of words."""
     tokens = 1000 * compress.BLOCK_TOKENS
@@ -756,8 +1208,20 @@ def test_an_unknown_device_is_refused(compressor):
 
 def test_too_little_memory_for_the_counts_is_said(compressor, monkeypatch):
     monkeypatch.setattr(train_gpt, "available_memory", lambda: 99)
-    with pytest.raises(compress.UserError, match="counts of . tokens: .* fix: smaller ones"):
-        compressor.compress(b"text")
+    told = "--lanes 1: 1 tokens in 1 lanes: .* bytes of memory, 99 are free; fix: smaller ones"
+    with pytest.raises(compress.LackOfMemory, match=told):
+        compressor.compress(b"\xfe")
+
+
+def test_memory_for_counts_is_that_of_their_kind(compressor, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_gpt, "require_memory", lambda needed, *_: asked.append(needed))
+    plan = compress.plan_of(30_000, 9, compressor.cfg.window)
+    rest = train_gpt.proof_bytes(compressor.cfg, plan, 0, False)
+    for kind in (train_gpt.ContextTable, train_gpt.ContextDictionary):
+        monkeypatch.setattr(train_gpt, "context_counts", lambda *_, kind=kind: kind)
+        compressor.require_room(plan, "x")
+        assert asked.pop() == kind.TOKEN_BYTES * 30_000 + rest and not asked
 
 
 def test_no_escapes_reach_the_terminal(compressor, monkeypatch):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from helpers import ROOT, clean_environment
 TOOLS = sorted((ROOT / "records/tools").glob("*.py"))
 PROGRAMS = [*TOOLS, ROOT / "data/download_fineweb.py", ROOT / "data/prepare_text.py"]
 PROGRAMS += sorted((ROOT / "data/sample").glob("*.py"))
+COMMANDS = [path for path in PROGRAMS if path.name != "checkout.py"]
 NAMES = {path.stem for path in PROGRAMS} | {"train_gpt"}
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 LONGEST = 60  # lines of a function
@@ -49,9 +51,9 @@ def test_a_record_holds_one_script():
 
 
 def test_the_path_of_imports_is_edited_once():
-    """Tools reach the script by run_folder.py, so no file is loaded under two names."""
+    """Tools reach the script by checkout.py, so no file is loaded under two names."""
     edits = {path.name for path in PROGRAMS if "sys.path" in path.read_text(encoding="utf-8")}
-    assert edits == {"run_folder.py", "prepare.py"}
+    assert edits == {"checkout.py", "prepare.py"}
     by_string = re.compile(r"^(?:from|import) (?:runpy|records)\b|^\s+import_module", re.MULTILINE)
     for path in [*PROGRAMS, *TESTS]:
         assert not by_string.search(path.read_text(encoding="utf-8")), path.name
@@ -92,7 +94,35 @@ def test_rules_of_the_programs(path):
             assert all(argument.annotation for argument in given), f"{place}: no types"
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_signals_are_heard_in_one_way():
+    """That of endings.py, which keeps to what the caller ignores; experiments.py must end runs."""
+    own = {path.name for path in PROGRAMS if "signal.signal(" in path.read_text(encoding="utf-8")}
+    assert own == {"experiments.py"}
+
+
+@pytest.mark.parametrize(("number", "ignored"), [(signal.SIGHUP, False), (signal.SIGINT, True)])
+@pytest.mark.parametrize("name", ["as_written", "compress", "plot", "sample"])
+def test_a_signal_while_it_loads(name, number, ignored):
+    """One line; none where the caller ignores it, as nohup and a shell's background do."""
+    command = [sys.executable, "-v", ROOT / f"records/tools/{name}.py", "--help"]
+    how = signal.SIG_IGN if ignored else signal.SIG_DFL
+    running = subprocess.Popen(
+        command,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, how),
+    )
+    next(line for line in running.stderr if "import 'torch" in line)
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == (0 if ignored else 128 + number)
+    assert out.startswith("usage: ") == ignored and "Traceback" not in err
+    assert (err.splitlines()[-1] == "interrupted") != ignored
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
 def test_help_from_anywhere(path, tmp_path):
     """As a process of its own: what the tests put on the path of imports does not help it."""
     command = [sys.executable, path, "--help"]
