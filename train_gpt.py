@@ -6840,7 +6840,9 @@ def plan_proof(
         given = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in environ.items())
         command = f"{given} CODEC_TOKENS=-1 python {shlex.quote(str(rt.folder / 'train_gpt.py'))}"
         memory = proof_bytes(cfg, plan, plan.targets, rt.cuda) / 1e9
-        needs = f"about {whole_seconds / 60:.0f} minutes and {memory:.1f} GB on one machine like this"
+        needs = (
+            f"about {whole_seconds / 60:.0f} minutes and {memory:.1f} GB on one machine like this"
+        )
         rt.log("note", f"to prove all tokens, {needs}: {command}")
     return plan._replace(targets=targets)
 

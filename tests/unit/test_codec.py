@@ -680,6 +680,26 @@ def test_how_much_is_proved(tokens, minutes, pace, wanted, monkeypatch, tmp_path
         assert f"about {5000 * 2.6 * pace / 60:.0f} minutes" in note
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=20),
+    lanes=st.integers(1, 6),
+    piece=st.sampled_from([0, 7, 13]),
+    ahead=st.integers(0, 4),
+    share=st.floats(0, 1),
+)
+def test_steps_are_those_of_the_schedule(sizes, lanes, piece, ahead, share):
+    """Of all targets and of the first ones."""
+    stream = np.append(documents(*sizes), np.uint16(5))
+    cfg = tiny(eval_lanes=lanes, eval_piece_tokens=piece, eval_longest_first=ahead)
+    plan = CodingPlan.of(stream, cfg, 1)
+    times = train_gpt.LaneSchedule(stream, plan).order(stream).schedule[0][-plan.targets :]
+    first = max(1, round(share * plan.targets))
+    for targets in (plan.targets, first):
+        steps = train_gpt.count_steps(stream, plan._replace(targets=targets))
+        assert steps == times[targets - 1]
+
+
 def test_the_pace_of_coding_is_measured():
     """Of steps behind the warm-up; a text of fewer takes no time worth telling."""
     cfg = tiny(**SMALL)
@@ -688,7 +708,7 @@ def test_the_pace_of_coding_is_measured():
     pace = train_gpt.coding_pace(model_of(cfg), rt, cfg, stream, plan)
     began = time.perf_counter()
     encode(model_of(cfg), rt, cfg, stream, plan)
-    spent = (time.perf_counter() - began) / plan.targets
+    spent = (time.perf_counter() - began) / train_gpt.count_steps(stream, plan)
     assert 0.1 * spent < pace < 10 * spent
     short = documents(9, 9, 9)
     plan = CodingPlan.of(short, cfg, 1)
