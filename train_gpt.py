@@ -4450,10 +4450,11 @@ def read_artifact(path: str | Path, content: bytes) -> tuple[Config, np.ndarray]
     """-> model configuration, payload of payload_type; ArtifactError."""
     try:
         content = content or read_regular(path, MOST_ARTIFACT_BYTES)
-        magic, version = ARTIFACT_PREFIX[:-4], content[len(ARTIFACT_PREFIX) - 4 :][:4]
-        if content.startswith(magic) and version != ARTIFACT_PREFIX[-4:]:
-            made = int.from_bytes(version, "little")
-            raise ArtifactError(f"of version {made}, made by an earlier or later train_gpt.py")
+        begins = content[: len(ARTIFACT_PREFIX)]
+        if begins != ARTIFACT_PREFIX and begins.startswith(ARTIFACT_PREFIX[:-4]):
+            unseal(begins, content)  # ValueError where it is but damaged
+            version = int.from_bytes(begins[-4:], "little")
+            raise ArtifactError(f"of version {version}, made by an earlier or later train_gpt.py")
         header, packed = unseal(ARTIFACT_PREFIX, content)
         cfg = Config(**stored_values(header["model"], MODEL_FIELDS), eval_stride=1).check()
         if not cfg.vocab_size or header != artifact_header(cfg):  # what would be written

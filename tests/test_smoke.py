@@ -107,10 +107,13 @@ def test_submission_carries_the_score(run):
     submission, line = run.submission(), run.final("ngram_exact")
     assert submission["val_bpb"] == float(line["val_bpb"])
     assert submission["val_loss"] == float(line["val_loss"])
-    sizes = [(run.folder / name).stat().st_size for name in ("train_gpt.py", "artifact.bin")]
-    assert [submission["bytes_code"], submission["bytes_total"]] == [sizes[0], sum(sizes)]
+    code, weights = (run.folder / name for name in ("train_gpt.py", "artifact.bin"))
+    packed = len(train_gpt.pack_script(code.read_bytes()))
+    sizes = dict(code=code.stat().st_size, packed=packed, weights=weights.stat().st_size)
+    total = packed + sizes["weights"]
+    assert [submission["bytes_code"], submission["bytes_total"]] == [packed, total]
     printed = run.final("artifact_bytes")
-    assert [int(printed[name]) for name in ("code", "weights")] == sizes
+    assert {name: int(printed[name]) for name in (*sizes, "total")} == sizes | dict(total=total)
     for name in ("train_gpt.py", "artifact.bin", "tokenizer.model"):
         digest = hashlib.sha256((run.folder / name).read_bytes()).hexdigest()
         assert digest in json.dumps(submission), name

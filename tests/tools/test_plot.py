@@ -420,7 +420,7 @@ def test_unfinished_runs_say_so(tmp_path, run_dir):
 @pytest.mark.parametrize(
     ("key", "values", "told"),
     [
-        ("final_artifact_bytes", dict(code=90_000, weights=15_910_001), "bytes 16,000,001, the"),
+        ("final_artifact_bytes", dict(packed=90_000, weights=15_910_001), "bytes 16,000,001, the"),
         ("final_budget", dict(train_seconds=602.5, eval_seconds=9), "train_seconds 602.5, the"),
         ("final_budget", dict(train_seconds=600.5, eval_seconds=601), "eval_seconds 601, the"),
     ],
@@ -428,7 +428,7 @@ def test_unfinished_runs_say_so(tmp_path, run_dir):
 def test_runs_over_a_cap_say_so(run_dir, tmp_path, key, values, told):
     before = on_page(run_dir)
     assert "over a cap" not in before and not any("OVER A CAP" in text for text in before)
-    values = dict(values, total=values.get("code", 0) + values.get("weights", 0))
+    values = dict(values, total=values.get("packed", 0) + values.get("weights", 0))
     other = make_run(tmp_path / "other", [*all_lines(), line(key, **values)])
     for prefix, folders in (("", [other]), ("other: ", [run_dir, other])):
         texts = on_page(*folders)

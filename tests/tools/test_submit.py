@@ -180,8 +180,9 @@ def test_layout_and_claims(made, built):
         log = (folder / f"train_seed{seed}.log").read_bytes()
         assert log == (path / "log.txt").read_bytes()
     assert found["bytes_total"] == max(part["bytes_total"] for part in parts)
-    code = (folder / "train_gpt.py").stat().st_size
-    assert found["bytes_code"] == code and found["over_cap"] is False
+    packed = (folder / train_gpt.PACKED_NAME).read_bytes()
+    assert packed == train_gpt.pack_script((folder / "train_gpt.py").read_bytes())
+    assert found["bytes_code"] == len(packed) and found["over_cap"] is False
     assert found["wallclock_seconds"] == max(part["wallclock_seconds"] for part in parts)
     assert "problems" not in found and "Not a valid" not in (folder / "README.md").read_text()
 

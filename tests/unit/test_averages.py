@@ -106,7 +106,7 @@ def test_fake_quantize_is_straight_through_and_off_at_zero():
     weight = torch.randn(5, 7, requires_grad=True)
     scale = torch.full((5, 1), 0.3)
     scale[2] = 0
-    out, direction = train_gpt.fake_quantize(weight, scale), torch.randn(5, 7)
+    out, direction = train_gpt.fake_quantize(weight, scale, 31), torch.randn(5, 7)
     (gradient,) = torch.autograd.grad((out * direction).sum(), weight)
     assert torch.equal(gradient, direction)
     rounded = (weight.detach() / 0.3).round().clamp(-31, 31) * 0.3

@@ -169,10 +169,13 @@ def test_signed_words_of_no_weights(change):
 
 
 def test_artifacts_of_earlier_versions_are_refused_by_name():
-    packed = bytearray(train_gpt.pack_artifact(WEIGHTS, CFG))
-    packed[8] = 1
+    packed = train_gpt.pack_artifact(WEIGHTS, CFG)
+    header, words = opened(packed)
+    earlier = train_gpt.seal(packed[:8] + (1).to_bytes(4, "little"), header, words)
     with pytest.raises(train_gpt.ArtifactError, match="of version 1, made by an earlier or later"):
-        train_gpt.load_artifact("a", content=bytes(packed))
+        train_gpt.load_artifact("a", content=earlier)
+    with pytest.raises(train_gpt.ArtifactError, match="sha256"):  # a flipped bit is no version
+        train_gpt.load_artifact("a", content=packed[:8] + b"\1" + packed[9:])
 
 
 # -----------------------------------------------------------------------------
