@@ -939,7 +939,7 @@ def prepare_sample(folder: str | Path) -> None:
 
 
 OPTIONAL_PACKAGES = {  # what a run lacks without them
-    "constriction": "no proof and no stream.bin, CODEC_TOKENS=0",
+    "constriction": "no proof and no stream.bin, CODEC_TOKENS=0; zstd packs for COMPRESSOR=range",
     "safetensors": "no checkpoints, CHECKPOINT_EVERY=0; a signal ends the run without one",
     "numba": "n-gram counts by torch, slower",
     "matplotlib": "no picture",
@@ -4480,7 +4480,13 @@ def load_artifact(path: str | Path, device: Any = "cpu", content: bytes = b"") -
     fp32, for sequences of any length; ArtifactError for anything wrong."""
     cfg, payload = read_artifact(path, content)
     model = GPT(cfg)
-    model.load_state_dict({name: unpack_tensor(payload[name]) for name in payload.dtype.names})
+    with np.errstate(all="ignore"):
+        weights = {name: unpack_tensor(payload[name]) for name in payload.dtype.names}
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            fix = "train or download it anew"
+            raise ArtifactError(f"{path}: {name} holds what is no number; fix: {fix}")
+    model.load_state_dict(weights)
     return model.to(device).eval().requires_grad_(False)
 
 

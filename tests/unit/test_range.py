@@ -168,6 +168,18 @@ def test_signed_words_of_no_weights(change):
             )
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("compressor", ["range", "zstd"])
+@pytest.mark.filterwarnings("error")
+def test_scales_that_are_no_numbers(value, compressor):
+    cfg = tiny(**RANGE | dict(compressor=compressor))
+    payload, _ = train_gpt.quantise(WEIGHTS, cfg)
+    payload["kv_bank"]["scale"][1, 2] = value
+    content = train_gpt.pack_payload(payload, cfg, None)
+    with pytest.raises(train_gpt.ArtifactError, match="kv_bank holds what is no number; fix"):
+        train_gpt.load_artifact("a", content=content)
+
+
 def test_artifacts_of_earlier_versions_are_refused_by_name():
     packed = train_gpt.pack_artifact(WEIGHTS, CFG)
     header, words = opened(packed)
