@@ -1385,7 +1385,7 @@ def test_dataset_on_a_full_disk(tmp_path, capsys):
 
 def test_container_on_a_full_disk(tmp_path):
     with room(100), pytest.raises(train_gpt.UserError, match="too large"):
-        compress.place(tmp_path / "a.pgz", bytes(500))
+        compress.place(tmp_path / "a.pgz", bytes(500), 0o600)
     assert os.listdir(tmp_path) == []
 
 
