@@ -2944,14 +2944,20 @@ class Context:
     """What the blocks of a forward pass share, and how a position sees the past. This one is of
     rows: B sequences of T tokens, each from its own position 0 on."""
 
-    def __init__(self, model: "GPT", ids: Tensor, adapters: Mapping[str, Tensor] | None = None):
-        """ids (B, T); adapters: bank name -> what is added to that bank."""
+    def __init__(
+        self,
+        model: "GPT",
+        ids: Tensor,
+        adapters: Mapping[str, Tensor] | None = None,
+        observe: Callable[[str, int, Tensor], None] | None = None,
+    ):
+        """ids (B, T); adapters: bank name -> what is added to that bank; observe: see linear."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         self.first = positions == 0
         self.rope = rotary_table(model.cfg, positions)
         self.weights = layer_weights(model, adapters or {})
         self.first_values: Tensor | None = None
-        self.observe: Callable[[str, int, Tensor], None] | None = None
+        self.observe = observe
 
     def linear(self, name: str, x: Tensor, layer: int = 0) -> Tensor:
         """x (..., columns) times a matrix of MATRICES or ENRICHMENT -> (..., rows). Every one of
@@ -3851,7 +3857,8 @@ def checkpoint_format() -> ModuleType:
 LARGEST = {f"int{bits}": 2 ** (bits - 1) - 1 for bits in range(4, 9)}  # -largest .. largest
 FLOATS = {"fp16": "<f2", "fp32": "<f4"}
 INT8_QUANTILE = 0.9999984  # of int8 rows, as published
-LEAST_FP16, MOST_FP16 = 2.0**-24, 65504.0
+LEAST_FP16 = 2.0**-24
+MOST_FP16 = 65504.0
 MOST_RATIO = 256  # of a payload to what it is packed in; no weights come near, zeros do
 ARTIFACT_PREFIX = b"PGOLFGPT" + (2).to_bytes(4, "little")  # magic, version
 SHA_BYTES = 32
@@ -3923,7 +3930,8 @@ HESSIANS = {  # of a tensor's matrices, in their order: the names of their input
 DAMPING = 0.01  # of the mean of H's diagonal, added to it; ten times as much until H has a root
 MOST_DAMPING = 1e6  # more than that: rounded to nearest
 MOST_WIDENING = 64.0  # of clips, for TARGET_BYTES
-FIT_ROOM, FIT_TRIES = 0.001, 6  # share of it that may be left; clips that are tried to leave less
+FIT_ROOM = 0.001  # share of what weights may take that may be left
+FIT_TRIES = 6  # clips that are tried to leave no more
 GPTQ_BLOCK = 128  # columns that are rounded before the ones behind them hear of it
 CALIBRATION_TOKENS = 16_384  # in a pass
 
@@ -3959,8 +3967,7 @@ def collect_hessians(model: GPT, rt: Runtime, cfg: Config, rows: Tensor) -> dict
 
     for ids in rows.split(max(1, CALIBRATION_TOKENS // cfg.train_seq_len)):
         ids = ids.to(rt.device)
-        context = Context(model, ids)
-        context.observe = add
+        context = Context(model, ids, observe=add)
         with rt.autocast(), rt.attention():
             add("logits", 0, model.hidden(ids, context))
     for total in sums.values():
@@ -4055,7 +4062,9 @@ def quantise(
     matrices are rounded by gptq, each by one rank (rt), and all ranks get all."""
     specs = parameter_specs(cfg)
     payload = np.zeros((), payload_type(specs))
-    kept = grown = rows = 0
+    rows = 0
+    kept = 0
+    grown = 0
     for name, spec in specs.items():
         weight = weights[name].detach()
         if spec.coding in FLOATS:
@@ -4214,10 +4223,12 @@ def range_decode(content: bytes, specs: Mapping[str, Spec]) -> np.ndarray:
         raise ArtifactError(f"no words of a range coder: {error}") from error
 
     def code(symbols: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        family = coders.model.Categorical(shares, perfect=False)
         try:
-            return coder.decode(coders.model.Categorical(shares, perfect=False), len(symbols))
+            found = coder.decode(family, len(symbols))
         except Exception as error:  # constriction's own, for words that fit no distribution
             raise ArtifactError(f"words of no weights: {error}") from error
+        return found
 
     code_payload(code, payload, specs)
     if not coder.maybe_exhausted():
@@ -4270,6 +4281,15 @@ def artifact_header(cfg: Config) -> dict[str, Any]:
     return dict(model=stored, tensors=tensors, size=kind.itemsize)
 
 
+class Fitting(NamedTuple):
+    """An artifact that is not too large."""
+
+    packed: bytes  # on rank 0
+    size: int
+    widening: float  # of all clips
+    rounding: dict[str, Any]  # values of gptq's line
+
+
 def make_artifact(
     weights: Mapping[str, Tensor],
     cfg: Config,
@@ -4284,44 +4304,34 @@ def make_artifact(
     began = time.perf_counter()
     room = cfg.target_bytes - len(pack_script(SCRIPT)) if cfg.target_bytes else sys.maxsize
     widening = 1.0
-    too_narrow, fitting = 1.0, MOST_WIDENING
-    best = b""
-    size = 0
+    too_narrow = 1.0
+    best = None
     for tries in itertools.count(1):
         clipped = widen_clips(cfg, widening)
-        payload, found = quantise(weights, clipped, hessians, rt)
+        payload, rounding = quantise(weights, clipped, hessians, rt)
         packed = pack_payload(payload, cfg, log) if rt.rank == 0 else b""
-        length = int(rt.largest(len(packed)).item())
-        if length <= room:
-            best, size, fitting, rounding, sigmas = (
-                packed,
-                length,
-                widening,
-                found,
-                clipped.clip_sigmas,
-            )
+        size = int(rt.largest(len(packed)).item())
+        if size <= room:
+            best = Fitting(packed, size, widening, rounding)
         elif widening >= MOST_WIDENING:
-            reason = f"weights of {length:,} bytes where {room:,} are left beside the script"
+            reason = f"weights of {size:,} bytes where {room:,} are left beside the script"
             raise UserError(f"TARGET_BYTES={cfg.target_bytes}: {reason}; fix: a smaller model")
         else:
             too_narrow = widening
-        if size and (fitting == 1.0 or tries >= FIT_TRIES or room - size < FIT_ROOM * room):
-            break
-        aim = nearest_bytes(weights, clipped) + room - length - FIT_ROOM / 4 * room
-        wider = find_widening(weights, cfg, aim, too_narrow, fitting)
+        if best:
+            left = room - best.size
+            if best.widening == 1.0 or tries >= FIT_TRIES or left < FIT_ROOM * room:
+                break
+        aim = nearest_bytes(weights, clipped) + room - size - FIT_ROOM / 4 * room
+        widest = best.widening if best else MOST_WIDENING
+        wider = find_widening(weights, cfg, aim, too_narrow, widest)
         widening = rt.largest(wider if rt.rank == 0 else 0.0).item()
-    if rounding:
-        log("gptq", **rounding, seconds=time.perf_counter() - began)
+    if best.rounding:
+        log("gptq", **best.rounding, seconds=time.perf_counter() - began)
     if cfg.target_bytes:
-        log(
-            "target_bytes",
-            cfg.target_bytes,
-            weights=size,
-            room=room - size,
-            clip_sigmas=sigmas,
-            tries=tries,
-        )
-    return best
+        sigmas = dict(clip_sigmas=best.widening * cfg.clip_sigmas, tries=tries)
+        log("target_bytes", cfg.target_bytes, weights=best.size, room=left, **sigmas)
+    return best.packed
 
 
 def widen_clips(cfg: Config, factor: float) -> Config:
@@ -6934,7 +6944,7 @@ class Trainer:
         self.qat_since: int | None = None  # step at which late QAT began
         self.factor = 0.0  # of the learning rates, in the last step
         self.elapsed = 0.0  # seconds of training, the slowest rank's
-        self.reserve = 0.0  # of the cap's seconds, for what comes after the last step
+        self.reserve = 0.0  # of the cap's seconds, see run
         self.signal = 0  # on any rank, as of the last agreement
         self.agreement: Callable[[], np.ndarray] | None = None  # that is under way
 
@@ -7039,9 +7049,12 @@ class Trainer:
     def done(self) -> bool:
         return self.capped or self.step >= self.cfg.iterations
 
-    def run(self, validate: Callable[[], dict[str, float]]) -> dict[str, Tensor]:
+    def run(
+        self, validate: Callable[[], dict[str, float]], reserve: float = 0.0
+    ) -> dict[str, Tensor]:
         """Train to the last step or the cap. -> averaged weights by name. A signal ends the
         process once the step is done and the checkpoint written, with status 128 + its number.
+        reserve: seconds of the cap, half of it at most, for what comes after the last step.
 
         The host launches a step while the device works on the one before: it waits for the
         previous loss, not for this one's, and for what the ranks said a step before that, unless
@@ -7050,6 +7063,7 @@ class Trainer:
         cfg = self.cfg
         rt = self.rt
         loss = Reading(torch.zeros(()))
+        self.reserve = min(reserve, cfg.max_wallclock_seconds / 2)
         self.warm_up()
         with contextlib.closing(self.batches), rt.signals():
             rt.hold_signals()
@@ -7654,12 +7668,12 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
     if cfg.resume == "auto":
         resume_training(trainer)
     overlap.log(max(1, trainer.step), OVERLAP_SECONDS)
+    reserve = 0.0
     if cfg.quant == "gptq" and cfg.max_wallclock_seconds:
         reserve = cfg.gptq_reserve_seconds or quantising_seconds(trainer, shards)
-        trainer.reserve = min(reserve, cfg.max_wallclock_seconds / 2)
-        rt.log("gptq_reserve", seconds=trainer.reserve)
+        rt.log("gptq_reserve", seconds=reserve)
     try:
-        weights = trainer.run(validate)
+        weights = trainer.run(validate, reserve)
         overlap.log(max(1, trainer.step))
     finally:  # a signal does not wait for what is left
         overlap.pool.shutdown(wait=False, cancel_futures=True)

@@ -112,7 +112,7 @@ def test_fake_quantize_is_straight_through_and_off_at_zero():
     rounded = (weight.detach() / 0.3).round().clamp(-31, 31) * 0.3
     rounded[2] = weight.detach()[2]
     torch.testing.assert_close(out.detach(), rounded, rtol=0, atol=1e-6)
-    off = train_gpt.fake_quantize(weight, torch.zeros(5, 1))
+    off = train_gpt.fake_quantize(weight, torch.zeros(5, 1), 31)
     assert torch.equal(off, weight)
 
 

@@ -206,7 +206,8 @@ def test_averaged_line_is_of_the_weights_before_quantisation(base, dataset, tmp_
 def test_pruned_artifact_of_a_run(dataset, tmp_path):
     """Code and artifact keep to TARGET_MB, and the scores are those of what is left."""
     env = SHORT | dict(DATA_PATH=str(dataset), COMPRESSOR="zstd", QUANT="lite", CLIP_SIGMAS="0")
-    total = int(run_here(tmp_path, "free", **env).final("artifact_bytes")["total"]) - 800
+    free = run_here(tmp_path, "free", **env)
+    total = int(free.final("artifact_bytes")["total"]) - 800
     env |= dict(TARGET_MB=str(total / 2**20))
     run = run_here(tmp_path, "small", **env)
     (line,) = [line for line in run.lines if line.startswith("prune ")]
@@ -215,8 +216,8 @@ def test_pruned_artifact_of_a_run(dataset, tmp_path):
     assert 0 < int(figures["pruned"]) < int(figures["candidates"])
     assert total - 800 < int(run.final("artifact_bytes")["total"]) <= total
     assert len(run.artifact) > int(figures["bytes"]) > len(run.artifact) - 5000
-    assert run.val_bpb("int6_roundtrip_exact") != base.val_bpb("int6_roundtrip_exact")
-    assert not any(line.startswith("prune") for line in base.lines)
+    assert run.val_bpb("int6_roundtrip_exact") != free.val_bpb("int6_roundtrip_exact")
+    assert not any(line.startswith("prune") for line in free.lines)
 
 
 @pytest.mark.usefixtures("no_picture")
