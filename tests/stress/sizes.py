@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers import train_gpt  # noqa: E402
 
-BITS = (4, 5, 6, 7, 8)
-STEPS = (0.25, 0.35, 0.414, 0.5, 0.65, 0.85, 1.1)  # of the grid, in standard deviations
+BITS = (4, 5, 6, 8)
+STEPS = (0.2, 0.3, 0.414, 0.55, 0.75, 1.0)  # of the grid, in standard deviations
 WAYS = {  # name -> settings
     "lite, zstd": dict(quant="lite", compressor="zstd", control_coding="fp16"),
     "lite, range": dict(quant="lite", compressor="range"),
