@@ -156,6 +156,7 @@ def test_layout_and_claims(made, built):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         *("README.md", "submission.json", "train_gpt.py", "config.env", "requirements.txt"),
+        train_gpt.PACKED_NAME,
         *(
             f"{kind}{seed}{end}"
             for seed in SEEDS
@@ -194,8 +195,8 @@ def test_settings_of_the_command(made, built):
     given = train_gpt.read_record(folder / "config.env")
     assert len(given) == len(lines)
     names = ("MODEL_DIM", "ITERATIONS", "EVAL_LANES", "SCORER", "CODEC_TOKENS", "NGRAM_MIN_COUNT")
-    for name in (*names, "QUANT_FLOOR"):
-        assert given[name] == (SMALL | dict(QUANT_FLOOR="0"))[name]
+    for name in (*names, "TARGET_BYTES"):
+        assert given[name] == (SMALL | dict(TARGET_BYTES="0"))[name]
     assert not {"SEED", "RECORD", "DATA_PATH", "LEAKY_SLOPE"} & given.keys()
     for name, text in given.items():
         assert train_gpt.parse(name, text) is not None

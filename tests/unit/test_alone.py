@@ -32,12 +32,19 @@ TINY = train_gpt.read_record(ROOT / "records/track_cpu/tiny/config.env")
 VALUES = TINY | {name: text for name, text in SHRUNK.items() if name != "RECORD"}
 VALUES |= dict(SAVE_SCORES="1")
 TTT = dict(TTT_ENABLED="1", TTT_CHUNK_TOKENS="512")
-SMALL = str((SCRIPT.stat().st_size + 130 * 1024) / 2**20)  # MiB: some weights must go
+SCRIPT_BYTES = len(train_gpt.pack_script(train_gpt.SCRIPT))
+PRUNED = dict(  # some weights must go
+    TARGET_MB=str((SCRIPT_BYTES + 130 * 1024) / 2**20),
+    COMPRESSOR="zstd",
+    QUANT="lite",
+    CLIP_SIGMAS="0",
+    EMBED_CLIP_SIGMAS="0",
+    QUANT_FLOOR="0",
+)
 OTHERS = {  # name -> variables beside VALUES
-    "all": TTT
-    | dict(TTT_USE_LORA="1", TARGET_MB=SMALL, NGRAM_MIXER="cascade", PRE_ENRICH_DIM="16"),
+    "all": TTT | PRUNED | dict(TTT_USE_LORA="1", NGRAM_MIXER="cascade", PRE_ENRICH_DIM="16"),
     "cascade_ttt": TTT | dict(NGRAM_MIXER="cascade", PRE_ENRICH_DIM="16", OVERTONE_INIT="1"),
-    "pruned_lora": TTT | dict(TTT_USE_LORA="1", TARGET_MB=SMALL),
+    "pruned_lora": TTT | PRUNED | dict(TTT_USE_LORA="1"),
 }
 SECONDS = re.compile(r"seconds$|tokens_per_s$|_ms$|^eta$")
 NEVER_ALIKE = ("config", "setting", "hardware", "note", "peak_memory_mb")
