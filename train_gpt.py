@@ -3980,7 +3980,7 @@ def collect_hessians(model: GPT, rt: Runtime, cfg: Config, rows: Tensor) -> dict
 def inverse_root(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """H (n, c, c) -> upper triangular U with U^T U = (H + damping)^-1, the identity where that has
     none; how often, int (n,), the damping had to grow."""
-    unit = torch.eye(hessian.shape[-1], device=hessian.device)
+    unit = torch.diag_embed(torch.ones_like(hessian[0, 0]))
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
     mean = mean.clamp_min(torch.finfo(torch.float32).tiny / DAMPING)
     root = unit.expand_as(hessian).clone()

@@ -74,6 +74,7 @@ RATES = {
     "mixing": Rate(0.8e-3, "s", f"{HERE}: NumPy's part of a chunk of the blend, 4,096 targets"),
     "codec": Rate(25e-6, "s", f"{HERE}: mixing and coding a target, 1,024 lanes"),
     "start": Rate(60.0, "s", "assumed: the decoder's process, until its first step"),
+    "range": Rate(1.2e7, "bytes/s", f"{HERE}: 6-bit integers"),
     "zstd": Rate(1.35e6, "bytes/s", f"{HERE}: level 22 on 6-bit integers"),
     "lzma": Rate(1.23e6, "bytes/s", f"{HERE}: 6-bit integers"),
 }

@@ -369,6 +369,7 @@ SMALLEST = 0.00005  # bpb; less shows as 0.0000
 # What differs is the model, and there is nothing to prove.
 FIXED = pairs("RECORD=tiny DEVICE=cpu NGRAM_ENABLED=0 EVAL_STRIDE=256 SAVE_SCORES=0")
 FIXED |= pairs("SCORER=sliding CODEC_TOKENS=0")
+BY_QUANTILE = "QUANT=lite CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0 COMPRESSOR=zstd"
 PUBLISHED_810 = "CLIP_QUANTILES=0.999,0.9999,0.99999,0.999999,0.9999999"
 BASELINE = Switch("baseline", "", "**baseline**", "")
 SWITCHES = [
@@ -396,13 +397,22 @@ SWITCHES = [
     Switch("swa", "off", "mean of late snapshots", "SWA_ENABLED=0"),
     Switch("ema_warmup", "off", "exponential mean that starts short", "EMA_WARMUP=0"),
     Switch("swa_of_ema", "other", "late snapshots of the exponential mean", "SWA_SOURCE=ema"),
-    Switch("floor", "on", "published floor of the int6 scales", "QUANT_FLOOR=1"),
-    Switch("per_matrix", "other", "one clip for a matrix, not for a row", "QUANT_PER=matrix"),
-    Switch("clips_810", "other", "clips of #810", f"QUANT_PER=matrix {PUBLISHED_810}"),
+    Switch("floor", "on", "published floor of the int6 scales", f"QUANT_FLOOR=1 {BY_QUANTILE}"),
+    Switch(
+        "per_matrix",
+        "other",
+        "one clip for a matrix, not for a row",
+        f"QUANT_PER=matrix {BY_QUANTILE}",
+    ),
+    Switch(
+        "clips_810", "other", "clips of #810", f"QUANT_PER=matrix {PUBLISHED_810} {BY_QUANTILE}"
+    ),
     Switch("embed_fp16", "other", "token embedding in 16 bits", "EMBED_CODING=fp16"),
     Switch("embed_int6", "other", "token embedding in 6 bits", "EMBED_CODING=int6"),
     Switch("lzma", "other", "artifact compressed by lzma", "COMPRESSOR=lzma"),
-    Switch("prune", "on", "selective pruning, aimed at 3 % fewer bytes", "TARGET_MB=?"),
+    Switch(
+        "prune", "on", "selective pruning, aimed at 3 % fewer bytes", f"TARGET_MB=? {BY_QUANTILE}"
+    ),
     Switch("muon_wd", "off", "weight decay of the matrices", "MUON_WD=0"),
     Switch("grad_clip", "off", "clip of the gradient", "GRAD_CLIP_NORM=0"),
     Switch("clip_local", "other", "clip on each rank (here there is one)", "CLIP=local"),

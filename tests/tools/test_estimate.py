@@ -269,7 +269,7 @@ def test_it_is_calibrated_by_one_constant():
     calibrated = [name for name, r in estimate.RATES.items() if "calibrated" in r.source]
     assert calibrated == ["fused"]
     text = (ROOT / "records/tools/estimate.py").read_text(encoding="utf-8")
-    used = set(re.findall(r'rate\("(\w+)"', text)) | {"launch", "eager", "zstd", "lzma"}
+    used = set(re.findall(r'rate\("(\w+)"', text)) | {"launch", "eager", "zstd", "lzma", "range"}
     assert used == estimate.RATES.keys()
 
 

@@ -314,7 +314,7 @@ def test_tampering_is_caught(name, folder, decoded):
 def test_a_seed_s_script_is_that_of_its_submission(proved, tmp_path, decoded):
     folder = shutil.copytree(proved, tmp_path / "seed_7")
     append(Path(shutil.copy(folder / "train_gpt.py", tmp_path)), "#\n")
-    assert "another one lies above the folder" in reasons(folder, decoded)["code"]
+    assert "another train_gpt.py lies above the folder" in reasons(folder, decoded)["code"]
 
 
 def test_a_run_on_fineweb_is_no_failure_without_it(folder, decoded, monkeypatch):

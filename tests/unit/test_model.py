@@ -313,7 +313,8 @@ def test_slope_zero_is_the_square_of_relu(monkeypatch):
     square = dict(model_dim=8, mlp_mult=1.0, num_layers=2, ve_layers=(1,), rope_dims=2)
     cfg, up = tiny(**square, leaky_slope=0.0), torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0, 1, 1, -1])
     model, shared = perturbed(cfg), SimpleNamespace(x0=torch.zeros(1, 1, 8))
-    shared.weights = dict(up=[up.diag()], down=[torch.eye(8)])
+    weights = dict(up=up.diag(), down=torch.eye(8))
+    shared.linear = lambda name, x, _: torch.nn.functional.linear(x, weights[name])
     monkeypatch.setattr(train_gpt.GPT, "attention", lambda *_: torch.zeros(1, 1, 8))
     with torch.no_grad():
         for name, value in (("resid_mix", 1.0), ("attn_scale", 1.0), ("mlp_scale", 1.0)):

@@ -222,7 +222,8 @@ def test_under_a_cap_the_bar_ends_with_the_seconds(rt, bars):
 def trainer(rt, step, spent, **changes):
     """What Trainer.speed reads."""
     rt.seconds["train"] = spent
-    return types.SimpleNamespace(cfg=tiny(**changes), rt=rt, step=step)
+    cfg = tiny(**changes)
+    return types.SimpleNamespace(cfg=cfg, rt=rt, step=step, cap=cfg.max_wallclock_seconds)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,8 @@ def test_training_of_pr810_rounds_its_bigram_projection_too():
     direction = torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(1))
     names = ("tok_emb", "bigram_embed", "bigram_proj", "smear", "enrich_up", "enrich_down")
     weights = [getattr(model, name) for name in names]
-    ours = train_gpt.rms_norm(model.enrich(model.embed(ids, train_gpt.Context(model, ids))))
+    context = train_gpt.Context(model, ids)
+    ours = train_gpt.rms_norm(model.enrich(model.embed(ids, context), context))
     theirs = embedding_of_pr810(model, ids)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     found, wanted = (torch.autograd.grad((x * direction).sum(), weights) for x in (ours, theirs))
@@ -481,7 +482,7 @@ def test_techniques_of_a_process(tmp_path):
         (dict(LATE_QAT_THRESHOLD="0"), {"late_qat"}, set()),
         (dict(LATE_QAT="0"), {"late_qat"}, set()),
         (dict(TTT_ENABLED="1", SCORER="sliding"), set(), {"ttt"}),
-        (dict(TARGET_MB="1"), set(), {"pruning"}),
+        (dict(TARGET_MB="1", TARGET_BYTES="0", COMPRESSOR="zstd"), set(), {"pruning"}),
     ],
 )
 def test_dry_run_knows_what_another_setting_puts_out(changes, off, on, capsys):
