@@ -24,9 +24,9 @@ def whole_run(facts, then=lambda rt: None):
     run_stages, train_model = train_gpt.run_stages, train_gpt.train_model
 
     def kept(*given):
-        weights = train_model(*given)
+        weights, packed = train_model(*given)
         facts["weights"] = digest(weights)
-        return weights
+        return weights, packed
 
     def followed(rt, cfg):
         run_stages(rt, cfg)
