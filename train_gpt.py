@@ -148,6 +148,10 @@ class UserError(ValueError):
     """What the user can mend: main prints one line and exits with status 2."""
 
 
+class MissingPackage(UserError):
+    """Its name, and how to get it."""
+
+
 class Missing(UserError):
     """What a run lacks, a line each."""
 
@@ -165,7 +169,7 @@ def package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"package {name} is missing; fix: pip install {name}") from error
+        raise MissingPackage(f"package {name} is missing; fix: pip install {name}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -1125,7 +1129,8 @@ def print_dry_run(rt: "Runtime", cfg: Config) -> None:
         )
     rt.log("techniques", **{name: "on" if on else "off" for name, on in techniques(cfg).items()})
     payload = payload_type(parameter_specs(cfg)).itemsize
-    sizes = dict(code=len(SCRIPT), uncompressed_weights=payload)
+    packed = len(pack_script(SCRIPT))
+    sizes = dict(code=len(SCRIPT), packed=packed, uncompressed_weights=payload)
     rt.log("byte_budget", **sizes, cap=CAP_BYTES)
 
 
@@ -4367,16 +4372,9 @@ def find_widening(
     return high
 
 
-def pack_artifact(
-    weights: Mapping[str, Tensor], cfg: Config, log: Callable = lambda *_, **__: None
-) -> bytes:
-    """The bytes of artifact.bin, rounded without Hessians: the same weights give the same bytes.
-    log: Runtime.log, for pruning's line."""
-    return pack_payload(quantise(weights, cfg)[0], cfg, log)
-
-
 def pack_payload(payload: np.ndarray, cfg: Config, log: Callable) -> bytes:
-    """The bytes of artifact.bin."""
+    """The bytes of artifact.bin: the same payload gives the same bytes. log: Runtime.log, for
+    pruning's line."""
     header = artifact_header(cfg)
     if cfg.compressor == "range":
         return seal(ARTIFACT_PREFIX, header, range_encode(payload, parameter_specs(cfg)))
@@ -4476,7 +4474,7 @@ def read_artifact(path: str | Path, content: bytes) -> tuple[Config, np.ndarray]
         if cfg.compressor == "range":
             return cfg, range_decode(packed, specs)
         payload = decompress(packed, cfg.compressor, header["size"])
-    except LackOfMemory:
+    except (LackOfMemory, MissingPackage):
         raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ArtifactError(
@@ -7677,12 +7675,11 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
         overlap.log(max(1, trainer.step))
     finally:  # a signal does not wait for what is left
         overlap.pool.shutdown(wait=False, cancel_futures=True)
+    model.load_state_dict(weights)
     if cfg.val_loss_every:  # what quantisation starts from
-        model.load_state_dict(weights)
         rt.log("averaged", **validate(0))
     rt.stage("quantising and compressing")
     with rt.clock("train" if cfg.quant == "gptq" else "eval"):  # the text is training's
-        model.load_state_dict(weights)
         packed = quantise_model(model, rt, cfg, shards, rt.log)
     return weights, packed
 

@@ -165,6 +165,11 @@ class SilentRuntime:
     tick = stage = show = log
 
 
+def pack_artifact(weights, cfg, log=lambda *_, **__: None):
+    """Of weights that are rounded without Hessians."""
+    return train_gpt.pack_payload(train_gpt.quantise(weights, cfg)[0], cfg, log)
+
+
 def gptq_payload(cfg, runtime):
     """What QUANT=gptq makes of random weights, by random tokens -> arrays by name: the Hessians,
     and the payload's bytes."""

@@ -93,9 +93,14 @@ def read_columns(data: bytes) -> dict[str, np.ndarray]:
 
 
 def locate(folder: Path, name: str) -> Path:
-    """Where a file of a run lies: the seeds of a record share the train_gpt.py above them."""
-    path = folder / name
-    return path if name != FILES["code"] or path.exists() else folder.resolve().parent / name
+    """Where a file of a run lies: the seeds of a record share the train_gpt.py above them, which
+    may be there in its packed form alone."""
+    if name == FILES["code"]:
+        for place in (folder, folder.resolve().parent):
+            for path in (place / name, place / train_gpt.PACKED_NAME):
+                if path.exists():
+                    return path
+    return folder / name
 
 
 class RunFolder(train_gpt.RunLog):

@@ -101,6 +101,13 @@ class Decoded(NamedTuple):
     seconds: float
 
 
+def as_read(content: bytes) -> bytes:
+    """This checkout's script where the content is, byte for byte, its packed form, so that none of
+    that need be believed or run; else the content."""
+    packed = content == train_gpt.pack_script(train_gpt.SCRIPT)
+    return train_gpt.SCRIPT if packed else content
+
+
 class Case:
     """A run folder, copied once; nothing in it is trusted."""
 
@@ -133,7 +140,7 @@ class Case:
         except OSError as error:
             self.errors[name] = error
         else:
-            (self.folder / name).write_bytes(content)
+            (self.folder / name).write_bytes(as_read(content))
 
     def file(self, name: str) -> bytes:
         """Failed where the folder lacks it, NotChecked where this machine cannot read it"""
@@ -156,11 +163,8 @@ class Case:
 
     @cached_property
     def own_text(self) -> str:
-        (
-            """The text that the run names, where it is another one than the verifier's and that was
-        not asked for by DATA_PATH: it is not known here; else """
-            ""
-        )
+        """The text that the run names, where it is another one than the verifier's and that was
+        not asked for by DATA_PATH: it is not known here; else ''"""
         logged, _, origin = str(self.run.last("config").get("DATA_PATH", "")).rpartition("(")
         other = origin == "env)" or Path(logged).name != Path(self.cfg.data_path).name
         return logged if other and not os.environ.get("DATA_PATH") else ""
@@ -305,16 +309,9 @@ def check(*needs: str) -> Callable:
     return register
 
 
-def script_sha256(content: bytes) -> str:
-    """Of train_gpt.py as it is read; of its packed form only where that is byte for byte what
-    packing this checkout's gives, so that none of it need be believed."""
-    packed = content == train_gpt.pack_script(train_gpt.SCRIPT)
-    return OUR_CODE if packed else sha256(content)
-
-
 @check()
 def code(case: Case) -> str:
-    found = script_sha256(case.file("train_gpt.py"))
+    found = sha256(case.file("train_gpt.py"))
     reason = f"train_gpt.py has sha256 {found[:12]}, this checkout's has {OUR_CODE[:12]}"
     require(found == OUR_CODE, f"{reason}; fix: read it, or check out the commit that it is from")
     with contextlib.suppress(OSError):
@@ -322,7 +319,7 @@ def code(case: Case) -> str:
             raise FileNotFoundError
         for name in ("train_gpt.py", train_gpt.PACKED_NAME):
             path = case.origin.resolve().parent / name
-            above = script_sha256(read_regular(path, CAP_BYTES))
+            above = sha256(as_read(read_regular(path, CAP_BYTES)))
             require(above == found, f"another {name} lies above the folder, sha256 {above[:12]}")
     return f"train_gpt.py is this checkout's, sha256 {found[:12]}"
 
@@ -330,7 +327,7 @@ def code(case: Case) -> str:
 @check()
 def files(case: Case) -> str:
     for what, name in run_folder.FILES.items():
-        found = script_sha256(case.file(name))
+        found = sha256(case.file(name))
         claimed = str(case.claim("sha256", what))
         reason = f"{name} has sha256 {found[:12]}, submission.json says {claimed[:12]}"
         require(found == claimed, reason)
@@ -425,7 +422,7 @@ def stream(case: Case) -> str:
     header, words = case.stream
     for name, path in dict(code="train_gpt.py", artifact="artifact.bin").items():
         there = str(header.made[name])
-        here = script_sha256(case.file(path))
+        here = sha256(case.file(path))
         require(there == here, f"stream.bin was made with {name} {there[:12]}, not {here[:12]}")
     plan = header.plan
     wanted = train_gpt.CodingPlan.of(case.text.stream, case.cfg, plan.groups)

@@ -26,7 +26,7 @@ from common import (
     short_documents,
     synthetic_stream,
 )
-from helpers import perturbed, random_stream, train_gpt
+from helpers import pack_artifact, perturbed, random_stream, train_gpt
 from ngrams import as_on_cuda
 
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 1e-2  # of ||log p - true|| / ||true - its mean||
@@ -186,7 +186,7 @@ def proof(job):
     runtime.folder.mkdir()
     (runtime.folder / "train_gpt.py").write_bytes(train_gpt.SCRIPT)
     path, weights = runtime.folder / "artifact.bin", perturbed(cfg, spread=0.02).named_parameters()
-    path.write_bytes(train_gpt.pack_artifact(dict(weights), cfg))
+    path.write_bytes(pack_artifact(dict(weights), cfg))
     model = train_gpt.load_artifact(path, job.device)
     stream = short_documents(job.sizes.documents, cfg)
     scoring, scored = job.seconds(functools.partial(scored_by_ranks, model, runtime, stream))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch._inductor.config as inductor
 from common import RANKS, Skip, Traced, new_trainer, share_of, short_documents
-from helpers import ROOT, SHRUNK, clean_environment, train_gpt
+from helpers import ROOT, SHRUNK, clean_environment, pack_artifact, train_gpt
 from torch._dynamo.utils import counters
 
 FACTORS = (1.0, 1.0, 0.1, 0.1)  # rate factors of steps: late QAT begins with the third
@@ -185,7 +185,7 @@ def afterwards(job, compiled, trainer, more):
     windows = train_gpt.WindowScorer(train_gpt.for_scores(model), runtime, cfg)
     stage("validation", lambda: windows.score(stream, windows.length))
     weights = trainer.averages.final()
-    packed = stage("packing", lambda: train_gpt.pack_artifact(weights, cfg))
+    packed = stage("packing", lambda: pack_artifact(weights, cfg))
     path.write_bytes(packed)
     loaded = stage("reading", lambda: train_gpt.load_artifact(path, runtime.device))
     again = train_gpt.WindowScorer(loaded, runtime, cfg)

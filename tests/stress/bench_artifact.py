@@ -21,7 +21,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers import train_gpt  # noqa: E402
+from helpers import (
+    pack_artifact,
+    train_gpt,  # noqa: E402
+)
 
 SPREAD = {"muon": 0.16, "embed": 0.1}
 BEFORE = dict(quant="lite", clip_sigmas=0.0, embed_clip_sigmas=0.0, target_bytes=0)
@@ -54,7 +57,7 @@ def model(multiple):
     row = dict(mlp_mult=multiple, parameters=train_gpt.count_parameters(cfg))
     row["script"] = len(train_gpt.pack_script(train_gpt.SCRIPT))
     for name, changes in dict(before=BEFORE, now=NOW).items():
-        packed, seconds = timed(train_gpt.pack_artifact, weights, replace(cfg, **changes))
+        packed, seconds = timed(pack_artifact, weights, replace(cfg, **changes))
         row |= {name: len(packed), f"{name}_seconds": seconds}
     fit = replace(cfg, quant="lite")
     lines = []

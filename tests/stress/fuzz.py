@@ -53,6 +53,7 @@ from helpers import (  # noqa: E402  (it puts the others' folders on the path)
     SHRUNK,
     clean_environment,
     new_trainer,
+    pack_artifact,
     random_stream,
     run_here,
     tiny,
@@ -627,7 +628,7 @@ def build_coded(folder: Path) -> None:
     torch.manual_seed(1)
     weights = dict(train_gpt.GPT(cfg).initialise().named_parameters())
     artifact = folder / "coded/artifact.bin"
-    artifact.write_bytes(train_gpt.pack_artifact(weights, cfg))
+    artifact.write_bytes(pack_artifact(weights, cfg))
     stream, rt = random_stream(150, VOCAB), train_gpt.Runtime(cfg)
     stream[[30, 60, 100, 120]] = train_gpt.BOS
     plan = train_gpt.CodingPlan.of(stream, cfg, 1)

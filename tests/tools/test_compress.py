@@ -27,6 +27,7 @@ from helpers import (
     clean_environment,
     cores,
     model_of,
+    pack_artifact,
     perturbed,
     tiny,
     train_gpt,
@@ -72,7 +73,7 @@ def artifact_of(folder, tokenizer, seed=0):
     cfg = tiny(vocab_size=pieces, num_layers=2)
     weights = dict(perturbed(cfg, seed, 0.1).named_parameters())
     weights = {name: weight.detach() for name, weight in weights.items()}
-    (folder / "artifact.bin").write_bytes(train_gpt.pack_artifact(weights, cfg))
+    (folder / "artifact.bin").write_bytes(pack_artifact(weights, cfg))
     return folder / "artifact.bin"
 
 

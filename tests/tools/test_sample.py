@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, SOURCE_CODE, clean_environment, perturbed, tiny, train_gpt
+from helpers import ROOT, SOURCE_CODE, clean_environment, pack_artifact, perturbed, tiny, train_gpt
 
 import prepare_text
 import sample
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     (folder / "tokenizer.model").write_bytes(prepare_text.train_tokenizer([SOURCE_CODE], 300))
     cfg = tiny(vocab_size=300, num_layers=2)
     (folder / "artifact.bin").write_bytes(
-        train_gpt.pack_artifact(dict(perturbed(cfg, spread=0.1).named_parameters()), cfg)
+        pack_artifact(dict(perturbed(cfg, spread=0.1).named_parameters()), cfg)
     )
     (folder / "config.env").write_text("NGRAM_MIN_ORDER=2\nEVAL_SEQ_LEN=8\nSEED=1\n")
     return folder

@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import verify
-from helpers import ROOT, SHRUNK, clean_environment, run_here, shared_folder, train_gpt
+from helpers import (
+    ROOT,
+    SHRUNK,
+    clean_environment,
+    pack_artifact,
+    run_here,
+    shared_folder,
+    train_gpt,
+)
 
 import prepare
 import prepare_text
@@ -172,7 +180,7 @@ def other_artifact(folder):
     path = folder / "artifact.bin"
     cfg = train_gpt.load_artifact(path).cfg
     model = train_gpt.GPT(train_gpt.replace(cfg, seed=2, quant_floor=False)).initialise()
-    path.write_bytes(train_gpt.pack_artifact(dict(model.named_parameters()), cfg))
+    path.write_bytes(pack_artifact(dict(model.named_parameters()), cfg))
     own_digests(folder)
 
 
@@ -315,6 +323,20 @@ def test_a_seed_s_script_is_that_of_its_submission(proved, tmp_path, decoded):
     folder = shutil.copytree(proved, tmp_path / "seed_7")
     append(Path(shutil.copy(folder / "train_gpt.py", tmp_path)), "#\n")
     assert "another train_gpt.py lies above the folder" in reasons(folder, decoded)["code"]
+
+
+@pytest.mark.parametrize("place", ["train_gpt.py", train_gpt.PACKED_NAME, "above"])
+def test_a_packed_script_is_as_good(proved, tmp_path, decoded, place):
+    """In the place of the readable one, under its own name, or above a seed's folder."""
+    folder = shutil.copytree(proved, tmp_path / "seed_7")
+    packed = train_gpt.pack_script((folder / "train_gpt.py").read_bytes())
+    (folder / "train_gpt.py").unlink()
+    path = tmp_path / train_gpt.PACKED_NAME if place == "above" else folder / place
+    path.write_bytes(packed)
+    found = rows(folder, decoded)
+    assert {status for status, _ in found.values()} == {"ok"}, found
+    path.write_bytes(packed + b"#\n")
+    assert rows(folder, decoded)["code"][0] == "FAILED"
 
 
 def test_a_run_on_fineweb_is_no_failure_without_it(folder, decoded, monkeypatch):

@@ -18,6 +18,7 @@ import torch
 from helpers import (
     SCRIPT,
     no_validation,
+    pack_artifact,
     perturbed,
     random_stream,
     run_here,
@@ -176,7 +177,7 @@ def beside_the_cpu(folder):
     pairs = list(zip(cfgs, runtimes, strict=True))
     facts = dict(losses=furthest(*[losses(cfg, rt, folder) for cfg, rt in pairs]))
     weights = dict(perturbed(cfgs[1], spread=0.4).named_parameters())
-    (folder / "artifact.bin").write_bytes(train_gpt.pack_artifact(weights, cfgs[1]))
+    (folder / "artifact.bin").write_bytes(pack_artifact(weights, cfgs[1]))
     models = [train_gpt.load_artifact(folder / "artifact.bin", rt.device) for rt in runtimes]
     stream = documents(20, 10)
     here, there = (

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from helpers import START, opened, perturbed, random_ids, tiny, train_gpt
+from helpers import START, opened, pack_artifact, perturbed, random_ids, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,14 +145,12 @@ def load_bytes(tmp_path):
 @pytest.fixture
 def reload(load_bytes):
     """-> function that packs weights and reads them back: name -> tensor"""
-    return lambda weights, cfg: dict(
-        load_bytes(train_gpt.pack_artifact(weights, cfg)).named_parameters()
-    )
+    return lambda weights, cfg: dict(load_bytes(pack_artifact(weights, cfg)).named_parameters())
 
 
 @pytest.fixture(scope="module")
 def good():
-    return train_gpt.pack_artifact(WEIGHTS, CFG)
+    return pack_artifact(WEIGHTS, CFG)
 
 
 def signed(header, payload, magic=MAGIC, version=VERSION, more=0):
@@ -209,10 +207,10 @@ def test_longer_sequences_can_be_asked_for(load_bytes, good):
 
 def test_same_weights_same_bytes_whatever_the_run(good):
     other = tiny(run_id="x", seed=9, iterations=3, matrix_lr=0.5, data_path="/somewhere")
-    assert train_gpt.pack_artifact(WEIGHTS, other) == good
+    assert pack_artifact(WEIGHTS, other) == good
     assert hashlib.sha256(good[:-32]).digest() == good[-32:]
     changed = WEIGHTS | dict(tok_emb=WEIGHTS["tok_emb"] * 1.5)
-    assert train_gpt.pack_artifact(changed, CFG) != good
+    assert pack_artifact(changed, CFG) != good
 
 
 def test_header_says_model_and_tensors_and_nothing_else(good):
@@ -400,14 +398,14 @@ PAYLOADS = {  # name -> what becomes of (raw payload, compressed payload, its co
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_signed_payloads_of_another_length(name, compressor, load_bytes):
     pack, unpack = PACKERS[compressor]
-    header, payload = opened(train_gpt.pack_artifact(WEIGHTS, tiny(compressor=compressor)))
+    header, payload = opened(pack_artifact(WEIGHTS, tiny(compressor=compressor)))
     load_bytes(signed(header, pack(unpack(payload))))
     refused(load_bytes, signed(header, PAYLOADS[name](unpack(payload), payload, pack)))
 
 
 def test_payload_of_the_other_compressor(load_bytes):
     (header, _), (_, payload) = (
-        opened(train_gpt.pack_artifact(WEIGHTS, tiny(compressor=name))) for name in PACKERS
+        opened(pack_artifact(WEIGHTS, tiny(compressor=name))) for name in PACKERS
     )
     refused(load_bytes, signed(header, payload))
 
@@ -471,7 +469,7 @@ def pruned(cfg, total, weights=WEIGHTS):
     """Pack for a code + artifact of so many bytes -> artifact, what was logged"""
     lines = []
     cfg = dataclasses.replace(cfg, target_mb=(total + 0.5) / 2**20)
-    artifact = train_gpt.pack_artifact(weights, cfg, lambda key, **values: lines.append(values))
+    artifact = pack_artifact(weights, cfg, lambda key, **values: lines.append(values))
     (line,) = lines
     return artifact, line
 
@@ -484,7 +482,7 @@ def test_pruning_zeroes_the_smallest_ones_until_it_fits(changes, share, load_byt
     """One 256th of the candidates less would not fit. With a floor all steps are alike: by
     layer and place."""
     cfg, code = tiny(**changes), PACKED
-    free = train_gpt.pack_artifact(WEIGHTS, cfg)
+    free = pack_artifact(WEIGHTS, cfg)
     places, before = candidates(free), raw(free)
     size = len(opened(free)[1])
     goal = size - int(share * (size - zeroed(before, places, cfg.compressor)))
@@ -527,7 +525,7 @@ def test_pruning_breaks_ties_as_published(share, load_bytes):
     weights["mlp_up_bank"][3, :5] *= 40  # some rows lie above it
     grids = {name: train_gpt.search_grid(weights[name], "int6", cfg) for name in train_gpt.BANKS}
     steps = published_matrices(SimpleNamespace(cfg=cfg, **grids))
-    free = train_gpt.pack_artifact(weights, cfg)
+    free = pack_artifact(weights, cfg)
     matrices, found = published_matrices(load_bytes(free)), []
     for name, matrix in matrices.items():
         ones = (matrix.abs() == steps[name]).flatten().nonzero().flatten().tolist()
@@ -545,14 +543,14 @@ def test_pruning_breaks_ties_as_published(share, load_bytes):
 
 
 def test_pruning_leaves_alone_what_fits():
-    free = train_gpt.pack_artifact(WEIGHTS, CFG)
+    free = pack_artifact(WEIGHTS, CFG)
     artifact, line = pruned(CFG, PACKED + len(free))
     assert artifact == free and line["pruned"] == 0 and line["seconds"] >= 0
 
 
 @pytest.mark.parametrize("total", [0, 100_000])
 def test_pruning_zeroes_all_where_nothing_suffices(total):
-    free = train_gpt.pack_artifact(WEIGHTS, CFG)
+    free = pack_artifact(WEIGHTS, CFG)
     artifact, line = pruned(CFG, total)
     assert line["pruned"] == line["candidates"] == len(candidates(free))
     assert not candidates(artifact)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import perturbed, random_ids, random_stream, tiny, train_gpt, trained
+from helpers import pack_artifact, perturbed, random_ids, random_stream, tiny, train_gpt, trained
 
 # -----------------------------------------------------------------------------
 # EMA and SWA
@@ -95,7 +95,7 @@ def test_qat_trains_on_the_export_s_grid(tmp_path):
     cfg = tiny()
     model = quantisation_on(perturbed(cfg), cfg)
     path = tmp_path / "artifact.bin"
-    path.write_bytes(train_gpt.pack_artifact(dict(model.named_parameters()), cfg))
+    path.write_bytes(pack_artifact(dict(model.named_parameters()), cfg))
     exported = train_gpt.load_artifact(path)
     for name in train_gpt.BANKS:
         torch.testing.assert_close(model.bank(name), getattr(exported, name), rtol=0, atol=1e-6)

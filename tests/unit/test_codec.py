@@ -16,6 +16,7 @@ from helpers import (
     ROOT,
     SCRIPT,
     launch,
+    pack_artifact,
     perturbed,
     shared_folder,
     tiny,
@@ -599,7 +600,7 @@ def proved(tmp_path_factory):
             cfg = tiny(**SMALL, codec_tokens=-1)
             shutil.copy(SCRIPT, folder)
             weights = dict(frozen(cfg).named_parameters())
-            artifact = train_gpt.pack_artifact(weights, cfg, lambda *_, **__: None)
+            artifact = pack_artifact(weights, cfg, lambda *_, **__: None)
             (folder / "artifact.bin").write_bytes(artifact)
             rt = train_gpt.Runtime(cfg)
             rt.folder = folder
@@ -747,7 +748,7 @@ def test_a_proof_compares_what_was_decoded(status, claim, meanwhile, wanted, tmp
     something happens to the folder. claim: as a multiple of the honest one."""
     cfg, stream = tiny(**SMALL, ngram_enabled=False, codec_tokens=-1), documents(9, 50)
     shutil.copy(SCRIPT, tmp_path)
-    artifact = train_gpt.pack_artifact(dict(frozen(cfg).named_parameters()), cfg)
+    artifact = pack_artifact(dict(frozen(cfg).named_parameters()), cfg)
     (tmp_path / "artifact.bin").write_bytes(artifact)
     rt = train_gpt.Runtime(cfg)
     rt.folder = tmp_path
@@ -841,7 +842,7 @@ def test_another_artifact_or_code_is_refused(copied, monkeypatch):
     path = folder / "artifact.bin"
     good = path.read_bytes()
     cfg = tiny(**SMALL)
-    other = train_gpt.pack_artifact(dict(frozen(cfg, 1).named_parameters()), cfg, lambda *_: None)
+    other = pack_artifact(dict(frozen(cfg, 1).named_parameters()), cfg, lambda *_: None)
     for data in (other, good[:-1], bytes([good[0] ^ 1]) + good[1:]):
         path.write_bytes(data)
         assert "made with artifact " in refusal(folder)
@@ -941,7 +942,7 @@ def test_an_artifact_that_is_not_finite_is_refused(copied, proved):
     folder, reseal = copied
     model = train_gpt.load_artifact(folder / "artifact.bin")
     model.q_gain.fill_(math.nan)
-    packed = train_gpt.pack_artifact(dict(model.named_parameters()), model.cfg)
+    packed = pack_artifact(dict(model.named_parameters()), model.cfg)
     (folder / "artifact.bin").write_bytes(packed)
     made = dict(artifact=train_gpt.sha256(packed))
     reseal(lambda header, words: (header | dict(made=header["made"] | made), words))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import perturbed, random_stream, tiny, train_gpt
+from helpers import pack_artifact, perturbed, random_stream, tiny, train_gpt
 
 CFG = tiny(depth_recurrence=(1, 2), polyglu_enabled=True, pre_enrich_dim=16)
 
@@ -96,7 +96,7 @@ def test_validation_and_evaluation_share_their_graphs(rt):
     assert new_graphs() == 2
     scorer.score(stream, 4)
     assert new_graphs() == 1
-    packed = train_gpt.pack_artifact(dict(model.named_parameters()), CFG)
+    packed = pack_artifact(dict(model.named_parameters()), CFG)
     read = train_gpt.load_artifact("artifact.bin", content=packed)
     for cfg in (CFG, replace(CFG, eval_lanes=7)):
         again = train_gpt.WindowScorer(read, rt, cfg)

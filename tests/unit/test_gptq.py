@@ -207,6 +207,16 @@ def test_every_matrix_of_the_artifact_has_its_hessian():
         assert matrices | {"tok_emb"} == specs.keys() & train_gpt.HESSIANS.keys()
 
 
+def test_a_rank_without_rows_adds_nothing():
+    """Where CALIBRATION_ROWS are fewer than ranks."""
+    cfg = tiny(**GPTQ)
+    model, rt = perturbed(cfg).eval(), train_gpt.Runtime(cfg)
+    rows = random_ids(cfg)
+    found = train_gpt.collect_hessians(model, rt, cfg, rows[:0])
+    assert found.keys() == train_gpt.collect_hessians(model, rt, cfg, rows).keys()
+    assert not any(hessian.any() for hessian in found.values())
+
+
 def test_calibration_rows_are_shared_by_ranks(tmp_path):
     cfg = tiny(**GPTQ | dict(calibration_rows=5, calibration="random"))
     ranks = [SimpleNamespace(rank=rank, world_size=2) for rank in range(2)]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import SHRUNK, perturbed, run_here, tiny, train_gpt
+from helpers import SHRUNK, pack_artifact, perturbed, run_here, tiny, train_gpt
 
 from train_gpt import Beginning, Config, ConfigError
 
@@ -102,7 +102,7 @@ def test_what_is_no_beginning_is_one_error(kind, first, tmp_path):
 def test_weights_are_those_of_the_file(tmp_path):
     cfg = tiny(init_from=str(tmp_path / "a.bin"))
     weights = {name: w.detach() for name, w in perturbed(cfg).named_parameters()}
-    (tmp_path / "a.bin").write_bytes(train_gpt.pack_artifact(weights, cfg))
+    (tmp_path / "a.bin").write_bytes(pack_artifact(weights, cfg))
     found = Beginning.read(cfg)
     stored = dict(train_gpt.load_artifact(tmp_path / "a.bin").named_parameters())
     assert found.weights.keys() == stored.keys() and found.differences(cfg) == ""

@@ -1,12 +1,12 @@
 """COMPRESSOR=range and TARGET_BYTES: what comes back, at what size, and what is refused."""
 
-import copy
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import opened, perturbed, tiny, train_gpt
+from helpers import opened, pack_artifact, perturbed, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,8 +54,8 @@ def test_ends_of_the_grid_come_back():
         assert train_gpt.range_decode(words, SPECS).tobytes() == payload.tobytes()
 
 
-def model_bits(payload, specs):
-    """What the coding model itself gives, without a coder."""
+def bits_of(walk):
+    """What the coding model itself gives what `walk` codes, without a coder."""
     bits = 0.0
 
     def code(symbols, shares):
@@ -64,8 +64,12 @@ def model_bits(payload, specs):
         bits -= np.log2(shares[symbols]).sum()
         return symbols
 
-    train_gpt.code_payload(code, copy.deepcopy(payload), specs)
+    walk(code)
     return bits
+
+
+def bits_of_integers(matrices):
+    return bits_of(lambda code: train_gpt.code_integers(code, matrices.copy(), 31))
 
 
 def gaussian(cfg, spread=2.4):
@@ -83,21 +87,15 @@ def gaussian(cfg, spread=2.4):
 def test_size_is_the_model_s_entropy():
     payload, specs = gaussian(tiny(**RANGE, model_dim=64, num_layers=4))
     size = len(train_gpt.range_encode(payload, specs))
-    assert size <= 1.001 * model_bits(payload, specs) / 8 + 8
+    bits = bits_of(lambda code: train_gpt.code_payload(code, payload.copy(), specs))
+    assert size <= 1.001 * bits / 8 + 8
 
 
 def test_matrices_take_their_entropy():
     """Independent integers: nothing is to be won, and little may be lost on learning counts."""
     rng = np.random.default_rng(2)
     matrices = (rng.normal(size=(4, 512, 512)) * 2.4).round().clip(-31, 31).astype(np.int8)
-    bits = 0.0
-
-    def code(symbols, shares):
-        nonlocal bits
-        bits -= np.log2(shares[symbols]).sum()
-        return symbols
-
-    train_gpt.code_integers(code, matrices.copy(), 31)
+    bits = bits_of_integers(matrices)
     counts = np.bincount(matrices.ravel().astype(int) + 31)
     shares = counts[counts > 0] / counts.sum()
     entropy = -(counts[counts > 0] * np.log2(shares)).sum()
@@ -110,32 +108,21 @@ def test_columns_of_other_sizes_gain():
     matrix = (rng.normal(size=(1, 300, 256)) * 2 * sizes).round().clip(-31, 31).astype(np.int8)
     shuffled = rng.permuted(matrix, axis=2)
 
-    def bits_of(integers):
-        total = 0.0
-
-        def code(symbols, shares):
-            nonlocal total
-            total -= np.log2(shares[symbols]).sum()
-            return symbols
-
-        train_gpt.code_integers(code, integers.copy(), 31)
-        return total
-
-    assert bits_of(matrix) < 0.93 * bits_of(shuffled)
+    assert bits_of_integers(matrix) < 0.93 * bits_of_integers(shuffled)
 
 
 def test_an_artifact_comes_back_and_is_smaller():
-    packed = train_gpt.pack_artifact(WEIGHTS, CFG)
+    packed = pack_artifact(WEIGHTS, CFG)
     model = train_gpt.load_artifact("a", content=packed)
     payload, _ = train_gpt.quantise(WEIGHTS, CFG)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, train_gpt.unpack_tensor(payload[name])), name
-    zstd = train_gpt.pack_artifact(WEIGHTS, tiny(**RANGE | dict(compressor="zstd")))
+    zstd = pack_artifact(WEIGHTS, tiny(**RANGE | dict(compressor="zstd")))
     assert len(packed) < 0.97 * len(zstd)
 
 
 def test_flipped_bits_are_refused_before_anything_is_loaded(monkeypatch):
-    packed = train_gpt.pack_artifact(WEIGHTS, CFG)
+    packed = pack_artifact(WEIGHTS, CFG)
     monkeypatch.setattr(train_gpt, "range_decode", lambda *_: pytest.fail("decoded"))
     for place in np.linspace(0, 8 * len(packed) - 1, 60).astype(int).tolist():
         bad = bytearray(packed)
@@ -147,7 +134,7 @@ def test_flipped_bits_are_refused_before_anything_is_loaded(monkeypatch):
 @pytest.mark.parametrize("change", ["shorter", "longer", "odd", "none", "random"])
 def test_signed_words_of_no_weights(change):
     """Signed anew: refused, or weights on their grids; never a crash."""
-    header, words = opened(train_gpt.pack_artifact(WEIGHTS, CFG))
+    header, words = opened(pack_artifact(WEIGHTS, CFG))
     random = np.random.default_rng(0).bytes(len(words))
     words = dict(
         shorter=words[:-400], longer=words + bytes(400), odd=words[:-1], none=b"", random=random
@@ -180,8 +167,16 @@ def test_scales_that_are_no_numbers(value, compressor):
         train_gpt.load_artifact("a", content=content)
 
 
+@pytest.mark.parametrize(("compressor", "name"), [("range", "constriction"), ("zstd", "zstandard")])
+def test_a_missing_package_is_no_damage(compressor, name, monkeypatch):
+    packed = pack_artifact(WEIGHTS, tiny(**RANGE | dict(compressor=compressor)))
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(train_gpt.MissingPackage, match=f"^package {name} is missing; fix: pip"):
+        train_gpt.load_artifact("a", content=packed)
+
+
 def test_artifacts_of_earlier_versions_are_refused_by_name():
-    packed = train_gpt.pack_artifact(WEIGHTS, CFG)
+    packed = pack_artifact(WEIGHTS, CFG)
     header, words = opened(packed)
     earlier = train_gpt.seal(packed[:8] + (1).to_bytes(4, "little"), header, words)
     with pytest.raises(train_gpt.ArtifactError, match="of version 1, made by an earlier or later"):

@@ -18,6 +18,7 @@ from helpers import (
     cores,
     error_line,
     model_of,
+    pack_artifact,
     random_stream,
     run_here,
     run_script,
@@ -123,7 +124,7 @@ def test_damaged_artifact(dataset, tmp_path, refusal):
 def test_artifact_of_another_tokenizer(dataset, tmp_path, refusal):
     cfg = tiny(vocab_size=64)
     weights = dict(train_gpt.GPT(cfg).initialise().named_parameters())
-    (tmp_path / "a.bin").write_bytes(train_gpt.pack_artifact(weights, cfg))
+    (tmp_path / "a.bin").write_bytes(pack_artifact(weights, cfg))
     line = refusal(variables(dataset, EVAL_ONLY=tmp_path / "a.bin"))
     assert "64" in line and "512" in line
 

@@ -957,15 +957,17 @@ def test_a_checkpoint_after_a_deletion(dataset, tmp_path, monkeypatch):
 
 def test_the_script_may_vanish_meanwhile(dataset, tmp_path, monkeypatch):
     """As by a checkout of another branch: what was kept counts."""
-    evaluate = train_gpt.pack_artifact
+    make = train_gpt.make_artifact
+    code = []
 
     def lose(*arguments):
-        monkeypatch.setattr(train_gpt, "CODE", tmp_path / "gone.py")
-        return evaluate(*arguments)
+        code.append(tmp_path / "gone.py")
+        monkeypatch.setattr(train_gpt, "CODE", code[0])
+        return make(*arguments)
 
-    monkeypatch.setattr(train_gpt, "pack_artifact", lose)
+    monkeypatch.setattr(train_gpt, "make_artifact", lose)
     run = run_here(tmp_path, "code", **variables(dataset))
-    assert int(run.final("artifact_bytes")["code"]) == len(train_gpt.SCRIPT)
+    assert code and int(run.final("artifact_bytes")["code"]) == len(train_gpt.SCRIPT)
 
 
 def test_a_log_line_is_one_line(rt, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from helpers import (
     new_trainer,
     no_validation,
     opened,
+    pack_artifact,
     random_stream,
     tiny,
     train_gpt,
@@ -72,7 +73,7 @@ ROOM = dict(iterations=12, warmdown_iters=12, late_qat_threshold=0.6)
 def artifact(folder, **changes):
     cfg = tiny(**ROOM | changes)
     _, weights = trained(cfg, STREAM, folder)
-    return train_gpt.pack_artifact(weights, cfg, lambda *_, **__: None)
+    return pack_artifact(weights, cfg, lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
