@@ -3864,6 +3864,7 @@ FLOATS = {"fp16": "<f2", "fp32": "<f4"}
 INT8_QUANTILE = 0.9999984  # of int8 rows, as published
 LEAST_FP16 = 2.0**-24
 MOST_FP16 = 65504.0
+MOST_SHORT_FP16 = 64512.0  # with 5 bits of fraction
 MOST_RATIO = 256  # of a payload to what it is packed in; no weights come near, zeros do
 ARTIFACT_PREFIX = b"PGOLFGPT" + (2).to_bytes(4, "little")  # magic, version
 SHA_BYTES = 32
@@ -3903,18 +3904,20 @@ def search_grid(weight: Tensor, coding: str, cfg: Config) -> Tensor:
 
 def choose_scales(weight: Tensor, spec: Spec, cfg: Config) -> Tensor:
     """Of a tensor's rows, fp32 (..., r, c) -> (..., r, 1), rounded as stored. Matrices and
-    embeddings: so many standard deviations lie on the grid (CLIP_SIGMAS), whose step then fixes the
-    bits that an integer takes; or by search_grid. All else: the row's largest."""
+    embeddings: so many standard deviations (about 0: a row may be constant) lie on the grid
+    (CLIP_SIGMAS), whose step then fixes the bits that an integer takes; or by search_grid. All
+    else: the row's largest."""
     sigmas = dict(muon=cfg.clip_sigmas, embed=cfg.embed_clip_sigmas).get(spec.group)
     if sigmas == 0:
         return search_grid(weight, spec.coding, cfg)
     if sigmas:
-        end = sigmas * weight.std(-1, correction=0, keepdim=True)
+        end = sigmas * weight.square().mean(-1, keepdim=True).sqrt()
     else:
         end = weight.abs().amax(-1, keepdim=True)
     scale = (end / LARGEST[spec.coding]).clamp(LEAST_FP16, MOST_FP16).half()
     if sigmas:  # to 5 bits of fraction, 2 to 3 %: a coder saves the others, and integers follow
-        scale = (scale.view(torch.int16) + 16 & ~31).view(torch.float16).clamp_min(32 * LEAST_FP16)
+        scale = (scale.view(torch.int16) + 16 & ~31).view(torch.float16)
+        scale = scale.clamp(32 * LEAST_FP16, MOST_SHORT_FP16)
     return scale.float()
 
 

@@ -251,12 +251,27 @@ def test_a_step_is_so_many_deviations(size, sigmas, bits):
     for group, factor in (("muon", 1), ("embed", 2)):
         spec = train_gpt.Spec(weight.shape, 0.0, group, f"int{bits}")
         scale = train_gpt.choose_scales(weight, spec, cfg)
-        end = factor * sigmas * weight.double().std(-1, correction=0, keepdim=True)
+        end = factor * sigmas * weight.double().square().mean(-1, keepdim=True).sqrt()
         wanted = end / (2 ** (bits - 1) - 1)
         assert scale.shape == (1, size[0], 1) and torch.equal(scale, scale.half().float())
         large = wanted > 1e-4
         assert ((scale / wanted - 1).abs()[large] <= 1 / 64 + 1e-3).all()
         assert (scale > 0).all()
+
+
+@pytest.mark.parametrize("sigmas", [1.0, 12.85, 1e4])
+@pytest.mark.parametrize("value", [0.0, 1e-7, 0.37, -2.0, 3e4])
+def test_constant_rows_and_single_columns_come_back(sigmas, value):
+    """A deviation about 0: about the mean it is 0 where a row is constant. To half a step, and with
+    scales that half precision holds."""
+    cfg = tiny(clip_sigmas=sigmas)
+    for shape in ((2, 3, 8), (2, 5, 1)):
+        weight = torch.full(shape, value)
+        scale = train_gpt.choose_scales(weight, train_gpt.Spec(shape, 0.0, "muon", "int6"), cfg)
+        assert scale.isfinite().all() and (scale > 0).all()
+        assert (scale.half().view(torch.int16) % 32 == 0).all()  # 5 bits of fraction
+        rounded = train_gpt.round_to_grid(weight, scale, 31) * scale
+        assert ((rounded - weight).abs() <= scale / 2 * 1.001).all()
 
 
 def test_other_tensors_reach_to_their_largest():
