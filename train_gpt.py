@@ -342,11 +342,12 @@ class Config:
         "lite: each weight to the nearest integer; gptq: later columns of a matrix make up for the "
         "rounding of earlier ones, by what training text gives it as inputs")
     clip_sigmas: float = quantiser(12.85,
-        "a matrix row's grid ends at so many standard deviations; 0: by CLIP_QUANTILES")
-    embed_clip_sigmas: float = quantiser(20.0, "the same of embeddings")
+        "a matrix row's grid ends at so many standard deviations; 0: by CLIP_QUANTILES", most=1e4)
+    embed_clip_sigmas: float = quantiser(20.0, "the same of embeddings", most=1e4)
     calibration: Literal["train", "random"] = quantiser("train",
         "what gptq takes inputs from, the training text or random tokens")
-    calibration_rows: int = quantiser(64, "training sequences that it takes", least=1)
+    calibration_rows: int = quantiser(64,
+        "training sequences that it takes", least=1, most=65_536)
     gptq_reserve_seconds: float = quantiser(0.0,
         "of the training time that gptq is left; 0: as long as it takes in the warm-up")
     target_bytes: int = quantiser(16_000_000,
@@ -545,6 +546,7 @@ class Config:
             ),
             ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
             ("ROPE_DIMS", self.rope_dims > head or self.rope_dims % 2, "even, <= a head"),
+            ("MLP_MULT", self.mlp_mult * self.model_dim < 1, ">= 1 / MODEL_DIM"),
             ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
             ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), within),
             ("DEPTH_RECURRENCE", {*self.depth_recurrence} - {*range(layers)}, f"< {layers}"),
@@ -3939,7 +3941,7 @@ DAMPING = 0.01  # of the mean of H's diagonal, added to it; ten times as much un
 MOST_DAMPING = 1e6  # more than that: rounded to nearest
 MOST_WIDENING = 64.0  # of clips, for TARGET_BYTES
 FIT_ROOM = 0.001  # share of what weights may take that may be left
-FIT_TRIES = 6  # clips that are tried to leave no more
+FIT_TRIES = 4  # clips that are tried to leave no more; then each is four times as wide
 GPTQ_BLOCK = 128  # columns that are rounded before the ones behind them hear of it
 CALIBRATION_TOKENS = 16_384  # in a pass
 
@@ -3948,6 +3950,7 @@ def calibration_rows(cfg: Config, rt: Runtime, shards: list[Path]) -> Tensor:
     """This rank's of the first CALIBRATION_ROWS training sequences, or of as many random ones:
     int64 (n, T)."""
     shape = cfg.calibration_rows, cfg.train_seq_len
+    require_memory(10 * math.prod(shape), f"CALIBRATION_ROWS={cfg.calibration_rows}")
     if cfg.calibration == "random":
         generator = torch.Generator().manual_seed(cfg.seed)
         rows = torch.randint(cfg.vocab_size, shape, generator=generator)
@@ -4126,10 +4129,7 @@ def unpack_tensor(packed: np.ndarray) -> Tensor:
 COLUMN_EDGES = 128, 181, 256, 362, 512, 724, 1024  # mean magnitudes of a column, in 256ths at int6
 COLUMN_MEMORY = 64  # rows that make the mean, about
 COUNT_STEP = 16  # what a symbol adds to its count
-BLOCK_SYMBOLS = (
-    128,
-    2048,
-)  # coded by the same counts: an eighth of what they have seen, within these
+BLOCK_SYMBOLS = 128, 2048  # coded by the same counts: an eighth of those seen, within these
 
 # (symbols from 0, their shares) -> the symbols, or in their place those that were decoded
 CodeSymbols = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -4222,7 +4222,7 @@ def range_encode(payload: np.ndarray, specs: Mapping[str, Spec]) -> bytes:
 
 
 def range_decode(content: bytes, specs: Mapping[str, Spec]) -> np.ndarray:
-    """The payload of range_encode's bytes; ArtifactError for others that are not of one."""
+    """The payload of range_encode's bytes; of others some payload, or ArtifactError."""
     coders = package("constriction").stream
     payload = np.zeros((), payload_type(specs))
     try:
@@ -4308,12 +4308,14 @@ def make_artifact(
     """The bytes of artifact.bin on rank 0, none on the others; called on every rank. With
     TARGET_BYTES all clips rise alike until they fit with the packed script: by bisection the
     entropy of rounding to nearest falls by as many bytes as are too many, what comes of these clips
-    is packed, and so on."""
+    is packed, and so on, by the slope that packed bytes have over that entropy."""
     began = time.perf_counter()
     room = cfg.target_bytes - len(pack_script(SCRIPT)) if cfg.target_bytes else sys.maxsize
     widening = 1.0
     too_narrow = 1.0
     best = None
+    sizes = []  # nearest_bytes, bytes packed
+    slope = 1.0
     for tries in itertools.count(1):
         clipped = widen_clips(cfg, widening)
         payload, rounding = quantise(weights, clipped, hessians, rt)
@@ -4322,17 +4324,28 @@ def make_artifact(
         if size <= room:
             best = Fitting(packed, size, widening, rounding)
         elif widening >= MOST_WIDENING:
-            reason = f"weights of {size:,} bytes where {room:,} are left beside the script"
-            raise UserError(f"TARGET_BYTES={cfg.target_bytes}: {reason}; fix: a smaller model")
+            script = cfg.target_bytes - room
+            least = f"the packed script takes {script:,} bytes, weights on the widest grid {size:,}"
+            fix = "a smaller model or more bytes" if room > 0 else "more bytes"
+            raise UserError(f"TARGET_BYTES={cfg.target_bytes}: {least}; fix: {fix}")
         else:
             too_narrow = widening
         if best:
             left = room - best.size
             if best.widening == 1.0 or tries >= FIT_TRIES or left < FIT_ROOM * room:
                 break
-        aim = nearest_bytes(weights, clipped) + room - size - FIT_ROOM / 4 * room
+        sizes.append((nearest_bytes(weights, clipped), size))
+        if tries > 1:
+            (before, larger), (after, smaller) = sizes[-2:]
+            slope = (larger - smaller) / (before - after) if before != after else 1.0
+        aim = sizes[-1][0] + (room - FIT_ROOM / 4 * room - size) / min(2, max(0.5, slope))
         widest = best.widening if best else MOST_WIDENING
-        wider = find_widening(weights, cfg, aim, too_narrow, widest)
+        if tries >= FIT_TRIES:  # and nothing fits
+            wider = min(4 * widening, MOST_WIDENING)
+        elif aim > 0:
+            wider = find_widening(weights, cfg, aim, too_narrow, widest)
+        else:  # the entropy of rounding to nearest is none before what is packed is small
+            wider = math.sqrt(too_narrow * widest)
         widening = rt.largest(wider if rt.rank == 0 else 0.0).item()
     if best.rounding:
         log("gptq", **best.rounding, seconds=time.perf_counter() - began)
@@ -4394,8 +4407,8 @@ def prune(payload: np.ndarray, room: int, cfg: Config, log: Callable) -> bytes:
     QUANT_FLOOR, the first goes first: bank by bank, layer by layer (query 0, output 0, query 1,
     ...), place by place. -> the payload, compressed."""
     began = time.perf_counter()
-    places = []
-    scales = []
+    places = [np.zeros(0, np.int64)]
+    scales = [np.zeros(0, np.float16)]
     for name, spec in parameter_specs(cfg).items():
         if spec.coding == "int6":
             kind, start = payload.dtype.fields[name]
@@ -4423,6 +4436,8 @@ def prune(payload: np.ndarray, room: int, cfg: Config, log: Callable) -> bytes:
         bytes=len(pruned(part)),
         seconds=time.perf_counter() - began,
     )
+    if len(pruned(part)) > room:
+        log("note", f"TARGET_MB={cfg.target_mb}: missed by {len(pruned(part)) - room:,} bytes")
     return pruned(part)
 
 
@@ -7055,7 +7070,7 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """Train to the last step or the cap. -> averaged weights by name. A signal ends the
         process once the step is done and the checkpoint written, with status 128 + its number.
-        reserve: seconds of the cap, half of it at most, for what comes after the last step.
+        reserve: seconds of the cap for what comes after the last step.
 
         The host launches a step while the device works on the one before: it waits for the
         previous loss, not for this one's, and for what the ranks said a step before that, unless
@@ -7064,7 +7079,7 @@ class Trainer:
         cfg = self.cfg
         rt = self.rt
         loss = Reading(torch.zeros(()))
-        self.reserve = min(reserve, cfg.max_wallclock_seconds / 2)
+        self.reserve = reserve
         self.warm_up()
         with contextlib.closing(self.batches), rt.signals():
             rt.hold_signals()
@@ -7670,9 +7685,12 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
         resume_training(trainer)
     overlap.log(max(1, trainer.step), OVERLAP_SECONDS)
     reserve = 0.0
-    if cfg.quant == "gptq" and cfg.max_wallclock_seconds:
-        reserve = cfg.gptq_reserve_seconds or quantising_seconds(trainer, shards)
-        rt.log("gptq_reserve", seconds=reserve)
+    capped = cfg.quant == "gptq" and cfg.max_wallclock_seconds
+    if capped or cfg.target_bytes:
+        needed = quantising_seconds(rt, cfg, shards)
+    if capped:
+        reserve = min(cfg.gptq_reserve_seconds or needed, cfg.max_wallclock_seconds / 2)
+        rt.log("gptq_reserve", seconds=reserve, measured=needed)
     try:
         weights = trainer.run(validate, reserve)
         overlap.log(max(1, trainer.step))
@@ -7698,12 +7716,25 @@ def quantise_model(
     return make_artifact(model.state_dict(), cfg, rt, hessians, log)
 
 
-def quantising_seconds(trainer: Trainer, shards: list[Path]) -> float:
-    """What quantise_model takes, of the slowest rank, and a fifth more."""
-    rt = trainer.rt
+def quantising_seconds(rt: Runtime, cfg: Config, shards: list[Path]) -> float:
+    """What quantise_model will take, on the slowest rank and a fifth more: rehearsed before
+    training, on random weights, for a zero is rounded and packed in no time. UserError where
+    TARGET_BYTES cannot be reached."""
+    other = GPT(cfg).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    for weight in other.parameters():
+        weight.normal_(std=0.1, generator=generator)
+    other.to(rt.device)
+    said: dict[str, dict[str, Any]] = {}
     began = time.perf_counter()
-    quantise_model(trainer.model, rt, trainer.cfg, shards, lambda *_, **__: None)
-    return 1.2 * rt.largest(time.perf_counter() - began).item()
+    quantise_model(other, rt, cfg, shards, lambda key, *_, **values: said.update({key: values}))
+    seconds = time.perf_counter() - began
+    if cfg.target_bytes:
+        fitting = said["target_bytes"]
+        if fitting["room"] < fitting["weights"] / 10:  # trained ones may need all tries
+            fit = said["gptq"]["seconds"] if "gptq" in said else seconds
+            seconds += fit * (FIT_TRIES / fitting["tries"] - 1)
+    return 1.2 * rt.largest(seconds).item()
 
 
 @torch.no_grad()

@@ -466,12 +466,18 @@ def zeroed(payload, places, compressor):
 
 
 def pruned(cfg, total, weights=WEIGHTS):
-    """Pack for a code + artifact of so many bytes -> artifact, what was logged"""
-    lines = []
+    """Pack for a code + artifact of so many bytes -> artifact, what was logged, with the note
+    where they are more."""
+    lines = {}
     cfg = dataclasses.replace(cfg, target_mb=(total + 0.5) / 2**20)
-    artifact = pack_artifact(weights, cfg, lambda key, **values: lines.append(values))
-    (line,) = lines
-    return artifact, line
+    log = lambda key, *value, **figures: lines.update({key: figures or value})  # noqa: E731
+    artifact = pack_artifact(weights, cfg, log)
+    missed = len(artifact) + PACKED - total
+    assert lines.pop("note", ("",))[0] == (
+        f"TARGET_MB={cfg.target_mb}: missed by {missed:,} bytes" if missed > 0 else ""
+    )
+    assert [*lines] == ["prune"]
+    return artifact, lines["prune"]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
@@ -555,6 +561,13 @@ def test_pruning_zeroes_all_where_nothing_suffices(total):
     assert line["pruned"] == line["candidates"] == len(candidates(free))
     assert not candidates(artifact)
     assert (raw(free) != raw(artifact)).sum() == line["candidates"]
+
+
+def test_pruning_without_an_int6_tensor():
+    """There is nothing that it may zero."""
+    cfg = tiny(matrix_coding="int5", table_coding="fp16")
+    artifact, line = pruned(cfg, 0)
+    assert artifact == pack_artifact(WEIGHTS, cfg) and line["candidates"] == line["pruned"] == 0
 
 
 # -----------------------------------------------------------------------------

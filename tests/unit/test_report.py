@@ -221,6 +221,55 @@ def test_pruned_artifact_of_a_run(dataset, tmp_path):
     assert not any(line.startswith("prune") for line in free.lines)
 
 
+SQUEEZED = SHORT | dict(QUANT="gptq", CLIP_SIGMAS="8", COMPRESSOR="range", CALIBRATION_ROWS="4")
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("given", ["0", "0.5", "50"])
+def test_a_capped_run_leaves_time_for_gptq(given, dataset, tmp_path, monkeypatch):
+    """What was measured, or is given, half of the cap at most: logged, and left by training."""
+    free = run_here(tmp_path, "free", **SQUEEZED, TARGET_BYTES="0", DATA_PATH=str(dataset))
+    target = int(free.final("artifact_bytes")["total"]) - 500
+    used = []
+    train = train_gpt.Trainer.run
+    monkeypatch.setattr(
+        train_gpt.Trainer, "run", lambda *args: [used.append(args[2]), train(*args)][1]
+    )
+    monkeypatch.setattr(train_gpt, "quantising_seconds", lambda *_: 1.25)
+    env = SQUEEZED | dict(MAX_WALLCLOCK_SECONDS="4", ITERATIONS="100000", TARGET_BYTES=str(target))
+    run = run_here(tmp_path, "x", **env, GPTQ_RESERVE_SECONDS=given, DATA_PATH=str(dataset))
+    (line,) = [line for line in run.lines if line.startswith("gptq_reserve ")]
+    figures = dict(pair.split(":") for pair in line.split()[1:])
+    wanted = {"0": 1.25, "0.5": 0.5, "50": 2.0}[given]
+    assert float(figures["seconds"]) == used[0] == wanted and float(figures["measured"]) == 1.25
+    assert any(line.startswith("stopping_early: wallclock_cap") for line in run.lines)
+    assert int(run.final("artifact_bytes")["total"]) <= target
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_rehearsal_is_as_long_as_what_follows(dataset, tmp_path, monkeypatch):
+    """It packs what the run packs, as often, and leaves the run's weights and chance as they are;
+    a target that nothing reaches ends before the first step."""
+    packed = []
+    pack = train_gpt.pack_payload
+    monkeypatch.setattr(
+        train_gpt, "pack_payload", lambda *args: [packed.append(pack(*args)), packed[-1]][1]
+    )
+    env = SQUEEZED | dict(DATA_PATH=str(dataset))
+    free = run_here(tmp_path, "free", **env, TARGET_BYTES="0")
+    assert len(packed) == 1
+    total = int(free.final("artifact_bytes")["total"])
+    run = run_here(tmp_path, "x", **env, TARGET_BYTES=str(total))
+    rehearsed, last = packed[1], packed[-1]
+    assert len(packed) in (3, 4, 5) and last == run.artifact == free.artifact
+    assert len(rehearsed) == pytest.approx(len(last), rel=0.2)
+    steps = [[row["train_loss"] for row in r.metrics() if "train_loss" in row] for r in (free, run)]
+    assert steps[0] == steps[1] and len(steps[0]) == 4
+    with pytest.raises(train_gpt.UserError, match=r"^TARGET_BYTES=.* fix: more bytes"):
+        run_here(tmp_path, "y", **env, TARGET_BYTES="1000")
+    assert not any(line.startswith("step:") for line in (tmp_path / "runs/y/log.txt").open())
+
+
 @pytest.mark.usefixtures("no_picture")
 def test_validation_text_does_not_steer_the_artifact(base, dataset, tmp_path):
     """No choice of weights by validation: another text, the same artifact."""
