@@ -53,6 +53,7 @@ RATES = {
     "products": Rate(550e12, "FLOP/s", "assumed: dense bf16 at width 512, of 989e12"),
     "attention": Rate(300e12, "FLOP/s", "assumed: causal half, forward and backward"),
     "newton": Rate(200e12, "FLOP/s", "assumed: batches of two or three matrices"),
+    "single": Rate(30e12, "FLOP/s", "assumed: products in fp32, of 67e12"),
     "memory": Rate(3.35e12, "bytes/s", "H100 SXM data sheet"),
     "fused": Rate(0.787, "of memory", "calibrated: PR #549 makes a step in 83.4 ms"),
     "launch": Rate(2.5e-6, "s", "assumed: a kernel's start, in a stream or a graph"),
@@ -98,6 +99,7 @@ GRAPH_KERNELS = 256  # in these
 OPTIMIZER_LAUNCHES = 50, 60, 20  # at least, for clipping, for each bank: on the emulated device
 MATH_FALLBACK = 17  # times the bytes of keys and values: SDPA's last resort expands them in fp32
 PRUNINGS = 9  # compressions of a payload that has to be pruned, at most
+COLUMN_CALLS = 9  # of GPTQ for a column, on the host
 
 PR549_MS = 83.4
 # Milliseconds and MiB that their logs give, on 8xH100; not used for calibration.
@@ -112,7 +114,8 @@ PUBLISHED = {
 REPLACED = """a first run on GPUs replaces:
   products, attention, fused, launch: the parts step:NAME of tests/gpu/run.sh, own's split
   the kernel of a lane's attention and its ms a step: its part lanes
-  sort, collect, schedule, backoff, mixing, eager: its part counts; zstd: its part warmup
+  sort, collect, schedule, backoff, mixing, eager: its part counts
+  single, range, zstd: its part warmup
   nvlink, collective, gloo, loop, threads: step_avg_ms and eval_seconds of a run on 8
   codec, start: the seconds between final_ngram_backoff_exact and final_codec
 no GPU is needed for: lengths of the documents, once data/download_fineweb.py has fetched them"""
@@ -578,17 +581,45 @@ def counts_seconds(cfg: Config) -> float:
     return TARGETS * (sorts / rate("sort") + copied + len(orders) * rate("collect") + laid_out)
 
 
-def quantise_seconds(cfg: Config) -> float:
-    payload = train_gpt.payload_type(parameter_specs(cfg)).itemsize
-    return (PRUNINGS if cfg.target_mb else 1) * payload / rate(cfg.compressor)
+def quantise_seconds(cfg: Config, ranks: int) -> float:
+    """Where weights may not fit, of as many tries as there are at most."""
+    specs = parameter_specs(cfg)
+    payload = train_gpt.payload_type(specs).itemsize
+    tries = PRUNINGS if cfg.target_mb else 1
+    if cfg.target_bytes and gaussian_bytes(cfg) > cfg.target_bytes:
+        tries = train_gpt.FIT_TRIES
+    rounding = collecting = 0.0
+    if cfg.quant == "gptq":
+        rows = cfg.calibration_rows * cfg.train_seq_len / ranks
+        shapes = [(1, *specs[name].shape)[-3:] for name in train_gpt.HESSIANS if name in specs]
+        gathered = sum(2 * count * columns**2 for count, _, columns in shapes)
+        collecting = rows * (gathered / rate("single") + 2 * weights(cfg) / rate("products"))
+        for count, height, width in shapes:
+            mine = -(-count // ranks)
+            done = mine * (4 * width**3 + 2 * height * width**2)  # roots, then rows made up for
+            rounding += done / rate("single") + COLUMN_CALLS * width * rate("eager")
+    return collecting + tries * (rounding + payload / rate(cfg.compressor))
+
+
+def gaussian_bytes(cfg: Config) -> float:
+    """Entropy of Gaussian weights on the grids that CLIP_SIGMAS asks for."""
+    clips = dict(muon=cfg.clip_sigmas, embed=cfg.embed_clip_sigmas)
+    bits = 0.0
+    for spec in parameter_specs(cfg).values():
+        largest = train_gpt.LARGEST.get(spec.coding)
+        each = 8.0 if largest else 16.0
+        if largest and (clip := clips.get(spec.group, 0.0)):
+            each = math.log2(math.sqrt(2 * math.pi * math.e) * largest / clip)
+        bits += max(0.0, each) * math.prod(spec.shape)
+    return bits / 8
 
 
 def evaluation_parts(cfg: Config, ranks: int) -> dict[str, float]:
     """Part of the evaluation's clock -> seconds."""
-    parts = {
-        "quantise, compress": quantise_seconds(cfg),
-        "roundtrip windows": windows_seconds(cfg, ranks, cfg.window),
-    }
+    parts = {}
+    if cfg.quant != "gptq":
+        parts["quantise, compress"] = quantise_seconds(cfg, ranks)
+    parts["roundtrip windows"] = windows_seconds(cfg, ranks, cfg.window)
     sliding = train_gpt.scores_sliding(cfg)
     again = bool(cfg.ngram_scheme) and cfg.pseudo_weights == "ema"  # of the unquantised weights
     if sliding or again:
@@ -642,13 +673,14 @@ def report(cfg: Config, ranks: int) -> Iterator[str]:
     parts = step_parts(cfg, ranks)
     step = sum(parts.values())
     theirs = pr549_seconds()
-    budget = cfg.max_wallclock_seconds or train_gpt.CAP_SECONDS
-    steps = min(cfg.iterations, int(budget / step))
+    steps, reserve = steps_within(cfg, ranks)
     memory = training_memory(cfg, ranks) / 1e9
     yield f"{cfg.record or 'own'} on {ranks} H100: estimated, nothing of it was run"
     yield f"step {step * 1e3:.1f} ms, {step / theirs:.3f} of PR #549's on 8 ({theirs * 1e3:.1f} ms)"
     yield from listed(parts, 1e3, "ms")
-    yield f"{steps:,} steps in {budget:.0f} s; memory of a rank about {memory:.1f} GB"
+    budget = cfg.max_wallclock_seconds or train_gpt.CAP_SECONDS
+    left = f", {reserve:.0f} of them for GPTQ" if reserve else ""
+    yield f"{steps:,} steps in {budget:.0f} s{left}; memory of a rank about {memory:.1f} GB"
     evaluation = evaluation_parts(cfg, ranks)
     seconds = sum(evaluation.values())
     over = ", OVER THE CAP" if seconds > train_gpt.CAP_SECONDS else ""
@@ -661,6 +693,17 @@ def report(cfg: Config, ranks: int) -> Iterator[str]:
     if proof := proof_seconds(cfg, ranks):
         yield f"proof, outside the clock {proof:.0f} s"
     yield REPLACED
+
+
+def steps_within(cfg: Config, ranks: int) -> tuple[int, float]:
+    """Of the training's clock: steps, and the seconds that are left to GPTQ, a fifth more than it
+    takes, as train_gpt.quantising_seconds has it."""
+    budget = cfg.max_wallclock_seconds or train_gpt.CAP_SECONDS
+    reserve = 0.0
+    if cfg.quant == "gptq":
+        measured = 1.2 * quantise_seconds(cfg, ranks)
+        reserve = min(cfg.gptq_reserve_seconds or measured, budget / 2)
+    return min(cfg.iterations, int((budget - reserve) / step_seconds(cfg, ranks))), reserve
 
 
 def lanes_report(cfg: Config, ranks: int) -> Iterator[str]:
@@ -714,7 +757,7 @@ def row(name: str, cfg: Config, ranks: int) -> tuple[str, ...]:
         name,
         f"{step * 1e3:.1f}",
         f"{step / pr549_seconds():.3f}",
-        f"{min(cfg.iterations, int(train_gpt.CAP_SECONDS / step)):,}",
+        f"{steps_within(cfg, ranks)[0]:,}",
         f"{training_memory(cfg, ranks) / 1e9:.1f}",
         f"{sum(evaluation_parts(cfg, ranks).values()):.0f}",
         f"{proof_seconds(cfg, ranks):.0f}" if cfg.scorer == "documents" else "",

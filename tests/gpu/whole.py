@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch._inductor.config as inductor
 from common import RANKS, Skip, Traced, new_trainer, share_of, short_documents
-from helpers import ROOT, SHRUNK, clean_environment, pack_artifact, train_gpt
+from helpers import ROOT, SHRUNK, clean_environment, train_gpt
 from torch._dynamo.utils import counters
 
 FACTORS = (1.0, 1.0, 0.1, 0.1)  # rate factors of steps: late QAT begins with the third
@@ -118,7 +118,7 @@ def warmup(job):
         with contextlib.closing(trainer.batches):
             at_first(job, compiled, trainer, stream)
             log.forget()
-            afterwards(job, compiled, trainer, (stream, log))
+            afterwards(job, compiled, trainer, (stream, shard, log))
     yield from ()
 
 
@@ -173,7 +173,7 @@ def at_first(job, compiled, trainer, stream):
 def afterwards(job, compiled, trainer, more):
     """A short run's stages: each must find everything compiled."""
     cfg, runtime, model = trainer.cfg, trainer.rt, trainer.model
-    stream, log = more
+    stream, shard, log = more
     path = job.options.folder / "warmup.bin"
     new, spent = {}, {}
 
@@ -184,8 +184,13 @@ def afterwards(job, compiled, trainer, more):
     stage("steps, late QAT", lambda: [trainer.update(factor).item() for factor in FACTORS])
     windows = train_gpt.WindowScorer(train_gpt.for_scores(model), runtime, cfg)
     stage("validation", lambda: windows.score(stream, windows.length))
-    weights = trainer.averages.final()
-    packed = stage("packing", lambda: pack_artifact(weights, cfg))
+    model.load_state_dict(trainer.averages.final())
+    said = {}
+
+    def note(key, *_, **values):
+        said[key] = values
+
+    packed = stage("packing", lambda: train_gpt.quantise_model(model, runtime, cfg, [shard], note))
     path.write_bytes(packed)
     loaded = stage("reading", lambda: train_gpt.load_artifact(path, runtime.device))
     again = train_gpt.WindowScorer(loaded, runtime, cfg)
@@ -203,6 +208,9 @@ def afterwards(job, compiled, trainer, more):
     reasons = log.reasons() if sum(new.values()) else []
     text += f"; {' | '.join(reasons)}" if reasons else ""
     job.check("nothing after it", ok, text, graphs=new, clock=spent, reasons=reasons)
-    row = dict(seconds=spent["packing"], read_seconds=spent["reading"], bytes=len(packed))
-    packing = f"{spent['packing']:.1f} s to quantise and compress ({cfg.compressor})"
+    row = dict(seconds=spent["packing"], read_seconds=spent["reading"], bytes=len(packed), **said)
+    packing = f"{spent['packing']:.1f} s to quantise and compress ({cfg.quant}, {cfg.compressor})"
+    gptq = said.get("gptq", dict(rows=0, nearest=0, damped=0))
+    packing += f", of {gptq['rows']:,} rows {gptq['nearest']:,} stayed rounded to nearest, "
+    packing += f"{gptq['damped']} matrices took more damping"
     job.row("packing", f"{packing}, {spent['reading']:.1f} s to read", **row)

@@ -342,6 +342,31 @@ def test_each_cure_helps():
     assert rows[len(estimate.CURES)][1] == f"{estimate.step_seconds(shape_of('own'), 8) * 1e3:.1f}"
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, dict(mlp_mult=4.0, clip_sigmas=20.0), dict(vocab_size=4096)]
+)
+def test_bytes_of_gaussian_weights(changes):
+    """Beside the entropy of weights that are drawn, at two layers."""
+    cfg = shape_of("own", num_layers=2, ve_enabled=False, **changes)
+    drawn = {name: torch.randn(spec.shape) for name, spec in train_gpt.parameter_specs(cfg).items()}
+    wanted = train_gpt.nearest_bytes(drawn, cfg)
+    assert estimate.gaussian_bytes(cfg) == pytest.approx(wanted, rel=0.01)
+
+
+def test_gptq_takes_of_the_training_time():
+    """More, where weights do not fit at once; nothing of it where it is off."""
+    cfg = shape_of("own")
+    steps, reserve = estimate.steps_within(cfg, 8)
+    assert 0 < reserve < 30 and estimate.gaussian_bytes(cfg) < cfg.target_bytes
+    squeezed, more = estimate.steps_within(replace(cfg, target_bytes=8_000_000), 8)
+    assert more > 2 * reserve and squeezed < steps
+    assert estimate.steps_within(replace(cfg, gptq_reserve_seconds=60.0), 8)[1] == 60.0
+    free, nothing = estimate.steps_within(replace(cfg, quant="lite"), 8)
+    assert nothing == 0 and free >= steps
+    assert "quantise, compress" in estimate.evaluation_parts(replace(cfg, quant="lite"), 8)
+    assert "quantise, compress" not in estimate.evaluation_parts(cfg, 8)
+
+
 def test_lanes_take_the_longest_document_or_their_share():
     lengths = estimate.document_lengths()
     assert len(lengths) == estimate.DOCUMENTS
