@@ -7370,7 +7370,8 @@ def pack_script(script: bytes) -> bytes:
 # train_gpt.py, sha256 {sha256(script)}, packed; its text is below as SCRIPT.
 import base64, hashlib, lzma
 SCRIPT = lzma.decompress(base64.b85decode("{packed}"))
-assert hashlib.sha256(SCRIPT).hexdigest() == "{sha256(script)}", "damaged"
+if hashlib.sha256(SCRIPT).hexdigest() != "{sha256(script)}":
+    raise SystemExit("damaged")
 exec(compile(SCRIPT, __file__, "exec"))
 """.encode()
 

@@ -499,6 +499,101 @@ QUANTISATION = [
         "test_artifact.py -k every_damaged_byte",
         script("if hashlib.sha256($body).digest() !=", "if False and hashlib.sha256($body) !="),
     ),
+    Fault(
+        "constant_rows",
+        "a row's deviation is about its mean, so that a constant row is clipped away",
+        "test_gptq.py -k constant_rows",
+        script(
+            "$weight.square().mean(-1, keepdim=True).sqrt()",
+            "$weight.std(-1, correction=0, keepdim=True)",
+        ),
+    ),
+    Fault(
+        "short_scales",
+        "a scale is rounded up to what half precision does not hold",
+        "test_gptq.py -k constant_rows",
+        script(
+            "$scale.clamp(32 * LEAST_FP16, MOST_SHORT_FP16)", "$scale.clamp_min(32 * LEAST_FP16)"
+        ),
+    ),
+    Fault(
+        "makes_up",
+        "the columns behind a block do not make up for its rounding",
+        "test_gptq.py -k the_best_while",
+        script("$free[:, :, $end:] -= torch.cat", "$free[:, :, $end:] -= 0 * torch.cat"),
+    ),
+    Fault(
+        "column_order",
+        "integers stay in the order in which the columns were rounded",
+        "test_gptq.py -k two_columns or best_while",
+        script("torch.empty_like($integers).scatter_(2, $places, $integers)", "$integers"),
+    ),
+    Fault(
+        "worse_rows",
+        "GPTQ's rows are kept where rounding to nearest makes less of an error",
+        "test_gptq.py -k no_row_is_worse",
+        script("torch.where($worse, $nearest, $integers)", "$integers"),
+    ),
+    Fault(
+        "other_inputs",
+        "keys and values are calibrated by the output's inputs",
+        "test_gptq.py -k of_what_torch_multiplies",
+        script('"kv_bank": ("query", "query")', '"kv_bank": ("output", "output")'),
+    ),
+    Fault(
+        "one_rank_s_inputs",
+        "each rank calibrates by its own rows alone",
+        "test_gptq.py -k two_ranks",
+        script("dist.all_reduce($total) $total /= ", "pass\n        $total /= "),
+    ),
+    Fault(
+        "coder_learns",
+        "the range coder's counts learn nothing",
+        "test_range.py -k take_their_entropy",
+        script("$counts += COUNT_STEP * np.bincount", "$counts += 0 * np.bincount"),
+    ),
+    Fault(
+        "columns",
+        "columns of small and large integers are coded alike",
+        "test_range.py -k of_other_sizes",
+        script(
+            "$sums += 256 * abs($block.astype(np.int64)).sum(0)",
+            "$sums += 256 * abs($block.astype(np.int64)).sum(0) * 0",
+        ),
+    ),
+    Fault(
+        "words_left",
+        "words after the last weight are passed over",
+        "test_range.py -k words_of_no_weights",
+        script("if not $coder.maybe_exhausted():", "if False:"),
+    ),
+    Fault(
+        "over_target",
+        "TARGET_BYTES is passed by the script's bytes",
+        "test_range.py -k until_the_bytes_fit",
+        script("cfg.target_bytes - len(pack_script(SCRIPT)) if", "cfg.target_bytes if"),
+    ),
+    Fault(
+        "many_tries",
+        "clips are tried without the slope of packed bytes over entropy",
+        "test_range.py -k until_the_bytes_fit or few_tries",
+        script("/ min(2, max(0.5, $slope))", "/ 1"),
+    ),
+    Fault(
+        "reserve",
+        "training leaves GPTQ no time",
+        "test_report.py -k leaves_time_for_gptq",
+        script(
+            "$reserve = min(cfg.gptq_reserve_seconds or $needed, cfg.max_wallclock_seconds / 2)",
+            "$reserve = 0.0",
+        ),
+    ),
+    Fault(
+        "packed_damage",
+        "a packed script runs whatever it unpacks to",
+        "test_packed.py -k another_text",
+        script('if hashlib.sha256(SCRIPT).hexdigest() != "{sha256(script)}":', "if False:"),
+    ),
 ]
 CHECKPOINT = [
     Fault(

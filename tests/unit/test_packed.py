@@ -42,6 +42,16 @@ def test_damage_runs_nothing(packed, tmp_path, place):
     assert done.returncode != 0 and "Environment variables" not in done.stdout
 
 
+def test_another_text_in_its_place_does_not_run(packed, tmp_path):
+    """Well packed, of another sha256."""
+    other = train_gpt.pack_script(b"print('ran')").decode().splitlines()
+    lines = packed.read_text().splitlines()
+    for interpreter in ([sys.executable], [sys.executable, "-O"]):
+        packed.write_text("\n".join([*lines[:2], other[2], *lines[3:]]))
+        done = subprocess.run([*interpreter, packed], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", "damaged\n")
+
+
 def test_a_run_is_the_same_run(packed, dataset, tmp_path):
     """Its folder holds the readable script, whose sha256 is the stream's; ranks start as usual."""
     shutil.copy(train_gpt.ROOT / "records/track_cpu/tiny/config.env", tmp_path)  # as submit.py does
