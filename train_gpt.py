@@ -25,8 +25,8 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The se
              quantise_model (14), in the training's clock
   a signal   Runtime.signals (3); Trainer.save_if_due (13) saves (8), run (14) says what is kept
   a file     is written whole or not at all by write_atomically (3)
-  the caps   TARGET_BYTES widens clips, TARGET_MB prunes (9); over_caps (14) says what is over;
-             nothing is refused
+  the caps   TARGET_BYTES widens clips, TARGET_MB prunes (9); what no clip can reach is refused
+             before training (quantising_seconds, 14), later over_caps (14) says what is over
   the bytes  pack_script (14) is what a submission ships; SCRIPT (1) is what it holds and runs
 
 Everything that a run does is in here. A repository around it adds the embedded text
@@ -176,7 +176,7 @@ def package(name: str) -> ModuleType:
 # 2. Configuration
 # Environment > RECORD's config.env > defaults; each setting is one line of one table.
 
-CAP_BYTES = 16_000_000  # of artifact.bin and this file, decimal
+CAP_BYTES = 16_000_000  # of artifact.bin and this file, packed; decimal
 CAP_SECONDS = 600  # of training, and of evaluation
 
 
@@ -342,21 +342,23 @@ class Config:
         "lite: each weight to the nearest integer; gptq: later columns of a matrix make up for the "
         "rounding of earlier ones, by what training text gives it as inputs")
     clip_sigmas: float = quantiser(12.85,
-        "a matrix row's grid ends at so many standard deviations; 0: by CLIP_QUANTILES", most=1e4)
+        "a matrix row's grid ends at so many standard deviations: a step is that over the largest "
+        "integer; 0: by CLIP_QUANTILES", most=1e4)
     embed_clip_sigmas: float = quantiser(20.0, "the same of embeddings", most=1e4)
     calibration: Literal["train", "random"] = quantiser("train",
         "what gptq takes inputs from, the training text or random tokens")
     calibration_rows: int = quantiser(64,
         "training sequences that it takes", least=1, most=65_536)
     gptq_reserve_seconds: float = quantiser(0.0,
-        "of the training time that gptq is left; 0: as long as it takes in the warm-up")
+        "of the capped training time that is left to gptq; 0: as it takes in a rehearsal before")
     target_bytes: int = quantiser(16_000_000,
         "of weights and packed script together: where they are more the clips rise until they are "
         "not; 0: as they come")
     quant_per: Literal["row", "matrix"] = quantiser("row",
         "what chooses its clip among CLIP_QUANTILES together, a row, or all rows of a matrix")
     clip_quantiles: tuple[float, ...] = quantiser((0.999, 0.9995, 0.9999, 0.99999, 1.0),
-        "a row's grid ends at one of these quantiles of its |w|, that of least squared error")
+        "with CLIP_SIGMAS=0 a row's grid ends at one of these quantiles of its |w|, that of least "
+        "squared error; at 0.9999984 in int8")
     quant_floor: bool = quantiser(True,
         "scales found by quantile are at least 1 over the largest integer, as published")
     target_mb: float = quantiser(0.0,
@@ -406,10 +408,11 @@ class Config:
     swa_weight: float = averaging(0.5,
         "share of the snapshots' mean in the export, the rest is the EMA", most=1)
     qat_enabled: bool = averaging(False,
-        "train every linear layer through int6 rounding from step 0, each row's grid as wide as "
-        "its largest weight")
+        "train every linear layer through rounding by MATRIX_CODING from step 0, each row's grid "
+        "as wide as its largest weight")
     late_qat: bool = averaging(True,
-        "train through the export's own grid at the end", aliases=("USE_LATE_QAT",))
+        "train through the export's grid at the end, before TARGET_BYTES widens it",
+        aliases=("USE_LATE_QAT",))
     late_qat_threshold: float = averaging(0.15, "rate factor (1 to 0) below which late QAT begins")
     qat_every: int = averaging(50, "steps between choices of that grid", least=1)
 
@@ -538,6 +541,9 @@ class Config:
         unproved = proof and self.codec_tokens and self.mixer == "cascade"
         within = f"{-layers} to {layers - 1}"
         chunk = self.ttt_enabled and self.ttt_chunk_tokens % self.window
+        packs = not self.eval_only
+        unclipped = not self.clip_sigmas
+        ranged = self.compressor == "range"
         for name, broken, wanted in (
             (
                 "NUM_HEADS",
@@ -561,9 +567,9 @@ class Config:
             ("INIT_FROM", self.init_from and self.eval_only, "left out with EVAL_ONLY"),
             ("SCORER", self.ttt_enabled and proof, "sliding with TTT_ENABLED=1"),
             ("NGRAM_MIXER", unproved, "blend, or CODEC_TOKENS=0"),
-            ("TARGET_BYTES", self.target_bytes and self.target_mb, "0 with TARGET_MB"),
-            ("TARGET_BYTES", self.target_bytes and not self.clip_sigmas, "0 with CLIP_SIGMAS=0"),
-            ("TARGET_MB", self.target_mb and self.compressor == "range", "0 with COMPRESSOR=range"),
+            ("TARGET_BYTES", packs and self.target_bytes and self.target_mb, "0 with TARGET_MB"),
+            ("TARGET_BYTES", packs and self.target_bytes and unclipped, "0 with CLIP_SIGMAS=0"),
+            ("TARGET_MB", packs and self.target_mb and ranged, "0 with COMPRESSOR=range"),
         ):
             if broken:
                 raise ConfigError(f"{name}={show(getattr(self, name.lower()))}: must be {wanted}")
@@ -3905,7 +3911,7 @@ def search_grid(weight: Tensor, coding: str, cfg: Config) -> Tensor:
 
 
 def choose_scales(weight: Tensor, spec: Spec, cfg: Config) -> Tensor:
-    """Of a tensor's rows, fp32 (..., r, c) -> (..., r, 1), rounded as stored. Matrices and
+    """Of a tensor's rows, fp32 (..., r, c) -> (..., r, 1), rounded as stored. Muon's matrices and
     embeddings: so many standard deviations (about 0: a row may be constant) lie on the grid
     (CLIP_SIGMAS), whose step then fixes the bits that an integer takes; or by search_grid. All
     else: the row's largest."""
@@ -3928,8 +3934,8 @@ def choose_scales(weight: Tensor, spec: Spec, cfg: Config) -> Tensor:
 # have nothing to do with each other. Columns are rounded one after the other, those of the largest
 # inputs first, and the columns that are still free make up for what each was rounded by.
 
-HESSIANS = {  # of a tensor's matrices, in their order: the names of their inputs
-    "tok_emb": ("logits",),
+GPTQ_INPUTS = {  # of a tensor's matrices, in their order: the names of their inputs
+    "tok_emb": ("logits",),  # as the output layer; what reads tokens is not asked
     "qo_bank": ("query", "output"),
     "kv_bank": ("query", "query"),  # a layer's keys and values have its queries' inputs
     "mlp_up_bank": ("up",),
@@ -3939,9 +3945,9 @@ HESSIANS = {  # of a tensor's matrices, in their order: the names of their input
 }
 DAMPING = 0.01  # of the mean of H's diagonal, added to it; ten times as much until H has a root
 MOST_DAMPING = 1e6  # more than that: rounded to nearest
-MOST_WIDENING = 64.0  # of clips, for TARGET_BYTES
-FIT_ROOM = 0.001  # share of what weights may take that may be left
-FIT_TRIES = 4  # clips that are tried to leave no more; then each is four times as wide
+MOST_DOUBLINGS = 6.0  # of clips, for TARGET_BYTES
+FIT_ROOM = 0.001  # share of the bytes for weights: less than this may be left
+FIT_TRIES = 6  # clips that are tried to leave no more
 GPTQ_BLOCK = 128  # columns that are rounded before the ones behind them hear of it
 CALIBRATION_TOKENS = 16_384  # in a pass
 
@@ -3962,30 +3968,44 @@ def calibration_rows(cfg: Config, rt: Runtime, shards: list[Path]) -> Tensor:
 
 @torch.no_grad()
 def collect_hessians(model: GPT, rt: Runtime, cfg: Config, rows: Tensor) -> dict[str, Tensor]:
-    """By the names of HESSIANS, of each layer, H of what the model's matrices are given for rows,
-    int64 (n, T), of all ranks: fp32 (layers, c, c). Called on every rank."""
-    wanted = {name for names in HESSIANS.values() for name in names}
+    """By the names of GPTQ_INPUTS, of each layer, H of what the model's matrices are given for
+    rows, int64 (n, T), of all ranks: fp32 (layers, c, c). Called on every rank."""
+    specs = parameter_specs(cfg)
     sums: dict[str, Tensor] = {}
+    for tensor in specs.keys() & GPTQ_INPUTS.keys():
+        columns = specs[tensor].shape[-1]
+        layers = cfg.num_layers if tensor in BANKS else 1
+        for name in GPTQ_INPUTS[tensor]:
+            sums[name] = torch.zeros(layers, columns, columns, device=rt.device)
 
     def add(name: str, layer: int, x: Tensor) -> None:
-        if name in wanted:
+        if name in sums:
             x = x.flatten(0, -2).float()
-            layers = 1 if name in ("logits", *ENRICHMENT) else cfg.num_layers
-            if name not in sums:
-                sums[name] = x.new_zeros(layers, x.shape[1], x.shape[1])
-            with torch.autocast(x.device.type, enabled=False):
+            with torch.autocast(x.device.type, enabled=False), full_precision():
                 sums[name][layer].addmm_(x.mT, x)
 
-    for ids in rows.split(max(1, CALIBRATION_TOKENS // cfg.train_seq_len)):
+    batch = max(1, CALIBRATION_TOKENS // cfg.train_seq_len)
+    for ids in rows.split(batch) if len(rows) else ():
         ids = ids.to(rt.device)
         context = Context(model, ids, observe=add)
         with rt.autocast(), rt.attention():
             add("logits", 0, model.hidden(ids, context))
-    for total in sums.values():
+    for name in sorted(sums):  # on all ranks in one order
         if rt.world_size > 1:
-            dist.all_reduce(total)
-        total /= cfg.calibration_rows * cfg.train_seq_len
+            dist.all_reduce(sums[name])
+        sums[name] /= cfg.calibration_rows * cfg.train_seq_len
     return sums
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of fp32 in fp32, without CUDA's TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def inverse_root(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -4000,7 +4020,7 @@ def inverse_root(hessian: Tensor) -> tuple[Tensor, Tensor]:
     damping = DAMPING
     while damping <= MOST_DAMPING and todo.any():
         lower, failed = torch.linalg.cholesky_ex(hessian[todo] + damping * mean[todo] * unit)
-        inverse = torch.cholesky_inverse(lower)
+        inverse = torch.cholesky_inverse(torch.where((failed == 0).view(-1, 1, 1), lower, unit))
         upper, failed_again = torch.linalg.cholesky_ex(inverse, upper=True)
         good = (failed == 0) & (failed_again == 0) & upper.isfinite().all(-1).all(-1)
         places = todo.nonzero()[:, 0]
@@ -4018,6 +4038,7 @@ def layer_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian) * error).sum(-1, keepdim=True)
 
 
+@full_precision()
 def gptq(
     weight: Tensor, scale: Tensor, largest: int, hessian: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -4025,10 +4046,10 @@ def gptq(
     (n, r, 1), rows that stay rounded to nearest, as that makes less of an error; inverse_root's
     second."""
     nearest = round_to_grid(weight, scale, largest)
-    order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-    places = order.unsqueeze(1).expand_as(weight)
-    ordered = hessian.gather(1, order.unsqueeze(2).expand_as(hessian))
-    root, grown = inverse_root(ordered.gather(2, order.unsqueeze(1).expand_as(hessian)))
+    largest_first = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    places = largest_first.unsqueeze(1).expand_as(weight)
+    sorted_rows = hessian.gather(1, largest_first.unsqueeze(2).expand_as(hessian))
+    root, grown = inverse_root(sorted_rows.gather(2, largest_first.unsqueeze(1).expand_as(hessian)))
     free = weight.gather(2, places)
     integers = torch.empty_like(free)
     width = weight.shape[2]
@@ -4069,8 +4090,8 @@ def quantise(
     hessians: Mapping[str, Tensor] | None = None,
     rt: Runtime | None = None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """-> the payload, of payload_type; values of gptq's line. With hessians, of collect_hessians,
-    matrices are rounded by gptq, each by one rank (rt), and all ranks get all."""
+    """-> the payload, of payload_type; values of the log's line `gptq`. With hessians, of
+    collect_hessians, matrices are rounded by gptq, each by one rank (rt), and all ranks get all."""
     specs = parameter_specs(cfg)
     payload = np.zeros((), payload_type(specs))
     rows = 0
@@ -4082,8 +4103,8 @@ def quantise(
             payload[name] = weight.cpu().numpy()
             continue
         scale = choose_scales(weight, spec, cfg)
-        if hessians and name in HESSIANS:
-            hessian = torch.cat([hessians[inputs] for inputs in HESSIANS[name]])
+        if hessians and name in GPTQ_INPUTS:
+            hessian = torch.cat([hessians[inputs] for inputs in GPTQ_INPUTS[name]])
             stacked = weight.view(-1, *weight.shape[-2:]), scale.view(-1, scale.shape[-2], 1)
             integers, counts = gptq_shared(*stacked, LARGEST[spec.coding], hessian, rt)
             integers = integers.view(weight.shape)
@@ -4100,7 +4121,7 @@ def gptq_shared(
     weight: Tensor, scale: Tensor, largest: int, hessian: Tensor, rt: Runtime | None
 ) -> tuple[Tensor, list[int]]:
     """gptq, of every world_size-th matrix on each rank -> integers of all; how many rows stay
-    rounded to nearest, how often the damping grew, of all."""
+    rounded to nearest, in how many matrices the damping grew, of all."""
     rank, ranks = (rt.rank, rt.world_size) if rt else (0, 1)
     integers = torch.zeros_like(weight)
     counts = torch.zeros(2, device=weight.device)
@@ -4108,7 +4129,7 @@ def gptq_shared(
     if len(weight[mine]):
         found, worse, grown = gptq(weight[mine], scale[mine], largest, hessian[mine])
         integers[mine] = found
-        counts += torch.stack([worse.sum(), grown.sum()])
+        counts += torch.stack([worse.sum(), (grown > 0).sum()])
     if ranks > 1:
         dist.all_reduce(integers)
         dist.all_reduce(counts)
@@ -4289,70 +4310,85 @@ def artifact_header(cfg: Config) -> dict[str, Any]:
     return dict(model=stored, tensors=tensors, size=kind.itemsize)
 
 
-class Fitting(NamedTuple):
-    """An artifact that is not too large."""
+class Packing(NamedTuple):
+    """An artifact and how it came to be."""
 
-    packed: bytes  # on rank 0
+    packed: bytes  # artifact.bin, on rank 0
     size: int
+    room: int  # what it may be
     widening: float  # of all clips
-    rounding: dict[str, Any]  # values of gptq's line
+    rounding: dict[str, int]  # values of gptq's line
+    pruning: dict[str, int]  # of prune's
+    tries: int = 0
+    seconds: float = 0.0  # of all of them
+
+    def log(self, rt: Runtime, cfg: Config) -> None:
+        if self.rounding:
+            rt.log("gptq", **self.rounding, seconds=self.seconds)
+        if self.pruning:
+            rt.log("prune", **self.pruning, seconds=self.seconds)
+        left = self.room - self.size
+        if cfg.target_bytes:
+            clip = self.widening * cfg.clip_sigmas
+            found = dict(weights=self.size, left=left, clip_sigmas=clip, tries=self.tries)
+            rt.log("target_bytes", cfg.target_bytes, **found)
+        if left < 0:
+            target = "TARGET_BYTES" if cfg.target_bytes else "TARGET_MB"
+            missed = f"{target}={show(getattr(cfg, target.lower()))}: missed by {-left:,} bytes"
+            rt.log("note", missed)
 
 
 def make_artifact(
-    weights: Mapping[str, Tensor],
-    cfg: Config,
-    rt: Runtime,
-    hessians: Mapping[str, Tensor],
-    log: Callable,
-) -> bytes:
-    """The bytes of artifact.bin on rank 0, none on the others; called on every rank. With
-    TARGET_BYTES all clips rise alike until they fit with the packed script: by bisection the
-    entropy of rounding to nearest falls by as many bytes as are too many, what comes of these clips
-    is packed, and so on, by the slope that packed bytes have over that entropy."""
+    weights: Mapping[str, Tensor], cfg: Config, rt: Runtime, hessians: Mapping[str, Tensor]
+) -> Packing:
+    """Called on every rank. With TARGET_BYTES all clips rise alike until weights and packed script
+    fit. Twice the step is a bit less for each integer, about: the first guess; then the line
+    through two sizes, around the room where they are, or the middle, where it leads out of what is
+    known. Where nothing fits, the smallest."""
     began = time.perf_counter()
-    room = cfg.target_bytes - len(pack_script(SCRIPT)) if cfg.target_bytes else sys.maxsize
-    widening = 1.0
-    too_narrow = 1.0
+    room = weights_room(cfg)
+    least = bytes_a_doubling(cfg)
+    slope = least
+    low = 0.0  # doublings of the clips that are too few, as it turns out
+    place = 0.0  # that are tried
+    high = MOST_DOUBLINGS  # that suffice
+    sizes = {}
     best = None
-    sizes = []  # nearest_bytes, bytes packed
-    slope = 1.0
     for tries in itertools.count(1):
-        clipped = widen_clips(cfg, widening)
-        payload, rounding = quantise(weights, clipped, hessians, rt)
-        packed = pack_payload(payload, cfg, log) if rt.rank == 0 else b""
+        payload, rounding = quantise(weights, widen_clips(cfg, 2**place), hessians, rt)
+        packed, pruning = pack_payload(payload, cfg, room) if rt.rank == 0 else (b"", {})
         size = int(rt.largest(len(packed)).item())
+        found = Packing(packed, size, room, 2**place, rounding, pruning)
+        sizes[place] = size
         if size <= room:
-            best = Fitting(packed, size, widening, rounding)
-        elif widening >= MOST_WIDENING:
-            script = cfg.target_bytes - room
-            least = f"the packed script takes {script:,} bytes, weights on the widest grid {size:,}"
-            fix = "a smaller model or more bytes" if room > 0 else "more bytes"
-            raise UserError(f"TARGET_BYTES={cfg.target_bytes}: {least}; fix: {fix}")
+            best = found
+            high = place
+        elif place == MOST_DOUBLINGS or not cfg.target_bytes:
+            best = found
+            break
         else:
-            too_narrow = widening
-        if best:
-            left = room - best.size
-            if best.widening == 1.0 or tries >= FIT_TRIES or left < FIT_ROOM * room:
-                break
-        sizes.append((nearest_bytes(weights, clipped), size))
+            low = place
+        if best and (place == 0.0 or room - best.size < FIT_ROOM * room or tries >= FIT_TRIES):
+            break
         if tries > 1:
-            (before, larger), (after, smaller) = sizes[-2:]
-            slope = (larger - smaller) / (before - after) if before != after else 1.0
-        aim = sizes[-1][0] + (room - FIT_ROOM / 4 * room - size) / min(2, max(0.5, slope))
-        widest = best.widening if best else MOST_WIDENING
-        if tries >= FIT_TRIES:  # and nothing fits
-            wider = min(4 * widening, MOST_WIDENING)
-        elif aim > 0:
-            wider = find_widening(weights, cfg, aim, too_narrow, widest)
-        else:  # the entropy of rounding to nearest is none before what is packed is small
-            wider = math.sqrt(too_narrow * widest)
-        widening = rt.largest(wider if rt.rank == 0 else 0.0).item()
-    if best.rounding:
-        log("gptq", **best.rounding, seconds=time.perf_counter() - began)
-    if cfg.target_bytes:
-        sigmas = dict(clip_sigmas=best.widening * cfg.clip_sigmas, tries=tries)
-        log("target_bytes", cfg.target_bytes, weights=best.size, room=left, **sigmas)
-    return best.packed
+            ends = (low, high) if best else [*sizes][-2:]
+            fall = (sizes[ends[0]] - sizes[ends[1]]) / (ends[1] - ends[0])
+            slope = max(fall, least / 16)
+        spare = FIT_ROOM / 4 * 2 ** max(0, tries - FIT_TRIES)  # more, where nothing has fitted yet
+        place += (size - (1 - min(spare, 0.5)) * room) / slope
+        if not best and place >= high:
+            place = high
+        elif not low < place < high:
+            place = (low + high) / 2
+    return best._replace(tries=tries, seconds=time.perf_counter() - began)
+
+
+def weights_room(cfg: Config) -> int:
+    """Bytes that weights may take beside the packed script."""
+    if not cfg.target_bytes and not cfg.target_mb:
+        return sys.maxsize
+    target = cfg.target_bytes or int(cfg.target_mb * 2**20)
+    return target - len(pack_script(SCRIPT))
 
 
 def widen_clips(cfg: Config, factor: float) -> Config:
@@ -4360,57 +4396,40 @@ def widen_clips(cfg: Config, factor: float) -> Config:
     return replace(cfg, **{name: factor * sigmas for name, sigmas in clips.items()})
 
 
-def nearest_bytes(weights: Mapping[str, Tensor], cfg: Config) -> float:
-    """Entropy of all integers, rounded to nearest, each tensor's by itself."""
-    bits = 0.0
-    for name, spec in parameter_specs(cfg).items():
-        if spec.coding not in FLOATS:
-            weight = weights[name].detach()
-            largest = LARGEST[spec.coding]
-            integers = round_to_grid(weight, choose_scales(weight, spec, cfg), largest)
-            counts = torch.bincount((integers + largest).long().flatten()).double()
-            shares = counts / counts.sum()
-            bits -= torch.xlogy(counts, shares).sum().item() / math.log(2)
-    return bits / 8
+def bytes_a_doubling(cfg: Config) -> float:
+    """By which weights shrink where the clips are twice as wide: a bit of each integer."""
+    clips = dict(muon=cfg.clip_sigmas, embed=cfg.embed_clip_sigmas)
+    specs = parameter_specs(cfg).values()
+    widened = [spec for spec in specs if clips.get(spec.group) and spec.coding not in FLOATS]
+    return max(1.0, sum(math.prod(spec.shape) for spec in widened) / 8)
 
 
-def find_widening(
-    weights: Mapping[str, Tensor], cfg: Config, aim: float, low: float, high: float
-) -> float:
-    """The least factor of all clips between these, to a thousandth, at which nearest_bytes is
-    `aim`; above low."""
-    while high / low > 1.001:
-        middle = math.sqrt(low * high)
-        if nearest_bytes(weights, widen_clips(cfg, middle)) > aim:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def pack_payload(payload: np.ndarray, cfg: Config, log: Callable) -> bytes:
-    """The bytes of artifact.bin: the same payload gives the same bytes. log: Runtime.log, for
-    pruning's line."""
+def pack_payload(
+    payload: np.ndarray, cfg: Config, room: int = sys.maxsize
+) -> tuple[bytes, dict[str, int]]:
+    """-> the bytes of artifact.bin, the same ones of the same payload; values of prune's line.
+    room: for TARGET_MB."""
     header = artifact_header(cfg)
-    if cfg.compressor == "range":
-        return seal(ARTIFACT_PREFIX, header, range_encode(payload, parameter_specs(cfg)))
-    if not cfg.target_mb:
-        return seal(ARTIFACT_PREFIX, header, compress(payload.tobytes(), cfg.compressor))
-    room = int(cfg.target_mb * 2**20) - len(pack_script(SCRIPT))
-    room -= len(seal(ARTIFACT_PREFIX, header, b""))
-    return seal(ARTIFACT_PREFIX, header, prune(payload, room, cfg, log))
+    pruning = {}
+    if cfg.target_mb:
+        room -= len(seal(ARTIFACT_PREFIX, header, b""))
+        body, pruning = prune(payload, room, cfg)
+    elif cfg.compressor == "range":
+        body = range_encode(payload, parameter_specs(cfg))
+    else:
+        body = compress(payload.tobytes(), cfg.compressor)
+    return seal(ARTIFACT_PREFIX, header, body), pruning
 
 
-def prune(payload: np.ndarray, room: int, cfg: Config, log: Callable) -> bytes:
-    """Selective pruning (PR #993): zero the fewest 256ths of the +-1 integers, smallest scales
-    first, with which the payload fits into `room` bytes, or all. Of equal scales, as under
+def prune(payload: np.ndarray, room: int, cfg: Config) -> tuple[bytes, dict[str, int]]:
+    """Selective pruning (PR #993): zero the fewest 256ths of the +-1 among int4 to int7, smallest
+    scales first, with which the payload fits into `room` bytes, or all. Of equal scales, as under
     QUANT_FLOOR, the first goes first: bank by bank, layer by layer (query 0, output 0, query 1,
-    ...), place by place. -> the payload, compressed."""
-    began = time.perf_counter()
+    ...), place by place. -> the payload, compressed; values of prune's line."""
     places = [np.zeros(0, np.int64)]
     scales = [np.zeros(0, np.float16)]
     for name, spec in parameter_specs(cfg).items():
-        if spec.coding == "int6":
+        if spec.coding in LARGEST and spec.coding != "int8":
             kind, start = payload.dtype.fields[name]
             ones = np.flatnonzero(abs(payload[name]["integers"]) == 1)
             if name in BANKS:
@@ -4429,16 +4448,8 @@ def prune(payload: np.ndarray, room: int, cfg: Config, log: Callable) -> bytes:
     part = 0
     if len(pruned(0)) > room:
         part = bisect.bisect_left(range(256), True, key=lambda part: len(pruned(part)) <= room)
-    log(
-        "prune",
-        candidates=len(candidates),
-        pruned=len(candidates) * part // 256,
-        bytes=len(pruned(part)),
-        seconds=time.perf_counter() - began,
-    )
-    if len(pruned(part)) > room:
-        log("note", f"TARGET_MB={cfg.target_mb}: missed by {len(pruned(part)) - room:,} bytes")
-    return pruned(part)
+    zeroed = len(candidates) * part // 256
+    return pruned(part), dict(candidates=len(candidates), pruned=zeroed, bytes=len(pruned(part)))
 
 
 def seal(prefix: bytes, header: dict[str, Any], payload: bytes) -> bytes:
@@ -7692,6 +7703,8 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
     if capped:
         reserve = min(cfg.gptq_reserve_seconds or needed, cfg.max_wallclock_seconds / 2)
         rt.log("gptq_reserve", seconds=reserve, measured=needed)
+        if reserve < needed:
+            rt.log("note", f"gptq may take {needed - reserve:.1f} s more than it is left")
     try:
         weights = trainer.run(validate, reserve)
         overlap.log(max(1, trainer.step))
@@ -7701,40 +7714,45 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
     if cfg.val_loss_every:  # what quantisation starts from
         rt.log("averaged", **validate(0))
     rt.stage("quantising and compressing")
-    with rt.clock("train" if cfg.quant == "gptq" else "eval"):  # the text is training's
-        packed = quantise_model(model, rt, cfg, shards, rt.log)
-    return weights, packed
+    with rt.clock("train" if cfg.quant == "gptq" else "eval"):  # it reads training text
+        packing = quantise_model(model, rt, cfg, shards)
+    packing.log(rt, cfg)
+    return weights, packing.packed
 
 
-def quantise_model(
-    model: GPT, rt: Runtime, cfg: Config, shards: list[Path], log: Callable
-) -> bytes:
+def quantise_model(model: GPT, rt: Runtime, cfg: Config, shards: list[Path]) -> Packing:
     """make_artifact, with what QUANT asks for."""
     hessians = {}
     if cfg.quant == "gptq":
         rows = calibration_rows(cfg, rt, shards)
         hessians = collect_hessians(for_scores(model), rt, cfg, rows)
-    return make_artifact(model.state_dict(), cfg, rt, hessians, log)
+    return make_artifact(model.state_dict(), cfg, rt, hessians)
 
 
 def quantising_seconds(rt: Runtime, cfg: Config, shards: list[Path]) -> float:
     """What quantise_model will take, on the slowest rank and a fifth more: rehearsed before
     training, on random weights, for a zero is rounded and packed in no time. UserError where
-    TARGET_BYTES cannot be reached."""
+    TARGET_BYTES is not reached."""
+    script = cfg.target_bytes - weights_room(cfg)
+    if cfg.target_bytes and script >= cfg.target_bytes:
+        fix = "fix: more bytes"
+        raise UserError(
+            f"TARGET_BYTES={cfg.target_bytes}: the packed script takes {script:,}; {fix}"
+        )
     other = GPT(cfg).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(cfg.seed)
     for weight in other.parameters():
         weight.normal_(std=0.1, generator=generator)
     other.to(rt.device)
-    said: dict[str, dict[str, Any]] = {}
     began = time.perf_counter()
-    quantise_model(other, rt, cfg, shards, lambda key, *_, **values: said.update({key: values}))
+    packing = quantise_model(other, rt, cfg, shards)
     seconds = time.perf_counter() - began
-    if cfg.target_bytes:
-        fitting = said["target_bytes"]
-        if fitting["room"] < fitting["weights"] / 10:  # trained ones may need all tries
-            fit = said["gptq"]["seconds"] if "gptq" in said else seconds
-            seconds += fit * (FIT_TRIES / fitting["tries"] - 1)
+    if cfg.target_bytes and packing.size > packing.room:
+        found = f"weights on the widest grid take {packing.size:,} bytes, the packed script"
+        fix = "fix: a smaller model or more bytes"
+        raise UserError(f"TARGET_BYTES={cfg.target_bytes}: {found} {script:,}; {fix}")
+    if packing.size > 0.9 * packing.room:  # trained ones may need all tries
+        seconds += packing.seconds * max(0, FIT_TRIES / packing.tries - 1)
     return 1.2 * rt.largest(seconds).item()
 
 

@@ -165,9 +165,9 @@ class SilentRuntime:
     tick = stage = show = log
 
 
-def pack_artifact(weights, cfg, log=lambda *_, **__: None):
+def pack_artifact(weights, cfg):
     """Of weights that are rounded without Hessians."""
-    return train_gpt.pack_payload(train_gpt.quantise(weights, cfg)[0], cfg, log)
+    return train_gpt.pack_payload(train_gpt.quantise(weights, cfg)[0], cfg)[0]
 
 
 def gptq_payload(cfg, runtime):

@@ -591,7 +591,7 @@ def quantise_seconds(cfg: Config, ranks: int) -> float:
     rounding = collecting = 0.0
     if cfg.quant == "gptq":
         rows = cfg.calibration_rows * cfg.train_seq_len / ranks
-        shapes = [(1, *specs[name].shape)[-3:] for name in train_gpt.HESSIANS if name in specs]
+        shapes = [(1, *specs[name].shape)[-3:] for name in train_gpt.GPTQ_INPUTS if name in specs]
         gathered = sum(2 * count * columns**2 for count, _, columns in shapes)
         collecting = rows * (gathered / rate("single") + 2 * weights(cfg) / rate("products"))
         for count, height, width in shapes:

@@ -185,12 +185,8 @@ def afterwards(job, compiled, trainer, more):
     windows = train_gpt.WindowScorer(train_gpt.for_scores(model), runtime, cfg)
     stage("validation", lambda: windows.score(stream, windows.length))
     model.load_state_dict(trainer.averages.final())
-    said = {}
-
-    def note(key, *_, **values):
-        said[key] = values
-
-    packed = stage("packing", lambda: train_gpt.quantise_model(model, runtime, cfg, [shard], note))
+    packing = stage("packing", lambda: train_gpt.quantise_model(model, runtime, cfg, [shard]))
+    packed = packing.packed
     path.write_bytes(packed)
     loaded = stage("reading", lambda: train_gpt.load_artifact(path, runtime.device))
     again = train_gpt.WindowScorer(loaded, runtime, cfg)
@@ -208,9 +204,8 @@ def afterwards(job, compiled, trainer, more):
     reasons = log.reasons() if sum(new.values()) else []
     text += f"; {' | '.join(reasons)}" if reasons else ""
     job.check("nothing after it", ok, text, graphs=new, clock=spent, reasons=reasons)
-    row = dict(seconds=spent["packing"], read_seconds=spent["reading"], bytes=len(packed), **said)
-    packing = f"{spent['packing']:.1f} s to quantise and compress ({cfg.quant}, {cfg.compressor})"
-    gptq = said.get("gptq", dict(rows=0, nearest=0, damped=0))
-    packing += f", of {gptq['rows']:,} rows {gptq['nearest']:,} stayed rounded to nearest, "
-    packing += f"{gptq['damped']} matrices took more damping"
-    job.row("packing", f"{packing}, {spent['reading']:.1f} s to read", **row)
+    row = dict(seconds=spent["packing"], read_seconds=spent["reading"], bytes=len(packed))
+    text = f"{spent['packing']:.1f} s to quantise and compress ({cfg.quant}, {cfg.compressor})"
+    text += "".join(f", {value:,} {name}" for name, value in packing.rounding.items())
+    row |= packing.rounding
+    job.row("packing", f"{text}, {spent['reading']:.1f} s to read", **row)

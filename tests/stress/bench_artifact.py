@@ -60,11 +60,10 @@ def model(multiple):
         packed, seconds = timed(pack_artifact, weights, replace(cfg, **changes))
         row |= {name: len(packed), f"{name}_seconds": seconds}
     fit = replace(cfg, quant="lite")
-    lines = []
-    log = lambda *words, **values: lines.append(values)  # noqa: E731
-    made = weights, fit, train_gpt.Runtime(fit), {}, log
-    packed, seconds = timed(train_gpt.make_artifact, *made)
-    return row | dict(target=len(packed), target_seconds=seconds) | lines[-1]
+    made = train_gpt.make_artifact(weights, fit, train_gpt.Runtime(fit), {})
+    clip = made.widening * fit.clip_sigmas
+    found = dict(target=made.size, target_seconds=made.seconds, clip_sigmas=clip)
+    return row | found | dict(left=made.room - made.size, tries=made.tries)
 
 
 def coders(cfg):

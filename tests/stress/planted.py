@@ -544,7 +544,7 @@ QUANTISATION = [
         "one_rank_s_inputs",
         "each rank calibrates by its own rows alone",
         "test_gptq.py -k two_ranks",
-        script("dist.all_reduce($total) $total /= ", "pass\n        $total /= "),
+        script("dist.all_reduce(sums[$name]) sums[$name] /=", "pass\n        sums[$name] /="),
     ),
     Fault(
         "coder_learns",
@@ -571,13 +571,22 @@ QUANTISATION = [
         "over_target",
         "TARGET_BYTES is passed by the script's bytes",
         "test_range.py -k until_the_bytes_fit",
-        script("cfg.target_bytes - len(pack_script(SCRIPT)) if", "cfg.target_bytes if"),
+        script("return $target - len(pack_script(SCRIPT))", "return $target"),
     ),
     Fault(
         "many_tries",
-        "clips are tried without the slope of packed bytes over entropy",
-        "test_range.py -k until_the_bytes_fit or few_tries",
-        script("/ min(2, max(0.5, $slope))", "/ 1"),
+        "clips are tried by the first guess of the slope alone",
+        "test_range.py -k until_the_bytes_fit",
+        script("$slope = max($fall, $least / 16)", "$slope = $least"),
+    ),
+    Fault(
+        "lost_training",
+        "weights that fit nowhere end the run behind its training",
+        "test_range.py -k cannot_fit",
+        script(
+            "$best = $found break",
+            "raise UserError('no')",
+        ),
     ),
     Fault(
         "reserve",

@@ -93,7 +93,7 @@ def measure(path):
         changed = replace(cfg, **dict(control_coding="int8") | changes)
         known = hessians if changed.quant == "gptq" else {}
         payload, _ = train_gpt.quantise(weights, changed, known)
-        packed = train_gpt.pack_payload(payload, changed, lambda *_, **__: None)
+        packed, _ = train_gpt.pack_payload(payload, changed)
         score = bits_per_byte(train_gpt.load_artifact("artifact.bin", content=packed))
         point = dict(checkpoint=str(path), way=way, bits=changed.matrix_coding)
         point |= dict(clip_sigmas=round(changed.clip_sigmas, 2), bytes=len(packed))

@@ -466,18 +466,19 @@ def zeroed(payload, places, compressor):
 
 
 def pruned(cfg, total, weights=WEIGHTS):
-    """Pack for a code + artifact of so many bytes -> artifact, what was logged, with the note
-    where they are more."""
-    lines = {}
+    """Pack for a code + artifact of so many bytes -> artifact, what is logged, with a note where
+    they are more."""
     cfg = dataclasses.replace(cfg, target_mb=(total + 0.5) / 2**20)
+    packing = train_gpt.make_artifact(weights, cfg, train_gpt.Runtime(cfg), {})
+    lines = {}
     log = lambda key, *value, **figures: lines.update({key: figures or value})  # noqa: E731
-    artifact = pack_artifact(weights, cfg, log)
-    missed = len(artifact) + PACKED - total
+    packing.log(SimpleNamespace(log=log), cfg)
+    missed = len(packing.packed) + PACKED - total
     assert lines.pop("note", ("",))[0] == (
         f"TARGET_MB={cfg.target_mb}: missed by {missed:,} bytes" if missed > 0 else ""
     )
-    assert [*lines] == ["prune"]
-    return artifact, lines["prune"]
+    assert [*lines] == ["prune"] and packing.tries == 1
+    return packing.packed, lines["prune"]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
@@ -563,11 +564,14 @@ def test_pruning_zeroes_all_where_nothing_suffices(total):
     assert (raw(free) != raw(artifact)).sum() == line["candidates"]
 
 
-def test_pruning_without_an_int6_tensor():
-    """There is nothing that it may zero."""
-    cfg = tiny(matrix_coding="int5", table_coding="fp16")
-    artifact, line = pruned(cfg, 0)
-    assert artifact == pack_artifact(WEIGHTS, cfg) and line["candidates"] == line["pruned"] == 0
+def test_pruning_is_of_int4_to_int7():
+    """Of int8 there is nothing that it may zero."""
+    for coding in ("int4", "int5", "int7", "int8"):
+        cfg = tiny(matrix_coding=coding, table_coding="fp16")
+        artifact, line = pruned(cfg, 0)
+        assert line["candidates"] == line["pruned"]
+        assert (line["pruned"] == 0) == (coding == "int8")
+        assert (artifact == pack_artifact(WEIGHTS, cfg)) == (coding == "int8")
 
 
 # -----------------------------------------------------------------------------

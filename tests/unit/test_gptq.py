@@ -199,12 +199,12 @@ def test_hessians_are_of_what_torch_multiplies(name):
 
 
 def test_every_matrix_of_the_artifact_has_its_hessian():
-    """What Context applies is what HESSIANS lists, and all of a bank."""
+    """What Context applies is what GPTQ_INPUTS lists, and all of a bank."""
     for changes in SWITCHES.values():
         cfg = tiny(**changes)
         specs = train_gpt.parameter_specs(cfg)
         matrices = {n for n, s in specs.items() if s.group == "muon" and "bigram" not in n}
-        assert matrices | {"tok_emb"} == specs.keys() & train_gpt.HESSIANS.keys()
+        assert matrices | {"tok_emb"} == specs.keys() & train_gpt.GPTQ_INPUTS.keys()
 
 
 def test_a_rank_without_rows_adds_nothing():
