@@ -1,6 +1,7 @@
 """GPTQ and grids by deviation: against closed forms, brute force and torch's own hooks."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -193,9 +194,26 @@ def test_hessians_are_of_what_torch_multiplies(name):
     for name_of, hessian in found.items():
         wanted = torch.stack([x.mT @ x / ids.numel() for x in seen[name_of]])
         torch.testing.assert_close(hessian, wanted, rtol=1e-4, atol=1e-5)
-    for layer in range(cfg.num_layers):  # what kv_bank's two names stand for
-        for other in ("key", "value"):
-            assert torch.equal(seen[other][layer], seen["query"][layer])
+    for tensor in (
+        SIDES.keys() & train_gpt.parameter_specs(cfg).keys()
+    ):  # each matrix is given that of its inputs
+        given = torch.cat([found[inputs] for inputs in train_gpt.GPTQ_INPUTS[tensor]])
+        inputs = [x for side in SIDES[tensor] for x in seen[side]]
+        wanted = torch.stack([x.mT @ x / ids.numel() for x in inputs])
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
+        assert len(given) == math.prod(train_gpt.parameter_specs(cfg)[tensor].shape[:-2])
+
+
+# Halves of the banks, in the order of layer_weights.
+SIDES = dict(
+    qo_bank=("query", "output"),
+    kv_bank=("key", "value"),
+    mlp_up_bank=("up",),
+    mlp_down_bank=("down",),
+    enrich_up=("enrich_up",),
+    enrich_down=("enrich_down",),
+    tok_emb=("logits",),
+)
 
 
 def test_every_matrix_of_the_artifact_has_its_hessian():
