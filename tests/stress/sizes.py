@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers import train_gpt  # noqa: E402
 
 BITS = (4, 5, 6, 8)
-STEPS = (0.2, 0.3, 0.414, 0.55, 0.75, 1.0)  # of the grid, in standard deviations
+STEPS = (0.05, 0.1, 0.14, 0.2, 0.3, 0.414, 0.55, 0.75, 1.0)  # of the grid, in standard deviations
 WAYS = {  # name -> settings
     "lite, zstd": dict(quant="lite", compressor="zstd", control_coding="fp16"),
     "lite, range": dict(quant="lite", compressor="range"),
     "deviations, range": dict(quant="lite", compressor="range"),
     "deviations, GPTQ, range": dict(quant="gptq", compressor="range"),
 }
-SHARES = (0.35, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)  # of the largest artifact, where ways are compared
+SIZES = (300_000, 350_000, 400_000, 450_000, 500_000, 550_000, 600_000, 700_000)  # compared
 
 
 def variants():
@@ -131,17 +131,16 @@ def show(rows):
         for size, score, bits, clip in frontier(points):
             row = (way, bits, clip or "quantile", f"{size:,.0f}", f"{score:.4f}")
             print(f"| {' | '.join(map(str, row))} | {score - exact:+.4f} |")
-    largest = max(size for points in table.values() for size, *_ in points)
     print(f"\n| bytes | {' | '.join(WAYS)} |\n|{'---|' * (1 + len(WAYS))}")
-    for share in SHARES:
-        cells = [least(frontier(points), share * largest) for points in table.values()]
-        print(f"| {share * largest:,.0f} | {' | '.join(cells)} |")
+    for size in SIZES:
+        cells = [least(frontier(points), size) for points in table.values()]
+        print(f"| {size:,} | {' | '.join(cells)} |")
 
 
 def least(points, size):
-    """Bits per byte at a size, between two points of a frontier."""
+    """Bits per byte at a size, between two points of a frontier; nothing outside of it."""
     sizes, scores = (np.array(column) for column in list(zip(*points, strict=True))[:2])
-    if size < sizes[0]:
+    if not sizes[0] <= size <= sizes[-1]:
         return "-"
     return f"{np.interp(size, sizes, scores):.4f}"
 

@@ -600,7 +600,7 @@ def proved(tmp_path_factory):
             cfg = tiny(**SMALL, codec_tokens=-1)
             shutil.copy(SCRIPT, folder)
             weights = dict(frozen(cfg).named_parameters())
-            artifact = pack_artifact(weights, cfg, lambda *_, **__: None)
+            artifact = pack_artifact(weights, cfg)
             (folder / "artifact.bin").write_bytes(artifact)
             rt = train_gpt.Runtime(cfg)
             rt.folder = folder
@@ -842,7 +842,7 @@ def test_another_artifact_or_code_is_refused(copied, monkeypatch):
     path = folder / "artifact.bin"
     good = path.read_bytes()
     cfg = tiny(**SMALL)
-    other = pack_artifact(dict(frozen(cfg, 1).named_parameters()), cfg, lambda *_: None)
+    other = pack_artifact(dict(frozen(cfg, 1).named_parameters()), cfg)
     for data in (other, good[:-1], bytes([good[0] ^ 1]) + good[1:]):
         path.write_bytes(data)
         assert "made with artifact " in refusal(folder)

@@ -73,7 +73,7 @@ ROOM = dict(iterations=12, warmdown_iters=12, late_qat_threshold=0.6)
 def artifact(folder, **changes):
     cfg = tiny(**ROOM | changes)
     _, weights = trained(cfg, STREAM, folder)
-    return pack_artifact(weights, cfg, lambda *_, **__: None)
+    return pack_artifact(weights, cfg)
 
 
 @pytest.fixture(scope="module")
