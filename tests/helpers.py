@@ -167,7 +167,8 @@ class SilentRuntime:
 
 def pack_artifact(weights, cfg):
     """Of weights that are rounded without Hessians."""
-    return train_gpt.pack_payload(train_gpt.quantise(weights, cfg)[0], cfg)[0]
+    payload, _ = train_gpt.quantise(weights, cfg)
+    return train_gpt.pack_payload(payload, cfg, train_gpt.weights_room(cfg))[0]
 
 
 def gptq_payload(cfg, runtime):
