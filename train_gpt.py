@@ -44,7 +44,7 @@ Words with one meaning each:
   target        a token that is predicted: every token of a stream but its first
   document      the tokens from one BOS up to the next
   piece         a document, or a part of a long one: what a lane reads with nothing before it
-  row           one training or scoring sequence of a batch
+  row           one training or scoring sequence of a batch; of a matrix, what makes one output
   window        the past that is kept: of sliding windows the inputs of a pass, which overlap,
                 `stride` targets apart; of lanes the keys and values of each attention
   lane          one of many places where pieces are read, one after another, a token a step
@@ -55,7 +55,8 @@ Words with one meaning each:
                 it may take
   RECORD        a named set of settings, records/**/<name>*/config.env
   order         of an n-gram: its length in tokens, the predicted one included
-  coding        the order in which lanes, step by step, take the targets of a stream
+  coding        the order in which lanes, step by step, take the targets of a stream; of a
+                parameter, how the artifact stores it
   backoff       the published mixture of model and counts, with fixed weights: NGRAM_MIXER=cascade
   blend         the learned mixture of model and counts, what val_bpb is by default
   expert        one of the 1 + K + R distributions that its gate weighs: the model, the counts of K
