@@ -369,7 +369,7 @@ SMALLEST = 0.00005  # bpb; less shows as 0.0000
 # What differs is the model, and there is nothing to prove.
 FIXED = pairs("RECORD=tiny DEVICE=cpu NGRAM_ENABLED=0 EVAL_STRIDE=256 SAVE_SCORES=0")
 FIXED |= pairs("SCORER=sliding CODEC_TOKENS=0")
-BY_QUANTILE = "QUANT=lite CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0 COMPRESSOR=zstd"
+BY_QUANTILE = "MATRIX_CODING=int6 QUANT=lite CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0 COMPRESSOR=zstd"
 PUBLISHED_810 = "CLIP_QUANTILES=0.999,0.9999,0.99999,0.999999,0.9999999"
 BASELINE = Switch("baseline", "", "**baseline**", "")
 SWITCHES = [
@@ -391,8 +391,8 @@ SWITCHES = [
     Switch("ln_scale", "off", "inputs of layers times 1/sqrt(layer)", "LN_SCALE=0"),
     Switch("recurrence", "on", "middle layers applied twice", "DEPTH_RECURRENCE=1,2"),
     Switch("bos_reset", "off", "smear and bigram stop at a document's start", "BOS_RESET=0"),
-    Switch("late_qat", "off", "training on the int6 grid at the end", "LATE_QAT=0"),
-    Switch("qat_all", "other", "training on an int6 grid throughout", "QAT_ENABLED=1 LATE_QAT=0"),
+    Switch("late_qat", "on", "training on the export's grid at the end", "LATE_QAT=1"),
+    Switch("qat_all", "on", "training on such a grid throughout", "QAT_ENABLED=1"),
     Switch("ema", "off", "exponential mean of the weights", "EMA_ENABLED=0"),
     Switch("swa", "off", "mean of late snapshots", "SWA_ENABLED=0"),
     Switch("ema_warmup", "off", "exponential mean that starts short", "EMA_WARMUP=0"),

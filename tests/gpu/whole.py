@@ -30,6 +30,7 @@ def script(job):
     env |= dict(DEVICE=job.device, COMPRESSOR=how, RUN_ID="gpu", DATA_PATH=str(prose(job)))
     env |= dict(SCORER="documents", CODEC_TOKENS="-1", EVAL_SLIDING="0", WARMUP_STEPS="2")
     env |= dict(WARMDOWN_ITERS="6", LATE_QAT_THRESHOLD="0.5", QAT_EVERY="2", GRAD_ACCUM_STEPS="1")
+    env |= dict(LATE_QAT="1")
     if not job.quick:
         env |= dict(VAL_LOSS_EVERY="20")
     if train_gpt.has_package("safetensors"):

@@ -110,6 +110,7 @@ TINY = {
     "MUON_MOMENTUM_WARMUP_STEPS": "30",
     "TRAIN_LOG_EVERY": "1",
     "SWA_EVERY": "2",
+    "LATE_QAT": "1",
     "QAT_EVERY": "2",
     "SCORER": "documents",
     "EVAL_LANES": "32",
