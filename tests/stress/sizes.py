@@ -1,7 +1,7 @@
 """Bits per byte against bytes: one checkpoint's averaged weights, quantised in many ways.
 
-    python tests/stress/sizes.py --checkpoints runs/*/checkpoint/step_000800.json [--out FILE.json]
-        [--picture FILE.png]
+    python tests/stress/sizes.py --checkpoints runs/*/checkpoint/step_00000800.json
+        [--out FILE.json] [--picture FILE.png] [--grids 6:6.2:9.7,8:12.85:5]
 
 Of each checkpoint the weights are rounded and packed by each way, grid and clip, and the artifact
 that comes of it scores the validation text by the model alone, in windows without overlap. Prints
@@ -10,6 +10,7 @@ weights; and for each way the least bits per byte for a number of bytes, by line
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -34,9 +35,14 @@ WAYS = {  # name -> settings
 SIZES = (300_000, 350_000, 400_000, 450_000, 500_000, 550_000, 600_000, 700_000)  # compared
 
 
-def variants():
-    """(way, settings) of every point."""
-    for way, settings in WAYS.items():
+def variants(grids):
+    """(way, settings) of every point; grids: BITS:CLIP:EMBED, those of GPTQ instead."""
+    for text in grids:
+        bits, clip, embed = text.split(":")
+        sigmas = dict(clip_sigmas=float(clip), embed_clip_sigmas=float(embed))
+        way = "deviations, GPTQ, range"
+        yield way, WAYS[way] | dict(matrix_coding=f"int{bits}") | sigmas
+    for way, settings in () if grids else WAYS.items():
         for bits in BITS:
             grid = settings | dict(matrix_coding=f"int{bits}")
             if way.startswith("lite"):
@@ -66,7 +72,7 @@ def averaged_weights(path):
     return cfg, averages.final(), state.settings
 
 
-def measure(path):
+def measure(path, grids=()):
     """-> of each variant a row."""
     torch.set_num_threads(1)
     cfg, weights, settings = averaged_weights(path)
@@ -89,7 +95,7 @@ def measure(path):
     rows = train_gpt.calibration_rows(cfg, rt, train_gpt.find_shards(str(data), "train"))
     hessians = train_gpt.collect_hessians(model, rt, cfg, rows)
     found = []
-    for way, changes in variants():
+    for way, changes in variants(grids):
         changed = replace(cfg, **dict(control_coding="int8") | changes)
         known = hessians if changed.quant == "gptq" else {}
         payload, _ = train_gpt.quantise(weights, changed, known)
@@ -97,20 +103,23 @@ def measure(path):
         score = bits_per_byte(train_gpt.load_artifact("artifact.bin", content=packed))
         point = dict(checkpoint=str(path), way=way, bits=changed.matrix_coding)
         point |= dict(clip_sigmas=round(changed.clip_sigmas, 2), bytes=len(packed))
+        point |= dict(embed_clip_sigmas=round(changed.embed_clip_sigmas, 2))
         found.append(point | dict(val_bpb=score, exact=exact))
         print(point, f"{score:.4f} {score - exact:+.4f}", file=sys.stderr, flush=True)
     return found
 
 
 def means(rows):
-    """way -> [(bytes, bpb, bits, clip)] over checkpoints, by bytes."""
+    """way -> [(bytes, bpb, bits, clips)] over checkpoints, by bytes."""
     table = {}
-    key = lambda row: (row["way"], row["bits"], row["clip_sigmas"])  # noqa: E731
-    for (way, bits, clip), group in itertools.groupby(sorted(rows, key=key), key):
+    clips = ("clip_sigmas", "embed_clip_sigmas")
+    key = lambda row: (row["way"], row["bits"], *(row[name] for name in clips))  # noqa: E731
+    for (way, bits, *sigmas), group in itertools.groupby(sorted(rows, key=key), key):
         group = list(group)
         size, score = (np.mean([row[name] for row in group]) for name in ("bytes", "val_bpb"))
-        table.setdefault(way, []).append((size, score, bits, clip))
-    return {way: sorted(table[way]) for way in WAYS}
+        shown = "{:g}, {:g}".format(*sigmas) if any(sigmas) else "quantile"
+        table.setdefault(way, []).append((size, score, bits, shown))
+    return {way: sorted(table[way]) for way in WAYS if way in table}
 
 
 def frontier(points):
@@ -122,15 +131,18 @@ def frontier(points):
     return kept
 
 
-def show(rows):
+def show(rows, grids):
     exact = np.mean([row["exact"] for row in rows])
     print(f"Unrounded: {exact:.4f} bits per byte.\n")
-    print("| way | grid | deviations | bytes | bpb | over unrounded |\n|---|---|---|---|---|---|")
+    heads = ("way", "grid", "deviations, embeddings'", "bytes", "bpb", "over unrounded")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     table = means(rows)
     for way, points in table.items():
-        for size, score, bits, clip in frontier(points):
-            row = (way, bits, clip or "quantile", f"{size:,.0f}", f"{score:.4f}")
-            print(f"| {' | '.join(map(str, row))} | {score - exact:+.4f} |")
+        for size, score, bits, clips in points if grids else frontier(points):
+            row = (way, bits, clips, f"{size:,.0f}", f"{score:.4f}")
+            print(f"| {' | '.join(row)} | {score - exact:+.4f} |")
+    if grids:
+        return
     print(f"\n| bytes | {' | '.join(WAYS)} |\n|{'---|' * (1 + len(WAYS))}")
     for size in SIZES:
         cells = [least(frontier(points), size) for points in table.values()]
@@ -152,11 +164,12 @@ def picture(rows, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5))
+    exact = np.mean([row["exact"] for row in rows])
     for way, points in means(rows).items():
         sizes, scores = zip(*(point[:2] for point in frontier(points)), strict=True)
-        axes.plot(np.array(sizes) / 1e3, scores, marker="o", label=way)
-    axes.axhline(np.mean([row["exact"] for row in rows]), color="grey", ls=":", label="unrounded")
-    axes.set(xlabel="artifact.bin, KB", ylabel="bits per byte, model alone")
+        axes.plot(np.array(sizes) / 1e3, np.array(scores) - exact, marker="o", label=way)
+    axes.set(xlabel="artifact.bin, KB", ylabel="bits per byte over the unrounded weights'")
+    axes.set_yscale("log")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -165,12 +178,15 @@ def picture(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoints", type=Path, nargs="+", required=True, help=".json files")
+    parser.add_argument("--grids", default="", help="BITS:CLIP:EMBED,..., these alone, by GPTQ")
     parser.add_argument("--out", type=Path, help="JSON file of all points")
     parser.add_argument("--picture", type=Path, help="PNG file")
     args = parser.parse_args()
+    grids = [*filter(None, args.grids.split(","))]
     with ProcessPoolExecutor(2) as pool:
-        rows = [row for rows in pool.map(measure, args.checkpoints) for row in rows]
-    show(rows)
+        found = pool.map(functools.partial(measure, grids=grids), args.checkpoints)
+        rows = [row for rows in found for row in rows]
+    show(rows, grids)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
     if args.picture:
