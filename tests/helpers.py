@@ -82,6 +82,8 @@ TINY = dict(
     codec_tokens=0,  # of a run; encode and decode are told what to code
     codec_minutes=0.0,  # whatever the machine's load
 )
+# RECORD=tiny's, coarser, and late QAT on them.
+TINY_GRIDS = dict(MATRIX_CODING="int6", CLIP_SIGMAS="6.2", EMBED_CLIP_SIGMAS="9.7", LATE_QAT="1")
 # The same idea for the script as a process: RECORD=tiny, shrunk further.
 SHRUNK = dict(
     RECORD="tiny",
@@ -94,10 +96,7 @@ SHRUNK = dict(
     MODEL_DIM="64",
     BIGRAM_VOCAB_SIZE="256",
     SWA_EVERY="1",
-    MATRIX_CODING="int6",
-    CLIP_SIGMAS="6.2",
-    EMBED_CLIP_SIGMAS="9.7",
-    LATE_QAT="1",
+    **TINY_GRIDS,
     QAT_EVERY="2",
     LATE_QAT_THRESHOLD="0.5",
     TRAIN_LOG_EVERY="1",
