@@ -60,10 +60,10 @@ def test_they_train_as_one_rank_does(one, eight):
 
 
 def test_windows_and_documents_score_as_on_one_rank(one, eight):
-    """Of two artifacts that differ by rounding."""
+    """Of two artifacts that differ by rounding, which GPTQ spreads over the columns behind."""
     for stage in ("int6_sliding_window_exact", "documents_exact"):
         nats = [float(run.final(stage)["val_loss"]) for run, _ in (one, eight)]
-        assert abs(nats[0] - nats[1]) < 1e-3
+        assert abs(nats[0] - nats[1]) < 3e-3
 
 
 def test_documents_are_dealt_to_eight_groups_and_decoded(eight):
@@ -72,4 +72,4 @@ def test_documents_are_dealt_to_eight_groups_and_decoded(eight):
     assert line["decoded"] == "ok" and line["proved_tokens"] == line["total_tokens"]
     content = (run.folder / "stream.bin").read_bytes()
     plan = train_gpt.CodingPlan(*train_gpt.unseal(train_gpt.STREAM_PREFIX, content)[0]["shape"])
-    assert (plan.groups, plan.lanes, plan.documents) == (RANKS, 16, 12)
+    assert (plan.groups, plan.lanes, plan.pieces) == (RANKS, 16, 12)
