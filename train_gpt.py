@@ -3911,12 +3911,17 @@ def search_grid(weight: Tensor, coding: str, cfg: Config) -> Tensor:
     return torch.stack(scales).gather(0, errors.argmin(0, keepdim=True))[0]
 
 
+def clip_of(spec: Spec, cfg: Config) -> float | None:
+    """CLIP_SIGMAS or EMBED_CLIP_SIGMAS; None: neither has a say."""
+    return dict(muon=cfg.clip_sigmas, embed=cfg.embed_clip_sigmas).get(spec.group)
+
+
 def choose_scales(weight: Tensor, spec: Spec, cfg: Config) -> Tensor:
     """Of a tensor's rows, fp32 (..., r, c) -> (..., r, 1), rounded as stored. Muon's matrices and
     embeddings: so many standard deviations (about 0: a row may be constant) lie on the grid
     (CLIP_SIGMAS), whose step then fixes the bits that an integer takes; or by search_grid. All
     else: the row's largest."""
-    sigmas = dict(muon=cfg.clip_sigmas, embed=cfg.embed_clip_sigmas).get(spec.group)
+    sigmas = clip_of(spec, cfg)
     if sigmas == 0:
         return search_grid(weight, spec.coding, cfg)
     if sigmas:
@@ -3973,11 +3978,12 @@ def collect_hessians(model: GPT, rt: Runtime, cfg: Config, rows: Tensor) -> dict
     rows, int64 (n, T), of all ranks: fp32 (layers, c, c). Called on every rank."""
     specs = parameter_specs(cfg)
     sums: dict[str, Tensor] = {}
-    for tensor in specs.keys() & GPTQ_INPUTS.keys():
-        columns = specs[tensor].shape[-1]
-        layers = cfg.num_layers if tensor in BANKS else 1
-        for name in GPTQ_INPUTS[tensor]:
-            sums[name] = torch.zeros(layers, columns, columns, device=rt.device)
+    for tensor, names in GPTQ_INPUTS.items():
+        if tensor in specs:
+            columns = specs[tensor].shape[-1]
+            layers = cfg.num_layers if tensor in BANKS else 1
+            for name in names:
+                sums[name] = torch.zeros(layers, columns, columns, device=rt.device)
 
     def add(name: str, layer: int, x: Tensor) -> None:
         if name in sums:
@@ -3991,10 +3997,10 @@ def collect_hessians(model: GPT, rt: Runtime, cfg: Config, rows: Tensor) -> dict
         context = Context(model, ids, observe=add)
         with rt.autocast(), rt.attention():
             add("logits", 0, model.hidden(ids, context))
-    for name in sorted(sums):  # on all ranks in one order
+    for total in sums.values():
         if rt.world_size > 1:
-            dist.all_reduce(sums[name])
-        sums[name] /= cfg.calibration_rows * cfg.train_seq_len
+            dist.all_reduce(total)
+        total /= cfg.calibration_rows * cfg.train_seq_len
     return sums
 
 
@@ -4321,7 +4327,7 @@ class Packing(NamedTuple):
     rounding: dict[str, int]  # values of gptq's line
     pruning: dict[str, int]  # of prune's
     tries: int = 0
-    seconds: float = 0.0  # of all of them
+    seconds: float = 0.0  # of all of them, the Hessians included
 
     def log(self, rt: Runtime, cfg: Config) -> None:
         if self.rounding:
@@ -4346,7 +4352,6 @@ def make_artifact(
     fit. Twice the step is a bit less for each integer, about: the first guess; then the line
     through two sizes, around the room where they are, or the middle, where it leads out of what is
     known. Where nothing fits, the smallest."""
-    began = time.perf_counter()
     room = weights_room(cfg)
     least = bytes_a_doubling(cfg)
     slope = least
@@ -4383,7 +4388,7 @@ def make_artifact(
             place = high
         elif not low < place < high:
             place = (low + high) / 2
-    return best._replace(tries=tries, seconds=time.perf_counter() - began)
+    return best._replace(tries=tries)
 
 
 def weights_room(cfg: Config) -> int:
@@ -4401,9 +4406,8 @@ def widen_clips(cfg: Config, factor: float) -> Config:
 
 def bytes_a_doubling(cfg: Config) -> float:
     """By which weights shrink where the clips are twice as wide: a bit of each integer."""
-    clips = dict(muon=cfg.clip_sigmas, embed=cfg.embed_clip_sigmas)
     specs = parameter_specs(cfg).values()
-    widened = [spec for spec in specs if clips.get(spec.group) and spec.coding not in FLOATS]
+    widened = [spec for spec in specs if clip_of(spec, cfg) and spec.coding not in FLOATS]
     return max(1.0, sum(math.prod(spec.shape) for spec in widened) / 8)
 
 
@@ -7741,8 +7745,8 @@ def quantising_seconds(rt: Runtime, cfg: Config, shards: list[Path]) -> float:
     """What quantise_model will take, on the slowest rank and a fifth more: rehearsed before
     training, on random weights, for a zero is rounded and packed in no time. UserError where
     TARGET_BYTES is not reached."""
-    script = cfg.target_bytes - weights_room(cfg)
-    if cfg.target_bytes and script >= cfg.target_bytes:
+    script = len(pack_script(SCRIPT))
+    if cfg.target_bytes and weights_room(cfg) <= 0:
         fix = "fix: more bytes"
         raise UserError(
             f"TARGET_BYTES={cfg.target_bytes}: the packed script takes {script:,}; {fix}"

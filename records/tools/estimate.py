@@ -586,7 +586,7 @@ def quantise_seconds(cfg: Config, ranks: int) -> float:
     specs = parameter_specs(cfg)
     payload = train_gpt.payload_type(specs).itemsize
     tries = PRUNINGS if cfg.target_mb else 1
-    if cfg.target_bytes and gaussian_bytes(cfg) > cfg.target_bytes:
+    if cfg.target_bytes and gaussian_bytes(cfg) > train_gpt.weights_room(cfg):
         tries = train_gpt.FIT_TRIES
     rounding = collecting = 0.0
     if cfg.quant == "gptq":
@@ -603,12 +603,11 @@ def quantise_seconds(cfg: Config, ranks: int) -> float:
 
 def gaussian_bytes(cfg: Config) -> float:
     """Entropy of Gaussian weights on the grids that CLIP_SIGMAS asks for."""
-    clips = dict(muon=cfg.clip_sigmas, embed=cfg.embed_clip_sigmas)
     bits = 0.0
     for spec in parameter_specs(cfg).values():
         largest = train_gpt.LARGEST.get(spec.coding)
         each = 8.0 if largest else 16.0
-        if largest and (clip := clips.get(spec.group, 0.0)):
+        if largest and (clip := train_gpt.clip_of(spec, cfg)):
             each = math.log2(math.sqrt(2 * math.pi * math.e) * largest / clip)
         bits += max(0.0, each) * math.prod(spec.shape)
     return bits / 8

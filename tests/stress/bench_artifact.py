@@ -60,9 +60,9 @@ def model(multiple):
         packed, seconds = timed(pack_artifact, weights, replace(cfg, **changes))
         row |= {name: len(packed), f"{name}_seconds": seconds}
     fit = replace(cfg, quant="lite")
-    made = train_gpt.make_artifact(weights, fit, train_gpt.Runtime(fit), {})
+    made, seconds = timed(train_gpt.make_artifact, weights, fit, train_gpt.Runtime(fit), {})
     clip = made.widening * fit.clip_sigmas
-    found = dict(target=made.size, target_seconds=made.seconds, clip_sigmas=clip)
+    found = dict(target=made.size, target_seconds=seconds, clip_sigmas=clip)
     return row | found | dict(left=made.room - made.size, tries=made.tries)
 
 

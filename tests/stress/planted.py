@@ -544,7 +544,7 @@ QUANTISATION = [
         "one_rank_s_inputs",
         "each rank calibrates by its own rows alone",
         "test_gptq.py -k two_ranks",
-        script("dist.all_reduce(sums[$name]) sums[$name] /=", "pass\n        sums[$name] /="),
+        script("dist.all_reduce($total) $total /=", "pass\n        $total /="),
     ),
     Fault(
         "coder_learns",

@@ -194,14 +194,13 @@ def test_hessians_are_of_what_torch_multiplies(name):
     for name_of, hessian in found.items():
         wanted = torch.stack([x.mT @ x / ids.numel() for x in seen[name_of]])
         torch.testing.assert_close(hessian, wanted, rtol=1e-4, atol=1e-5)
-    for tensor in (
-        SIDES.keys() & train_gpt.parameter_specs(cfg).keys()
-    ):  # each matrix is given that of its inputs
+    specs = train_gpt.parameter_specs(cfg)
+    for tensor in SIDES.keys() & specs.keys():  # each matrix is given that of its inputs
         given = torch.cat([found[inputs] for inputs in train_gpt.GPTQ_INPUTS[tensor]])
         inputs = [x for side in SIDES[tensor] for x in seen[side]]
         wanted = torch.stack([x.mT @ x / ids.numel() for x in inputs])
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
-        assert len(given) == math.prod(train_gpt.parameter_specs(cfg)[tensor].shape[:-2])
+        assert len(given) == math.prod(specs[tensor].shape[:-2])
 
 
 # Halves of the banks, in the order of layer_weights.
