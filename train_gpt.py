@@ -273,6 +273,9 @@ class Config:
     grad_accum_steps: int = data(0,
         "passes that share an optimizer step; 0: 8 // ranks on CUDA, 1 on a CPU",
         stored_in=("checkpoint",))
+    shuffle: bool = data(True,
+        "read training sequences in a random order, by SEED, each once an epoch; 0: the shards "
+        "from end to end", stored_in=("checkpoint",))
 
     model = group("Model", stored_in=("artifact", "checkpoint"))
     vocab_size: int = model(0,
@@ -285,19 +288,29 @@ class Config:
     num_heads: int = model(8, "query heads", least=1)
     num_kv_heads: int = model(4,
         "key and value heads of a layer, each shared by NUM_HEADS / NUM_KV_HEADS queries", least=1)
-    mlp_mult: float = model(3.0, "hidden units of an MLP, as a multiple of MODEL_DIM", **POSITIVE)
+    mlp_mult: float = model(4.0, "hidden units of an MLP, as a multiple of MODEL_DIM", **POSITIVE)
     leaky_slope: float = model(0.5,
         "activation is leaky_relu(x)^2 with this slope below 0; 0: relu^2",
         aliases=(Alias("LEAKY_RELU", values={"0": "0", "1": "0.5"}),))
     polyglu_enabled: bool = model(False, "learn the slope of each neuron below 0 (#1026)")
     depth_recurrence: tuple[int, ...] = model((), "layers, from 0, that are applied twice")
+    loop_layers: str = model("3-5",
+        "first and last layer, from 0, of a part that runs LOOP_TIMES times, 3 4 5 3 4 5; empty: "
+        "none does")
+    loop_times: int = model(3, "how often, in all", least=1, most=99)
+    parallel_from: int = model(7,
+        "from this layer on, from 0, attention and MLP read the same input; -1: in none",
+        least=-1)
+    skip_gates: bool = model(True,
+        "blend the first half's outputs into the second half's inputs, by gates that are learned; "
+        "0: add them")
     tied_embed_init_std: float = model(0.005,
         "standard deviation of the token embedding at the start; it is the output layer too")
     overtone_init: bool = model(False,
         "start the token embedding with singular values that fall as 1 / sqrt(k)")
     ortho_init: bool = model(True, "matrices start orthogonal; 0: uniform")
     logit_softcap: float = model(30.0, "logits z become c tanh(z / c) with this c", **POSITIVE)
-    qk_gain_init: float = model(1.5, "gain of each query head at the start")
+    qk_gain_init: float = model(5.0, "gain of each query head at the start")
     rope_base: float = model(10_000.0, "base of the rotary frequencies", **POSITIVE)
     rope_dims: int = model(16, "dimensions rotated in a head; 0: all")
     rope_train_seq_len: int = model(1024,
@@ -308,21 +321,23 @@ class Config:
     value_residual: bool = model(False,
         "mix the first layer's values into those of every other layer",
         aliases=("USE_VALUE_RESIDUAL",))
-    gated_attention: bool = model(False,
+    gated_attention: bool = model(True,
         "gate each head by its layer's input", aliases=("USE_GATED_ATTENTION", "GATED_ATTN"))
+    gate_inputs: int = model(12, "of that input the first so many; 0: all")
     smear_gate: bool = model(True,
         "blend the token before into each token's embedding", aliases=("USE_SMEARGATE",))
     smear_init: float = model(0.0,
         "start of that blend, the logit of the other token's share", least=-1e30, most=1e30)
     bos_reset: bool = model(True,
         "smear and bigrams do not look back across the start of a document")
-    bigram_vocab_size: int = model(2048, "rows of the hashed embedding of token pairs; 0: none")
+    doc_attention: bool = model(True, "nor does attention")
+    bigram_vocab_size: int = model(0, "rows of the hashed embedding of token pairs; 0: none")
     bigram_dim: int = model(128, "width of that embedding, before its projection", least=1)
     bigram_kind: Literal["xor", "linear"] = model("xor",
         "how a pair is hashed to a row, #549's way or #810's")
     pre_enrich_dim: int = model(0,
         "hidden units of a GELU MLP between embedding and blocks; 0: none")
-    ve_enabled: bool = model(True,
+    ve_enabled: bool = model(False,
         "add a second token embedding to the attention values of VE_LAYERS")
     ve_dim: int = model(128, "width of that embedding, before its projection", least=1)
     ve_layers: tuple[int, ...] = model((-2, -1), "its layers, from 0; -1 is the last")
@@ -374,14 +389,22 @@ class Config:
     warmdown_iters: int = training(3500,
         "last steps, over which the learning rates fall linearly to 0; under a cap, as many "
         "seconds as they take")
-    matrix_lr: float = training(0.025, "learning rate of Muon: the matrices")
+    warmdown_share: float = training(0.72,
+        "the same as a share of the run; 0, or where only WARMDOWN_ITERS is given: by that",
+        most=1)
+    min_lr: float = training(0.1, "below this share of themselves the rates do not fall", most=1)
+    loop_from: float = training(0.35,
+        "share of the run after which LOOP_LAYERS run more than once", most=0.99)
+    matrix_lr: float = training(0.022, "learning rate of Muon: the matrices")
     scalar_lr: float = training(0.025, "learning rate of AdamW: gains, gates, projections")
     tied_embed_lr: float = training(0.035, "learning rate of AdamW: embeddings")
-    muon_momentum: float = training(0.99, "Muon's momentum after its warm-up", most=1)
+    muon_momentum: float = training(0.97, "Muon's momentum after its warm-up", most=1)
     muon_momentum_warmup_start: float = training(0.92, "Muon's momentum at step 0", most=1)
     muon_momentum_warmup_steps: int = training(1500, "steps between the two momenta")
     muon_backend_steps: int = training(5, "Newton-Schulz steps of Muon", least=1)
-    muon_wd: float = training(0.04, "weight decay of the matrices")
+    muon_row_norm: bool = training(True,
+        "divide each row of a matrix's momentum by its norm before these")
+    muon_wd: float = training(0.095, "weight decay of the matrices")
     adam_wd: float = training(0.04, "weight decay of what AdamW trains")
     beta1: float = training(0.9, "AdamW's, mean of gradients", most=0.999999)
     beta2: float = training(0.95, "AdamW's, mean of squared gradients", most=0.999999)
@@ -398,7 +421,7 @@ class Config:
     averaging = group("Averaging and QAT", stored_in=("checkpoint",))
     ema_enabled: bool = averaging(True,
         "export the exponential mean of the weights", aliases=("USE_EMA",))
-    ema_decay: float = averaging(0.997, "what the mean keeps of itself at a step", most=1)
+    ema_decay: float = averaging(0.9965, "what the mean keeps of itself at a step", most=1)
     ema_warmup: bool = averaging(True,
         "EMA_DECAY at most (1 + step) / (10 + step), to forget the random start")
     swa_enabled: bool = averaging(True,
@@ -411,7 +434,7 @@ class Config:
     qat_enabled: bool = averaging(False,
         "train every linear layer through rounding by MATRIX_CODING from step 0, each row's grid "
         "as wide as its largest weight")
-    late_qat: bool = averaging(True,
+    late_qat: bool = averaging(False,
         "train through the export's grid at the end, before TARGET_BYTES widens it",
         aliases=("USE_LATE_QAT",))
     late_qat_threshold: float = averaging(0.15, "rate factor (1 to 0) below which late QAT begins")
@@ -542,6 +565,8 @@ class Config:
         unproved = proof and self.codec_tokens and self.mixer == "cascade"
         within = f"{-layers} to {layers - 1}"
         chunk = self.ttt_enabled and self.ttt_chunk_tokens % self.window
+        looped = self.looped_layers
+        no_loop = self.loop_layers and (not looped or looped[-1] >= layers)
         packs = not self.eval_only
         unclipped = not self.clip_sigmas
         ranged = self.compressor == "range"
@@ -557,6 +582,18 @@ class Config:
             ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
             ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), within),
             ("DEPTH_RECURRENCE", {*self.depth_recurrence} - {*range(layers)}, f"< {layers}"),
+            ("LOOP_LAYERS", no_loop, f"empty, or first-last, each 0 to {layers - 1}"),
+            (
+                "DEPTH_RECURRENCE",
+                self.depth_recurrence and self.loop_layers,
+                "empty with LOOP_LAYERS, or LOOP_LAYERS empty",
+            ),
+            ("GATE_INPUTS", self.gate_inputs > self.model_dim, "at most MODEL_DIM"),
+            (
+                "ATTN_IMPL",
+                self.attn_impl in FLASH and self.doc_attention,
+                "auto or sdpa with DOC_ATTENTION=1, which these kernels cannot",
+            ),
             ("CLIP_QUANTILES", not all(0 < q <= 1 for q in self.clip_quantiles), "in (0, 1]"),
             ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
             ("NGRAM_MIN_ORDER", self.ngram_min_order not in orders, f"2 to {orders[-1]}"),
@@ -575,6 +612,12 @@ class Config:
             if broken:
                 raise ConfigError(f"{name}={show(getattr(self, name.lower()))}: must be {wanted}")
         return self
+
+    @property
+    def looped_layers(self) -> list[int]:
+        """Those of LOOP_LAYERS, each from 0; [] where it names none."""
+        found = re.fullmatch("([0-9]{1,3})-([0-9]{1,3})", self.loop_layers)
+        return [*range(int(found[1]), int(found[2]) + 1)] if found else []
 
     @property
     def window(self) -> int:
@@ -721,6 +764,9 @@ def resolve(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, str]], lis
     notes += refuse_misspelt(given)
     record, path, why = choose_record(given)
     settings = read_record(path) if path else {}
+    for level in (settings, given):  # of the two the one that somebody chose
+        if "WARMDOWN_ITERS" in level:
+            level.setdefault("WARMDOWN_SHARE", "0")
     texts = {name: (text, f"RECORD={record}") for name, text in settings.items()}
     texts |= {name: (text, "env") for name, text in given.items() if name in VARIABLES}
     texts["RECORD"] = (record, "env" if "RECORD" in given else "default")
@@ -2195,13 +2241,22 @@ def shard_tokens(path: Path) -> int:
     return count
 
 
-def read_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """The uint16 tokens of a shard, mapped; BadShard, for a token that cannot be, too."""
-    tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, shard_tokens(path))
+def map_shard(path: Path) -> np.ndarray:
+    """The uint16 tokens of a shard, as they are; BadShard."""
+    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, shard_tokens(path))
+
+
+def check_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """-> tokens, some of a shard; BadShard for one that cannot be."""
     if tokens.max() >= vocab_size:
         highest = f"token {tokens.max()} >= vocabulary {vocab_size}"
         raise BadShard(f"{path}: {highest}; fix: its tokenizer, or write it again")
     return tokens
+
+
+def read_shard(path: Path, vocab_size: int) -> np.ndarray:
+    """The uint16 tokens of a shard, mapped; BadShard, for a token that cannot be, too."""
+    return check_tokens(path, map_shard(path), vocab_size)
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
@@ -2219,6 +2274,15 @@ def numeric_order(path: Path) -> tuple[list[str | int], str]:
     """A sort key: x_val_2 before x_val_10, and of x_val_1 and x_val_01 always the same first."""
     parts = re.split("([0-9]+)", path.name)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+
+def training_loader(
+    cfg: Config, shards: list[Path], begins: Callable[[int], Any] = lambda shard: None
+) -> "TokenLoader | ShuffledLoader":
+    """What SHUFFLE asks for; begins: see TokenLoader. UserError"""
+    if cfg.shuffle:
+        return ShuffledLoader(shards, cfg)
+    return TokenLoader(shards, cfg.vocab_size, begins)
 
 
 class TokenLoader:
@@ -2254,6 +2318,11 @@ class TokenLoader:
         self.offset = offset
         self.tokens = self.opened[shard]
 
+    def has(self, state: tuple[int, int]) -> bool:
+        """Can it stand there? BadShard"""
+        shard, offset = state
+        return shard < len(self.shards) and offset <= shard_tokens(self.shards[shard])
+
     def read(self, count: int) -> np.ndarray:
         """The next tokens, uint16 (count,)."""
         parts = []
@@ -2286,18 +2355,90 @@ class TokenLoader:
         return inputs, targets
 
 
+class ShuffledLoader:
+    """Training sequences in a random order (SHUFFLE). The shards' tokens, put end to end, make a
+    ring; each epoch it is cut at a random place into sequences, which are drawn without putting
+    back: every token is an input once, but for fewer than TRAIN_SEQ_LEN, other ones each time. The
+    target of a sequence's last token is the one after it in the ring. Order and cut follow from
+    SEED and the epoch alone. Every rank reads all sequences of a step, and takes its own."""
+
+    def __init__(self, shards: list[Path], cfg: Config):
+        """UserError for less than a sequence."""
+        self.shards = shards
+        self.vocab_size = cfg.vocab_size
+        self.length = cfg.train_seq_len
+        self.seed = cfg.seed
+        self.mapped = [map_shard(path) for path in shards]  # no byte of them is read yet
+        self.ends = np.cumsum([len(tokens) for tokens in self.mapped])
+        self.total = int(self.ends[-1])
+        if self.total < self.length:
+            found = f"the training shards hold {self.total:,} tokens"
+            raise UserError(f"TRAIN_SEQ_LEN={self.length}: {found}; fix: less, or SHUFFLE=0")
+        self.epoch = -1  # of `order`
+        self.restore((0, 0))
+
+    def state(self) -> tuple[int, int]:
+        """Epoch, and how many of its sequences were read."""
+        return self.epoch, self.done
+
+    def restore(self, state: tuple[int, int]) -> None:
+        epoch, done = state
+        if epoch != self.epoch:
+            random = np.random.default_rng((self.seed, epoch))
+            self.cut = int(random.integers(self.total))
+            self.order = random.permutation(self.total // self.length)
+        self.epoch = epoch
+        self.done = done
+
+    def has(self, state: tuple[int, int]) -> bool:
+        """Can it stand there?"""
+        return state[1] <= len(self.order)
+
+    def read(self, place: int, count: int) -> np.ndarray:
+        """Tokens of the ring from a place on, uint16 (count,); BadShard."""
+        parts = []
+        while count > 0:
+            place %= self.total
+            shard = int(np.searchsorted(self.ends, place, "right"))
+            tokens = self.mapped[shard]
+            offset = place - int(self.ends[shard]) + len(tokens)
+            part = check_tokens(self.shards[shard], tokens[offset:][:count], self.vocab_size)
+            parts.append(part)
+            place += len(part)
+            count -= len(part)
+        return np.concatenate(parts)
+
+    def rows(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
+        place = self.state()
+        batch = []
+        try:
+            for _ in range(cfg.train_batch_tokens // self.length):
+                if self.done == len(self.order):
+                    self.restore((self.epoch + 1, 0))
+                begin = self.cut + int(self.order[self.done]) * self.length
+                batch.append(self.read(begin, self.length + 1))
+                self.done += 1
+        except BadShard:
+            self.restore(place)  # a checkpoint goes on from here
+            raise
+        share = len(batch) // rt.world_size
+        mine = np.stack(batch[rt.rank * share :][:share]).astype(np.int64)
+        return torch.from_numpy(mine[:, :-1]), torch.from_numpy(mine[:, 1:])
+
+
 class Prefetch:
     """A loader's batches, one ahead: while the device works on a step, a thread reads the next
     one's rows into pinned memory, from where they travel without a wait."""
 
-    def __init__(self, loader: TokenLoader, rt: Runtime, cfg: Config):
+    def __init__(self, loader: TokenLoader | ShuffledLoader, rt: Runtime, cfg: Config):
         self.loader = loader
         self.rt = rt
         self.cfg = cfg
         # Pinned memory belongs to a device, which each thread chooses for itself.
         self.pool = ThreadPoolExecutor(1, initializer=rt.use_device)
         self.coming: Future | None = None
-        self.place = loader.state()  # shard and offset of the batch that `take` gives next
+        self.place = loader.state()  # of the batch that `take` gives next
 
     def read(self) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         inputs, targets = self.loader.rows(self.cfg, self.rt)
@@ -2329,7 +2470,10 @@ class Prefetch:
 
 
 def last_shard(ends: np.ndarray, steps: int, cfg: Config) -> int:
-    """The furthest one that so many steps read of; ends (shards,): in tokens from the first on."""
+    """The furthest one that so many steps read of, where they are not shuffled; ends (shards,): in
+    tokens from the first on."""
+    if cfg.shuffle:
+        return len(ends) - 1
     read = steps * cfg.train_batch_tokens + 1
     return min(int(np.searchsorted(ends, read)), len(ends) - 1)
 
@@ -2846,6 +2990,7 @@ def parameter_specs(cfg: Config) -> dict[str, Spec]:
     enrich = cfg.pre_enrich_dim
     values = cfg.value_layers
     gated = cfg.gated_attention
+    skips = len(layer_order(cfg)) // 2
     specs = {
         "tok_emb": Spec(
             (vocab, dim),
@@ -2863,7 +3008,8 @@ def parameter_specs(cfg: Config) -> dict[str, Spec]:
         "attn_scale": gain(1.0, layers, dim),
         "mlp_scale": gain(1.0, layers, dim),
         "resid_mix": gain(all_of_x, layers, 2, dim),
-        "skip_weights": gain(1.0, layers // 2, dim),
+        "skip_weights": gain(1.0, skips, dim),
+        "skip_gates": cfg.skip_gates and gain(0.0, skips, dim),
         "smear": cfg.smear_gate and gain(cfg.smear_init, dim),
         "bigram_embed": pairs and Spec((pairs, cfg.bigram_dim), pair_start, pair_group, table),
         "bigram_proj": pairs and Spec((dim, cfg.bigram_dim), matrix, projection_group, small),
@@ -2875,11 +3021,27 @@ def parameter_specs(cfg: Config) -> dict[str, Spec]:
         "ve_scale": values and gain(0.1),
         "ve_layer_scales": values and gain(1.0, len(values)),
         "vr_lambda": cfg.value_residual and gain(0.5, layers, 2),
-        "attn_gate_weight": gated and gain(0.0, layers, heads, dim),
+        "attn_gate_weight": gated and gain(0.0, layers, heads, cfg.gate_inputs or dim),
         "attn_gate_bias": gated and gain(4.0, layers, heads),
         "routing_alpha": cfg.polyglu_enabled and Spec((layers, hidden), 0.0, "routing", small),
     }
     return {name: spec for name, spec in specs.items() if spec}
+
+
+def layer_order(cfg: Config, looped: bool = True) -> list[int]:
+    """Layers in the order in which a token passes them. Those of LOOP_LAYERS stand there LOOP_TIMES
+    times where it is `looped`: with 3-5 of 7 layers, twice, 0 1 2 3 4 5 3 4 5 6. The first half of
+    this list hands its outputs to the second half, last to first."""
+    layers = [*range(cfg.num_layers)]
+    part = cfg.looped_layers
+    if not looped or not part:
+        return layers
+    return layers[: part[0]] + part * cfg.loop_times + layers[part[-1] + 1 :]
+
+
+def count_blocks(cfg: Config, looped: bool = True) -> int:
+    """Blocks that a token passes, which is also how many attentions have keys and values."""
+    return len(layer_order(cfg, looped)) + len({*cfg.depth_recurrence})
 
 
 def count_parameters(cfg: Config) -> int:
@@ -2968,6 +3130,9 @@ class Context:
         """ids (B, T); adapters: bank name -> what is added to that bank; observe: see linear."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         self.first = positions == 0
+        self.ids = ids
+        self.inside_documents = model.cfg.doc_attention
+        self.seen: Any = None  # by which position, once it is asked for
         self.rope = rotary_table(model.cfg, positions)
         self.weights = layer_weights(model, adapters or {})
         self.first_values: Tensor | None = None
@@ -2996,8 +3161,14 @@ class Context:
         return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, H, T, d), k and v (B, G, T, d) of this pass -> (B, H, T, d), causal."""
-        return attend(q, k, v)
+        """q (B, H, T, d), k and v (B, G, T, d) of this pass -> (B, H, T, d), causal; with
+        DOC_ATTENTION inside documents."""
+        if not self.inside_documents:
+            return attend(q, k, v)
+        compiled = q.is_cuda and torch.compiler.is_compiling()
+        if self.seen is None:
+            self.seen = document_blocks(self.ids) if compiled else document_mask(self.ids)
+        return (attend_blocks if compiled else attend)(q, k, v, self.seen)
 
 
 def varlen_attention(device: torch.device) -> Callable | None:
@@ -3023,10 +3194,45 @@ def attend_seen(varlen: Callable, q: Tensor, keys: Tensor, values: Tensor, seen:
     return varlen(rows, *flat, edges, edges * slots, 1, slots, **how).unsqueeze(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Grouped causal attention: q (B, H, T, d), k and v (B, G, T, d) -> (B, H, T, d)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Grouped attention: q (B, H, T, d), k and v (B, G, T, d) -> (B, H, T, d). Causal, or by what
+    each position sees: bool (B, 1, T, T)."""
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    how = dict(is_causal=seen is None, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, seen, **how)
+
+
+# A row holds parts of several documents. With DOC_ATTENTION a position sees those of its own that
+# are not after it, as it will when the document is scored alone. On a CPU that is a mask; on CUDA
+# FlexAttention, in the graph that is compiled around it, passes over blocks that nobody sees.
+
+
+def document_mask(ids: Tensor) -> Tensor:
+    """ids (B, T) -> by which position (first) which one is seen, bool (B, 1, T, T)."""
+    document = (ids == BOS).cumsum(1)
+    same = document.unsqueeze(2) == document.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
+def document_blocks(ids: Tensor) -> Any:
+    """The same for attend_blocks: of the same shape for whatever documents."""
+    from torch.nn.attention.flex_attention import create_block_mask  # takes seconds
+
+    document = (ids == BOS).cumsum(1)
+
+    def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[row, query] == document[row, key])
+
+    rows, length = ids.shape
+    return create_block_mask(sees, rows, None, length, length, device=ids.device)
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
+    """attend, by what document_blocks made."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    sides = (stream_dtype(side) for side in (q, k, v))  # as autocast does for torch's own
+    return flex_attention(*sides, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -3042,10 +3248,10 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 class LaneCache(Context):
     """The past of pieces that are read side by side, one token a lane a step.
 
-    Each lane holds the last `window` keys and values of every attention (a layer applied twice has
-    two) and, by name, what smear and bigram hash saw a token ago. Position p of a piece lies in
-    slot p % window; slots that this piece has not filled yet are not seen, so a new piece needs
-    nothing cleared. Their order does not matter: keys carry their position (rotary),
+    Each lane holds the last `window` keys and values of every attention (a layer that a token
+    passes twice has two) and, by name, what smear and bigram hash saw a token ago. Position p of a
+    piece lies in slot p % window; slots that this piece has not filled yet are not seen, so a new
+    piece needs nothing cleared. Their order does not matter: keys carry their position (rotary),
     and whatever is seen is of the past. With a window of 4, at position 5:
 
         slot       0  1  2  3
@@ -3061,11 +3267,11 @@ class LaneCache(Context):
         self.lane = torch.arange(count, device=device)
         self.past: dict[str, Tensor] = {}
         self.marked: dict[str, Tensor] = {}
-        calls = cfg.num_layers + len({*cfg.depth_recurrence})
         head = cfg.model_dim // cfg.num_heads
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         shape = count, window, cfg.num_kv_heads, head
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(calls)]
+        blocks = range(count_blocks(cfg))
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in blocks]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.slots = torch.arange(window, device=device)
         self.varlen = varlen_attention(device)
@@ -3164,16 +3370,23 @@ class LaneChunk(Context):
 
 class GPT(nn.Module):
     """The stack of PR #549 with its siblings' switches: a U-Net of blocks, whose first half's
-    outputs are added to the second half's inputs, last to first."""
+    outputs are added to the second half's inputs, last to first. With LOOP_LAYERS some blocks stand
+    in it several times (PR #1493), once `loop` says so; they do in a model of an artifact."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
+        self.loop(True)
         for name, spec in parameter_specs(cfg).items():
             self.register_parameter(name, nn.Parameter(torch.full(spec.shape, math.nan)))
             if spec.group == "muon" and "bigram" not in name:
                 grid = torch.zeros(*spec.shape[:-1], 1)  # 0: late QAT is off, see fake_quantize
                 self.register_buffer(f"{name}_grid", grid, persistent=False)
+
+    def loop(self, looped: bool) -> None:
+        """Which blocks a token passes from now on. To the compiler each is a graph of its own."""
+        self.looped = looped
+        self.order = layer_order(self.cfg, looped)
 
     @torch.no_grad()
     def initialise(self) -> "GPT":
@@ -3214,7 +3427,7 @@ class GPT(nn.Module):
         """ids (B, T) -> normed output of the last block (B, T, D). Without a context: rows, seen
         through banks with their adapters."""
         cfg = self.cfg
-        half = cfg.num_layers // 2
+        half = len(self.order) // 2
         context = context or Context(self, ids, adapters)
         skips = []
         x = self.embed(ids, context)
@@ -3222,14 +3435,22 @@ class GPT(nn.Module):
             x = rms_norm(self.enrich(x, context))
         x = stream_dtype(x)
         context.start(x, self.value_embedding(ids))
-        for i in range(cfg.num_layers):
-            if i >= half and skips:
-                x = x + self.skip_weights[i - half].type_as(x) * skips.pop()
+        for place, i in enumerate(self.order):
+            if place >= half and skips:
+                x = self.add_skip(place - half, x, skips.pop())
             for _ in range(1 + (i in cfg.depth_recurrence)):
                 x = self.block(i, x, context)
-            if i < half:
+            if place < half:
                 skips.append(x)
         return rms_norm(x)
+
+    def add_skip(self, number: int, x: Tensor, skip: Tensor) -> Tensor:
+        """What a block of the second half is given: x and, weighted, the output of its block of the
+        first half, added or blended. number: from the inside out. (B, T, D)"""
+        skip = self.skip_weights[number].type_as(x) * skip
+        if not self.cfg.skip_gates:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[number]).type_as(x))  # PR #1218
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> softcapped (..., V), at any selection of positions."""
@@ -3274,19 +3495,26 @@ class GPT(nn.Module):
         return index.masked_fill(starts | context.first, size - 1)
 
     def block(self, i: int, x: Tensor, context: Context) -> Tensor:
-        """Layer i: attention, then MLP, each on a normed input. (B, T, D) -> (B, T, D)"""
+        """Layer i: attention, then MLP, each on a normed input, which from PARALLEL_FROM on is the
+        same (PR #1420). (B, T, D) -> (B, T, D)"""
         scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
         mix = self.resid_mix[i].type_as(x)
         x = mix[0] * x + mix[1] * context.x0
         h = rms_norm(x) * scale
         x = x + self.attention(i, h, context)
-        up = context.linear("up", rms_norm(x) * scale, i)
+        if not 0 <= self.cfg.parallel_from <= i:
+            h = rms_norm(x) * scale
+        return x + self.mlp(i, h, context)
+
+    def mlp(self, i: int, h: Tensor, context: Context) -> Tensor:
+        """A squared leaky ReLU between two matrices. (B, T, D) -> (B, T, D)"""
+        up = context.linear("up", h, i)
         if self.cfg.polyglu_enabled:  # PR #1026
             slope = torch.sigmoid(self.routing_alpha[i]).type_as(up)
             up = torch.where(up > 0, up, slope * up)
         else:
             up = F.leaky_relu(up, self.cfg.leaky_slope)
-        return x + context.linear("down", up.square(), i)
+        return context.linear("down", up.square(), i)
 
     def attention(self, i: int, h: Tensor, context: Context) -> Tensor:
         """Grouped queries and keys, normed and partly rotated. (B, T, D) -> (B, T, D)"""
@@ -3299,7 +3527,8 @@ class GPT(nn.Module):
         if i >= cfg.num_layers - cfg.xsa_last_n:
             y = exclude_self(y, v)  # (B, H, T, d)
         if cfg.gated_attention:
-            gate = F.linear(h, self.attn_gate_weight[i], self.attn_gate_bias[i])  # (B, T, H)
+            inputs = h[..., : self.attn_gate_weight.shape[-1]]  # PR #1787: a few of them suffice
+            gate = F.linear(inputs, self.attn_gate_weight[i], self.attn_gate_bias[i])  # (B, T, H)
             y = y * torch.sigmoid(gate).transpose(1, 2).unsqueeze(-1)
         return context.linear("output", y.transpose(1, 2).flatten(2), i)
 
@@ -3330,15 +3559,28 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 def lr_factor(step: int, elapsed_seconds: float, cfg: Config, reserve: float = 0.0) -> float:
-    """1, then linear to 0 over the last WARMDOWN_ITERS steps or, under a cap, over the seconds
-    that so many take on average. reserve: of the cap's seconds, for what comes after."""
+    """1, then linear to 0, but MIN_LR at least, over the last WARMDOWN_ITERS steps or, under a cap,
+    over the seconds that so many take on average; or over WARMDOWN_SHARE of steps or seconds.
+    reserve: of the cap's seconds, for what comes after."""
     if cfg.max_wallclock_seconds:
+        whole = cfg.max_wallclock_seconds - reserve
         length = cfg.warmdown_iters * elapsed_seconds / max(1, step)
-        left = max(0, cfg.max_wallclock_seconds - reserve - elapsed_seconds)
+        left = max(0, whole - elapsed_seconds)
     else:
+        whole = cfg.iterations
         length = max(1, min(cfg.warmdown_iters, cfg.iterations))
         left = max(0, cfg.iterations - step)
-    return 1.0 if left >= length else left / length
+    if cfg.warmdown_share:
+        length = cfg.warmdown_share * whole
+    return 1.0 if left >= length else max(cfg.min_lr, left / length)
+
+
+def share_done(step: int, elapsed_seconds: float, cfg: Config, reserve: float = 0.0) -> float:
+    """Of the run, 0 to 1, by steps or by seconds, of which either ends it. reserve: see
+    lr_factor."""
+    cap = cfg.max_wallclock_seconds
+    by_seconds = elapsed_seconds / max(1e-9, cap - reserve) if cap else 0.0
+    return min(1.0, max(step / cfg.iterations, by_seconds))
 
 
 def muon_momentum(step: int, cfg: Config) -> float:
@@ -3347,10 +3589,12 @@ def muon_momentum(step: int, cfg: Config) -> float:
     return (1 - done) * cfg.muon_momentum_warmup_start + done * cfg.muon_momentum
 
 
-def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-    """Singular values to about 1, zero stays zero. (n, r, c), any dtype.
-    Jordan 2024, https://kellerjordan.github.io/posts/muon"""
+def newton_schulz(matrices: Tensor, steps: int, row_norm: bool = False) -> Tensor:
+    """Singular values to about 1, zero stays zero. (n, r, c), any dtype. row_norm: of rows of
+    length 1 (MuonEq-R, PR #1260). Jordan 2024, https://kellerjordan.github.io/posts/muon"""
     a, b, c = 3.4445, -4.7750, 2.0315
+    if row_norm:
+        matrices = matrices / (matrices.norm(dim=-1, keepdim=True) + 1e-7)
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # the smaller Gram matrix
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -3423,7 +3667,8 @@ class ParallelMuon:
         torch._foreach_add_(momenta, gradients)
         nesterov = torch._foreach_add(gradients, momenta, alpha=momentum)
         for bank, ahead in zip(self.banks, nesterov, strict=True):
-            update = self.orthogonalise(ahead, self.cfg.muon_backend_steps)
+            how = self.cfg.muon_backend_steps, self.cfg.muon_row_norm
+            update = self.orthogonalise(ahead, *how)
             bank.start(all_gather, bank.padded, update)
         weights = [bank.weight for bank in self.banks]
         torch._foreach_mul_(weights, 1 - rate * self.cfg.muon_wd * ~nonfinite)
@@ -3617,9 +3862,10 @@ class CheckpointState(NamedTuple):
 
     step: int  # of training that are done
     qat_since: int | None  # step at which late QAT began
+    loops_since: int | None  # at which LOOP_LAYERS began to run several times
     seconds: float  # of training
     snapshots: int  # of SWA
-    loader: tuple[int, int]  # shard and offset of the next token
+    loader: tuple[int, int]  # where it stands: shard and offset, or epoch and rows read
     settings: dict[str, Any]  # that must be the same where the run goes on
     logs: list[int]  # bytes of LOGS at that time
 
@@ -3686,6 +3932,7 @@ def checkpoint_state(trainer: "Trainer") -> CheckpointState:
     return CheckpointState(
         step=trainer.step,
         qat_since=trainer.qat_since,
+        loops_since=trainer.loops_since,
         seconds=trainer.elapsed,
         snapshots=trainer.averages.snapshots,
         loader=trainer.batches.place,
@@ -3727,10 +3974,8 @@ def restore_checkpoint(
             raise UserError(f"{trainer.folder}: made with {name}={was}, not {now}; fix: {fix}")
     if state.step > trainer.cfg.iterations:
         raise DamagedCheckpoint(f"at step {state.step}")
-    shard, offset = state.loader
-    shards = trainer.batches.loader.shards
-    if shard >= len(shards) or offset > len(read_shard(shards[shard], trainer.cfg.vocab_size)):
-        raise DamagedCheckpoint(f"at token {offset} of shard {shard}")
+    if not trainer.batches.loader.has(state.loader):
+        raise DamagedCheckpoint(f"its loader stands at {state.loader}")
     muon = trainer.optimizers.muon
     own = changing_tensors(trainer, [bank.padded for bank in muon.banks])
     for name, tensor in own.items():
@@ -3781,8 +4026,8 @@ def read_checkpoint(path: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
 def parse_state(values: Any) -> CheckpointState:
     """Of a .json; ValueError, KeyError or TypeError for what no run writes."""
     state = CheckpointState(**values)
-    since = 0 if state.qat_since is None else state.qat_since
-    numbers = [state.step, state.snapshots, since, *state.loader, *state.logs]
+    begun = [since for since in (state.qat_since, state.loops_since) if since is not None]
+    numbers = [state.step, state.snapshots, *begun, *state.loader, *state.logs]
     if any(type(number) is not int or number < 0 for number in numbers):
         raise ValueError(f"its counters are {numbers}")
     if not isinstance(state.seconds, int | float) or not 0 <= state.seconds < 1e9:
@@ -3875,7 +4120,7 @@ LEAST_FP16 = 2.0**-24
 MOST_FP16 = 65504.0
 MOST_SHORT_FP16 = 64512.0  # with 5 bits of fraction
 MOST_RATIO = 256  # of a payload to what it is packed in; no weights come near, zeros do
-ARTIFACT_PREFIX = b"PGOLFGPT" + (2).to_bytes(4, "little")  # magic, version
+ARTIFACT_PREFIX = b"PGOLFGPT" + (3).to_bytes(4, "little")  # magic, version
 SHA_BYTES = 32
 MOST_HEADER_BYTES = 2**20  # JSON takes some thirty times its size when it is read
 
@@ -4568,6 +4813,7 @@ def for_scores(model: GPT) -> GPT:
     To the compiler both are one, so what validation compiles serves the evaluation, too."""
     other = GPT(model.cfg)
     other.load_state_dict(model.state_dict(), assign=True)
+    other.loop(model.looped)
     return other.to(model.tok_emb.device).eval().requires_grad_(False)
 
 
@@ -4943,8 +5189,7 @@ def run_lanes(
 
 def lane_bytes(cfg: Config, lanes: int, window: int, cuda: bool) -> int:
     """What lanes hold at least: keys, values, float64 distributions, the codec's text."""
-    calls = cfg.num_layers + len({*cfg.depth_recurrence})
-    kept = 2 * calls * cfg.model_dim // cfg.num_heads * cfg.num_kv_heads * window
+    kept = 2 * count_blocks(cfg) * cfg.model_dim // cfg.num_heads * cfg.num_kv_heads * window
     number = 2 if cuda else 4
     return lanes * (number * kept + 24 * cfg.vocab_size + 2 * LANE_BLOCK)
 
@@ -4984,7 +5229,7 @@ def learning_bytes(cfg: Config, caches: int, lanes: int, window: int, every: int
     """What LANE_TTT holds at least: weights of its own, a gradient, the sum of all, Adam's state;
     each cache's copies of weights; of a group's step attention's scores, twice, activations and
     logits."""
-    calls = cfg.num_layers + len({*cfg.depth_recurrence})
+    calls = count_blocks(cfg)
     hidden = int(cfg.mlp_mult * cfg.model_dim)
     each = 8 * calls * cfg.num_heads * (window + every)
     each += 4 * calls * (8 * cfg.model_dim + 2 * hidden) + 12 * cfg.vocab_size
@@ -6958,7 +7203,7 @@ class Trainer:
     def __init__(
         self,
         model: GPT,
-        loader: TokenLoader,
+        loader: TokenLoader | ShuffledLoader,
         rt: Runtime,
         cfg: Config,
         started_from: str | None = "",
@@ -6976,6 +7221,7 @@ class Trainer:
         self.compiled_loss = rt.compile(model)
         self.step = 0  # steps that are done
         self.qat_since: int | None = None  # step at which late QAT began
+        self.loop(None)
         self.factor = 0.0  # of the learning rates, in the last step
         self.elapsed = 0.0  # seconds of training, the slowest rank's
         self.reserve = 0.0  # of the cap's seconds, see run
@@ -6985,6 +7231,11 @@ class Trainer:
     @property
     def folder(self) -> Path:
         return self.rt.folder / "checkpoint"
+
+    def loop(self, since: int | None) -> None:
+        """LOOP_LAYERS run several times, as of this step; None: not yet."""
+        self.loops_since = since
+        self.model.loop(since is not None)
 
     def gradients(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Of this rank's rows. -> mean loss."""
@@ -7005,7 +7256,8 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Whole steps on random tokens before the clock starts, for what a first use compiles,
-        connects and allocates; then everything is as it was, by its sha256."""
+        connects and allocates, without loops and with them; then everything is as it was, by its
+        sha256."""
         cfg = self.cfg
         if not cfg.warmup_steps:
             return
@@ -7015,9 +7267,14 @@ class Trainer:
         before = tensors_sha256(kept)
         random = torch.Generator().manual_seed(self.rt.rank)
         rows = cfg.train_batch_tokens // self.rt.world_size // cfg.train_seq_len
-        for _ in range(cfg.warmup_steps):
-            sides = torch.randint(cfg.vocab_size, (2, rows, cfg.train_seq_len), generator=random)
-            self.optimize(*sides.to(self.rt.device), factor=1.0)
+        since = self.loops_since
+        for looped in [False] * (since is None) + [True] * bool(cfg.loop_layers):
+            self.model.loop(looped)
+            for _ in range(cfg.warmup_steps):
+                shape = 2, rows, cfg.train_seq_len
+                sides = torch.randint(cfg.vocab_size, shape, generator=random)
+                self.optimize(*sides.to(self.rt.device), factor=1.0)
+        self.loop(since)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(kept[name])
@@ -7028,6 +7285,11 @@ class Trainer:
     def update(self, factor: float) -> Tensor:
         """One optimizer step at a rate factor. -> training loss."""
         cfg = self.cfg
+        done = share_done(self.step, self.elapsed, cfg, self.reserve)
+        if cfg.loop_layers and self.loops_since is None and done >= cfg.loop_from:
+            self.loop(self.step)
+            order = ",".join(map(str, self.model.order))
+            self.rt.log("loops:enabled", step=self.step, share=done, order=order)
         if cfg.late_qat and self.qat_since is None and factor < cfg.late_qat_threshold:
             self.qat_since = self.step
             self.rt.log("late_qat:enabled", step=self.step, scale=factor)
@@ -7169,6 +7431,7 @@ class Trainer:
         """The counters of a checkpoint; restore_checkpoint fills the tensors."""
         self.step = state.step
         self.qat_since = state.qat_since
+        self.loop(state.loops_since)
         self.started_from = state.settings["INIT_FROM"]
         self.rt.seconds["train"] = state.seconds
         self.averages.resume(state.snapshots)
@@ -7195,8 +7458,15 @@ class Trainer:
         )
         peak = peak_flops(torch.cuda.get_device_name(rt.device)) if rt.cuda else None
         if peak:
-            values["mfu"] = speed * token_flops(cfg) / (peak * rt.world_size)
+            values["mfu"] = speed * self.mean_flops() / (peak * rt.world_size)
         return values | dict(eta=str(timedelta(seconds=round(left))))
+
+    def mean_flops(self) -> float:
+        """token_flops of the tokens so far."""
+        plain = self.step if self.loops_since is None else self.loops_since
+        looped = self.step - plain
+        flops = plain * token_flops(self.cfg, False) + looped * token_flops(self.cfg)
+        return flops / self.step
 
 
 # Dense bf16 FLOP/s by the name that CUDA gives a device; the first that is found in it.
@@ -7212,7 +7482,7 @@ PEAKS = {
     r"RTX 4090$": 165e12,
     r"RTX 3090$": 71e12,
 }
-# Matrices that every token is multiplied with; those of a layer applied twice, twice.
+# Matrices that every token is multiplied with; those of a layer that it passes twice, twice.
 ONCE = ("tok_emb", "bigram_proj", "enrich_up", "enrich_down", "ve_proj")
 EACH_LAYER = (*BANKS, "attn_gate_weight")
 
@@ -7222,11 +7492,12 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if re.search(name, device_name)), None)
 
 
-def token_flops(cfg: Config) -> int:
+def token_flops(cfg: Config, looped: bool = True) -> int:
     """FLOPs of a training token, forward and backward: 6 a weight, 12 * layers * width * length for
-    attention, as PaLM counts (arXiv 2204.02311, appendix B): the causal half is not taken off."""
+    attention, as PaLM counts (arXiv 2204.02311, appendix B): the causal half is not taken off, nor
+    what DOC_ATTENTION saves."""
     sizes = {name: math.prod(spec.shape) for name, spec in parameter_specs(cfg).items()}
-    applied = cfg.num_layers + len({*cfg.depth_recurrence})
+    applied = count_blocks(cfg, looped)
     layer = sum(sizes.get(name, 0) for name in EACH_LAYER) // cfg.num_layers
     weights = sum(sizes.get(name, 0) for name in ONCE) + applied * layer
     return 6 * weights + 12 * applied * cfg.model_dim * cfg.train_seq_len
@@ -7689,13 +7960,14 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
     model.to(rt.device)
     shards = find_shards(cfg.data_path, "train")
     overlap = Overlap(report.text, shards, rt)
-    loader = TokenLoader(shards, cfg.vocab_size, overlap.ask)
+    loader = training_loader(cfg, shards, overlap.ask)
     scorer = WindowScorer(for_scores(model), rt, cfg)
 
     def validate(targets: int = cfg.val_loss_tokens) -> dict[str, float]:
         """By the text's first ones; 0: by all."""
         targets = targets if targets < len(stream) - 1 else 0
         part = stream[: targets + 1] if targets else stream
+        scorer.model.loop(model.looped)
         log_prob = scorer.score(part, scorer.length).log_prob
         return report.losses(log_prob, targets) | (dict(val_tokens=targets) if targets else {})
 
@@ -7721,6 +7993,7 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
     finally:  # a signal does not wait for what is left
         overlap.pool.shutdown(wait=False, cancel_futures=True)
     model.load_state_dict(weights)
+    model.loop(True)  # as the artifact's will
     if cfg.val_loss_every:  # what quantisation starts from
         rt.log("averaged", **validate(0))
     rt.stage("quantising and compressing")
@@ -7774,6 +8047,7 @@ def warm_up_scoring(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) ->
     if not rt.cuda:
         return
     model = for_scores(model)
+    model.loop(True)
     scorer = WindowScorer(model, rt, cfg)
     scorer.warm_up(scorer.length)
     if scores_sliding(cfg):

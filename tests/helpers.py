@@ -40,8 +40,37 @@ SOURCE_CODE = (
     "def f(x):\n\tif x > 10_000:\n\t\treturn {'a': x}  # why\r\n    else:\n        pass\n" * 60
 )
 
-# Every architecture switch on, small enough for loops.
-TINY = dict(
+# own's training, which test_frontier.py turns on.
+PLAIN = dict(
+    shuffle=False,
+    mlp_mult=3.0,
+    loop_layers="",
+    parallel_from=-1,
+    skip_gates=False,
+    qk_gain_init=1.5,
+    gate_inputs=0,
+    doc_attention=False,
+    ve_enabled=True,
+    warmdown_share=0.0,
+    min_lr=0.0,
+    matrix_lr=0.025,
+    muon_momentum=0.99,
+    muon_row_norm=False,
+    muon_wd=0.04,
+    ema_decay=0.997,
+    late_qat=True,
+)
+# Each of it that makes another model, small enough for TINY.
+FRONTIER = dict(
+    doc_attention=True,
+    loop_layers="1-2",
+    loop_times=3,
+    parallel_from=2,
+    skip_gates=True,
+    gate_inputs=6,
+)
+# Every other architecture switch on, small enough for loops.
+TINY = PLAIN | dict(
     device="cpu",
     vocab_size=64,
     num_layers=4,

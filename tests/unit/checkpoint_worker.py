@@ -70,7 +70,7 @@ def new_trainer(cfg, folder, **watch):
     runtime.folder, runtime.patient = folder / cfg.run_id, None  # start() was not called
     torch.manual_seed(cfg.seed)
     model = train_gpt.GPT(cfg).initialise()
-    loader = train_gpt.TokenLoader(shards(folder), cfg.vocab_size)
+    loader = train_gpt.training_loader(cfg, shards(folder))
     trainer = Watched(model, loader, runtime, cfg)
     for name, value in watch.items():
         setattr(trainer, name, value)
@@ -114,6 +114,8 @@ def state(trainer):
     return values | dict(
         step=trainer.step,
         qat_since=trainer.qat_since,
+        loops_since=trainer.loops_since,
+        order=tuple(trainer.model.order),
         snapshots=averages.snapshots,
         loader=tuple(trainer.batches.place),
     )

@@ -32,6 +32,7 @@ from checkpoint_worker import (
     train,
 )
 from helpers import (
+    FRONTIER,
     ROOT,
     SCRIPT,
     SHRUNK,
@@ -63,6 +64,8 @@ SWITCHES = (
     dict(bigram_kind="linear", pre_enrich_dim=8),
     dict(warmup_steps=2, grad_accum_steps=2),
     dict(depth_recurrence=(1,), clip="local", val_loss_every=3),
+    FRONTIER | dict(shuffle=True, muon_row_norm=True, warmdown_share=0.7, min_lr=0.1),
+    FRONTIER | dict(loop_from=0.0, warmup_steps=1),
 )
 
 
@@ -315,7 +318,7 @@ def test_no_checkpoint_after_the_last_step_where_it_is_not_finite(tmp_path):
 
 def of_step(step):
     """A state that no training made."""
-    return train_gpt.CheckpointState(step, None, 1.5, 0, [0, 0], {}, [0, 0])
+    return train_gpt.CheckpointState(step, None, None, 1.5, 0, [0, 0], {}, [0, 0])
 
 
 def files(folder):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    FRONTIER,
     ROOT,
     SCRIPT,
     launch,
@@ -63,6 +64,7 @@ SWITCHES = {  # of the five systems: name -> changes to TINY
     "full_rotation": dict(rope_dims=0, rope_train_seq_len=1024),
     "ungrouped": dict(num_kv_heads=4),
     "quantised": dict(qat_enabled=True, late_qat=False),
+    "frontier": FRONTIER,
 }
 
 

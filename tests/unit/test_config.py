@@ -634,7 +634,8 @@ def test_dry_run_needs_no_data_and_no_tokenizer(tmp_path):
     rows = {row[1]: row for row in map(str.split, done.stdout.splitlines()) if row[:1] == ["*"]}
     assert rows["SEED"] == ["*", "SEED", "3", "env"]
     assert rows["MODEL_DIM"] == ["*", "MODEL_DIM", "128", "RECORD=tiny"]
-    assert "MLP_MULT" not in rows, "an asterisk marks what is not the default"
+    assert "MODEL_DIM" in rows and "XSA_LAST_N" in rows
+    assert "LEAKY_SLOPE" not in rows, "an asterisk marks what is not the default"
     listed = [line.split() for line in done.stdout.splitlines() if line[:2] in ("* ", "  ")]
     assert {row[row[0] == "*"] for row in listed} == train_gpt.VARIABLES.keys()
     (line,) = re.findall(r"\bmodel_params:(\d+)", done.stdout)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import gptq_payload, perturbed, random_ids, tiny, train_gpt
+from helpers import FRONTIER, gptq_payload, perturbed, random_ids, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks_worker import GPTQ as GPTQ_OF_RANKS
@@ -17,6 +17,7 @@ GPTQ = dict(quant="gptq", clip_sigmas=12.85, embed_clip_sigmas=20.0, compressor=
 SWITCHES = {
     "plain": {},
     "recurrence": dict(depth_recurrence=(1, 2)),
+    "frontier": FRONTIER,
     "pre_enrichment": dict(pre_enrich_dim=24),
     "linear": dict(bigram_kind="linear"),
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import perturbed, tiny, train_gpt
+from helpers import FRONTIER, perturbed, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import scored_documents
@@ -23,6 +23,7 @@ SMALL = dict(
 SWITCHES = {
     "all": {},
     "recurrence": dict(depth_recurrence=(1, 2)),
+    "frontier": FRONTIER,
     "pre_enrichment": dict(pre_enrich_dim=24),
     "unreset": dict(bos_reset=False, bigram_kind="linear"),
     "plain": dict(smear_gate=False, bigram_vocab_size=0, ve_enabled=False, value_residual=False),

@@ -150,7 +150,7 @@ def test_rows_are_plain_slices_of_the_stream(tmp_path, sizes, length, rows, rank
     paths, stream = write_shards(tmp_path, sizes)
     batch = length * rows * ranks
     around = np.tile(stream, 2 + (batch * steps + 1) // len(stream))
-    cfg = SimpleNamespace(train_batch_tokens=batch, train_seq_len=length)
+    cfg = SimpleNamespace(shuffle=False, train_batch_tokens=batch, train_seq_len=length)
     loaders = [train_gpt.TokenLoader(paths, 65_536) for _ in range(ranks)]
     for step in range(steps):
         body = around[step * batch : (step + 1) * batch + 1]
@@ -170,7 +170,7 @@ def test_rows_are_plain_slices_of_the_stream(tmp_path, sizes, length, rows, rank
 )
 def test_restored_loader_goes_on_where_it_was(tmp_path, sizes, before, after):
     paths, _ = write_shards(tmp_path, sizes)
-    cfg = SimpleNamespace(train_batch_tokens=16, train_seq_len=8)
+    cfg = SimpleNamespace(shuffle=False, train_batch_tokens=16, train_seq_len=8)
     loader, other = (train_gpt.TokenLoader(paths, 65_536) for _ in range(2))
     for _ in range(before):
         loader.rows(cfg, rank(0, 1))
@@ -441,7 +441,7 @@ def test_state_after_laps_is_where_plain_reading_ends(tmp_path, sizes, before, s
     loader = train_gpt.TokenLoader(paths, 65_536)
     at = before % len(stream)
     loader.restore(places[at])
-    cfg = SimpleNamespace(train_batch_tokens=16, train_seq_len=8)
+    cfg = SimpleNamespace(shuffle=False, train_batch_tokens=16, train_seq_len=8)
     for _ in range(steps):
         inputs, _ = loader.rows(cfg, rank(0, 1))
         assert inputs.flatten().tolist() == [stream[(at + i) % len(stream)] for i in range(16)]
@@ -462,7 +462,7 @@ def test_each_shard_is_looked_through_once_however_many_laps(tmp_path, monkeypat
         np, "concatenate", lambda parts: joined.append(len(parts)) or concatenate(parts)
     )
     loader = train_gpt.TokenLoader(paths, 65_536)
-    cfg = SimpleNamespace(train_batch_tokens=786_432, train_seq_len=1024)
+    cfg = SimpleNamespace(shuffle=False, train_batch_tokens=786_432, train_seq_len=1024)
     for _ in range(3):
         inputs, targets = loader.rows(cfg, rank(0, 1))
     assert opened == paths and max(joined) <= 4  # parts of a batch: not one a lap
@@ -890,7 +890,7 @@ def compare(folder, val, shards, steps, number=0):
     paths = [write_shard(folder / f"x_train_{i}.bin", part) for i, part in enumerate(shards)]
     stream = np.array(val if val[0] == 1 else [1, *val], np.uint16)
     edges = [*np.flatnonzero(stream == 1).tolist(), len(stream)]
-    cfg = SimpleNamespace(train_batch_tokens=16, vocab_size=64)
+    cfg = SimpleNamespace(shuffle=False, train_batch_tokens=16, vocab_size=64)
     text = SimpleNamespace(stream=stream, edges=edges, cfg=cfg, unknown=3)
     rt = Lines(number)
     overlap = train_gpt.Overlap(text, paths, rt)
@@ -954,7 +954,7 @@ def test_other_ranks_compare_nothing(tmp_path):
 
 def test_the_first_step_does_not_wait_for_long(tmp_path):
     path = write_shard(tmp_path / "x_train_0.bin", [1, 4])
-    cfg = SimpleNamespace(train_batch_tokens=16, vocab_size=64)
+    cfg = SimpleNamespace(shuffle=False, train_batch_tokens=16, vocab_size=64)
     text = SimpleNamespace(stream=np.array([1, 4]), edges=[0, 2], cfg=cfg, unknown=3)
     rt = Lines()
     overlap = train_gpt.Overlap(text, [path], rt)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import enrichment_change, perturbed, random_ids, tiny, train_gpt
+from helpers import FRONTIER, PLAIN, enrichment_change, perturbed, random_ids, tiny, train_gpt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,13 +117,17 @@ def plain_attention(cfg, w, i, h, ids, first_values):
         q = torch.stack([turned(cfg, row, t) for t, row in enumerate(q)]) * w["q_gain"][i, head]
         k = torch.stack([turned(cfg, row, t) for t, row in enumerate(k)])
         scores = q @ k.T / math.sqrt(size)
-        future = torch.ones(len(h), len(h)).triu(1).bool()
-        y = scores.masked_fill(future, -math.inf).softmax(-1) @ v[:, kv]
+        unseen = torch.ones(len(h), len(h)).triu(1).bool()
+        if cfg.doc_attention:
+            document = (ids == BOS).cumsum(0).tolist()
+            unseen |= torch.tensor([[a != b for a in document] for b in document])
+        y = scores.masked_fill(unseen, -math.inf).softmax(-1) @ v[:, kv]
         if i >= cfg.num_layers - cfg.xsa_last_n:
             own = v[:, kv] / v[:, kv].norm(dim=-1, keepdim=True)
             y = y - (y * own).sum(-1, keepdim=True) * own
         if cfg.gated_attention:
-            gate = h @ w["attn_gate_weight"][i, head] + w["attn_gate_bias"][i, head]
+            some = h[:, : cfg.gate_inputs] if cfg.gate_inputs else h
+            gate = some @ w["attn_gate_weight"][i, head] + w["attn_gate_bias"][i, head]
             y = y * gate.sigmoid().unsqueeze(-1)
         heads.append(y)
     return torch.cat(heads, -1) @ w[f"o{i}"].T, v
@@ -133,25 +137,32 @@ def plain_block(cfg, w, i, x, x0, ids, first_values):
     scale = 1 / math.sqrt(i + 1) if cfg.ln_scale else 1.0
     x = w["resid_mix"][i, 0] * x + w["resid_mix"][i, 1] * x0
     out, v = plain_attention(cfg, w, i, norm(x) * scale, ids, first_values)
-    x = x + w["attn_scale"][i] * out
-    up = (norm(x) * scale) @ w[f"up{i}"].T
+    before, x = x, x + w["attn_scale"][i] * out
+    parallel = cfg.parallel_from >= 0 and i >= cfg.parallel_from
+    up = (norm(before if parallel else x) * scale) @ w[f"up{i}"].T
     slope = w["routing_alpha"][i].sigmoid() if cfg.polyglu_enabled else cfg.leaky_slope
     activation = (up.relu() + slope * (up - up.relu())) ** 2
     return x + w["mlp_scale"][i] * (activation @ w[f"down{i}"].T), v
 
 
-def plain_logits(cfg, w, ids):
+def plain_logits(cfg, w, ids, looped=True):
     """(T,) -> (T, V)"""
     x = x0 = plain_embed(cfg, w, ids)
-    half, skips, first_values = cfg.num_layers // 2, [], None
-    for i in range(cfg.num_layers):
-        if i >= half and skips:
-            x = x + w["skip_weights"][i - half] * skips.pop()
+    layers = [*range(cfg.num_layers)]
+    if cfg.loop_layers and looped:
+        first, last = map(int, cfg.loop_layers.split("-"))
+        layers[first : last + 1] = layers[first : last + 1] * cfg.loop_times
+    half, skips, first_values = len(layers) // 2, [], None
+    for place, i in enumerate(layers):
+        if place >= half and skips:
+            skip = w["skip_weights"][place - half] * skips.pop()
+            gate = w["skip_gates"][place - half].sigmoid() if cfg.skip_gates else None
+            x = x + skip if gate is None else (1 - gate) * skip + gate * x
         x, v = plain_block(cfg, w, i, x, x0, ids, first_values)
         first_values = v if first_values is None else first_values
         if i in cfg.depth_recurrence:  # after the skip is added, before the output is pushed
             x, _ = plain_block(cfg, w, i, x, x0, ids, first_values)
-        if i < half:
+        if place < half:
             skips.append(x)
     cap = cfg.logit_softcap
     return cap * torch.tanh(norm(x) @ w["tok_emb"].T / cap)
@@ -189,6 +200,15 @@ SWITCHES = {
     "qat_enabled": dict(qat_enabled=True),
     "qat_enriched": dict(qat_enabled=True, pre_enrich_dim=24),
     "qat_linear": dict(qat_enabled=True, bigram_kind="linear"),
+    "doc_attention": dict(doc_attention=True),
+    "loop_layers": dict(loop_layers="1-2"),
+    "loops_of_one": dict(loop_layers="0-0", loop_times=2, num_layers=5),
+    "loops_of_all": dict(loop_layers="0-3", loop_times=2),
+    "parallel_from": dict(parallel_from=2),
+    "parallel_everywhere": dict(parallel_from=0),
+    "skip_gates": dict(skip_gates=True),
+    "gate_inputs": dict(gate_inputs=6),
+    "frontier": FRONTIER,
 }
 
 
@@ -277,6 +297,9 @@ def test_siblings_parameters_are_absent_unless_asked_for():
     assert specs["pre_enrich_dim"] - plain == {"enrich_up", "enrich_down"}
     assert plain - specs["bigram_kind"] == {"bigram_scale"} and specs["bigram_kind"] < plain
     assert specs["depth_recurrence"] == specs["qat_enabled"] == plain
+    same = "doc_attention", "loop_layers", "parallel_from", "gate_inputs"
+    assert all(specs[name] == plain for name in same)
+    assert specs["skip_gates"] - plain == {"skip_gates"}
 
 
 # -----------------------------------------------------------------------------
@@ -686,7 +709,9 @@ def test_every_parameter_is_in_one_group(changes):
 
 
 def test_groups_are_the_published_ones():
-    groups = train_gpt.optimizer_groups(train_gpt.Config(vocab_size=1024))
+    groups = train_gpt.optimizer_groups(
+        train_gpt.Config(**PLAIN, vocab_size=1024, bigram_vocab_size=9)
+    )
     assert groups["muon"] == (list(train_gpt.BANKS), 0.025, 0.04)
     assert groups["embed"] == (["tok_emb", "bigram_embed", "ve_embed"], 0.035, 0.04)
     assert groups["scalar"][1:] == (0.025, 0.04) and len(groups) == 3

@@ -2,12 +2,13 @@
 
 import math
 import re
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    PLAIN,
     fixed_steps,
     new_trainer,
     perturbed,
@@ -20,6 +21,8 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks_worker import ODD, SIBLINGS, STREAM
+
+PUBLISHED = train_gpt.Config(**PLAIN)
 
 # -----------------------------------------------------------------------------
 # Newton-Schulz
@@ -234,7 +237,9 @@ def test_muon_scales_tall_matrices(rt):
     warmdown=st.integers(0, 500),
 )
 def test_rate_without_a_cap_is_linear_in_steps(step, iterations, warmdown):
-    cfg = SimpleNamespace(iterations=iterations, warmdown_iters=warmdown, max_wallclock_seconds=0.0)
+    cfg = replace(
+        PUBLISHED, iterations=iterations, warmdown_iters=warmdown, max_wallclock_seconds=0.0
+    )
     factor = train_gpt.lr_factor(step, 123.0, cfg)
     length = min(warmdown, iterations)
     left = max(iterations - step, 0)
@@ -250,7 +255,7 @@ def test_rate_without_a_cap_is_linear_in_steps(step, iterations, warmdown):
     cap=st.floats(1, 600),
 )
 def test_rate_under_a_cap_is_linear_in_time(step, elapsed, warmdown, cap):
-    cfg = SimpleNamespace(iterations=20_000, warmdown_iters=warmdown, max_wallclock_seconds=cap)
+    cfg = replace(PUBLISHED, warmdown_iters=warmdown, max_wallclock_seconds=cap)
     factor = train_gpt.lr_factor(step, elapsed, cfg)
     length = warmdown * elapsed / max(step, 1)
     left = max(cap - elapsed, 0.0)
@@ -262,7 +267,7 @@ def test_rate_under_a_cap_is_linear_in_time(step, elapsed, warmdown, cap):
 
 def test_published_warmdown():
     """88.6 ms a step and 3,500 steps: the fall begins about 310 s before the cap."""
-    cfg = train_gpt.Config()
+    cfg = PUBLISHED
     seconds = [lr for lr in range(1, 600) if train_gpt.lr_factor(int(lr / 0.0886), lr, cfg) < 1]
     assert seconds[0] == pytest.approx(600 - 310, abs=2)
     factors = [train_gpt.lr_factor(int(t / 0.0886), t, cfg) for t in range(1, 601)]
