@@ -52,6 +52,7 @@ HERE = "measured on a shared CPU core"
 RATES = {
     "products": Rate(550e12, "FLOP/s", "assumed: dense bf16 at width 512, of 989e12"),
     "attention": Rate(300e12, "FLOP/s", "assumed: causal half, forward and backward"),
+    "blocks": Rate(225e12, "FLOP/s", "assumed: the same by FlexAttention, inside documents"),
     "newton": Rate(200e12, "FLOP/s", "assumed: batches of two or three matrices"),
     "single": Rate(30e12, "FLOP/s", "assumed: products in fp32, of 67e12"),
     "memory": Rate(3.35e12, "bytes/s", "H100 SXM data sheet"),
@@ -89,6 +90,7 @@ def rate(name: str) -> float:
 TARGETS = 62_021_632
 DOCUMENTS = 50_000
 SPREAD = 1.0  # assumed: lengths are lognormal, their logarithms spread so far
+FLEX_BLOCK = 128  # keys, and queries
 # What the script does today.
 SEEN_KEYS_ONLY = True  # attention of a lane, by torch 2.13's varlen; else every slot
 LEARNING = 9, 14  # times the kernels of a compiled pass, and its bytes: what learns is not
@@ -169,17 +171,18 @@ class Chain(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Widths of a model, and of its layers in the order in which they are applied."""
+    """Widths of a model, and its blocks as a token passes them."""
 
     dim: int
     keys: int
     hidden: int
     vocab: int
-    calls: list[int]
+    calls: list[tuple[int, int]]  # place in the U-Net, layer
 
     @staticmethod
     def of(cfg: Config) -> "Shape":
-        calls = [i for i in range(cfg.num_layers) for _ in range(1 + (i in cfg.depth_recurrence))]
+        order = [*enumerate(train_gpt.layer_order(cfg))]
+        calls = [(at, i) for at, i in order for _ in range(1 + (i in cfg.depth_recurrence))]
         keys = cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         return Shape(cfg.model_dim, keys, hidden, cfg.vocab_size, calls)
@@ -188,6 +191,30 @@ class Shape(NamedTuple):
 def weights(cfg: Config) -> int:
     """Weights that a token is multiplied with."""
     return (train_gpt.token_flops(cfg) - 3 * attention_flops(cfg, cfg.train_seq_len)) // 6
+
+
+def before_loops(cfg: Config) -> Config:
+    """The model as training begins."""
+    return replace(cfg, loop_layers="")
+
+
+@cache
+def row_keys(cfg: Config) -> float:
+    """That a position of a row sees on average: half of it, or, inside documents, as many as are
+    before it in row and document, and of both ends of these half a block of FlexAttention's."""
+    length = cfg.train_seq_len
+    if not cfg.doc_attention:
+        return length / 2
+    sizes = document_lengths() + 1
+    positions = np.arange(length)
+    further = [np.maximum(0, sizes - x).sum() for x in positions.tolist()]  # tokens, in documents
+    return float((further / sizes.sum() * (1 - positions / length)).sum()) + FLEX_BLOCK
+
+
+def attention_seconds(cfg: Config, tokens: float) -> float:
+    """Of so many tokens in rows, forward."""
+    flops = tokens * attention_flops(cfg, row_keys(cfg))
+    return flops / (rate("blocks") if cfg.doc_attention else rate("attention"))
 
 
 def attention_flops(cfg: Config, keys: float) -> float:
@@ -202,13 +229,13 @@ def products(cfg: Config) -> int:
     return len(Shape.of(cfg).calls) * (6 + cfg.gated_attention) + once
 
 
-def forward_layer(cfg: Config, i: int, script: Script, keeps: bool) -> Iterator[Chain]:
-    """keeps: for a backward pass."""
+def forward_layer(cfg: Config, at: int, i: int, script: Script, keeps: bool) -> Iterator[Chain]:
+    """at: its place; keeps: for a backward pass."""
     d, k, m, _, _ = Shape.of(cfg)
     s = script.stream
-    half = cfg.num_layers // 2
-    skip = half <= i < 2 * half  # an earlier output is added
-    kept = keeps or i < half  # the layer's input, else made and used in one
+    half = len(train_gpt.layer_order(cfg)) // 2
+    skip = half <= at < 2 * half  # an earlier output is added
+    kept = keeps or at < half  # the layer's input, else made and used in one
     yield Chain(d * ((3 + kept + skip) * s + 4), d * (2 * s + 2))  # residual, skip, mix, norm
     yield Chain(d * (4 + keeps * script.rotary), d * (4 + script.rotary))  # queries: norm, rotary
     yield Chain(k * 4, k * 6)  # keys, and the values that are kept
@@ -222,20 +249,26 @@ def forward_layer(cfg: Config, i: int, script: Script, keeps: bool) -> Iterator[
     if cfg.gated_attention:
         yield Chain(d * 4 * (1 - excludes) + d * 2 * (excludes and keeps), d * 2, 1 - excludes)
     scaled = d * 2 * script.scaled  # an output, for the gradient of its scale
-    yield Chain(d * (2 * s + 4), d * (s + 2) + d * 2 + scaled)  # residual, norm; attention
+    if 0 <= cfg.parallel_from <= i:
+        yield Chain(d * s, d * 2 + scaled, 0)  # attention, added with the MLP
+    else:
+        yield Chain(d * (2 * s + 4), d * (s + 2) + d * 2 + scaled)  # residual, norm; attention
     yield Chain(m * 4, m * 4 + scaled)  # activation
 
 
-def backward_layer(cfg: Config, i: int, script: Script) -> Iterator[Chain]:
+def backward_layer(cfg: Config, at: int, i: int, script: Script) -> Iterator[Chain]:
     d, k, m, _, _ = Shape.of(cfg)
     s = script.stream
-    half = cfg.num_layers // 2
+    half = len(train_gpt.layer_order(cfg)) // 2
     scaled = script.scaled
     yield Chain(d * (s + 4) * scaled, kernels=2 * scaled)  # of the MLP's output, of its scale
     yield Chain(m * 6)
     if cfg.polyglu_enabled:
         yield Chain(m * 4, kernels=2)
-    yield Chain(d * (3 * s + 2 + 2 * scaled))  # norm, residual
+    if 0 <= cfg.parallel_from <= i:
+        yield Chain(d * 2, kernels=0)  # in the sum of four products below
+    else:
+        yield Chain(d * (3 * s + 2 + 2 * scaled))  # norm, residual
     yield Chain(d * (s + 2) * scaled, kernels=2 * scaled)  # of attention's scale
     if i >= cfg.num_layers - cfg.xsa_last_n:
         yield Chain(d * 6 + k * 8, kernels=3)
@@ -249,8 +282,10 @@ def backward_layer(cfg: Config, i: int, script: Script) -> Iterator[Chain]:
         yield Chain(k * 14, kernels=3)
     yield Chain(d * (6 + 5 * s))  # norm, mix, sums of three products and over layers
     yield Chain(d * 3 * s, kernels=2)  # gradient of the mix
-    if half <= i < 2 * half:
+    if half <= at < 2 * half:
         yield Chain(d * 4 * s, kernels=2)
+        if cfg.skip_gates:
+            yield Chain(d * 3 * s, kernels=2)
 
 
 def forward_ends(cfg: Config, script: Script, keeps: bool) -> Iterator[Chain]:
@@ -281,16 +316,16 @@ def total(chains: list[Chain]) -> Chain:
 @cache
 def forward(cfg: Config, script: Script, keeps: bool) -> Chain:
     chains = [*forward_ends(cfg, script, keeps)]
-    for i in Shape.of(cfg).calls:
-        chains += forward_layer(cfg, i, script, keeps)
+    for at, i in Shape.of(cfg).calls:
+        chains += forward_layer(cfg, at, i, script, keeps)
     return total(chains)
 
 
 @cache
 def backward(cfg: Config, script: Script) -> Chain:
     chains = [*backward_ends(cfg, script)]
-    for i in Shape.of(cfg).calls:
-        chains += backward_layer(cfg, i, script)
+    for at, i in Shape.of(cfg).calls:
+        chains += backward_layer(cfg, at, i, script)
     return total(chains)
 
 
@@ -381,7 +416,7 @@ def passes_of(cfg: Config, ranks: int) -> int:
 
 
 def step_parts(cfg: Config, ranks: int, script: Script = NOW) -> dict[str, float]:
-    """Part of a step -> seconds."""
+    """Part of a step -> seconds; of one with loops, where there are."""
     passes = passes_of(cfg, ranks)
     tokens = cfg.train_batch_tokens // ranks
     sizes = Sizes.of(cfg)
@@ -400,10 +435,9 @@ def step_parts(cfg: Config, ranks: int, script: Script = NOW) -> dict[str, float
     least, clipping, each = OPTIMIZER_LAUNCHES
     updating = least + clipping * (cfg.grad_clip_norm > 0) + each * len(sizes.matrices)
     newton = newton_flops(sizes.share(ranks), cfg.muon_backend_steps) / rate("newton")
-    attention = 3 * attention_flops(cfg, cfg.train_seq_len / 2)
     return {
         "matrix products": tokens * 6 * weights(cfg) / rate("products"),
-        "attention": tokens * attention / rate("attention"),
+        "attention": 3 * attention_seconds(cfg, tokens),
         "fused kernels": fused_seconds(tokens * (there.moved + back.moved) + every),
         "launches": passes * launches * rate("launch"),
         "optimizer": fused_seconds(optimizer_bytes(cfg, ranks))
@@ -416,6 +450,15 @@ def step_parts(cfg: Config, ranks: int, script: Script = NOW) -> dict[str, float
 
 def step_seconds(cfg: Config, ranks: int, script: Script = NOW) -> float:
     return sum(step_parts(cfg, ranks, script).values())
+
+
+def mean_step_seconds(cfg: Config, ranks: int) -> float:
+    """Of a run whose loops begin when LOOP_FROM of its time is over."""
+    looped = step_seconds(cfg, ranks)
+    if not cfg.loop_layers:
+        return looped
+    plain = step_seconds(before_loops(cfg), ranks)
+    return 1 / (cfg.loop_from / plain + (1 - cfg.loop_from) / looped)
 
 
 def training_memory(cfg: Config, ranks: int, script: Script = NOW) -> float:
@@ -547,7 +590,7 @@ def windows_seconds(cfg: Config, ranks: int, stride: int) -> float:
     head = cfg.vocab_size * cfg.model_dim
     flops = rows * (weights(cfg) - head) + scored * head
     device = 2 * flops / rate("products")
-    device += rows * attention_flops(cfg, cfg.window / 2) / rate("attention")
+    device += attention_seconds(replace(cfg, train_seq_len=cfg.window), rows)
     device += fused_seconds(rows * (chain.moved - 2 * cfg.vocab_size) + 2 * scored * cfg.vocab_size)
     launches = chain.kernels + products(cfg) + len(Shape.of(cfg).calls)
     host = rate("window") + 8 * (rows + 4 * scored) / rate("pageable")
@@ -677,6 +720,11 @@ def report(cfg: Config, ranks: int) -> Iterator[str]:
     yield f"{cfg.record or 'own'} on {ranks} H100: estimated, nothing of it was run"
     yield f"step {step * 1e3:.1f} ms, {step / theirs:.3f} of PR #549's on 8 ({theirs * 1e3:.1f} ms)"
     yield from listed(parts, 1e3, "ms")
+    if cfg.loop_layers:
+        plain = step_seconds(before_loops(cfg), ranks)
+        mean = mean_step_seconds(cfg, ranks)
+        ratios = f"{plain / theirs:.3f} and {mean / theirs:.3f}"
+        yield f"before the loops {plain * 1e3:.1f} ms, on average {mean * 1e3:.1f} ms, {ratios}"
     budget = cfg.max_wallclock_seconds or train_gpt.CAP_SECONDS
     left = f", {reserve:.0f} of them for GPTQ" if reserve else ""
     yield f"{steps:,} steps in {budget:.0f} s{left}; memory of a rank about {memory:.1f} GB"
@@ -702,7 +750,7 @@ def steps_within(cfg: Config, ranks: int) -> tuple[int, float]:
     if cfg.quant == "gptq":
         measured = 1.2 * quantise_seconds(cfg, ranks)
         reserve = min(cfg.gptq_reserve_seconds or measured, budget / 2)
-    return min(cfg.iterations, int((budget - reserve) / step_seconds(cfg, ranks))), reserve
+    return min(cfg.iterations, int((budget - reserve) / mean_step_seconds(cfg, ranks))), reserve
 
 
 def lanes_report(cfg: Config, ranks: int) -> Iterator[str]:
@@ -731,14 +779,19 @@ def table(ranks: int) -> Iterator[str]:
     """Every system beside #549, the published runs, the cures of the step and of the evaluation,
     the targets."""
     ours = {"#549's shape": pr549_shape(), "#549's shape, XSA in 11": pr549_shape(xsa_last_n=11)}
-    ours |= {record: configuration({"RECORD": record}) for record in ("own", *PUBLISHED)}
-    heads = ("system", "step ms", "of #549", "steps", "GB a rank", "evaluation s", "proof s")
+    own = configuration({"RECORD": "own"})
+    ours |= {"own": own, "own, no loops": before_loops(own)}
+    ours |= {"own, across documents": replace(own, doc_attention=False)}
+    ours |= {record: configuration({"RECORD": record}) for record in PUBLISHED}
+    heads = ("system", "mean step ms", "of #549", "steps", "GB a rank", "evaluation s", "proof s")
     yield markdown(heads, [row(name, cfg, ranks) for name, cfg in ours.items()])
     yield ""
     heads = ("published runs, 8 GPUs", "step ms", "published", "MiB", "published")
     yield markdown(heads, [*published()])
     yield ""
-    yield markdown(("step of own, cure by cure", "ms", "gain", "of #549"), [*cures(ranks)])
+    yield markdown(
+        ("step of pr993's shape, cure by cure", "ms", "gain", "of #549"), [*cures(ranks)]
+    )
     yield ""
     yield markdown(("evaluation of own", "s", "gain"), [*evaluation_cures(ranks)])
     yield ""
@@ -751,7 +804,7 @@ def pr549_seconds() -> float:
 
 
 def row(name: str, cfg: Config, ranks: int) -> tuple[str, ...]:
-    step = step_seconds(cfg, ranks)
+    step = mean_step_seconds(cfg, ranks)
     return (
         name,
         f"{step * 1e3:.1f}",
@@ -788,7 +841,7 @@ def targets() -> Iterator[tuple[str, ...]]:
 
 def cures(ranks: int) -> Iterator[tuple[str, ...]]:
     """From the script as it was to it as it is, and what is left."""
-    cfg = configuration({"RECORD": "own"})
+    cfg = configuration({"RECORD": "pr993"}, clip="global")
     stages = [("before (commit 72edfbf)", cfg, BEFORE)]
     for name, properties in CURES:
         stages.append((name, cfg, replace(stages[-1][2], **properties)))

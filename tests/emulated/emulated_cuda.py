@@ -484,6 +484,12 @@ def masked_attention(q, k, v, bias, *_, scale=None):
     return out, logsumexp, none, none, q.shape[2], k.shape[2], none, none, none
 
 
+def masked_attention_backward(grad, q, k, v, out, logsumexp, *more, scale=None):
+    bias = more[2]  # behind the seed and offset of dropout
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(grad, q, k, v, out, logsumexp, 0.0, False, attn_mask=bias, scale=scale)
+
+
 def lane_attention(q, k, v, edges_q, edges_k, max_q, max_k, *more):
     """torch.nn.attention.varlen's, of one query a sequence: rows of q (B, H, d), keys and values
     (B * max_k, G, d), of which each sequence has as many as `seqused_k` says."""
@@ -514,6 +520,7 @@ SPECIAL = {
     aten._scaled_dot_product_flash_attention.default: flash_attention,
     aten._scaled_dot_product_flash_attention_backward.default: flash_attention_backward,
     aten._scaled_dot_product_cudnn_attention.default: masked_attention,
+    aten._scaled_dot_product_cudnn_attention_backward.default: masked_attention_backward,
     torch.ops.torch_attn._varlen_attn.default: lane_attention,
     aten._fused_rms_norm.default: rms_norm,
     aten._fused_rms_norm_backward.default: rms_norm_backward,

@@ -15,7 +15,7 @@ from helpers import ROOT, perturbed, tiny, train_gpt  # noqa: E402
 
 RANKS = 8  # of the machine that the projections are for
 VALIDATION_TARGETS = 62_021_632  # of FineWeb's validation text, sp1024
-STEP_MS = 84  # what a step of `own` is to take on 8 GPUs at most
+STEP_MS = 84  # what a step of #549's stack with XSA in all layers, pr993, is to take on 8 at most
 ORDER = ("own", "pr864", "pr810", "pr1026", "pr993", "pr808")  # others follow
 VOCAB_SIZE = 1024
 
@@ -213,7 +213,7 @@ def fresh_model(cfg, device):
 
 def new_trainer(cfg, runtime, shard):
     """A Trainer with fresh weights, the same on every device."""
-    loader = train_gpt.TokenLoader([shard], cfg.vocab_size)
+    loader = train_gpt.training_loader(cfg, [shard])
     return train_gpt.Trainer(fresh_model(cfg, runtime.device), loader, runtime, cfg)
 
 

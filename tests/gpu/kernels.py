@@ -22,7 +22,9 @@ DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 def kind_of(name):
     if name.startswith("triton_"):  # which are named after what they fuse, attention included
-        return "matmul" if name.startswith("triton_tem") else REST
+        template = name.startswith("triton_tem")
+        flex = re.match("triton_(tem_fused_)?flex_attention", name)  # both ways
+        return "attention" if flex else "matmul" if template else REST
     return next((k for k, like in KINDS.items() if re.search(like, name, re.IGNORECASE)), REST)
 
 

@@ -6,7 +6,9 @@ BUDGET_SECONDS = 600  # of training, and again of evaluation
 H100 = 989e12  # dense bf16 FLOP/s: the caps are for 8 devices of at least that
 # Part, key and item of a measured row -> rates of records/tools/estimate.py that it replaces.
 REPLACES = {
-    ("step", "step_ms", "own"): "products, attention, fused, launch, loop: a step of own",
+    ("step", "step_ms", "own"): "products, blocks, fused, launch, loop: a step of own with loops",
+    ("step", "step_ms", "unlooped"): "the same before the loops",
+    ("step", "step_ms", "across"): "blocks beside attention: the same not inside documents",
     ("step", "step_ms", "fp32"): "Script.stream: 2 or 4 bytes",
     ("step", "step_ms", "xsa4"): "the chains of XSA in forward_layer and backward_layer",
     ("lanes", "step_ms", "compiled, varlen"): "lane_step_seconds with SEEN_KEYS_ONLY",

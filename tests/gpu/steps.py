@@ -69,7 +69,9 @@ def timed(job, name, trainer, first):
     peak, forced = job.peak_gb(), forced_wait(job, trainer, job.sizes.steps)
     wall, held = float(np.median(ahead)), float(np.median(forced))
     tokens = cfg.train_batch_tokens
-    flops = token_flops(cfg) - 6 * layers(cfg) * cfg.model_dim * cfg.train_seq_len
+    looped = trainer.model.looped
+    blocks = train_gpt.count_blocks(cfg, looped)
+    flops = token_flops(cfg, looped) - 6 * blocks * cfg.model_dim * cfg.train_seq_len
     limit = job.cuda and peak_flops(torch.cuda.get_device_name())
     mfu = tokens * flops / wall / limit if limit else None
     low, high = np.percentile(ahead, [10, 90]) * 1e3
@@ -78,16 +80,12 @@ def timed(job, name, trainer, first):
     text += f"each, host {host:.1f}; {tokens / wall:,.0f} tokens/s, MFU "
     text += f"{f'{mfu:.1%}' if mfu else '-'}, peak {gb(peak)}; {tokens:,} tokens, T "
     text += f"{cfg.train_seq_len}, first step {first:.0f} s, loss {loss:.3f}"
-    text += f"; at most {STEP_MS} wanted on 8" if name == "own" else ""
+    text += f"; at most {STEP_MS} wanted on 8" if name == "pr993" else ""
     values = dict(step_ms=1e3 * wall, forced_ms=1e3 * held, bubble_ms=1e3 * (held - wall))
     values |= dict(host_ms=host, tokens_per_s=tokens / wall, mfu=mfu, peak_gb=peak, loss=loss)
     values |= dict(compile_seconds=first, batch_tokens=tokens, **kernels.versions())
     job.check(name, bool(np.isfinite(loss)), text, **values)
     return wall
-
-
-def layers(cfg):
-    return cfg.num_layers + len({*cfg.depth_recurrence})
 
 
 def run_ahead(trainer, count):

@@ -17,7 +17,7 @@ from common import RANKS, Skip, Traced, new_trainer, share_of, short_documents
 from helpers import ROOT, SHRUNK, clean_environment, train_gpt
 from torch._dynamo.utils import counters
 
-FACTORS = (1.0, 1.0, 0.1, 0.1)  # rate factors of steps: late QAT begins with the third
+FACTORS = (1.0, 1.0, 0.1, 0.1)  # rate factors of steps: late QAT and loops begin with the third
 
 
 def script(job):
@@ -108,7 +108,8 @@ def warmup(job):
         raise Skip("nothing is compiled here")
     inductor.force_disable_caches = True  # others compile the same here
     torch._logging.set_logs(recompiles=True)
-    cfg = share_of("own", job, warmup_steps=2, qat_every=2)
+    later = dict(late_qat=True, qat_every=2, iterations=len(FACTORS), loop_from=0.5)
+    cfg = share_of("own", job, warmup_steps=2, **later)
     cfg = replace(cfg, eval_lanes=cfg.eval_lanes // RANKS)
     runtime = Traced(replace(cfg))  # of another object, as in the script
     stream = short_documents(job.sizes.documents // 2, cfg)
@@ -182,7 +183,7 @@ def afterwards(job, compiled, trainer, more):
         spent[name], new[name], result = compiled.stage(function)
         return result
 
-    stage("steps, late QAT", lambda: [trainer.update(factor).item() for factor in FACTORS])
+    stage("steps, late QAT, loops", lambda: [trainer.update(factor).item() for factor in FACTORS])
     windows = train_gpt.WindowScorer(train_gpt.for_scores(model), runtime, cfg)
     stage("validation", lambda: windows.score(stream, windows.length))
     model.load_state_dict(trainer.averages.final())

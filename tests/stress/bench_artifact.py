@@ -1,15 +1,17 @@
 """Full-size artifacts: bytes, seconds, and how many parameters fit under the cap.
 
     pip install brotli
-    python tests/stress/bench_artifact.py [--mlp 3,4,5] [--out FILE.json]
+    python tests/stress/bench_artifact.py [--vocab 1024,8192] [--mlp 3,4,5] [--out FILE.json]
 
-Weights of RECORD=own with other MLP_MULTs, drawn with the spread that #993's log implies (its share
-of +-1): Gaussian, 0.16 in matrices, 0.1 in embeddings, 0.3 elsewhere. Packed as the first round did
-(a clip quantile a row with the floor, zstd-22), and by deviations and range coder; then with
-TARGET_BYTES. The second table has the coders alone on the integers of RECORD=own's model.
+Weights of RECORD=own with other vocabularies and MLP_MULTs, drawn with the spread that #993's log
+implies (its share of +-1): Gaussian, 0.16 in matrices, 0.1 in embeddings, 0.3 elsewhere. Packed as
+the first round did (a clip quantile a row with the floor, zstd-22), and by deviations and range
+coder; then with TARGET_BYTES. The second table has the coders alone on the integers of RECORD=own's
+model and the first vocabulary.
 """
 
 import argparse
+import itertools
 import json
 import lzma
 import sys
@@ -32,8 +34,8 @@ BEFORE |= dict(compressor="zstd", control_coding="fp16", quant_floor=True)
 NOW = dict(quant="lite", target_bytes=0)
 
 
-def configuration(**changes):
-    environ = dict(RECORD="own", DEVICE="cpu", VOCAB_SIZE="1024")
+def configuration(vocab_size, **changes):
+    environ = dict(RECORD="own", DEVICE="cpu", VOCAB_SIZE=str(vocab_size))
     return replace(train_gpt.Config.from_env(environ), **changes)
 
 
@@ -50,11 +52,12 @@ def timed(run, *arguments):
     return run(*arguments), time.perf_counter() - began
 
 
-def model(multiple):
+def model(vocab_size, multiple):
     """A row of the table of models."""
-    cfg = configuration(mlp_mult=multiple)
+    cfg = configuration(vocab_size, mlp_mult=multiple)
     weights = drawn(cfg)
-    row = dict(mlp_mult=multiple, parameters=train_gpt.count_parameters(cfg))
+    row = dict(vocab_size=vocab_size, mlp_mult=multiple)
+    row["parameters"] = train_gpt.count_parameters(cfg)
     row["script"] = len(train_gpt.pack_script(train_gpt.SCRIPT))
     for name, changes in dict(before=BEFORE, now=NOW).items():
         packed, seconds = timed(pack_artifact, weights, replace(cfg, **changes))
@@ -108,24 +111,29 @@ def coders(cfg):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--vocab", default="1024,8192", help="vocabularies, comma between them")
     parser.add_argument("--mlp", default="3,4,5", help="MLP_MULTs, comma between them")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
-    rows = [model(float(text)) for text in args.mlp.split(",")]
+    sizes = [int(text) for text in args.vocab.split(",")]
+    rows = [model(size, float(text)) for size in sizes for text in args.mlp.split(",")]
     cap = train_gpt.CAP_BYTES
     print(f"packed script: {rows[0]['script']:,} bytes; cap {cap:,}\n")
-    print("| MLP_MULT | parameters | first round, bytes | now | s | with TARGET_BYTES | s | clip |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = "vocabulary", "MLP_MULT", "parameters", "first round, bytes", "now, bytes", "s"
+    print(f"| {' | '.join(heads)} | with `TARGET_BYTES`, bytes | s | clip |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
-        cells = [row["mlp_mult"], row["parameters"], row["before"], row["now"]]
+        cells = [row["vocab_size"], row["mlp_mult"], row["parameters"], row["before"], row["now"]]
         cells += [round(row["now_seconds"]), row["target"], round(row["target_seconds"])]
         shown = [f"{cell:,}" for cell in cells]
         print(f"| {' | '.join(shown)} | {row['clip_sigmas']:.2f} |")
-    for name in ("before", "now"):
-        totals = [row[name] + row["script"] for row in rows]
-        each = np.polyfit([row["parameters"] for row in rows], totals, 1)
-        print(f"\n{name}: {8 * each[0]:.3f} bits a parameter, {(cap - each[1]) / each[0]:,.0f} fit")
-    count, found = coders(configuration(**NOW))
+    for size, name in itertools.product(sizes, ("before", "now") if "," in args.mlp else ()):
+        alike = [row for row in rows if row["vocab_size"] == size]
+        totals = [row[name] + row["script"] for row in alike]
+        each = np.polyfit([row["parameters"] for row in alike], totals, 1)
+        found = f"{8 * each[0]:.3f} bits a parameter, {(cap - each[1]) / each[0]:,.0f} fit"
+        print(f"\nvocabulary {size:,}, {name}: {found}")
+    count, found = coders(configuration(sizes[0], **NOW))
     print(f"\n| {count:,} integers | bytes | over the entropy | code, s | decode, s |")
     print("|---|---|---|---|---|")
     entropy = found["order-0 entropy"][0]

@@ -260,7 +260,10 @@ DATA = [
         "rows",
         "the ranks take each other's rows",
         "test_loader.py -k plain_slices",
-        script("batch[$rt.rank * share :]", "batch[($rt.world_size - 1 - $rt.rank) * share :]"),
+        script(
+            "batch[$rt.rank * share :][: $share + 1]",
+            "batch[($rt.world_size - 1 - $rt.rank) * share :][: $share + 1]",
+        ),
     ),
     Fault(
         "space",
@@ -415,12 +418,129 @@ MODEL = [
         script('F.linear($pairs, self.bank("bigram_proj"))', "F.linear($pairs, self.bigram_proj)"),
     ),
 ]
+FRONTIER = [
+    Fault(
+        "inside",
+        "training attends across documents",
+        "test_frontier.py -k packed_row",
+        script(
+            "return same.tril().unsqueeze(1)", "return torch.ones_like(same).tril().unsqueeze(1)"
+        ),
+    ),
+    Fault(
+        "blocks",
+        "FlexAttention attends across documents",
+        "test_frontier.py -k blocks_on_a_gpu",
+        script(
+            "return (query >= key) & (document[row, query] == document[row, key])",
+            "return query >= key",
+        ),
+    ),
+    Fault(
+        "loop_order",
+        "each looped layer runs three times before the next",
+        "test_frontier.py -k order_of_layers",
+        script(
+            "layers[: part[0]] + part * cfg.loop_times +",
+            "layers[: part[0]] + sorted(part * cfg.loop_times) +",
+        ),
+    ),
+    Fault(
+        "loop_skips",
+        "skips are paired from the outside in",
+        "test_model.py -k plain_model",
+        script(
+            "self.add_skip(place - half, x, skips.pop())",
+            "self.add_skip(place - half, x, skips.pop(0))",
+        ),
+    ),
+    Fault(
+        "loop_resume",
+        "a resumed run loops no more",
+        "test_frontier.py -k resume_keeps",
+        script("self.loop(state.loops_since)", "pass"),
+    ),
+    Fault(
+        "loop_warm_up",
+        "the warm-up leaves the model looped",
+        "test_frontier.py -k warm_up_compiles",
+        script("self.loop(since) with", "with"),
+    ),
+    Fault(
+        "loop_scores",
+        "validation loops from the start",
+        "test_frontier.py -k models_of_artifacts",
+        script("other.loop(model.looped)", "pass"),
+    ),
+    Fault(
+        "loop_share",
+        "loops begin later where GPTQ has a reserve",
+        "test_frontier.py -k clock_decides",
+        script("max(1e-9, cap - reserve)", "max(1e-9, cap)"),
+    ),
+    Fault(
+        "shuffle_epoch",
+        "every epoch has the same order",
+        "test_frontier.py -k once_an_epoch",
+        script("default_rng((self.seed, epoch))", "default_rng(self.seed)"),
+    ),
+    Fault(
+        "shuffle_ranks",
+        "all ranks train on the same sequences",
+        "test_frontier.py -k ranks_are_disjoint",
+        script("batch[rt.rank * share :][:share]", "batch[:share]"),
+    ),
+    Fault(
+        "shuffle_state",
+        "a resumed run begins its epoch again",
+        "test_frontier.py -k state_is_restored",
+        script("self.epoch = epoch self.done = done", "self.epoch = epoch; self.done = 0"),
+    ),
+    Fault(
+        "min_lr",
+        "rates fall to 0",
+        "test_frontier.py -k share_of_the_run",
+        script("max($cfg.min_lr, $left / $length)", "$left / $length"),
+    ),
+    Fault(
+        "row_norm",
+        "matrices are normed, not their rows",
+        "test_frontier.py -k rows_of_momentum",
+        script(
+            "matrices / (matrices.norm(dim=-1, keepdim=True) + 1e-7)",
+            "matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)",
+        ),
+    ),
+    Fault(
+        "parallel",
+        "no MLP reads what its attention does",
+        "test_model.py -k plain_model",
+        script("if not 0 <= self.cfg.parallel_from <= i:", "if True:"),
+    ),
+    Fault(
+        "skip_gates",
+        "an open gate lets the skip through, not x",
+        "test_frontier.py -k skip_gates_begin",
+        script("torch.lerp(skip, x, torch", "torch.lerp(x, skip, torch"),
+    ),
+    Fault(
+        "gate_inputs",
+        "heads are gated by the last inputs",
+        "test_model.py -k plain_model",
+        script(
+            "h[..., : self.attn_gate_weight.shape[-1]]",
+            "h[..., -self.attn_gate_weight.shape[-1] :]",
+        ),
+    ),
+]
 OPTIMIZERS = [
     Fault(
         "warmdown",
         "the rate does not fall",
         "test_optim.py -k rate",
-        script("return 1.0 if $left >= $length else $left / $length", "return 1.0"),
+        script(
+            "return 1.0 if $left >= $length else max($cfg.min_lr, $left / $length)", "return 1.0"
+        ),
     ),
     Fault(
         "nesterov",
@@ -1193,7 +1313,8 @@ VERIFY = [
     ),
 ]
 FAULTS = [
-    *(CONFIG + RUNTIME + DATA + MODEL + OPTIMIZERS + AVERAGES + QUANTISATION + CHECKPOINT),
+    *(CONFIG + RUNTIME + DATA + MODEL + FRONTIER + OPTIMIZERS + AVERAGES + QUANTISATION),
+    *CHECKPOINT,
     *(SCORING + LEARNING + NGRAM + TABLE + CODEC + TRAINING + REPORT + VERIFY),
 ]
 

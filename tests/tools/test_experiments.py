@@ -163,6 +163,9 @@ def test_shrunk_configuration(name):
     assert small.model_dim == 128 and small.max_wallclock_seconds == 20
     assert small.ve_layers == (-2, -1)
     assert small.depth_recurrence == ((1, 2) if full.depth_recurrence else ())
+    assert small.loop_layers == ("1-2" if full.loop_layers else "")
+    assert small.parallel_from == (3 if full.parallel_from == 7 else -1)
+    assert small.warmdown_share == full.warmdown_share
     share = full.xsa_last_n / full.num_layers
     assert small.xsa_last_n == max(round(4 * share), share > 0)
     assert bool(small.pre_enrich_dim) == bool(full.pre_enrich_dim)

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from helpers import (
+    FRONTIER,
     SCRIPT,
     no_validation,
     pack_artifact,
@@ -116,7 +117,7 @@ def losses(cfg, rt, folder):
     write_shard(shard, random_stream(5000, 64))
     torch.manual_seed(1)
     model = train_gpt.GPT(cfg).initialise().to(rt.device)
-    trainer = train_gpt.Trainer(model, train_gpt.TokenLoader([shard], 64), rt, cfg)
+    trainer = train_gpt.Trainer(model, train_gpt.training_loader(cfg, [shard]), rt, cfg)
     return [float(trainer.update(factor)) for factor in (1.0, 1.0, 1.0, 0.4, 0.3)]
 
 
@@ -171,11 +172,29 @@ def counts(rt, order, most):
     return train_gpt.count_ngrams(order.tokens, 64, most, rt.device, order.schedule)
 
 
+def frontier(folder):
+    """Losses, documents and windows of a model with own's switches, loops from the third step."""
+    found = []
+    for device in ("cuda", "cpu"):
+        cfg = tiny(device=device, **FRONTIER, iterations=5, loop_from=0.4, shuffle=True)
+        rt = quiet(Runtime(cfg))
+        model = perturbed(cfg, spread=0.2).eval().requires_grad_(False).to(rt.device)
+        stream = documents(20, 10)
+        columns = dict(
+            frontier_losses=losses(cfg, rt, folder),
+            frontier_documents=train_gpt.score_documents(model, rt, cfg, stream)[0].log_prob,
+            frontier_windows=train_gpt.WindowScorer(model, rt, cfg).score(stream, 4).log_prob,
+        )
+        found.append(columns)
+    return {name: furthest(found[0][name], found[1][name]) for name in found[0]}
+
+
 def beside_the_cpu(folder):
     cfgs = tiny(**CUDA), tiny(device="cpu", **MORE)
     runtimes = [quiet(Runtime(cfg)) for cfg in cfgs]
     pairs = list(zip(cfgs, runtimes, strict=True))
     facts = dict(losses=furthest(*[losses(cfg, rt, folder) for cfg, rt in pairs]))
+    facts |= frontier(folder)
     weights = dict(perturbed(cfgs[1], spread=0.4).named_parameters())
     (folder / "artifact.bin").write_bytes(pack_artifact(weights, cfgs[1]))
     models = [train_gpt.load_artifact(folder / "artifact.bin", rt.device) for rt in runtimes]

@@ -291,7 +291,7 @@ def test_script_alone_resolves(script_alone):
     places = dict(data_path=cfg.data_path, tokenizer_path=cfg.tokenizer_path, run_id=cfg.run_id)
     given = dict(seed=7, ve_layers=(1, 2), device="cpu", ema_enabled=False)
     assert cfg == script_alone.Config(**given, **places)
-    assert script_alone.count_parameters(replace(cfg, vocab_size=1024)) == 26_993_756
+    assert script_alone.count_parameters(replace(cfg, vocab_size=1024)) == 32_276_176
 
 
 @pytest.mark.parametrize("given", [dict(ITERATOINS="9"), dict(TIE_EMBEDDINGS="0")])

@@ -3,12 +3,14 @@
 Code is not generated, TorchDynamo's graphs are run as they are; under bf16 autocast, as on CUDA.
 """
 
+import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import pack_artifact, perturbed, random_stream, tiny, train_gpt
+from helpers import FRONTIER, pack_artifact, perturbed, random_stream, tiny, train_gpt
 
 CFG = tiny(depth_recurrence=(1, 2), polyglu_enabled=True, pre_enrich_dim=16)
 
@@ -175,3 +177,70 @@ def test_lanes_are_captured_with_torch_s_own_attention(alone, rt, monkeypatch):
     with rt.torch_attention():
         calls.append("captured")
     assert calls == (["own", "captured", "chosen"] if alone else ["captured"])
+
+
+FRONTIER_CFG = tiny(**FRONTIER)
+
+
+def test_loops_are_a_second_graph_and_no_more(rt):
+    """Whatever documents the rows hold, back and forth between both."""
+    model = perturbed(FRONTIER_CFG)
+    compiled = rt.compile(model)
+    rng = np.random.default_rng(0)
+    for looped in (False, True, True, False, True):
+        model.loop(looped)
+        ids = torch.from_numpy(rng.integers(0, 4, (2, 32)))
+        with rt.autocast(), rt.attention():
+            loss = compiled(ids, ids)
+        loss.backward()
+        model.eval()
+        with torch.no_grad(), rt.autocast():
+            wanted = model(ids, ids)
+        model.train()
+        assert loss.item() == pytest.approx(wanted.item(), abs=1e-2)
+    assert new_graphs() == 2
+
+
+class Flex(train_gpt.Context):
+    """Attends as on CUDA, wherever it runs."""
+
+    def attend(self, q, k, v):
+        if self.seen is None:
+            self.seen = train_gpt.document_blocks(self.ids)
+        return train_gpt.attend_blocks(q, k, v, self.seen)
+
+
+def test_attention_inside_documents_is_no_break(rt, monkeypatch):
+    """FlexAttention and its blocks, traced in the graph of the model, one for all documents. Its
+    kernels are CUDA's; here its definition runs, without gradients, which a CPU has none of."""
+    model = eval_model(FRONTIER_CFG)
+
+    def forward(ids):
+        return model.hidden(ids, Flex(model, ids))
+
+    compiled = torch.compile(forward, dynamic=False, fullgraph=True, backend=keep)
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for _ in range(3):
+            ids = torch.from_numpy(rng.integers(0, 4, (2, 150)))
+            torch.testing.assert_close(compiled(ids), model.hidden(ids), rtol=0, atol=1e-4)
+    (graph,) = GRAPHS
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert sum("flex_attention" in target for target in targets) == len(model.order)
+
+
+def test_what_is_compiled_for_cuda_takes_blocks(monkeypatch):
+    """The same choice as in Context.attend, by its two conditions."""
+    chosen = []
+    for name in ("document_blocks", "document_mask"):
+        monkeypatch.setattr(train_gpt, name, lambda ids, name=name: chosen.append(name))
+    monkeypatch.setattr(train_gpt, "attend_blocks", lambda *sides: "blocks")
+    monkeypatch.setattr(train_gpt, "attend", lambda *sides: "mask")
+    model = perturbed(FRONTIER_CFG)
+    ids = torch.ones(1, 8, dtype=torch.int64)
+    for cuda, compiling in itertools.product((False, True), (False, True)):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        q = SimpleNamespace(is_cuda=cuda)
+        found = train_gpt.Context(model, ids).attend(q, q, q)
+        assert found == ("blocks" if cuda and compiling else "mask")
+    assert chosen == ["document_mask"] * 3 + ["document_blocks"]

@@ -179,7 +179,15 @@ def test_counting_needs_no_values(tmp_path):
 # Beside the CPU
 
 NOISE = dict(
-    losses=0.02, documents=0.4, masked_documents=0.4, windows=0.4, ttt=0.4, ttt_lora=0.4
+    losses=0.02,
+    documents=0.4,
+    masked_documents=0.4,
+    windows=0.4,
+    ttt=0.6,
+    ttt_lora=0.4,
+    frontier_losses=0.02,
+    frontier_documents=0.4,
+    frontier_windows=0.4,
 )  # nats, of bf16
 EXACT = dict(
     enriched=1e-6, cascade=1e-9, blend=1e-6, late_blend=1e-6

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoint_worker import configuration, died, new_trainer, train
 from helpers import (
     FRONTIER,
     perturbed,
@@ -19,8 +20,6 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoint import configuration, died, new_trainer, train
-from test_model import plain_logits, unbank
 
 from train_gpt import BOS, GPT, ConfigError, LaneCache, layer_order
 
@@ -210,20 +209,6 @@ def test_loops_are_a_model_that_is_unrolled_by_hand():
     summed = torch.zeros_like(shared)
     summed.index_add_(0, torch.tensor(model.order), other.mlp_up_bank.grad)
     torch.testing.assert_close(shared, summed, rtol=1e-4, atol=1e-6)
-
-
-def test_before_the_switch_it_is_the_plain_u_net():
-    cfg = tiny(**FRONTIER)
-    model = perturbed(cfg).double()
-    ids = random_ids(cfg, rows=1)
-    outputs = {}
-    for looped in (False, True):
-        model.loop(looped)
-        with torch.no_grad():
-            outputs[looped] = model.logits(model.hidden(ids))[0]
-            wanted = plain_logits(cfg, unbank(model), ids[0], looped)
-        torch.testing.assert_close(outputs[looped], wanted, rtol=0, atol=2e-5)
-    assert (outputs[True] - outputs[False]).abs().max() > 1e-2
 
 
 LOOPS = FRONTIER | dict(loop_from=0.5)  # step 6 of 12

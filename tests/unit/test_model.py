@@ -224,6 +224,20 @@ def test_model_is_the_plain_model(name):
     torch.testing.assert_close(logits, wanted, rtol=0, atol=2e-5)
 
 
+def test_before_the_switch_it_is_the_plain_u_net():
+    cfg = tiny(**FRONTIER)
+    model = perturbed(cfg).double()
+    ids = random_ids(cfg, rows=1)
+    outputs = {}
+    for looped in (False, True):
+        model.loop(looped)
+        with torch.no_grad():
+            outputs[looped] = model.logits(model.hidden(ids))[0]
+            wanted = plain_logits(cfg, unbank(model), ids[0], looped)
+        torch.testing.assert_close(outputs[looped], wanted, rtol=0, atol=2e-5)
+    assert (outputs[True] - outputs[False]).abs().max() > 1e-2
+
+
 def test_loss_is_the_mean_cross_entropy():
     cfg = tiny()
     model, ids = perturbed(cfg).double(), random_ids(cfg, rows=2)

@@ -6,6 +6,7 @@ The slow ones, of hosts that are lost: python -m pytest -m slow tests/unit/test_
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pty
@@ -219,11 +220,14 @@ def test_under_a_cap_the_bar_ends_with_the_seconds(rt, bars):
 # Figures
 
 
-def trainer(rt, step, spent, **changes):
+def trainer(rt, step, spent, since=None, **changes):
     """What Trainer.speed reads."""
     rt.seconds["train"] = spent
     cfg = tiny(**changes)
-    return types.SimpleNamespace(cfg=cfg, rt=rt, step=step, cap=cfg.max_wallclock_seconds)
+    made = types.SimpleNamespace(cfg=cfg, rt=rt, step=step, cap=cfg.max_wallclock_seconds)
+    made.loops_since = since
+    made.mean_flops = functools.partial(train_gpt.Trainer.mean_flops, made)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -267,6 +271,10 @@ def test_mfu_is_the_share_of_all_ranks_peaks(rt, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     flops = 5 * 2**20 * train_gpt.token_flops(made.cfg)
     assert train_gpt.Trainer.speed(made)["mfu"] == pytest.approx(flops / (8 * 989e12), rel=1e-12)
+    loops = dict(iterations=100, train_batch_tokens=2**20, loop_layers="1-2")
+    half = trainer(rt, 50, 10.0, since=25, **loops)
+    flops += 2.5 * 2**20 * (train_gpt.token_flops(half.cfg) - train_gpt.token_flops(made.cfg))
+    assert train_gpt.Trainer.speed(half)["mfu"] == pytest.approx(flops / (8 * 989e12), rel=1e-12)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Other Device")
     assert train_gpt.Trainer.speed(made).keys().isdisjoint({"mfu"})
 
