@@ -4627,7 +4627,7 @@ def make_artifact(
             ends = (low, high) if best else [*sizes][-2:]
             fall = (sizes[ends[0]] - sizes[ends[1]]) / (ends[1] - ends[0])
             slope = max(fall, least / 16)
-        spare = FIT_ROOM / 2 * 2 ** max(0, tries - FIT_TRIES)  # more, where nothing has fitted yet
+        spare = FIT_ROOM / 4 * 2 ** max(0, tries - FIT_TRIES)  # more, where nothing has fitted yet
         place += (size - (1 - min(spare, 0.5)) * room) / slope
         if not best and place >= high:
             place = high

@@ -223,7 +223,7 @@ def test_clips_rise_until_the_bytes_fit(share, how, weights):
     assert packing.widening > 1 and packing.room == target
     left = (target - len(packing.packed)) / target
     near = share >= 0.65 and how != "zstd"  # whose size wavers with the clip
-    assert packing.room == target and 0 <= left < (0.002 if near else 0.03)
+    assert packing.room == target and 0 <= left < (0.002 if near else 0.07)
     assert packing.size == len(packing.packed)
     assert packing.tries <= train_gpt.FIT_TRIES + 2 * (share < 0.7)
 
