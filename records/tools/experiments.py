@@ -442,7 +442,10 @@ value.
 
 A technique **hurts** or helps here where the int6 difference is more than two standard errors; with
 three seeds chance alone does so in one row of eleven, in each direction. All of them stay
-switchable: {steps} steps of a small model say little about 7,000 of a large one. A difference of
+switchable: {steps} steps of a small model say little about 7,000 of a large one. Of two probes of
+published switches on small GPUs both changed sign at 8xH100 (PR #2143), and a gain of 18 % at width
+192 was a loss of 2.7 % at width 512 (PR #1227): nothing of own's training is chosen by this table.
+A difference of
 exactly 0 means that the runs made the same integers. Milliseconds a step are those of the least
 disturbed seed, each run on its share of the cores.
 """
