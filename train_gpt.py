@@ -2423,8 +2423,9 @@ class ShuffledLoader:
             self.restore(place)  # a checkpoint goes on from here
             raise
         share = len(batch) // rt.world_size
-        mine = np.stack(batch[rt.rank * share :][:share]).astype(np.int64)
-        return torch.from_numpy(mine[:, :-1]), torch.from_numpy(mine[:, 1:])
+        mine = torch.from_numpy(np.stack(batch[rt.rank * share :][:share]).astype(np.int64))
+        # As the warm-up's: a view of longer rows would be another graph to the compiler.
+        return mine[:, :-1].contiguous(), mine[:, 1:].contiguous()
 
 
 class Prefetch:

@@ -177,10 +177,11 @@ def rows_of_documents(model, runtime, stream):
 
 def proof(job):
     """Score as 8 ranks do, mix, encode by rank 0 with 8 groups of lanes, decode in a fresh process:
-    the same text, as many bytes as claimed. All while others prepare: its seconds are rough."""
+    the same text, as many bytes as claimed. Without learning, for which ranks must run side by
+    side. All while others prepare: its seconds are rough."""
     if not train_gpt.has_package("constriction"):
         raise Skip("constriction is not installed")
-    cfg = configuration("own", job, codec_tokens=job.sizes.coded)
+    cfg = configuration("own", job, codec_tokens=job.sizes.coded, lane_ttt=False)
     runtime = train_gpt.Runtime(cfg)
     runtime.folder = job.options.folder / "proof"
     runtime.folder.mkdir()
@@ -225,10 +226,10 @@ def clocks(job, seconds, said):
     encode, run, memory = train_gpt.encode, subprocess.run, {}
     report = job.options.folder / "decoder.json"
 
-    def encoder(*arguments):
+    def encoder(*arguments, **how):
         if job.cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds["encode"], coded = job.seconds(lambda: encode(*arguments))
+        seconds["encode"], coded = job.seconds(lambda: encode(*arguments, **how))
         memory["encoder"] = job.reserved_gb()
         return coded
 

@@ -491,6 +491,12 @@ FRONTIER = [
         script("batch[rt.rank * share :][:share]", "batch[:share]"),
     ),
     Fault(
+        "shuffle_strides",
+        "training's first step is compiled on the clock, for other strides than the warm-up's",
+        "test_frontier.py -k ranks_are_disjoint",
+        script("mine[:, :-1].contiguous()", "mine[:, :-1]"),
+    ),
+    Fault(
         "shuffle_state",
         "a resumed run begins its epoch again",
         "test_frontier.py -k state_is_restored",

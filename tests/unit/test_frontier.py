@@ -313,6 +313,7 @@ def test_every_token_is_an_input_once_an_epoch(tmp_path, sizes, seed):
         for _ in range(sum(sizes) // 8):
             inputs, targets = loader.rows(cfg, rank(0, 1))
             assert inputs.dtype == targets.dtype == torch.int64 and inputs.shape == (1, 8)
+            assert inputs.is_contiguous() and targets.is_contiguous()  # or it compiles on the clock
             seen += inputs[0].tolist()
             assert targets[0].tolist() == [following[token] for token in inputs[0].tolist()]
         assert len({*seen}) == len(seen) > sum(sizes) - 8
@@ -333,6 +334,7 @@ def test_ranks_are_disjoint_and_state_is_restored(tmp_path, sizes, ranks, before
         parts = [loader.rows(cfg, rank(r, ranks)) for r, loader in enumerate(loaders)]
         for side, whole in zip(zip(*parts, strict=True), wanted, strict=True):
             assert torch.equal(torch.cat(side), whole)
+            assert all(part.stride() == (8, 1) for part in (*side, whole))
     other = shuffled(tmp_path, sizes)[0]
     state = json.loads(json.dumps(alone.state()))
     assert other.has(tuple(state))
