@@ -21,6 +21,9 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The se
   learning   LaneChunk (5) reads the cache again with gradients, LaneLearner (10) steps; called by
              LaneScorer and run_lanes (10)
   late QAT   fake_quantize (5), update_qat_grids (7), search_grid (9); on from Trainer.update (13)
+  documents  attention stops at a BOS where DOC_ATTENTION says so: Context.attend (5), for training,
+             windows and GPTQ alike; lanes hold one document each anyway
+  loops      layer_order and GPT.loop (5), share_done (6); on from Trainer.update (13)
   GPTQ       Context.linear (5) shows inputs, collect_hessians and gptq (9) use them; called by
              quantise_model (14), in the training's clock
   a signal   Runtime.signals (3); Trainer.save_if_due (13) saves (8), run (14) says what is kept
@@ -2139,7 +2142,7 @@ def check_memory(rt: Runtime, cfg: Config) -> None:
     needs = {}
     if not cfg.eval_only:
         tokens = cfg.train_batch_tokens // rt.world_size // micro_batches(cfg, rt)
-        kept = tokens * (cfg.vocab_size + 4 * cfg.num_layers * cfg.model_dim)  # for backward
+        kept = tokens * (cfg.vocab_size + 4 * count_blocks(cfg) * cfg.model_dim)  # for backward
         needs["TRAIN_BATCH_TOKENS"] = state_bytes(cfg) + kept * number
     if cfg.scorer == "documents":
         documents = 0
