@@ -593,6 +593,16 @@ class Config:
             ),
             ("GATE_INPUTS", self.gate_inputs > self.model_dim, "at most MODEL_DIM"),
             (
+                "MIN_LR",
+                self.swa_enabled and self.min_lr >= SWA_BELOW,
+                f"below {SWA_BELOW}, or SWA, which waits for less, never begins; or SWA_ENABLED=0",
+            ),
+            (
+                "MIN_LR",
+                self.late_qat and 0 < self.late_qat_threshold <= self.min_lr,
+                "below LATE_QAT_THRESHOLD, or late QAT never begins; or LATE_QAT=0",
+            ),
+            (
                 "ATTN_IMPL",
                 self.attn_impl in FLASH and self.doc_attention,
                 "auto or sdpa with DOC_ATTENTION=1, which these kernels cannot",

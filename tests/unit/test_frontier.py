@@ -405,6 +405,16 @@ def test_rate_over_a_share_of_the_run(step, share, least, cap, reserve):
     assert found == pytest.approx(wanted, abs=1e-9)
 
 
+def test_a_floor_under_which_nothing_would_begin():
+    """Snapshots below a rate factor of 0.2, late QAT below its threshold."""
+    with pytest.raises(ConfigError, match="MIN_LR=0.2: must be below 0.2, .* SWA_ENABLED=0"):
+        tiny(min_lr=0.2)
+    late = dict(swa_enabled=False, late_qat_threshold=0.5)
+    with pytest.raises(ConfigError, match="MIN_LR=0.5: must be below LATE_QAT_THRESHOLD"):
+        tiny(min_lr=0.5, **late)
+    assert tiny(min_lr=0.5, **late | dict(late_qat=False)).min_lr == 0.5
+
+
 def test_given_warmdown_iters_win_over_a_share_nobody_gave():
     resolve = train_gpt.Config.from_env
     assert resolve(dict(RECORD="own")).warmdown_share == 0.72
