@@ -300,7 +300,7 @@ class Config:
     loop_layers: str = model("3-5",
         "first and last layer, from 0, of a part that runs LOOP_TIMES times, 3 4 5 3 4 5; empty: "
         "none does")
-    loop_times: int = model(3, "how often, in all", least=1, most=99)
+    loop_times: int = model(3, "how often LOOP_LAYERS run, in all", least=1, most=99)
     parallel_from: int = model(7,
         "from this layer on, from 0, attention and MLP read the same input; -1: in none",
         least=-1)
@@ -326,14 +326,15 @@ class Config:
         aliases=("USE_VALUE_RESIDUAL",))
     gated_attention: bool = model(True,
         "gate each head by its layer's input", aliases=("USE_GATED_ATTENTION", "GATED_ATTN"))
-    gate_inputs: int = model(12, "of that input the first so many; 0: all")
+    gate_inputs: int = model(12, "by the first so many numbers of that input; 0: all")
     smear_gate: bool = model(True,
         "blend the token before into each token's embedding", aliases=("USE_SMEARGATE",))
     smear_init: float = model(0.0,
         "start of that blend, the logit of the other token's share", least=-1e30, most=1e30)
     bos_reset: bool = model(True,
         "smear and bigrams do not look back across the start of a document")
-    doc_attention: bool = model(True, "nor does attention")
+    doc_attention: bool = model(True,
+        "attention does not look back across it either, in training as in the score")
     bigram_vocab_size: int = model(0, "rows of the hashed embedding of token pairs; 0: none")
     bigram_dim: int = model(128, "width of that embedding, before its projection", least=1)
     bigram_kind: Literal["xor", "linear"] = model("xor",
@@ -393,11 +394,13 @@ class Config:
         "last steps, over which the learning rates fall linearly to 0; under a cap, as many "
         "seconds as they take")
     warmdown_share: float = training(0.72,
-        "the same as a share of the run; 0, or where only WARMDOWN_ITERS is given: by that",
-        most=1)
-    min_lr: float = training(0.1, "below this share of themselves the rates do not fall", most=1)
+        "share of the run over which they fall instead; 0: over WARMDOWN_ITERS, as also where "
+        "that is given and this is not", most=1)
+    min_lr: float = training(0.1,
+        "least factor of the learning rates: they fall to this share of themselves", most=1)
     loop_from: float = training(0.35,
-        "share of the run after which LOOP_LAYERS run more than once", most=0.99)
+        "share of the run, by steps or seconds, after which LOOP_LAYERS run more than once",
+        most=0.99)
     matrix_lr: float = training(0.022, "learning rate of Muon: the matrices")
     scalar_lr: float = training(0.025, "learning rate of AdamW: gains, gates, projections")
     tied_embed_lr: float = training(0.035, "learning rate of AdamW: embeddings")
@@ -406,7 +409,7 @@ class Config:
     muon_momentum_warmup_steps: int = training(1500, "steps between the two momenta")
     muon_backend_steps: int = training(5, "Newton-Schulz steps of Muon", least=1)
     muon_row_norm: bool = training(True,
-        "divide each row of a matrix's momentum by its norm before these")
+        "divide each row of a matrix's momentum by its norm before Newton-Schulz")
     muon_wd: float = training(0.095, "weight decay of the matrices")
     adam_wd: float = training(0.04, "weight decay of what AdamW trains")
     beta1: float = training(0.9, "AdamW's, mean of gradients", most=0.999999)
@@ -3222,14 +3225,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tenso
 
 
 def document_mask(ids: Tensor) -> Tensor:
-    """ids (B, T) -> by which position (first) which one is seen, bool (B, 1, T, T)."""
+    """ids (B, T) -> bool (B, 1, T, T): whether a position (third) sees another (fourth)."""
     document = (ids == BOS).cumsum(1)
     same = document.unsqueeze(2) == document.unsqueeze(1)
     return same.tril().unsqueeze(1)
 
 
 def document_blocks(ids: Tensor) -> Any:
-    """The same for attend_blocks: of the same shape for whatever documents."""
+    """The same as FlexAttention's BlockMask, whose shape does not depend on the documents."""
     from torch.nn.attention.flex_attention import create_block_mask  # takes seconds
 
     document = (ids == BOS).cumsum(1)
