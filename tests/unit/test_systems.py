@@ -527,10 +527,10 @@ def test_the_published_quantiser_fits_the_cap_with_the_floor_alone():
     """26,993,756 Gaussian weights of the spread that #993's log implies (its share of +-1)."""
     sizes = {}
     published = dict(QUANT="lite", CLIP_SIGMAS="0", EMBED_CLIP_SIGMAS="0", TARGET_BYTES="0")
-    published |= dict(COMPRESSOR="zstd", CONTROL_CODING="fp16")
+    published |= dict(COMPRESSOR="zstd", CONTROL_CODING="fp16", TARGET_MB="0")
     for floor in ("1", "0"):
         cfg = Config.from_env(
-            dict(RECORD="own", DEVICE="cpu", VOCAB_SIZE="1024", QUANT_FLOOR=floor) | published
+            dict(RECORD="pr993", DEVICE="cpu", VOCAB_SIZE="1024", QUANT_FLOOR=floor) | published
         )
         torch.manual_seed(0)
         weights = {
