@@ -300,7 +300,7 @@ class Config:
     loop_layers: str = model("3-5",
         "first and last layer, from 0, of a part that runs LOOP_TIMES times, 3 4 5 3 4 5; empty: "
         "none does")
-    loop_times: int = model(3, "how often LOOP_LAYERS run, in all", least=1, most=99)
+    loop_times: int = model(3, "how often LOOP_LAYERS run, in all", least=2, most=99)
     parallel_from: int = model(7,
         "from this layer on, from 0, attention and MLP read the same input; -1: in none",
         least=-1)
@@ -573,6 +573,7 @@ class Config:
         chunk = self.ttt_enabled and self.ttt_chunk_tokens % self.window
         looped = self.looped_layers
         no_loop = self.loop_layers and (not looped or looped[-1] >= layers)
+        gated = self.gated_attention
         packs = not self.eval_only
         unclipped = not self.clip_sigmas
         ranged = self.compressor == "range"
@@ -594,15 +595,15 @@ class Config:
                 self.depth_recurrence and self.loop_layers,
                 "empty with LOOP_LAYERS, or LOOP_LAYERS empty",
             ),
-            ("GATE_INPUTS", self.gate_inputs > self.model_dim, "at most MODEL_DIM"),
+            ("GATE_INPUTS", gated and self.gate_inputs > self.model_dim, "at most MODEL_DIM"),
             (
                 "MIN_LR",
-                self.swa_enabled and self.min_lr >= SWA_BELOW,
+                packs and self.swa_enabled and self.min_lr >= SWA_BELOW,
                 f"below {SWA_BELOW}, or SWA, which waits for less, never begins; or SWA_ENABLED=0",
             ),
             (
                 "MIN_LR",
-                self.late_qat and 0 < self.late_qat_threshold <= self.min_lr,
+                packs and self.late_qat and 0 < self.late_qat_threshold <= self.min_lr,
                 "below LATE_QAT_THRESHOLD, or late QAT never begins; or LATE_QAT=0",
             ),
             (
@@ -632,7 +633,7 @@ class Config:
     @property
     def looped_layers(self) -> list[int]:
         """Those of LOOP_LAYERS, each from 0; [] where it names none."""
-        found = re.fullmatch("([0-9]{1,3})-([0-9]{1,3})", self.loop_layers)
+        found = re.fullmatch("(0|[1-9][0-9]{0,2})-(0|[1-9][0-9]{0,2})", self.loop_layers)
         return [*range(int(found[1]), int(found[2]) + 1)] if found else []
 
     @property
@@ -757,6 +758,11 @@ FOREIGN = {  # what other scripts call something like it -> our name
     **dict.fromkeys(("BLOCK_SIZE", "SEQ_LEN", "CONTEXT_LENGTH", "MAX_SEQ_LEN"), "TRAIN_SEQ_LEN"),
     "WEIGHT_DECAY": "MUON_WD and ADAM_WD",
     "WARMDOWN_STEPS": "WARMDOWN_ITERS",
+    "WARMDOWN_FRAC": "WARMDOWN_SHARE",
+    **dict.fromkeys(("LOOP_START", "LOOP_END"), "LOOP_LAYERS, first-last"),
+    "NUM_LOOPS": "LOOP_TIMES, which counts all passes",
+    "ENABLE_LOOPING_AT": "LOOP_FROM",
+    "PARALLEL_RESIDUAL_START": "PARALLEL_FROM",
     "EVAL_INTERVAL": "VAL_LOSS_EVERY",
     "LOG_INTERVAL": "TRAIN_LOG_EVERY",
     "SAVE_EVERY": "CHECKPOINT_EVERY",
@@ -780,11 +786,11 @@ def resolve(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, str]], lis
     notes += refuse_misspelt(given)
     record, path, why = choose_record(given)
     settings = read_record(path) if path else {}
-    for level in (settings, given):  # of the two the one that somebody chose
-        if "WARMDOWN_ITERS" in level:
-            level.setdefault("WARMDOWN_SHARE", "0")
     texts = {name: (text, f"RECORD={record}") for name, text in settings.items()}
     texts |= {name: (text, "env") for name, text in given.items() if name in VARIABLES}
+    chosen = given if "WARMDOWN_ITERS" in given else settings
+    if "WARMDOWN_ITERS" in chosen and not {"WARMDOWN_SHARE"} & (chosen.keys() | given.keys()):
+        texts["WARMDOWN_SHARE"] = ("0", "WARMDOWN_ITERS")  # of the two what somebody chose
     texts["RECORD"] = (record, "env" if "RECORD" in given else "default")
     for name, folder in default_paths(given, record).items():
         texts[name] = (str(folder), "default")
@@ -2156,6 +2162,8 @@ def check_memory(rt: Runtime, cfg: Config) -> None:
     if not cfg.eval_only:
         tokens = cfg.train_batch_tokens // rt.world_size // micro_batches(cfg, rt)
         kept = tokens * (cfg.vocab_size + 4 * count_blocks(cfg) * cfg.model_dim)  # for backward
+        if cfg.doc_attention and not rt.cuda:
+            kept += tokens * cfg.train_seq_len  # document_mask
         needs["TRAIN_BATCH_TOKENS"] = state_bytes(cfg) + kept * number
     if cfg.scorer == "documents":
         documents = 0
@@ -3183,8 +3191,11 @@ class Context:
         if not self.inside_documents:
             return attend(q, k, v)
         compiled = q.is_cuda and torch.compiler.is_compiling()
-        if self.seen is None:
-            self.seen = document_blocks(self.ids) if compiled else document_mask(self.ids)
+        if self.seen is None and compiled:
+            self.seen = document_blocks(self.ids)
+        elif self.seen is None:  # as numbers once, or each attention would make and keep its own
+            unseen = ~document_mask(self.ids)
+            self.seen = torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -math.inf)
         return (attend_blocks if compiled else attend)(q, k, v, self.seen)
 
 
@@ -3213,7 +3224,7 @@ def attend_seen(varlen: Callable, q: Tensor, keys: Tensor, values: Tensor, seen:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     """Grouped attention: q (B, H, T, d), k and v (B, G, T, d) -> (B, H, T, d). Causal, or by what
-    each position sees: bool (B, 1, T, T)."""
+    each position sees: bool, or what is added to scores, (B, 1, T, T)."""
     grouped = q.shape[1] != k.shape[1]
     how = dict(is_causal=seen is None, enable_gqa=grouped)
     return F.scaled_dot_product_attention(q, k, v, seen, **how)
@@ -3577,18 +3588,17 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 def lr_factor(step: int, elapsed_seconds: float, cfg: Config, reserve: float = 0.0) -> float:
     """1, then linear to 0, but MIN_LR at least, over the last WARMDOWN_ITERS steps or, under a cap,
-    over the seconds that so many take on average; or over WARMDOWN_SHARE of steps or seconds.
+    over the seconds that so many take on average; or over WARMDOWN_SHARE of the run.
     reserve: of the cap's seconds, for what comes after."""
-    if cfg.max_wallclock_seconds:
-        whole = cfg.max_wallclock_seconds - reserve
+    if cfg.warmdown_share:
+        length = cfg.warmdown_share
+        left = 1 - share_done(step, elapsed_seconds, cfg, reserve)
+    elif cfg.max_wallclock_seconds:
         length = cfg.warmdown_iters * elapsed_seconds / max(1, step)
-        left = max(0, whole - elapsed_seconds)
+        left = max(0, cfg.max_wallclock_seconds - reserve - elapsed_seconds)
     else:
-        whole = cfg.iterations
         length = max(1, min(cfg.warmdown_iters, cfg.iterations))
         left = max(0, cfg.iterations - step)
-    if cfg.warmdown_share:
-        length = cfg.warmdown_share * whole
     return 1.0 if left >= length else max(cfg.min_lr, left / length)
 
 
@@ -3960,12 +3970,13 @@ def checkpoint_state(trainer: "Trainer") -> CheckpointState:
 
 def bound_settings(trainer: "Trainer", step: int) -> dict[str, Any]:
     """What must be the same where a run goes on from a step. Shards that it has not read yet may be
-    mended: their sizes count."""
+    mended, with SHUFFLE any of them: their sizes count."""
     loader = trainer.batches.loader
     count = len(loader.shards)
     size = count * SHARD_HEADER_BYTES + 2 * loader.total
     read = loader.shards[: last_shard(loader.ends, step, trainer.cfg) + 1]
-    heads = np.concatenate([np.fromfile(path, np.uint8, 4096) for path in read])
+    known = [] if trainer.cfg.shuffle else read
+    heads = b"".join(np.fromfile(path, np.uint8, 4096).tobytes() for path in known)
     names = stored_names("checkpoint")
     settings = {name.upper(): show(getattr(trainer.cfg, name)) for name in names}
     digest = sha256(heads)[:12]
@@ -4042,6 +4053,8 @@ def read_checkpoint(path: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
 
 def parse_state(values: Any) -> CheckpointState:
     """Of a .json; ValueError, KeyError or TypeError for what no run writes."""
+    if values.keys() != {*CheckpointState._fields}:
+        raise ValueError("of an earlier or later train_gpt.py: its entries are others")
     state = CheckpointState(**values)
     begun = [since for since in (state.qat_since, state.loops_since) if since is not None]
     numbers = [state.step, state.snapshots, *begun, *state.loader, *state.logs]
@@ -7961,6 +7974,17 @@ def describe(run: RunLog, step: int | None) -> str:
 # The story.
 
 
+def begin_with(beginning: Beginning, model: GPT, rt: Runtime, cfg: Config) -> None:
+    """The weights of INIT_FROM into the model, and what is to say of them."""
+    model.load_state_dict(beginning.weights, strict=False)
+    rt.log("init_from", sha256=beginning.sha256)
+    if differs := beginning.differences(cfg):
+        rt.log("note", f"INIT_FROM={cfg.init_from}: {differs}")
+    if cfg.loop_layers and cfg.loop_from and beginning.settings["LOOP_LAYERS"]:
+        found = "its weights were trained with loops, which begin here at LOOP_FROM"
+        rt.log("note", f"INIT_FROM={cfg.init_from}: {found}; LOOP_FROM=0 begins with them")
+
+
 def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, Tensor], bytes]:
     """Train from fresh weights, or INIT_FROM's, and quantise. -> averaged weights by name,
     artifact.bin on rank 0."""
@@ -7970,10 +7994,7 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
     model = GPT(cfg).initialise()
     rt.log("model_params", count_parameters(cfg))
     if beginning:
-        model.load_state_dict(beginning.weights, strict=False)
-        rt.log("init_from", sha256=beginning.sha256)
-        if differs := beginning.differences(cfg):
-            rt.log("note", f"INIT_FROM={cfg.init_from}: {differs}")
+        begin_with(beginning, model, rt, cfg)
     model.to(rt.device)
     shards = find_shards(cfg.data_path, "train")
     overlap = Overlap(report.text, shards, rt)
@@ -8011,6 +8032,9 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
         overlap.pool.shutdown(wait=False, cancel_futures=True)
     model.load_state_dict(weights)
     model.loop(True)  # as the artifact's will
+    if cfg.loop_layers and trainer.loops_since is None:
+        note = "the run ended before LOOP_FROM: LOOP_LAYERS were trained once each, the artifact's"
+        rt.log("note", f"{note} run {cfg.loop_times} times; fix: a longer run, or LOOP_LAYERS=")
     if cfg.val_loss_every:  # what quantisation starts from
         rt.log("averaged", **validate(0))
     rt.stage("quantising and compressing")

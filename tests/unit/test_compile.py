@@ -232,15 +232,17 @@ def test_attention_inside_documents_is_no_break(rt, monkeypatch):
 def test_what_is_compiled_for_cuda_takes_blocks(monkeypatch):
     """The same choice as in Context.attend, by its two conditions."""
     chosen = []
+    sees = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     for name in ("document_blocks", "document_mask"):
-        monkeypatch.setattr(train_gpt, name, lambda ids, name=name: chosen.append(name))
+        made = lambda ids, name=name: chosen.append(name) or sees  # noqa: E731
+        monkeypatch.setattr(train_gpt, name, made)
     monkeypatch.setattr(train_gpt, "attend_blocks", lambda *sides: "blocks")
     monkeypatch.setattr(train_gpt, "attend", lambda *sides: "mask")
     model = perturbed(FRONTIER_CFG)
     ids = torch.ones(1, 8, dtype=torch.int64)
     for cuda, compiling in itertools.product((False, True), (False, True)):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
-        q = SimpleNamespace(is_cuda=cuda)
+        q = SimpleNamespace(is_cuda=cuda, dtype=torch.float32)
         found = train_gpt.Context(model, ids).attend(q, q, q)
         assert found == ("blocks" if cuda and compiling else "mask")
     assert chosen == ["document_mask"] * 3 + ["document_blocks"]

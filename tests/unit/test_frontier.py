@@ -246,6 +246,51 @@ def test_a_resume_keeps_the_switch(tmp_path):
         assert again.model.looped == (stop == 8)
 
 
+def test_a_shard_may_be_mended_for_a_resume(tmp_path):
+    """The whole shard is written again, its first bytes too; sizes of others are refused."""
+    cfg = configuration(**LOOPS, shuffle=True, checkpoint_every="4")
+    died(cfg, tmp_path, stop=5)
+    path = tmp_path / "stream_train_000001.bin"
+    count = train_gpt.shard_tokens(path)
+    write_shard(path, random_stream(count - 1, 64, seed=9))
+    assert new_trainer(cfg, tmp_path).step == 4
+    write_shard(path, random_stream(count, 64, seed=9))
+    with pytest.raises(train_gpt.UserError, match="made with SHARDS="):
+        new_trainer(cfg, tmp_path)
+
+
+def test_checkpoints_of_other_versions_say_so(tmp_path, capsys):
+    cfg = configuration(**LOOPS, checkpoint_every="4")
+    died(cfg, tmp_path, stop=5)
+    path = tmp_path / cfg.run_id / "checkpoint/step_00000004.json"
+    entry = json.loads(path.read_text())
+    del entry["state"]["loops_since"]
+    data = path.with_suffix(".safetensors").read_bytes()
+    entry["sha256"] = train_gpt.sha256(json.dumps(entry["state"]).encode() + data)
+    path.write_text(json.dumps(entry))
+    with pytest.raises(train_gpt.UserError, match="no whole checkpoint"):
+        new_trainer(cfg, tmp_path)
+    assert "of an earlier or later train_gpt.py" in capsys.readouterr().out
+
+
+def test_all_blocks_share_one_mask():
+    """Or each attention would keep its own for the backward pass."""
+    cfg = tiny(**FRONTIER)
+    model = perturbed(cfg)
+    seen = []
+    attend = train_gpt.attend
+
+    def watched(q, k, v, mask=None):
+        seen.append(mask)
+        return attend(q, k, v, mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "attend", watched)
+        model(random_ids(cfg), random_ids(cfg))
+    assert len(seen) == 8 and all(mask is seen[0] for mask in seen)
+    assert seen[0].dtype == torch.float32
+
+
 def test_the_warm_up_compiles_both_and_leaves_no_trace(tmp_path):
     cfg = configuration(**LOOPS, warmup_steps=1)
     trainer = new_trainer(cfg, tmp_path)
@@ -266,7 +311,9 @@ def test_models_of_artifacts_loop():
     assert train_gpt.for_scores(model).order == model.order == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("text", ["3", "3-", "2-1", "1-4", "-1-2", "1,2", "a-b", "1-2-3", " 1-2"])
+@pytest.mark.parametrize(
+    "text", ["3", "3-", "2-1", "1-4", "-1-2", "1,2", "a-b", "1-2-3", " 1-2", "01-2"]
+)
 def test_wrong_loops(text):
     with pytest.raises(ConfigError, match="LOOP_LAYERS="):
         tiny(loop_layers=text)
@@ -387,19 +434,19 @@ def test_the_switch_chooses_the_loader(tmp_path):
 @settings(deadline=None, max_examples=60)
 @given(
     step=st.integers(0, 1000),
+    elapsed=st.floats(0, 500),
     share=st.floats(0.01, 1),
     least=st.floats(0, 1),
     cap=st.sampled_from([0.0, 500.0]),
     reserve=st.floats(0, 100),
 )
-def test_rate_over_a_share_of_the_run(step, share, least, cap, reserve):
+def test_rate_over_a_share_of_the_run(step, elapsed, share, least, cap, reserve):
+    """By steps or by seconds, of which either ends it."""
     cfg = SimpleNamespace(
         iterations=1000, warmdown_iters=7, warmdown_share=share, min_lr=least,
         max_wallclock_seconds=cap,
     )  # fmt: skip
-    whole = cap - reserve if cap else 1000
-    elapsed = step / 1000 * whole
-    done = step / 1000
+    done = min(1.0, max(step / 1000, elapsed / (cap - reserve) if cap else 0.0))
     wanted = max(least, min(1.0, (1 - done) / share))
     found = train_gpt.lr_factor(step, elapsed, cfg, reserve if cap else 0.0)
     assert found == pytest.approx(wanted, abs=1e-9)
@@ -418,7 +465,8 @@ def test_a_floor_under_which_nothing_would_begin():
 def test_given_warmdown_iters_win_over_a_share_nobody_gave():
     resolve = train_gpt.Config.from_env
     assert resolve(dict(RECORD="own")).warmdown_share == 0.72
-    assert resolve(dict(RECORD="own", WARMDOWN_ITERS="9")).warmdown_share == 0.0
+    given = resolve(dict(RECORD="own", WARMDOWN_ITERS="9"))
+    assert given.warmdown_share == 0.0 and given.origin["WARMDOWN_SHARE"] == "WARMDOWN_ITERS"
     both = resolve(dict(RECORD="own", WARMDOWN_ITERS="9", WARMDOWN_SHARE="0.5"))
     assert both.warmdown_share == 0.5
     assert resolve(dict(RECORD="tiny", WARMDOWN_SHARE="0.5")).warmdown_share == 0.5
