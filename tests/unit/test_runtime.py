@@ -1426,7 +1426,7 @@ def small_disk(env, cwd, size):
 )
 def test_full_disk(size, missing, dataset, tmp_path):
     """One line, status 2; what could not be written whole is not there"""
-    done = small_disk(variables(dataset, RUN_ID="full", MODEL_DIM="128"), tmp_path, size)
+    done = small_disk(variables(dataset, RUN_ID="full", MODEL_DIM="192"), tmp_path, size)
     *notes, line = done.stderr.splitlines()
     assert done.returncode == 2 and "too large" in line
     assert f"{missing}: " in line and "fix" in line
