@@ -641,7 +641,9 @@ def test_lack_of_memory_is_said_as_such(command, tmp_path, monkeypatch, name, re
     monkeypatch.setattr(train_gpt, "decode", lack)  # of the check, too
     status, out, err = command(*(["--restore", "a.pgz"] if restore else ["a"]))
     told = f"error: {'a.pgz' if restore else 'a'}: not enough memory; fix: in parts, or"
-    assert (status, out) == (2, "") and err.startswith(told) and err.count("\n") == 1
+    busy = [line for line in err.splitlines() if line.startswith("compressing: ")]  # a slow machine
+    lines = [line for line in err.splitlines() if line not in busy]
+    assert (status, out) == (2, "") and len(lines) == 1 and lines[0].startswith(told)
     assert names(tmp_path) == before
 
 
