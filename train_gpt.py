@@ -22,7 +22,7 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The se
              LaneScorer and run_lanes (10)
   late QAT   fake_quantize (5), update_qat_grids (7), search_grid (9); on from Trainer.update (13)
   documents  attention stops at a BOS where DOC_ATTENTION says so: Context.attend (5), for training,
-             windows and GPTQ alike; lanes hold one document each anyway
+             windows and GPTQ alike; a lane reads one piece at a time anyway
   loops      layer_order and GPT.loop (5), share_done (6); on from Trainer.update (13)
   GPTQ       Context.linear (5) shows inputs, collect_hessians and gptq (9) use them; called by
              quantise_model (14), in the training's clock
@@ -298,8 +298,8 @@ class Config:
     polyglu_enabled: bool = model(False, "learn the slope of each neuron below 0 (#1026)")
     depth_recurrence: tuple[int, ...] = model((), "layers, from 0, that are applied twice")
     loop_layers: str = model("3-5",
-        "first and last layer, from 0, of a part that runs LOOP_TIMES times, 3 4 5 3 4 5; empty: "
-        "none does")
+        "first and last layer, from 0, of a part that runs LOOP_TIMES times in all, "
+        "3 4 5 3 4 5 3 4 5; empty: none does")
     loop_times: int = model(3, "how often LOOP_LAYERS run, in all", least=2, most=99)
     parallel_from: int = model(7,
         "from this layer on, from 0, attention and MLP read the same input; -1: in none",
@@ -326,7 +326,8 @@ class Config:
         aliases=("USE_VALUE_RESIDUAL",))
     gated_attention: bool = model(True,
         "gate each head by its layer's input", aliases=("USE_GATED_ATTENTION", "GATED_ATTN"))
-    gate_inputs: int = model(12, "by the first so many numbers of that input; 0: all")
+    gate_inputs: int = model(12,
+        "GATED_ATTENTION reads the first so many of a layer's inputs; 0: all")
     smear_gate: bool = model(True,
         "blend the token before into each token's embedding", aliases=("USE_SMEARGATE",))
     smear_init: float = model(0.0,
@@ -334,7 +335,7 @@ class Config:
     bos_reset: bool = model(True,
         "smear and bigrams do not look back across the start of a document")
     doc_attention: bool = model(True,
-        "attention does not look back across it either, in training as in the score")
+        "attention does not look back across the start of a document, in training as in the score")
     bigram_vocab_size: int = model(0, "rows of the hashed embedding of token pairs; 0: none")
     bigram_dim: int = model(128, "width of that embedding, before its projection", least=1)
     bigram_kind: Literal["xor", "linear"] = model("xor",
@@ -397,7 +398,7 @@ class Config:
         "share of the run over which they fall instead; 0: over WARMDOWN_ITERS, as also where "
         "that is given and this is not", most=1)
     min_lr: float = training(0.1,
-        "least factor of the learning rates: they fall to this share of themselves", most=1)
+        "least factor of the learning rates, which fall towards 0 but stop there", most=1)
     loop_from: float = training(0.35,
         "share of the run, by steps or seconds, after which LOOP_LAYERS run more than once",
         most=0.99)
@@ -789,8 +790,8 @@ def resolve(environ: Mapping[str, str]) -> tuple[dict[str, tuple[str, str]], lis
     texts = {name: (text, f"RECORD={record}") for name, text in settings.items()}
     texts |= {name: (text, "env") for name, text in given.items() if name in VARIABLES}
     chosen = given if "WARMDOWN_ITERS" in given else settings
-    if "WARMDOWN_ITERS" in chosen and not {"WARMDOWN_SHARE"} & (chosen.keys() | given.keys()):
-        texts["WARMDOWN_SHARE"] = ("0", "WARMDOWN_ITERS")  # of the two what somebody chose
+    if "WARMDOWN_ITERS" in chosen and "WARMDOWN_SHARE" not in chosen | given:
+        texts["WARMDOWN_SHARE"] = ("0", "WARMDOWN_ITERS")  # who sets steps wants these
     texts["RECORD"] = (record, "env" if "RECORD" in given else "default")
     for name, folder in default_paths(given, record).items():
         texts[name] = (str(folder), "default")
@@ -2384,7 +2385,8 @@ class ShuffledLoader:
     ring; each epoch it is cut at a random place into sequences, which are drawn without putting
     back: every token is an input once, but for fewer than TRAIN_SEQ_LEN, other ones each time. The
     target of a sequence's last token is the one after it in the ring. Order and cut follow from
-    SEED and the epoch alone. Every rank reads all sequences of a step, and takes its own."""
+    SEED and the epoch alone. Every rank reads all sequences of a step, so that a bad token stops
+    all ranks at one step, and takes its own."""
 
     def __init__(self, shards: list[Path], cfg: Config):
         """UserError for less than a sequence."""
@@ -3157,7 +3159,7 @@ class Context:
         self.first = positions == 0
         self.ids = ids
         self.inside_documents = model.cfg.doc_attention
-        self.seen: Any = None  # by which position, once it is asked for
+        self.seen: Any = None  # document_mask or _blocks, made by the first attention
         self.rope = rotary_table(model.cfg, positions)
         self.weights = layer_weights(model, adapters or {})
         self.first_values: Tensor | None = None
@@ -3193,7 +3195,9 @@ class Context:
         compiled = q.is_cuda and torch.compiler.is_compiling()
         if self.seen is None and compiled:
             self.seen = document_blocks(self.ids)
-        elif self.seen is None:  # as numbers once, or each attention would make and keep its own
+        elif (
+            self.seen is None
+        ):  # floats, once: of a bool each attention would make and keep its own
             unseen = ~document_mask(self.ids)
             self.seen = torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -math.inf)
         return (attend_blocks if compiled else attend)(q, k, v, self.seen)
@@ -3231,8 +3235,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tenso
 
 
 # A row holds parts of several documents. With DOC_ATTENTION a position sees those of its own that
-# are not after it, as it will when the document is scored alone. On a CPU that is a mask; on CUDA
-# FlexAttention, in the graph that is compiled around it, passes over blocks that nobody sees.
+# are not after it, as it will when the document is scored alone. In a graph compiled for CUDA
+# FlexAttention passes over tiles, its blocks, that nobody sees; elsewhere that is a mask.
 
 
 def document_mask(ids: Tensor) -> Tensor:
@@ -3398,8 +3402,9 @@ class LaneChunk(Context):
 
 class GPT(nn.Module):
     """The stack of PR #549 with its siblings' switches: a U-Net of blocks, whose first half's
-    outputs are added to the second half's inputs, last to first. With LOOP_LAYERS some blocks stand
-    in it several times (PR #1493), once `loop` says so; they do in a model of an artifact."""
+    outputs are handed to the second half, last to first (add_skip). With LOOP_LAYERS some blocks
+    stand in it several times (PR #1493) from its making on; Trainer turns that off until
+    LOOP_FROM."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -3617,8 +3622,8 @@ def muon_momentum(step: int, cfg: Config) -> float:
 
 
 def newton_schulz(matrices: Tensor, steps: int, row_norm: bool = False) -> Tensor:
-    """Singular values to about 1, zero stays zero. (n, r, c), any dtype. row_norm: of rows of
-    length 1 (MuonEq-R, PR #1260). Jordan 2024, https://kellerjordan.github.io/posts/muon"""
+    """Singular values to about 1, zero stays zero. (n, r, c), any dtype. row_norm: each row is
+    scaled to length 1 before (MuonEq-R, PR #1260). Jordan 2024, https://kellerjordan.github.io/posts/muon"""
     a, b, c = 3.4445, -4.7750, 2.0315
     if row_norm:
         matrices = matrices / (matrices.norm(dim=-1, keepdim=True) + 1e-7)

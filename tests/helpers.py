@@ -40,7 +40,7 @@ SOURCE_CODE = (
     "def f(x):\n\tif x > 10_000:\n\t\treturn {'a': x}  # why\r\n    else:\n        pass\n" * 60
 )
 
-# own's training, which test_frontier.py turns on.
+# What own's training changes, put back to what it was; test_frontier.py turns it on.
 PLAIN = dict(
     shuffle=False,
     mlp_mult=3.0,
@@ -60,7 +60,7 @@ PLAIN = dict(
     ema_decay=0.997,
     late_qat=True,
 )
-# Each of it that makes another model, small enough for TINY.
+# Its switches of the model, small enough for TINY.
 FRONTIER = dict(
     doc_attention=True,
     loop_layers="1-2",
