@@ -335,7 +335,8 @@ class Config:
     bos_reset: bool = model(True,
         "smear and bigrams do not look back across the start of a document")
     doc_attention: bool = model(True,
-        "attention does not look back across the start of a document, in training as in the score")
+        "attention does not look back across the start of a document, in training and in the "
+        "score")
     bigram_vocab_size: int = model(0, "rows of the hashed embedding of token pairs; 0: none")
     bigram_dim: int = model(128, "width of that embedding, before its projection", least=1)
     bigram_kind: Literal["xor", "linear"] = model("xor",
@@ -3623,7 +3624,8 @@ def muon_momentum(step: int, cfg: Config) -> float:
 
 def newton_schulz(matrices: Tensor, steps: int, row_norm: bool = False) -> Tensor:
     """Singular values to about 1, zero stays zero. (n, r, c), any dtype. row_norm: each row is
-    scaled to length 1 before (MuonEq-R, PR #1260). Jordan 2024, https://kellerjordan.github.io/posts/muon"""
+    scaled to length 1 before (MuonEq-R, PR #1260).
+    Jordan 2024, https://kellerjordan.github.io/posts/muon"""
     a, b, c = 3.4445, -4.7750, 2.0315
     if row_norm:
         matrices = matrices / (matrices.norm(dim=-1, keepdim=True) + 1e-7)
