@@ -23,7 +23,7 @@ Variables configure it (--help, DRY_RUN=1); results go to runs/<RUN_ID>/. The se
   late QAT   fake_quantize (5), update_qat_grids (7), search_grid (9); on from Trainer.update (13)
   documents  attention stops at a BOS where DOC_ATTENTION says so: Context.attend (5), for training,
              windows and GPTQ alike; a lane reads one piece at a time anyway
-  loops      layer_order and GPT.loop (5), share_done (6); on from Trainer.update (13)
+  loops      layers_passed and GPT.set_looped (5), share_done (6); on from Trainer.update (13)
   GPTQ       Context.linear (5) shows inputs, collect_hessians and gptq (9) use them; called by
              quantise_model (14), in the training's clock
   a signal   Runtime.signals (3); Trainer.save_if_due (13) saves (8), run (14) says what is kept
@@ -244,7 +244,8 @@ class Config:
         "folder of records/ whose config.env sets what the environment does not, or its "
         "beginning; without it tiny, or own where CUDA and FineWeb data are")
     run_id: str = run("", "results go to runs/<RUN_ID>/; without it <RECORD>_seed<SEED>")
-    seed: int = run(1337, "seed of the initial weights", stored_in=("checkpoint",))
+    seed: int = run(1337,
+        "seed of initial weights, of SHUFFLE and of the sample", stored_in=("checkpoint",))
     device: Literal["auto", "cuda", "cpu"] = run("auto",
         "where to run; auto: on CUDA where there is a device")
     attn_impl: Literal["auto", "sdpa", "fa3", "fa4"] = run("auto",
@@ -285,7 +286,7 @@ class Config:
         "tokens that the model knows; 0: as many as the tokenizer", most=65_536)
     train_seq_len: int = model(2048, "tokens in a training sequence", least=1, most=2**20)
     num_layers: int = model(11,
-        "blocks; the first half's outputs are added to the second half's inputs, last to first",
+        "blocks; the first half's outputs go into the second half's inputs, last to first",
         least=2, most=999)
     model_dim: int = model(512, "width of the residual stream", least=1)
     num_heads: int = model(8, "query heads", least=1)
@@ -391,7 +392,8 @@ class Config:
     max_wallclock_seconds: float = training(600.0,
         "seconds of training after which it ends; 0: no cap, schedules follow ITERATIONS")
     warmup_steps: int = training(20,
-        "passes that compile the model before the clock starts; they change no weight")
+        "steps that compile the model before the clock starts, as many again with loops; they "
+        "change no weight")
     warmdown_iters: int = training(3500,
         "last steps, over which the learning rates fall linearly to 0; under a cap, as many "
         "seconds as they take")
@@ -564,40 +566,17 @@ class Config:
 
     def check(self) -> "Config":
         """Refuse values that contradict each other (ConfigError); -> itself."""
-        layers = self.num_layers
-        head = self.model_dim // self.num_heads
         orders = range(2, self.ngram_max_order + 1)
         every = self.checkpoint_every
         proof = self.scorer == "documents"
         # the decoder has no pre-enrichment's change to boost alpha by, and the five prove nothing
         unproved = proof and self.codec_tokens and self.mixer == "cascade"
-        within = f"{-layers} to {layers - 1}"
         chunk = self.ttt_enabled and self.ttt_chunk_tokens % self.window
-        looped = self.looped_layers
-        no_loop = self.loop_layers and (not looped or looped[-1] >= layers)
-        gated = self.gated_attention
         packs = not self.eval_only
         unclipped = not self.clip_sigmas
         ranged = self.compressor == "range"
         for name, broken, wanted in (
-            (
-                "NUM_HEADS",
-                self.model_dim % (2 * self.num_heads),
-                "so that MODEL_DIM / NUM_HEADS is even",
-            ),
-            ("NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"),
-            ("ROPE_DIMS", self.rope_dims > head or self.rope_dims % 2, "even, <= a head"),
-            ("MLP_MULT", self.mlp_mult * self.model_dim < 1, ">= 1 / MODEL_DIM"),
-            ("BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"),
-            ("VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), within),
-            ("DEPTH_RECURRENCE", {*self.depth_recurrence} - {*range(layers)}, f"< {layers}"),
-            ("LOOP_LAYERS", no_loop, f"empty, or first-last, each 0 to {layers - 1}"),
-            (
-                "DEPTH_RECURRENCE",
-                self.depth_recurrence and self.loop_layers,
-                "empty with LOOP_LAYERS, or LOOP_LAYERS empty",
-            ),
-            ("GATE_INPUTS", gated and self.gate_inputs > self.model_dim, "at most MODEL_DIM"),
+            *self.model_rules(),
             (
                 "MIN_LR",
                 packs and self.swa_enabled and self.min_lr >= SWA_BELOW,
@@ -617,7 +596,6 @@ class Config:
             ("EVAL_STRIDE", self.window % self.eval_stride, "a divisor of EVAL_SEQ_LEN"),
             ("NGRAM_MIN_ORDER", self.ngram_min_order not in orders, f"2 to {orders[-1]}"),
             ("CHECKPOINT_EVERY", not re.fullmatch("[0-9]{1,9}m?", every), "10 or 10m"),
-            ("MODEL_DIM", count_parameters(self) >= 2**31, "smaller"),
             ("RUN_ID", not Path(self.run_id).name == self.run_id != "..", "a plain folder name"),
             ("RUN_ID", len(os.fsencode(self.run_id)) > 255, "a name of at most 255 bytes"),
             ("TTT_CHUNK_TOKENS", chunk, "a multiple of EVAL_SEQ_LEN"),
@@ -631,6 +609,28 @@ class Config:
             if broken:
                 raise ConfigError(f"{name}={show(getattr(self, name.lower()))}: must be {wanted}")
         return self
+
+    def model_rules(self) -> Iterator[tuple[str, Any, str]]:
+        """Of the model's shape: a variable, whether its value cannot be, what must be."""
+        layers = self.num_layers
+        head = self.model_dim // self.num_heads
+        within = f"{-layers} to {layers - 1}"
+        looped = self.looped_layers
+        bad_loop = self.loop_layers and (not looped or looped[-1] >= layers)
+        twice = self.depth_recurrence and self.loop_layers
+        gates = self.gate_inputs if self.gated_attention else 0
+        odd = self.model_dim % (2 * self.num_heads)
+        yield "NUM_HEADS", odd, "so that MODEL_DIM / NUM_HEADS is even"
+        yield "NUM_KV_HEADS", self.num_heads % self.num_kv_heads, "a divisor of NUM_HEADS"
+        yield "ROPE_DIMS", self.rope_dims > head or self.rope_dims % 2, "even, <= a head"
+        yield "MLP_MULT", self.mlp_mult * self.model_dim < 1, ">= 1 / MODEL_DIM"
+        yield "BIGRAM_VOCAB_SIZE", self.bigram_vocab_size == 1, "0 or at least 2"
+        yield "VE_LAYERS", not all(-layers <= i < layers for i in self.ve_layers), within
+        yield "DEPTH_RECURRENCE", {*self.depth_recurrence} - {*range(layers)}, f"< {layers}"
+        yield "LOOP_LAYERS", bad_loop, f"empty, or first-last, each 0 to {layers - 1}"
+        yield "DEPTH_RECURRENCE", twice, "empty with LOOP_LAYERS, or LOOP_LAYERS empty"
+        yield "GATE_INPUTS", gates > self.model_dim, "at most MODEL_DIM"
+        yield "MODEL_DIM", count_parameters(self) >= 2**31, "smaller"
 
     @property
     def looped_layers(self) -> list[int]:
@@ -2305,7 +2305,7 @@ def numeric_order(path: Path) -> tuple[list[str | int], str]:
 def training_loader(
     cfg: Config, shards: list[Path], begins: Callable[[int], Any] = lambda shard: None
 ) -> "TokenLoader | ShuffledLoader":
-    """What SHUFFLE asks for; begins: see TokenLoader. UserError"""
+    """What SHUFFLE asks for (UserError). begins: of TokenLoader; of a ring all shards are near."""
     if cfg.shuffle:
         return ShuffledLoader(shards, cfg)
     return TokenLoader(shards, cfg.vocab_size, begins)
@@ -2344,8 +2344,8 @@ class TokenLoader:
         self.offset = offset
         self.tokens = self.opened[shard]
 
-    def has(self, state: tuple[int, int]) -> bool:
-        """Can it stand there? BadShard"""
+    def can_restore(self, state: tuple[int, int]) -> bool:
+        """Is there such a place? BadShard"""
         shard, offset = state
         return shard < len(self.shards) and offset <= shard_tokens(self.shards[shard])
 
@@ -2383,11 +2383,11 @@ class TokenLoader:
 
 class ShuffledLoader:
     """Training sequences in a random order (SHUFFLE). The shards' tokens, put end to end, make a
-    ring; each epoch it is cut at a random place into sequences, which are drawn without putting
-    back: every token is an input once, but for fewer than TRAIN_SEQ_LEN, other ones each time. The
-    target of a sequence's last token is the one after it in the ring. Order and cut follow from
-    SEED and the epoch alone. Every rank reads all sequences of a step, so that a bad token stops
-    all ranks at one step, and takes its own."""
+    ring; each epoch it is parted from a random place on into sequences, which are drawn without
+    putting back: every token is an input once, but for fewer than TRAIN_SEQ_LEN, other ones each
+    time. The target of a sequence's last token is the one after it in the ring. All that is random
+    follows from SEED and the epoch. Every rank reads all sequences of a step, so that a bad token
+    stops all ranks at one step, and takes its own."""
 
     def __init__(self, shards: list[Path], cfg: Config):
         """UserError for less than a sequence."""
@@ -2401,7 +2401,7 @@ class ShuffledLoader:
         if self.total < self.length:
             found = f"the training shards hold {self.total:,} tokens"
             raise UserError(f"TRAIN_SEQ_LEN={self.length}: {found}; fix: less, or SHUFFLE=0")
-        self.epoch = -1  # of `order`
+        self.epoch = -1  # of `drawn`
         self.restore((0, 0))
 
     def state(self) -> tuple[int, int]:
@@ -2412,26 +2412,26 @@ class ShuffledLoader:
         epoch, done = state
         if epoch != self.epoch:
             random = np.random.default_rng((self.seed, epoch))
-            self.cut = int(random.integers(self.total))
-            self.order = random.permutation(self.total // self.length)
+            self.shift = int(random.integers(self.total))
+            self.drawn = random.permutation(self.total // self.length)
         self.epoch = epoch
         self.done = done
 
-    def has(self, state: tuple[int, int]) -> bool:
-        """Can it stand there?"""
-        return state[1] <= len(self.order)
+    def can_restore(self, state: tuple[int, int]) -> bool:
+        """Is there such a place?"""
+        return state[1] <= len(self.drawn)
 
-    def read(self, place: int, count: int) -> np.ndarray:
+    def read(self, begin: int, count: int) -> np.ndarray:
         """Tokens of the ring from a place on, uint16 (count,); BadShard."""
         parts = []
         while count > 0:
-            place %= self.total
-            shard = int(np.searchsorted(self.ends, place, "right"))
+            begin %= self.total
+            shard = int(np.searchsorted(self.ends, begin, "right"))
             tokens = self.mapped[shard]
-            offset = place - int(self.ends[shard]) + len(tokens)
+            offset = begin - int(self.ends[shard]) + len(tokens)
             part = check_tokens(self.shards[shard], tokens[offset:][:count], self.vocab_size)
             parts.append(part)
-            place += len(part)
+            begin += len(part)
             count -= len(part)
         return np.concatenate(parts)
 
@@ -2441,9 +2441,9 @@ class ShuffledLoader:
         batch = []
         try:
             for _ in range(cfg.train_batch_tokens // self.length):
-                if self.done == len(self.order):
+                if self.done == len(self.drawn):
                     self.restore((self.epoch + 1, 0))
-                begin = self.cut + int(self.order[self.done]) * self.length
+                begin = self.shift + int(self.drawn[self.done]) * self.length
                 batch.append(self.read(begin, self.length + 1))
                 self.done += 1
         except BadShard:
@@ -3018,7 +3018,7 @@ def parameter_specs(cfg: Config) -> dict[str, Spec]:
     enrich = cfg.pre_enrich_dim
     values = cfg.value_layers
     gated = cfg.gated_attention
-    skips = len(layer_order(cfg)) // 2
+    skips = len(layers_passed(cfg)) // 2
     specs = {
         "tok_emb": Spec(
             (vocab, dim),
@@ -3056,7 +3056,7 @@ def parameter_specs(cfg: Config) -> dict[str, Spec]:
     return {name: spec for name, spec in specs.items() if spec}
 
 
-def layer_order(cfg: Config, looped: bool = True) -> list[int]:
+def layers_passed(cfg: Config, looped: bool = True) -> list[int]:
     """Layers in the order in which a token passes them. Those of LOOP_LAYERS stand there LOOP_TIMES
     times where it is `looped`: with 3-5 of 7 layers, twice, 0 1 2 3 4 5 3 4 5 6. The first half of
     this list hands its outputs to the second half, last to first."""
@@ -3069,7 +3069,7 @@ def layer_order(cfg: Config, looped: bool = True) -> list[int]:
 
 def count_blocks(cfg: Config, looped: bool = True) -> int:
     """Blocks that a token passes, which is also how many attentions have keys and values."""
-    return len(layer_order(cfg, looped)) + len({*cfg.depth_recurrence})
+    return len(layers_passed(cfg, looped)) + len({*cfg.depth_recurrence})
 
 
 def count_parameters(cfg: Config) -> int:
@@ -3160,7 +3160,7 @@ class Context:
         self.first = positions == 0
         self.ids = ids
         self.inside_documents = model.cfg.doc_attention
-        self.seen: Any = None  # document_mask or _blocks, made by the first attention
+        self.mask: Any = None  # document_mask or flex_mask, made by the first attention
         self.rope = rotary_table(model.cfg, positions)
         self.weights = layer_weights(model, adapters or {})
         self.first_values: Tensor | None = None
@@ -3194,14 +3194,11 @@ class Context:
         if not self.inside_documents:
             return attend(q, k, v)
         compiled = q.is_cuda and torch.compiler.is_compiling()
-        if self.seen is None and compiled:
-            self.seen = document_blocks(self.ids)
-        elif (
-            self.seen is None
-        ):  # floats, once: of a bool each attention would make and keep its own
-            unseen = ~document_mask(self.ids)
-            self.seen = torch.zeros_like(unseen, dtype=q.dtype).masked_fill_(unseen, -math.inf)
-        return (attend_blocks if compiled else attend)(q, k, v, self.seen)
+        if self.mask is None:
+            self.mask = flex_mask(self.ids) if compiled else document_mask(self.ids, q.dtype)
+        if compiled:
+            return attend_flex(q, k, v, self.mask)
+        return attend(q, k, v, self.mask)
 
 
 def varlen_attention(device: torch.device) -> Callable | None:
@@ -3227,27 +3224,29 @@ def attend_seen(varlen: Callable, q: Tensor, keys: Tensor, values: Tensor, seen:
     return varlen(rows, *flat, edges, edges * slots, 1, slots, **how).unsqueeze(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Grouped attention: q (B, H, T, d), k and v (B, G, T, d) -> (B, H, T, d). Causal, or by what
-    each position sees: bool, or what is added to scores, (B, 1, T, T)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Grouped attention: q (B, H, T, d), k and v (B, G, T, d) -> (B, H, T, d). Causal, or by a
+    mask of document_mask."""
     grouped = q.shape[1] != k.shape[1]
-    how = dict(is_causal=seen is None, enable_gqa=grouped)
-    return F.scaled_dot_product_attention(q, k, v, seen, **how)
+    how = dict(is_causal=mask is None, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
 
 # A row holds parts of several documents. With DOC_ATTENTION a position sees those of its own that
 # are not after it, as it will when the document is scored alone. In a graph compiled for CUDA
-# FlexAttention passes over tiles, its blocks, that nobody sees; elsewhere that is a mask.
+# FlexAttention leaves out the tiles of which nothing is seen; elsewhere it is a mask of all pairs.
 
 
-def document_mask(ids: Tensor) -> Tensor:
-    """ids (B, T) -> bool (B, 1, T, T): whether a position (third) sees another (fourth)."""
+def document_mask(ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """ids (B, T) -> (B, 1, T, T): 0 where a position (third) sees another (fourth), else -inf. Of a
+    bool each attention would make and keep such numbers of its own."""
     document = (ids == BOS).cumsum(1)
     same = document.unsqueeze(2) == document.unsqueeze(1)
-    return same.tril().unsqueeze(1)
+    unseen = ~same.tril().unsqueeze(1)
+    return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -math.inf)
 
 
-def document_blocks(ids: Tensor) -> Any:
+def flex_mask(ids: Tensor) -> Any:
     """The same as FlexAttention's BlockMask, whose shape does not depend on the documents."""
     from torch.nn.attention.flex_attention import create_block_mask  # takes seconds
 
@@ -3260,12 +3259,12 @@ def document_blocks(ids: Tensor) -> Any:
     return create_block_mask(sees, rows, None, length, length, device=ids.device)
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
-    """attend, by what document_blocks made."""
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """attend, by a mask of flex_mask."""
     from torch.nn.attention.flex_attention import flex_attention
 
     sides = (stream_dtype(side) for side in (q, k, v))  # as autocast does for torch's own
-    return flex_attention(*sides, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    return flex_attention(*sides, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -3410,17 +3409,17 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
-        self.loop(True)
+        self.set_looped(True)
         for name, spec in parameter_specs(cfg).items():
             self.register_parameter(name, nn.Parameter(torch.full(spec.shape, math.nan)))
             if spec.group == "muon" and "bigram" not in name:
                 grid = torch.zeros(*spec.shape[:-1], 1)  # 0: late QAT is off, see fake_quantize
                 self.register_buffer(f"{name}_grid", grid, persistent=False)
 
-    def loop(self, looped: bool) -> None:
+    def set_looped(self, looped: bool) -> None:
         """Which blocks a token passes from now on. To the compiler each is a graph of its own."""
         self.looped = looped
-        self.order = layer_order(self.cfg, looped)
+        self.layers = layers_passed(self.cfg, looped)
 
     @torch.no_grad()
     def initialise(self) -> "GPT":
@@ -3461,7 +3460,7 @@ class GPT(nn.Module):
         """ids (B, T) -> normed output of the last block (B, T, D). Without a context: rows, seen
         through banks with their adapters."""
         cfg = self.cfg
-        half = len(self.order) // 2
+        half = len(self.layers) // 2
         context = context or Context(self, ids, adapters)
         skips = []
         x = self.embed(ids, context)
@@ -3469,7 +3468,7 @@ class GPT(nn.Module):
             x = rms_norm(self.enrich(x, context))
         x = stream_dtype(x)
         context.start(x, self.value_embedding(ids))
-        for place, i in enumerate(self.order):
+        for place, i in enumerate(self.layers):
             if place >= half and skips:
                 x = self.add_skip(place - half, x, skips.pop())
             for _ in range(1 + (i in cfg.depth_recurrence)):
@@ -3480,7 +3479,8 @@ class GPT(nn.Module):
 
     def add_skip(self, number: int, x: Tensor, skip: Tensor) -> Tensor:
         """What a block of the second half is given: x and, weighted, the output of its block of the
-        first half, added or blended. number: from the inside out. (B, T, D)"""
+        first half, added or blended. number: of the pair, from the inside out; once loops begin it
+        is another pair's. (B, T, D)"""
         skip = self.skip_weights[number].type_as(x) * skip
         if not self.cfg.skip_gates:
             return x + skip
@@ -3593,8 +3593,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 def lr_factor(step: int, elapsed_seconds: float, cfg: Config, reserve: float = 0.0) -> float:
-    """1, then linear to 0, but MIN_LR at least, over the last WARMDOWN_ITERS steps or, under a cap,
-    over the seconds that so many take on average; or over WARMDOWN_SHARE of the run.
+    """1, then linear towards 0, held at MIN_LR. The fall takes WARMDOWN_SHARE of the run; where
+    that is 0, the last WARMDOWN_ITERS steps or, under a cap, the seconds that they take on average.
     reserve: of the cap's seconds, for what comes after."""
     if cfg.warmdown_share:
         length = cfg.warmdown_share
@@ -3701,8 +3701,8 @@ class ParallelMuon:
         torch._foreach_add_(momenta, gradients)
         nesterov = torch._foreach_add(gradients, momenta, alpha=momentum)
         for bank, ahead in zip(self.banks, nesterov, strict=True):
-            how = self.cfg.muon_backend_steps, self.cfg.muon_row_norm
-            update = self.orthogonalise(ahead, *how)
+            steps = self.cfg.muon_backend_steps
+            update = self.orthogonalise(ahead, steps, self.cfg.muon_row_norm)
             bank.start(all_gather, bank.padded, update)
         weights = [bank.weight for bank in self.banks]
         torch._foreach_mul_(weights, 1 - rate * self.cfg.muon_wd * ~nonfinite)
@@ -3899,7 +3899,7 @@ class CheckpointState(NamedTuple):
     loops_since: int | None  # at which LOOP_LAYERS began to run several times
     seconds: float  # of training
     snapshots: int  # of SWA
-    loader: tuple[int, int]  # where it stands: shard and offset, or epoch and rows read
+    loader: tuple[int, int]  # where it stands: shard and offset, or epoch and sequences read
     settings: dict[str, Any]  # that must be the same where the run goes on
     logs: list[int]  # bytes of LOGS at that time
 
@@ -3977,19 +3977,19 @@ def checkpoint_state(trainer: "Trainer") -> CheckpointState:
 
 def bound_settings(trainer: "Trainer", step: int) -> dict[str, Any]:
     """What must be the same where a run goes on from a step. Shards that it has not read yet may be
-    mended, with SHUFFLE any of them: their sizes count."""
+    mended, with SHUFFLE any of them: their number and bytes count."""
     loader = trainer.batches.loader
     count = len(loader.shards)
     size = count * SHARD_HEADER_BYTES + 2 * loader.total
     read = loader.shards[: last_shard(loader.ends, step, trainer.cfg) + 1]
-    known = [] if trainer.cfg.shuffle else read
-    heads = b"".join(np.fromfile(path, np.uint8, 4096).tobytes() for path in known)
+    heads = b"".join(np.fromfile(path, np.uint8, 4096).tobytes() for path in read)
     names = stored_names("checkpoint")
     settings = {name.upper(): show(getattr(trainer.cfg, name)) for name in names}
-    digest = sha256(heads)[:12]
     settings["RANKS"] = trainer.rt.world_size
     settings["INIT_FROM"] = trainer.started_from
-    settings["SHARDS"] = f"{count} of {size} bytes, {digest}"
+    settings["SHARDS"] = f"{count} of {size} bytes"
+    if not trainer.cfg.shuffle:
+        settings["SHARDS"] += f", {sha256(heads)[:12]}"
     return settings
 
 
@@ -4009,7 +4009,7 @@ def restore_checkpoint(
             raise UserError(f"{trainer.folder}: made with {name}={was}, not {now}; fix: {fix}")
     if state.step > trainer.cfg.iterations:
         raise DamagedCheckpoint(f"at step {state.step}")
-    if not trainer.batches.loader.has(state.loader):
+    if not trainer.batches.loader.can_restore(state.loader):
         raise DamagedCheckpoint(f"its loader stands at {state.loader}")
     muon = trainer.optimizers.muon
     own = changing_tensors(trainer, [bank.padded for bank in muon.banks])
@@ -4850,7 +4850,7 @@ def for_scores(model: GPT) -> GPT:
     To the compiler both are one, so what validation compiles serves the evaluation, too."""
     other = GPT(model.cfg)
     other.load_state_dict(model.state_dict(), assign=True)
-    other.loop(model.looped)
+    other.set_looped(model.looped)
     return other.to(model.tok_emb.device).eval().requires_grad_(False)
 
 
@@ -7258,7 +7258,7 @@ class Trainer:
         self.compiled_loss = rt.compile(model)
         self.step = 0  # steps that are done
         self.qat_since: int | None = None  # step at which late QAT began
-        self.loop(None)
+        self.set_loops_since(None)
         self.factor = 0.0  # of the learning rates, in the last step
         self.elapsed = 0.0  # seconds of training, the slowest rank's
         self.reserve = 0.0  # of the cap's seconds, see run
@@ -7269,10 +7269,10 @@ class Trainer:
     def folder(self) -> Path:
         return self.rt.folder / "checkpoint"
 
-    def loop(self, since: int | None) -> None:
+    def set_loops_since(self, since: int | None) -> None:
         """LOOP_LAYERS run several times, as of this step; None: not yet."""
         self.loops_since = since
-        self.model.loop(since is not None)
+        self.model.set_looped(since is not None)
 
     def gradients(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Of this rank's rows. -> mean loss."""
@@ -7305,13 +7305,14 @@ class Trainer:
         random = torch.Generator().manual_seed(self.rt.rank)
         rows = cfg.train_batch_tokens // self.rt.world_size // cfg.train_seq_len
         since = self.loops_since
-        for looped in [False] * (since is None) + [True] * bool(cfg.loop_layers):
-            self.model.loop(looped)
+        looped_already = since is not None
+        for looped in sorted({looped_already, bool(cfg.loop_layers)}):
+            self.model.set_looped(looped)
             for _ in range(cfg.warmup_steps):
                 shape = 2, rows, cfg.train_seq_len
                 sides = torch.randint(cfg.vocab_size, shape, generator=random)
                 self.optimize(*sides.to(self.rt.device), factor=1.0)
-        self.loop(since)
+        self.set_loops_since(since)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(kept[name])
@@ -7324,9 +7325,9 @@ class Trainer:
         cfg = self.cfg
         done = share_done(self.step, self.elapsed, cfg, self.reserve)
         if cfg.loop_layers and self.loops_since is None and done >= cfg.loop_from:
-            self.loop(self.step)
-            order = ",".join(map(str, self.model.order))
-            self.rt.log("loops:enabled", step=self.step, share=done, order=order)
+            self.set_loops_since(self.step)
+            layers = ",".join(map(str, self.model.layers))
+            self.rt.log("loops:enabled", step=self.step, share=done, layers=layers)
         if cfg.late_qat and self.qat_since is None and factor < cfg.late_qat_threshold:
             self.qat_since = self.step
             self.rt.log("late_qat:enabled", step=self.step, scale=factor)
@@ -7468,7 +7469,7 @@ class Trainer:
         """The counters of a checkpoint; restore_checkpoint fills the tensors."""
         self.step = state.step
         self.qat_since = state.qat_since
-        self.loop(state.loops_since)
+        self.set_loops_since(state.loops_since)
         self.started_from = state.settings["INIT_FROM"]
         self.rt.seconds["train"] = state.seconds
         self.averages.resume(state.snapshots)
@@ -7981,7 +7982,7 @@ def describe(run: RunLog, step: int | None) -> str:
 # The story.
 
 
-def begin_with(beginning: Beginning, model: GPT, rt: Runtime, cfg: Config) -> None:
+def load_beginning(beginning: Beginning, model: GPT, rt: Runtime, cfg: Config) -> None:
     """The weights of INIT_FROM into the model, and what is to say of them."""
     model.load_state_dict(beginning.weights, strict=False)
     rt.log("init_from", sha256=beginning.sha256)
@@ -8001,7 +8002,7 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
     model = GPT(cfg).initialise()
     rt.log("model_params", count_parameters(cfg))
     if beginning:
-        begin_with(beginning, model, rt, cfg)
+        load_beginning(beginning, model, rt, cfg)
     model.to(rt.device)
     shards = find_shards(cfg.data_path, "train")
     overlap = Overlap(report.text, shards, rt)
@@ -8012,7 +8013,7 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
         """By the text's first ones; 0: by all."""
         targets = targets if targets < len(stream) - 1 else 0
         part = stream[: targets + 1] if targets else stream
-        scorer.model.loop(model.looped)
+        scorer.model.set_looped(model.looped)
         log_prob = scorer.score(part, scorer.length).log_prob
         return report.losses(log_prob, targets) | (dict(val_tokens=targets) if targets else {})
 
@@ -8038,7 +8039,7 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
     finally:  # a signal does not wait for what is left
         overlap.pool.shutdown(wait=False, cancel_futures=True)
     model.load_state_dict(weights)
-    model.loop(True)  # as the artifact's will
+    model.set_looped(True)  # as the artifact's will
     if cfg.loop_layers and trainer.loops_since is None:
         note = "the run ended before LOOP_FROM: LOOP_LAYERS were trained once each, the artifact's"
         rt.log("note", f"{note} run {cfg.loop_times} times; fix: a longer run, or LOOP_LAYERS=")
@@ -8095,7 +8096,7 @@ def warm_up_scoring(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) ->
     if not rt.cuda:
         return
     model = for_scores(model)
-    model.loop(True)
+    model.set_looped(True)
     scorer = WindowScorer(model, rt, cfg)
     scorer.warm_up(scorer.length)
     if scores_sliding(cfg):

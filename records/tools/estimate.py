@@ -90,7 +90,7 @@ def rate(name: str) -> float:
 TARGETS = 62_021_632
 DOCUMENTS = 50_000
 SPREAD = 1.0  # assumed: lengths are lognormal, their logarithms spread so far
-FLEX_BLOCK = 128  # keys, and queries
+FLEX_TILE = 128  # keys, and queries
 # What the script does today.
 SEEN_KEYS_ONLY = True  # attention of a lane, by torch 2.13's varlen; else every slot
 LEARNING = 9, 14  # times the kernels of a compiled pass, and its bytes: what learns is not
@@ -181,7 +181,7 @@ class Shape(NamedTuple):
 
     @staticmethod
     def of(cfg: Config) -> "Shape":
-        order = [*enumerate(train_gpt.layer_order(cfg))]
+        order = [*enumerate(train_gpt.layers_passed(cfg))]
         calls = [(at, i) for at, i in order for _ in range(1 + (i in cfg.depth_recurrence))]
         keys = cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
         hidden = int(cfg.mlp_mult * cfg.model_dim)
@@ -200,15 +200,15 @@ def before_loops(cfg: Config) -> Config:
 
 @cache
 def row_keys(cfg: Config) -> float:
-    """That a position of a row sees on average: half of it, or, inside documents, as many as are
-    before it in row and document, and of both ends of these half a block of FlexAttention's."""
+    """Keys that a position attends to, on average over a row: half the row or, inside documents,
+    those before it in row and document, and half a tile of FlexAttention at each end of these."""
     length = cfg.train_seq_len
     if not cfg.doc_attention:
         return length / 2
     sizes = document_lengths() + 1
     positions = np.arange(length)
     further = [np.maximum(0, sizes - x).sum() for x in positions.tolist()]  # tokens, in documents
-    return float((further / sizes.sum() * (1 - positions / length)).sum()) + FLEX_BLOCK
+    return float((further / sizes.sum() * (1 - positions / length)).sum()) + FLEX_TILE
 
 
 def attention_seconds(cfg: Config, tokens: float) -> float:
@@ -233,7 +233,7 @@ def forward_layer(cfg: Config, at: int, i: int, script: Script, keeps: bool) -> 
     """at: its place; keeps: for a backward pass."""
     d, k, m, _, _ = Shape.of(cfg)
     s = script.stream
-    half = len(train_gpt.layer_order(cfg)) // 2
+    half = len(train_gpt.layers_passed(cfg)) // 2
     skip = half <= at < 2 * half  # an earlier output is added
     kept = keeps or at < half  # the layer's input, else made and used in one
     yield Chain(d * ((3 + kept + skip) * s + 4), d * (2 * s + 2))  # residual, skip, mix, norm
@@ -259,7 +259,7 @@ def forward_layer(cfg: Config, at: int, i: int, script: Script, keeps: bool) -> 
 def backward_layer(cfg: Config, at: int, i: int, script: Script) -> Iterator[Chain]:
     d, k, m, _, _ = Shape.of(cfg)
     s = script.stream
-    half = len(train_gpt.layer_order(cfg)) // 2
+    half = len(train_gpt.layers_passed(cfg)) // 2
     scaled = script.scaled
     yield Chain(d * (s + 4) * scaled, kernels=2 * scaled)  # of the MLP's output, of its scale
     yield Chain(m * 6)
@@ -724,7 +724,7 @@ def report(cfg: Config, ranks: int) -> Iterator[str]:
         plain = step_seconds(before_loops(cfg), ranks)
         mean = mean_step_seconds(cfg, ranks)
         ratios = f"{plain / theirs:.3f} and {mean / theirs:.3f}"
-        yield f"before the loops {plain * 1e3:.1f} ms, on average {mean * 1e3:.1f} ms, {ratios}"
+        yield f"before the loops {plain * 1e3:.1f} ms, on average {mean * 1e3:.1f} ms: {ratios}"
     budget = cfg.max_wallclock_seconds or train_gpt.CAP_SECONDS
     left = f", {reserve:.0f} of them for GPTQ" if reserve else ""
     yield f"{steps:,} steps in {budget:.0f} s{left}; memory of a rank about {memory:.1f} GB"

@@ -424,13 +424,14 @@ FRONTIER = [
         "training attends across documents",
         "test_frontier.py -k packed_row",
         script(
-            "return same.tril().unsqueeze(1)", "return torch.ones_like(same).tril().unsqueeze(1)"
+            "unseen = ~same.tril().unsqueeze(1)",
+            "unseen = ~torch.ones_like(same).tril().unsqueeze(1)",
         ),
     ),
     Fault(
         "blocks",
         "FlexAttention attends across documents",
-        "test_frontier.py -k blocks_on_a_gpu",
+        "test_frontier.py -k flex_attention_is",
         script(
             "return (query >= key) & (document[row, query] == document[row, key])",
             "return query >= key",
@@ -458,19 +459,19 @@ FRONTIER = [
         "loop_resume",
         "a resumed run loops no more",
         "test_frontier.py -k resume_keeps",
-        script("self.loop(state.loops_since)", "pass"),
+        script("self.set_loops_since(state.loops_since)", "pass"),
     ),
     Fault(
         "loop_warm_up",
         "the warm-up leaves the model looped",
-        "test_frontier.py -k warm_up_compiles",
-        script("self.loop(since) with", "with"),
+        "test_frontier.py -k warm_up_runs",
+        script("self.set_loops_since(since) with", "with"),
     ),
     Fault(
         "loop_scores",
         "validation loops from the start",
-        "test_frontier.py -k models_of_artifacts",
-        script("other.loop(model.looped)", "pass"),
+        "test_frontier.py -k copies_follow",
+        script("other.set_looped(model.looped)", "pass"),
     ),
     Fault(
         "loop_share",

@@ -305,7 +305,7 @@ def test_loops_cost_from_the_moment_on():
 
 
 def test_keys_of_a_row_by_counting():
-    """Rows cut anywhere out of the documents end to end; FlexAttention's blocks aside."""
+    """Rows cut anywhere out of the documents end to end; FlexAttention's tiles aside."""
     cfg = shape_of("own")
     sizes = estimate.document_lengths()[:3000] + 1
     ids = np.zeros(sizes.sum(), int)
@@ -314,7 +314,7 @@ def test_keys_of_a_row_by_counting():
     place = np.arange(2048)
     start = np.maximum.accumulate(np.where(rows == 1, place, 0), 1)
     seen = (place - start + 1).mean()
-    assert estimate.row_keys(cfg) - estimate.FLEX_BLOCK == pytest.approx(seen, rel=0.05)
+    assert estimate.row_keys(cfg) - estimate.FLEX_TILE == pytest.approx(seen, rel=0.05)
     assert estimate.row_keys(shape_of("pr993")) == 1024
 
 

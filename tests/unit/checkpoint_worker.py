@@ -115,7 +115,7 @@ def state(trainer):
         step=trainer.step,
         qat_since=trainer.qat_since,
         loops_since=trainer.loops_since,
-        order=tuple(trainer.model.order),
+        layers=tuple(trainer.model.layers),
         snapshots=averages.snapshots,
         loader=tuple(trainer.batches.place),
     )

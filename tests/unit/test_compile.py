@@ -188,7 +188,7 @@ def test_loops_are_a_second_graph_and_no_more(rt):
     compiled = rt.compile(model)
     rng = np.random.default_rng(0)
     for looped in (False, True, True, False, True):
-        model.loop(looped)
+        model.set_looped(looped)
         ids = torch.from_numpy(rng.integers(0, 4, (2, 32)))
         with rt.autocast(), rt.attention():
             loss = compiled(ids, ids)
@@ -205,9 +205,9 @@ class Flex(train_gpt.Context):
     """Attends as on CUDA, wherever it runs."""
 
     def attend(self, q, k, v):
-        if self.seen is None:
-            self.seen = train_gpt.document_blocks(self.ids)
-        return train_gpt.attend_blocks(q, k, v, self.seen)
+        if self.mask is None:
+            self.mask = train_gpt.flex_mask(self.ids)
+        return train_gpt.attend_flex(q, k, v, self.mask)
 
 
 def test_attention_inside_documents_is_no_break(rt, monkeypatch):
@@ -226,17 +226,17 @@ def test_attention_inside_documents_is_no_break(rt, monkeypatch):
             torch.testing.assert_close(compiled(ids), model.hidden(ids), rtol=0, atol=1e-4)
     (graph,) = GRAPHS
     targets = [str(node.target) for node in graph.graph.nodes]
-    assert sum("flex_attention" in target for target in targets) == len(model.order)
+    assert sum("flex_attention" in target for target in targets) == len(model.layers)
 
 
 def test_what_is_compiled_for_cuda_takes_blocks(monkeypatch):
     """The same choice as in Context.attend, by its two conditions."""
     chosen = []
     sees = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    for name in ("document_blocks", "document_mask"):
-        made = lambda ids, name=name: chosen.append(name) or sees  # noqa: E731
+    for name in ("flex_mask", "document_mask"):
+        made = lambda ids, *_, name=name: chosen.append(name) or sees  # noqa: E731
         monkeypatch.setattr(train_gpt, name, made)
-    monkeypatch.setattr(train_gpt, "attend_blocks", lambda *sides: "blocks")
+    monkeypatch.setattr(train_gpt, "attend_flex", lambda *sides: "blocks")
     monkeypatch.setattr(train_gpt, "attend", lambda *sides: "mask")
     model = perturbed(FRONTIER_CFG)
     ids = torch.ones(1, 8, dtype=torch.int64)
@@ -245,4 +245,4 @@ def test_what_is_compiled_for_cuda_takes_blocks(monkeypatch):
         q = SimpleNamespace(is_cuda=cuda, dtype=torch.float32)
         found = train_gpt.Context(model, ids).attend(q, q, q)
         assert found == ("blocks" if cuda and compiling else "mask")
-    assert chosen == ["document_mask"] * 3 + ["document_blocks"]
+    assert chosen == ["document_mask"] * 3 + ["flex_mask"]

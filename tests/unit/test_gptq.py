@@ -188,7 +188,7 @@ def test_hessians_are_of_what_torch_multiplies(name):
                 x for x, used in calls if used.shape == weight.shape and (used == weight).all()
             ]
             again = layer in cfg.depth_recurrence and name_of in train_gpt.MATRICES
-            assert len(inputs) == model.order.count(layer) + again
+            assert len(inputs) == model.layers.count(layer) + again
             seen.setdefault(name_of, []).append(torch.cat(inputs))
     assert found.keys() == seen.keys() - {"key", "value"}
     for name_of, hessian in found.items():

@@ -230,7 +230,7 @@ def test_before_the_switch_it_is_the_plain_u_net():
     ids = random_ids(cfg, rows=1)
     outputs = {}
     for looped in (False, True):
-        model.loop(looped)
+        model.set_looped(looped)
         with torch.no_grad():
             outputs[looped] = model.logits(model.hidden(ids))[0]
             wanted = plain_logits(cfg, unbank(model), ids[0], looped)

@@ -40,9 +40,9 @@ def test_script_is_within_its_bounds():
 
 
 def test_functions_are_short():
-    lengths = {node.name: length(node) for node in FUNCTIONS}
+    lengths = [(node.name, length(node)) for node in FUNCTIONS]  # of one name there are several
     assert statistics.median(map(length, FUNCTIONS)) <= 12
-    assert {name for name, lines in lengths.items() if lines > 60} == LONG.keys()
+    assert {name for name, lines in lengths if lines > 60} == LONG.keys()
 
 
 def test_main_is_a_story():
