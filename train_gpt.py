@@ -99,6 +99,7 @@ import base64
 import bisect
 import contextlib
 import copy
+import ctypes
 import errno
 import functools
 import gc
@@ -1278,11 +1279,13 @@ class Runtime:
         self.bar = ProgressBar(self)
 
     def start(self) -> None:
-        """Threads, seed, kernels, process group; ConfigError."""
+        """Threads, memory, seed, kernels, process group; ConfigError."""
         threads, self.threads_by = choose_threads(self.local_ranks)
         torch.set_num_threads(threads)
         torch.manual_seed(self.cfg.seed)
         self.use_device()
+        if not self.cuda:
+            keep_freed_memory()
         if self.cuda:
             torch.set_float32_matmul_precision("high")
         if self.cfg.attn_impl in FLASH:
@@ -1549,9 +1552,11 @@ class Runtime:
 
     def release_memory(self) -> None:
         """Give the device what nobody holds any more, for another process."""
+        gc.collect()
         if self.cuda:
-            gc.collect()
             torch.cuda.empty_cache()
+        else:
+            call_libc("malloc_trim", 0)
 
     def peak_memory(self) -> int:
         """MB (10^6 bytes) that this rank held at most: allocated on its GPU, else resident."""
@@ -1644,6 +1649,24 @@ def choose_threads(local_ranks: int) -> tuple[int, str]:
     limits["OMP_NUM_THREADS"] = (given_threads() or math.inf) * local_ranks
     by = min(limits, key=lambda name: limits[name])
     return max(1, int(limits[by] // local_ranks)), by
+
+
+def keep_freed_memory() -> None:
+    """Let the next tensor have the memory of the last one. glibc gives large blocks back to the
+    system as they are freed, and each new one then comes page by page, cleared: 9,000 pages in a
+    step of `tiny`. One arena, as the thread of the backward pass frees what the forward's took."""
+    for option, value in MALLOC.items():
+        call_libc("mallopt", option, value)
+
+
+# glibc's M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD and M_ARENA_MAX.
+MALLOC = {-1: 2**31 - 1, -2: 2**26, -3: 2**25, -8: 1}
+
+
+def call_libc(name: str, *numbers: int) -> None:
+    """A function of glibc; elsewhere nothing."""
+    if platform.libc_ver()[0] == "glibc":
+        getattr(ctypes.CDLL(None), name)(*numbers)
 
 
 def given_threads() -> int:
