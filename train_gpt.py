@@ -65,6 +65,8 @@ Words with one meaning each:
   expert        one of the 1 + K + R distributions that its gate weighs: the model, the counts of K
                 orders, and of R of these the token that followed last time
   mass          the sum of a distribution over the vocabulary: 1, or it is no distribution
+  known text    training tokens that an artifact holds, where bytes are to spare: counts begin
+                with it (KNOWN_TOKENS)
   plan          what a decoder must know before its first token: pieces, lanes, targets
   C1            no probability may depend on its target or on later tokens (upstream issue #1017)
 """
@@ -231,6 +233,7 @@ def group(title: str, stored_in: tuple[str, ...] = ()) -> Callable[..., Any]:
 
 
 POSITIVE = dict(least=1e-30, most=1e30)  # bounds of what must not be 0
+MOST_KNOWN = 2**27  # tokens of a known text: more than any artifact of the cap could hold
 
 
 @dataclass(frozen=True)
@@ -378,6 +381,9 @@ class Config:
     target_bytes: int = quantiser(16_000_000,
         "of weights and packed script together: where they are more the clips rise until they are "
         "not; 0: as they come")
+    known_tokens: int = quantiser(0,
+        "training tokens, the shards' last, that the artifact holds for counts to begin with, half "
+        "a byte or more each; 0: none, -1: all", least=-1, most=MOST_KNOWN)
     quant_per: Literal["row", "matrix"] = quantiser("row",
         "what chooses its clip among CLIP_QUANTILES together, a row, or all rows of a matrix")
     clip_quantiles: tuple[float, ...] = quantiser((0.999, 0.9995, 0.9999, 0.99999, 1.0),
@@ -3432,6 +3438,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
+        self.known = NOTHING_KNOWN  # beside the weights, where they are an artifact's
         self.set_looped(True)
         for name, spec in parameter_specs(cfg).items():
             self.register_parameter(name, nn.Parameter(torch.full(spec.shape, math.nan)))
@@ -4610,6 +4617,61 @@ def decompress_zstd(content: bytes, size: int) -> bytes:
         raise ArtifactError(f"the payload is no zstd frame: {error}") from error
 
 
+class KnownText:
+    """Training tokens, uint16 (N,), that an artifact holds beside the weights: what the counts of
+    the evaluation begin with, in its own thread. They are paid for as the weights are, byte by
+    byte, and where training text is plentiful and bytes are not, weights are the better use."""
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens = tokens
+        self.counted: tuple[Any, Any] = (None, None)  # see begin_counts
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __deepcopy__(self, _: Any) -> "KnownText":
+        return self  # nobody changes it
+
+    @staticmethod
+    def of(cfg: Config, shards: list[Path]) -> "KnownText":
+        """The last KNOWN_TOKENS tokens of the training shards; UserError."""
+        parts: list[np.ndarray] = []
+        wanted = cfg.known_tokens if cfg.known_tokens >= 0 else MOST_KNOWN + 1
+        for path in reversed(shards):
+            if wanted <= 0:
+                break
+            mapped = map_shard(path)
+            part = mapped[max(0, len(mapped) - wanted) :]
+            parts.append(check_tokens(path, part, cfg.vocab_size))
+            wanted -= len(part)
+        if cfg.known_tokens > 0 < wanted:
+            found = f"the training shards hold {cfg.known_tokens - wanted:,} tokens"
+            raise UserError(f"KNOWN_TOKENS={cfg.known_tokens}: {found}; fix: fewer, or -1")
+        if cfg.known_tokens < 0 and wanted == 0:
+            fix = f"fix: at most {MOST_KNOWN}"
+            raise UserError(f"KNOWN_TOKENS=-1: the training shards hold too many tokens; {fix}")
+        return KnownText(np.concatenate([*reversed(parts), np.zeros(0, np.uint16)]))
+
+    def pack(self) -> bytes:
+        """By lzma, whatever packs the weights: text repeats itself, weights do not."""
+        words = self.tokens.astype("<u2").tobytes()
+        return lzma.compress(words, filters=LZMA_WORDS) if words else b""
+
+    @staticmethod
+    def unpack(content: bytes, count: int, vocab_size: int) -> "KnownText":
+        """ArtifactError for what pack would not have made."""
+        require_memory(2 * count, f"a known text of {count:,} tokens")
+        words = decompress(content, "lzma", 2 * count) if count else b""
+        tokens = np.frombuffer(words, "<u2").astype(np.uint16)
+        if count and tokens.max() >= vocab_size:
+            raise ArtifactError(f"a known text with token {tokens.max()} of {vocab_size}")
+        return KnownText(tokens)
+
+
+NOTHING_KNOWN = KnownText(np.zeros(0, np.uint16))
+LZMA_WORDS = [dict(id=lzma.FILTER_LZMA2, preset=9, lc=0, lp=1, pb=1)]  # of 16 bits
+
+
 def artifact_header(cfg: Config) -> dict[str, Any]:
     """Model configuration and tensors; nothing of the run."""
     specs = parameter_specs(cfg)
@@ -4651,12 +4713,17 @@ class Packing(NamedTuple):
 
 
 def make_artifact(
-    weights: Mapping[str, Tensor], cfg: Config, rt: Runtime, hessians: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor],
+    cfg: Config,
+    rt: Runtime,
+    hessians: Mapping[str, Tensor],
+    known: KnownText = NOTHING_KNOWN,
 ) -> Packing:
     """Called on every rank. With TARGET_BYTES all clips rise alike until weights and packed script
     fit. Twice the step is a bit less for each integer, about: the first guess; then the line
     through two sizes, around the room where they are, or the middle, where it leads out of what is
     known. Where nothing fits, the smallest."""
+    beside = PackedText(len(known), known.pack())
     room = weights_room(cfg)
     least = bytes_a_doubling(cfg)
     slope = least
@@ -4667,7 +4734,7 @@ def make_artifact(
     best = None
     for tries in itertools.count(1):
         payload, rounding = quantise(weights, widen_clips(cfg, 2**place), hessians, rt)
-        packed, pruning = pack_payload(payload, cfg, room) if rt.rank == 0 else (b"", {})
+        packed, pruning = pack_payload(payload, cfg, room, beside) if rt.rank == 0 else (b"", {})
         size = int(rt.largest(len(packed)).item())
         found = Packing(packed, size, room, 2**place, rounding, pruning)
         if not sizes or size < min(sizes.values()):
@@ -4716,21 +4783,35 @@ def bytes_a_doubling(cfg: Config) -> float:
     return max(1.0, sum(math.prod(spec.shape) for spec in widened) / 8)
 
 
+class PackedText(NamedTuple):
+    """A KnownText as an artifact holds it, behind the weights."""
+
+    tokens: int
+    content: bytes
+
+    def header(self) -> dict[str, list[int]]:
+        """What an artifact's header says of it: nothing, where there is none."""
+        return dict(known=[self.tokens, len(self.content)]) if self.tokens else {}
+
+
 def pack_payload(
-    payload: np.ndarray, cfg: Config, room: int = sys.maxsize
+    payload: np.ndarray,
+    cfg: Config,
+    room: int = sys.maxsize,
+    known: PackedText = PackedText(0, b""),  # noqa: B008  (it is a constant)
 ) -> tuple[bytes, dict[str, int]]:
     """-> the bytes of artifact.bin, the same ones of the same payload; values of prune's line.
     room: for TARGET_MB."""
-    header = artifact_header(cfg)
+    header = artifact_header(cfg) | known.header()
     pruning = {}
     if cfg.target_mb:
-        room -= len(seal(ARTIFACT_PREFIX, header, b""))
+        room -= len(seal(ARTIFACT_PREFIX, header, known.content))
         body, pruning = prune(payload, room, cfg)
     elif cfg.compressor == "range":
         body = range_encode(payload, parameter_specs(cfg))
     else:
         body = compress(payload.tobytes(), cfg.compressor)
-    return seal(ARTIFACT_PREFIX, header, body), pruning
+    return seal(ARTIFACT_PREFIX, header, body + known.content), pruning
 
 
 def prune(payload: np.ndarray, room: int, cfg: Config) -> tuple[bytes, dict[str, int]]:
@@ -4795,8 +4876,16 @@ def stored_values(header: Any, field_names: Iterable[str]) -> dict[str, Any]:
     return {name: parse(name.upper(), text) for name, text in texts.items()}
 
 
-def read_artifact(path: str | Path, content: bytes) -> tuple[Config, np.ndarray]:
-    """-> model configuration, payload of payload_type; ArtifactError."""
+class Artifact(NamedTuple):
+    """What a file of pack_payload holds."""
+
+    cfg: Config  # of the model
+    payload: np.ndarray  # of payload_type
+    known: KnownText
+
+
+def read_artifact(path: str | Path, content: bytes) -> Artifact:
+    """ArtifactError for a file that pack_payload would not have made."""
     try:
         content = content or read_regular(path, MOST_ARTIFACT_BYTES)
         begins = content[: len(ARTIFACT_PREFIX)]
@@ -4806,14 +4895,18 @@ def read_artifact(path: str | Path, content: bytes) -> tuple[Config, np.ndarray]
             raise ArtifactError(f"of version {version}, made by an earlier or later train_gpt.py")
         header, packed = unseal(ARTIFACT_PREFIX, content)
         cfg = Config(**stored_values(header["model"], MODEL_FIELDS), eval_stride=1).check()
+        count, size = known_size(header, packed)
+        text = packed[len(packed) - size :]
+        packed = packed[: len(packed) - size]
         if not cfg.vocab_size or header != artifact_header(cfg):  # what would be written
             raise ArtifactError("its header does not describe its model")
         if header["size"] > max(MOST_BYTES, MOST_RATIO * len(packed)):
             raise ArtifactError(f"{header['size']:,} bytes in {len(packed):,} packed ones")
         require_memory(header["size"] + 8 * count_parameters(cfg), "its weights")
+        known = KnownText.unpack(text, count, cfg.vocab_size)
         specs = parameter_specs(cfg)
         if cfg.compressor == "range":
-            return cfg, range_decode(packed, specs)
+            return Artifact(cfg, range_decode(packed, specs), known)
         payload = decompress(packed, cfg.compressor, header["size"])
     except (LackOfMemory, MissingPackage):
         raise
@@ -4821,14 +4914,28 @@ def read_artifact(path: str | Path, content: bytes) -> tuple[Config, np.ndarray]
         raise ArtifactError(
             f"{path}: unreadable ({error}); fix: train or download it anew"
         ) from error
-    return cfg, np.frombuffer(payload, payload_type(specs)).reshape(())
+    return Artifact(cfg, np.frombuffer(payload, payload_type(specs)).reshape(()), known)
+
+
+def known_size(header: Any, packed: bytes) -> tuple[int, int]:
+    """Tokens of the known text and bytes that they take at the end of `packed`, taken out of the
+    header; ArtifactError for what PackedText.header would not have said."""
+    if "known" not in header:
+        return 0, 0
+    count, size = header.pop("known")
+    if type(count) is not int or type(size) is not int:
+        raise ArtifactError(f"a known text of {count!r} tokens in {size!r} bytes")
+    if not 0 < count <= MOST_KNOWN or not 0 < size <= len(packed):
+        raise ArtifactError(f"a known text of {count:,} tokens in {size:,} bytes")
+    return count, size
 
 
 def load_artifact(path: str | Path, device: Any = "cpu", content: bytes = b"") -> GPT:
     """The model of an artifact (content: the file's bytes, where they are at hand) in eval mode,
     fp32, for sequences of any length; ArtifactError for anything wrong."""
-    cfg, payload = read_artifact(path, content)
+    cfg, payload, known = read_artifact(path, content)
     model = GPT(cfg)
+    model.known = known
     with np.errstate(all="ignore"):
         weights = {name: unpack_tensor(payload[name]) for name in payload.dtype.names}
     for name, weight in weights.items():
@@ -6269,19 +6376,21 @@ def mix_fixed(
     return mixed
 
 
-def mix_ngrams(scores: Scores, coding: CodingOrder, report: "Report") -> np.ndarray:
+def mix_ngrams(
+    scores: Scores, coding: CodingOrder, report: "Report", known: KnownText = NOTHING_KNOWN
+) -> np.ndarray:
     """By the published backoff, for its line, and by NGRAM_MIXER. -> log p (N,), nats."""
     cfg = report.cfg
     rt = report.rt
     final = scores.log_prob.copy()
     mixers = {name: make_mixer(name, cfg, rt) for name in ("cascade", cfg.mixer)}
     orders = mixers[cfg.mixer].orders
-    store = CountStore(orders, len(coding.tokens) - len(final))
-    how = dict(device=rt.device, schedule=coding.schedule, wanted=orders)
+    tokens, schedule = after_known(known, coding)
+    store = CountStore(orders, len(tokens) - len(final))
+    how = dict(device=rt.device, schedule=schedule, wanted=orders)
     rt.stage("counting n-grams")
-    store.collect(count_ngrams(coding.tokens, cfg.vocab_size, max(orders), **how))
+    store.collect(count_ngrams(tokens, cfg.vocab_size, max(orders), **how))
     scores = scores.take(coding.targets)
-    schedule = coding.schedule
     if schedule:  # of the targets
         schedule = schedule[0][store.skip :], schedule[1][store.skip :]
     for name, mixer in mixers.items():
@@ -6293,6 +6402,22 @@ def mix_ngrams(scores: Scores, coding: CodingOrder, report: "Report") -> np.ndar
             )
     log_gains(rt, store.matched, mixed - scores.log_prob)
     return final
+
+
+def after_known(
+    known: KnownText, coding: CodingOrder
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+    """Tokens to count, those of the known text first, and their schedule: it was there before the
+    first step, in a thread of its own; without lanes it is the beginning of the one text."""
+    if not len(known):
+        return coding.tokens, coding.schedule
+    tokens = np.concatenate([known.tokens, coding.tokens])
+    if coding.schedule is None:
+        return tokens, None
+    steps, threads = coding.schedule
+    before = np.full(len(known), -1, np.int32)
+    aside = np.full(len(known), threads.max(initial=-1) + 1, np.int32)
+    return tokens, (np.concatenate([before, steps]), np.concatenate([aside, threads]))
 
 
 def log_gains(rt: Runtime, matched: np.ndarray, saved: np.ndarray) -> None:
@@ -6793,6 +6918,31 @@ def context_counts(targets: int, vocab_size: int) -> type[ContextTable] | type[C
     return ContextTable if compiled else ContextDictionary
 
 
+def begin_counts(
+    kind: type[ContextTable] | type[ContextDictionary],
+    known: KnownText,
+    mixer: "Blend | Backoff",
+    vocab_size: int,
+    lanes: int,
+    isolated: bool,
+) -> ContextTable | ContextDictionary:
+    """Of a known text, and of nothing else yet. isolated: it has a lane of its own, the last; else
+    lane 0 goes on with it. What was counted is kept: the next call gets a copy."""
+    key = kind, mixer.orders, mixer.last_orders, vocab_size, lanes, isolated
+    if known.counted[0] != key:
+        without = " without package numba" * (kind is ContextDictionary)
+        needed = 2 * kind.TOKEN_BYTES * len(known)
+        require_memory(needed, f"counts of a known text of {len(known):,} tokens{without}")
+        counts = kind(mixer, vocab_size, lanes + isolated, isolated)
+        for part in np.array_split(known.tokens.astype(np.int64), -(-len(known) // KNOWN_PART)):
+            counts.insert(np.full(len(part), lanes * isolated), part)
+        known.counted = key, counts
+    return copy.deepcopy(known.counted[1])
+
+
+KNOWN_PART = 2**16  # tokens, between which a signal is heard
+
+
 def cached_rows(count: int, vocab_size: int) -> Iterator[slice]:
     """Of so many distributions those that are best worked on together."""
     most = max(1, CACHED_NUMBERS // vocab_size)
@@ -6803,15 +6953,24 @@ def cached_rows(count: int, vocab_size: int) -> Iterator[slice]:
 class Mixture:
     """The distribution whose code length is the score, for every token, step by step."""
 
-    def __init__(self, rt: Runtime, cfg: Config, begun: int, targets: int, isolated: bool = True):
+    def __init__(
+        self,
+        rt: Runtime,
+        cfg: Config,
+        begun: int,
+        targets: int,
+        isolated: bool = True,
+        known: KnownText = NOTHING_KNOWN,
+    ):
         """begun: lanes that start with a BOS; targets: about how many will come. isolated: no
         context reaches back beyond a BOS; False: of sliding windows."""
         self.mixer = make_mixer(cfg.mixer, cfg, rt)
         self.pending: list[tuple[np.ndarray, ...]] = []
         self.waiting = 0  # targets in `pending`
         self.mass_error = 0.0
-        table = context_counts(targets, cfg.vocab_size)
-        self.counts = table(self.mixer, cfg.vocab_size, begun, isolated)
+        table = context_counts(targets + len(known), cfg.vocab_size)
+        of = self.mixer, cfg.vocab_size, begun, isolated
+        self.counts = begin_counts(table, known, *of) if known else table(*of)
         self.counts.insert(np.arange(begun), np.full(begun, BOS))
         self.past = np.zeros((begun, REMEMBERED, 2), np.float32)  # newest first, see outcomes
         self.p = np.empty((begun, cfg.vocab_size))
@@ -6862,7 +7021,7 @@ def window_mass(model: GPT, rt: Runtime, cfg: Config, stream: np.ndarray) -> flo
     """Largest error of the mixture's mass among the first targets that windows score; documents are
     added up by the codec. stream: N + 1 tokens."""
     scorer = WindowScorer(model, rt, cfg)
-    mixture = Mixture(rt, cfg, 1, WITNESSES, isolated=False)
+    mixture = Mixture(rt, cfg, 1, WITNESSES, isolated=False, known=model.known)
     ends = np.arange(1, scorer.batch + 1) * cfg.eval_stride
     ids, scored, _ = scorer.windows(stream, ends, cfg.eval_stride)
     outputs = scorer.predict(scorer.rows(ids), scored)
@@ -6925,7 +7084,7 @@ def run_codec(
     after_step: called after each step of lanes."""
     require_lanes(model, rt, plan.lanes, plan.window)  # before what a forged plan would allocate
     begun = min(plan.lanes, plan.pieces)
-    mixture = Mixture(rt, cfg, begun, expected or plan.targets)
+    mixture = Mixture(rt, cfg, begun, expected or plan.targets, known=model.known)
     before = np.full(begun, -1)  # the piece that each lane has read from last
     buffer = np.empty((max(1, CACHED_NUMBERS // cfg.vocab_size), cfg.vocab_size))
     # Of each coded token its piece, uint32, and itself, uint16: an array a step would be mostly
@@ -7186,7 +7345,7 @@ def plan_proof(
     whole_seconds = pace * count_steps(stream, plan)
     whole = cfg.codec_tokens < 0 or whole_seconds < 60 * cfg.codec_minutes
     targets = plan.targets if whole else least
-    memory = proof_bytes(cfg, plan, targets, rt.cuda) / 1e6
+    memory = proof_bytes(cfg, plan, targets, rt.cuda, model.known) / 1e6
     seconds = pace * count_steps(stream, plan._replace(targets=targets))
     how = dict(seconds=round(seconds, 1), memory_mb=round(memory))
     rt.log("expect", "proof", tokens=targets, of=plan.targets, **how)
@@ -7195,7 +7354,7 @@ def plan_proof(
         environ |= dict(EVAL_ONLY=rt.folder / "artifact.bin", RUN_ID=f"{cfg.run_id}_proved")
         given = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in environ.items())
         command = f"{given} CODEC_TOKENS=-1 python {shlex.quote(str(rt.folder / 'train_gpt.py'))}"
-        memory = proof_bytes(cfg, plan, plan.targets, rt.cuda) / 1e9
+        memory = proof_bytes(cfg, plan, plan.targets, rt.cuda, model.known) / 1e9
         needs = (
             f"about {whole_seconds / 60:.0f} minutes and {memory:.1f} GB on one machine like this"
         )
@@ -7217,14 +7376,17 @@ def coding_pace(
     return (times[-1] - times[warm]) / measured if measured > 0 else 0.0
 
 
-def proof_bytes(cfg: Config, plan: CodingPlan, targets: int, cuda: bool) -> int:
+def proof_bytes(
+    cfg: Config, plan: CodingPlan, targets: int, cuda: bool, known: KnownText = NOTHING_KNOWN
+) -> int:
     """What an encoder or decoder holds, about: lanes, distributions, counts, weights that learn."""
     lanes = lane_bytes(cfg, plan.lanes, plan.window, cuda) + 16 * plan.lanes * cfg.vocab_size
     weights = 4 * count_parameters(cfg)
     if cfg.lane_ttt:
         each = plan.lanes // plan.groups
         weights += learning_bytes(cfg, plan.groups, each, plan.window, cfg.lane_ttt_every)
-    return lanes + weights + context_counts(targets, cfg.vocab_size).TOKEN_BYTES * targets
+    counted = targets + 2 * len(known)
+    return lanes + weights + context_counts(counted, cfg.vocab_size).TOKEN_BYTES * counted
 
 
 def decoded_again(folder: Path, text: np.ndarray) -> bool:
@@ -8082,7 +8244,7 @@ def quantise_model(model: GPT, rt: Runtime, cfg: Config, shards: list[Path]) -> 
     if cfg.quant == "gptq":
         rows = calibration_rows(cfg, rt, shards)
         hessians = collect_hessians(for_scores(model), rt, cfg, rows)
-    packing = make_artifact(model.state_dict(), cfg, rt, hessians)
+    packing = make_artifact(model.state_dict(), cfg, rt, hessians, KnownText.of(cfg, shards))
     return packing._replace(seconds=time.perf_counter() - began)
 
 
@@ -8222,7 +8384,7 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
     packed = b""
     if cfg.eval_only:
         packed = read_eval_only(cfg)
-        stored = read_artifact(cfg.eval_only, packed)[0]
+        stored = read_artifact(cfg.eval_only, packed).cfg
         cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_FIELDS}).check()
     else:
         micro_batches(cfg, rt)
@@ -8252,7 +8414,7 @@ def run_stages(rt: Runtime, cfg: Config) -> None:
         scores, coding = evaluate(model, weights, report)
         final = scores.log_prob
         if rt.rank == 0 and cfg.mixer != "none":
-            final = mix_ngrams(scores, coding, report)
+            final = mix_ngrams(scores, coding, report, model.known)
     note_caps(rt, eval_seconds=rt.seconds["eval"])
     if rt.rank == 0:
         report.finish(model, scores, final, coding)
