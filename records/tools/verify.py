@@ -53,6 +53,8 @@ SAME_SUM = 1e-6  # bits per byte between the claim and what the decode adds up
 MOST_WEIGHTS = 2**28  # that are unpacked, 3 GB
 SAME_DEVICE = 1e-4  # nats a token of two scorings in fp32, in other shapes
 OTHER_DEVICE = 0.02  # bf16 on one side
+STRETCH = 16  # tokens that are looked for in a known text
+MOST_SHARED = 0.5  # of the text's stretches, that may lie in one
 UNSIGNED = {"author", "github_id", "name", "date", "sha256"}  # of submission.json: not in the log
 UNPROVABLE = "seed, steps, seconds, hardware, names, dates, the training text, other stages' scores"
 UNPROVABLE += ", each order's gain"
@@ -211,6 +213,11 @@ class Case:
             raise NotChecked(f"no validation text: {error}; or set DATA_PATH") from None
 
     @cached_property
+    def shared(self) -> float:
+        """Of the text's stretches, the share that the artifact's known text has, too"""
+        return shared_stretches(self.text.stream, self.model.known.tokens, STRETCH)
+
+    @cached_property
     def text_name(self) -> str:
         """Which text that is: by its tokens and tokenizer, not by its place"""
         size = f"{self.text.text_bytes:,} bytes"
@@ -274,6 +281,23 @@ class Case:
         if done.returncode:
             raise NotChecked(f"a fresh process ended with status {done.returncode}: {reason}")
         return done.stdout
+
+
+def shared_stretches(text: np.ndarray, known: np.ndarray, length: int) -> float:
+    """Of the stretches of so many tokens, from each token on, the share that lies in `known` too;
+    0 where there is none. By 64-bit hashes."""
+
+    def hashes(tokens: np.ndarray) -> np.ndarray:
+        count = max(0, len(tokens) - length + 1)
+        found = np.zeros(count, np.uint64)
+        for place in range(length):
+            part = tokens[place : place + count].astype(np.uint64) + np.uint64(1)
+            found = (found ^ part) * np.uint64(0x9E3779B97F4A7C15)
+            found ^= found >> np.uint64(32)
+        return found
+
+    wanted = hashes(text)
+    return float(np.isin(wanted, hashes(known)).mean()) if len(wanted) and len(known) else 0.0
 
 
 def foreign(name: str, text: str) -> bool:
@@ -375,6 +399,10 @@ def text(case: Case) -> str:
     if here != there:
         reason = f"{where} has {here} tokens and bytes, submission.json says {there}"
         raise differs(f"{reason}: another text{fix}")
+    require(
+        case.shared <= MOST_SHARED,
+        f"the artifact's known text has {case.shared:.1%} of its stretches of {STRETCH} tokens",
+    )
     return f"{here[0]:,} tokens, {here[1]:,} bytes in {where}: {case.text_name}"
 
 
@@ -560,6 +588,11 @@ def notes(case: Case) -> Iterator[str]:
     overlap = case.run.last("overlap").get("documents")
     if overlap:
         yield f"by its log, training and validation share documents: {overlap}"
+    if len(case.model.known):
+        yield (
+            f"the artifact holds {len(case.model.known):,} tokens that counts begin with, and "
+            f"{case.shared:.1%} of the scored text's stretches of {STRETCH} tokens"
+        )
     weights = len(case.file("artifact.bin"))
     if case.text.text_bytes < 20 * weights:  # nothing packs a text much better
         packed = len(lzma.compress(case.text.decoder.spell(case.text.stream[1:])))

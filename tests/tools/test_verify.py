@@ -21,6 +21,7 @@ from helpers import (
     run_here,
     shared_folder,
     train_gpt,
+    write_shard,
 )
 
 import prepare
@@ -707,6 +708,47 @@ def test_a_run_that_learnt_otherwise_fails(tmp_path_factory, data):
     (folders[1] / "stream.bin").write_bytes(sealed)
     reseal(folders[1], lambda header, body: header["scoring"].update(lane_ttt="0"))
     assert "settings are not those" in reasons(folders[1])["stream"]
+
+
+def test_a_known_text_is_named(tmp_path_factory, data):
+    folder = finished(tmp_path_factory, "known", data, KNOWN_TOKENS="-1")
+    case = verify.Case(folder)
+    assert {row.status for row in verify.examine(case)} == {"ok"}
+    (train,) = train_gpt.find_shards(data, "train")
+    count = len(train_gpt.map_shard(train))
+    (note,) = [note for note in case.notes if "counts begin with" in note]
+    assert f"holds {count:,} tokens" in note and f"and {case.shared:.1%} of the" in note
+    assert 0 <= case.shared < 0.3
+
+
+def test_an_artifact_that_holds_the_text_fails(tmp_path_factory, data, tmp_path):
+    """Its score is a code length all the same, of a text that the artifact has."""
+    for path in data.iterdir():
+        shutil.copy(path, tmp_path)
+    (train,) = train_gpt.find_shards(tmp_path, "train")
+    (val,) = train_gpt.find_shards(tmp_path, "val")
+    both = [train_gpt.map_shard(path) for path in (train, val)]
+    write_shard(train, np.concatenate(both))
+    folder = finished(tmp_path_factory, "holds", tmp_path, KNOWN_TOKENS="-1")
+    found = rows(folder)
+    assert found["text"] == (
+        "FAILED",
+        "the artifact's known text has 100.0% of its stretches of 16 tokens",
+    )
+    assert found["decode"][0] == "not checked"
+
+
+@pytest.mark.parametrize("length", [1, 2, 16])
+def test_shared_stretches_are_counted(length):
+    rng = np.random.default_rng(length)
+    text, known = (rng.integers(0, 9, 400).astype(np.uint16) for _ in range(2))
+    known[50:150] = text[200:300]
+    pieces = [tuple(x[i : i + length]) for x in (known,) for i in range(401 - length)]
+    wanted = [tuple(text[i : i + length]) in {*pieces} for i in range(401 - length)]
+    assert verify.shared_stretches(text, known, length) == pytest.approx(np.mean(wanted))
+    assert verify.shared_stretches(text, text, length) == 1
+    assert verify.shared_stretches(text, known[:0], length) == 0
+    assert verify.shared_stretches(text[:0], known, length) == 0
 
 
 def test_without_the_text(folder, tmp_path, monkeypatch):
