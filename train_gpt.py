@@ -3435,10 +3435,11 @@ class GPT(nn.Module):
     stand in it several times (PR #1493) from its making on; Trainer turns that off until
     LOOP_FROM."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, known: "KnownText | None" = None):
+        """known: what an artifact holds beside the weights."""
         super().__init__()
         self.cfg = cfg
-        self.known = NOTHING_KNOWN  # beside the weights, where they are an artifact's
+        self.known = known or NOTHING_KNOWN
         self.set_looped(True)
         for name, spec in parameter_specs(cfg).items():
             self.register_parameter(name, nn.Parameter(torch.full(spec.shape, math.nan)))
@@ -4624,13 +4625,19 @@ class KnownText:
 
     def __init__(self, tokens: np.ndarray):
         self.tokens = tokens
-        self.counted: tuple[Any, Any] = (None, None)  # see begin_counts
+        self.counted: tuple[Any, Any] = (None, None)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __deepcopy__(self, _: Any) -> "KnownText":
         return self  # nobody changes it
+
+    def counts(self, key: Any, count: Callable[[], Any]) -> Any:
+        """A copy of what `count` makes, which is called for another key than the last one's."""
+        if self.counted[0] != key:
+            self.counted = key, count()
+        return copy.deepcopy(self.counted[1])
 
     @staticmethod
     def of(cfg: Config, shards: list[Path]) -> "KnownText":
@@ -4934,8 +4941,7 @@ def load_artifact(path: str | Path, device: Any = "cpu", content: bytes = b"") -
     """The model of an artifact (content: the file's bytes, where they are at hand) in eval mode,
     fp32, for sequences of any length; ArtifactError for anything wrong."""
     cfg, payload, known = read_artifact(path, content)
-    model = GPT(cfg)
-    model.known = known
+    model = GPT(cfg, known)
     with np.errstate(all="ignore"):
         weights = {name: unpack_tensor(payload[name]) for name in payload.dtype.names}
     for name, weight in weights.items():
@@ -6919,25 +6925,22 @@ def context_counts(targets: int, vocab_size: int) -> type[ContextTable] | type[C
 
 
 def begin_counts(
-    kind: type[ContextTable] | type[ContextDictionary],
-    known: KnownText,
-    mixer: "Blend | Backoff",
-    vocab_size: int,
-    lanes: int,
-    isolated: bool,
+    known: KnownText, kind: type[ContextTable] | type[ContextDictionary], *of: Any
 ) -> ContextTable | ContextDictionary:
-    """Of a known text, and of nothing else yet. isolated: it has a lane of its own, the last; else
-    lane 0 goes on with it. What was counted is kept: the next call gets a copy."""
-    key = kind, mixer.orders, mixer.last_orders, vocab_size, lanes, isolated
-    if known.counted[0] != key:
+    """Of a known text, and of nothing else yet. of: what a `kind` is made from. Isolated, the text
+    has a lane of its own, the last; else lane 0 goes on with it."""
+    mixer, vocab_size, lanes, isolated = of
+
+    def count() -> ContextTable | ContextDictionary:
         without = " without package numba" * (kind is ContextDictionary)
         needed = 2 * kind.TOKEN_BYTES * len(known)
         require_memory(needed, f"counts of a known text of {len(known):,} tokens{without}")
         counts = kind(mixer, vocab_size, lanes + isolated, isolated)
         for part in np.array_split(known.tokens.astype(np.int64), -(-len(known) // KNOWN_PART)):
             counts.insert(np.full(len(part), lanes * isolated), part)
-        known.counted = key, counts
-    return copy.deepcopy(known.counted[1])
+        return counts
+
+    return known.counts((kind, mixer.orders, mixer.last_orders, *of[1:]), count)
 
 
 KNOWN_PART = 2**16  # tokens, between which a signal is heard
@@ -6959,6 +6962,7 @@ class Mixture:
         cfg: Config,
         begun: int,
         targets: int,
+        *,
         isolated: bool = True,
         known: KnownText = NOTHING_KNOWN,
     ):
@@ -6970,7 +6974,7 @@ class Mixture:
         self.mass_error = 0.0
         table = context_counts(targets + len(known), cfg.vocab_size)
         of = self.mixer, cfg.vocab_size, begun, isolated
-        self.counts = begin_counts(table, known, *of) if known else table(*of)
+        self.counts = begin_counts(known, table, *of) if known else table(*of)
         self.counts.insert(np.arange(begun), np.full(begun, BOS))
         self.past = np.zeros((begun, REMEMBERED, 2), np.float32)  # newest first, see outcomes
         self.p = np.empty((begun, cfg.vocab_size))

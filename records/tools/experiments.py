@@ -2,13 +2,14 @@
 
     python records/tools/experiments.py ablation         # `tiny` with one thing changed at a time
     python records/tools/experiments.py tournament       # ours against the five published ones
+    python records/tools/experiments.py race             # this checkout against the CPU record
     python records/tools/experiments.py ablation --help
 
 A run is a process with cores of its own, in a temporary folder. What it measured is a line of
 results.jsonl in --out as soon as it ends, so a killed table goes on where it stopped: a line counts
 while the code, the settings and the data that it was measured with are the same. README.md and
-results.json beside it hold the table. A table ends where the code is edited under it; `git worktree
-add` gives it a copy of its own.
+results.json beside it hold the table; of a race the run folders stay, too. A table ends where the
+code is edited under it; `git worktree add` gives it a copy of its own.
 
 Exit status: 0 all runs ended well; 1 some failed, and the table is of the others; 2 there is none.
 """
@@ -23,7 +24,9 @@ import math
 import os
 import platform
 import queue
+import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -40,11 +43,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from run_folder import RECORDS, ROOT, RunError, RunFolder, blame, markdown
-from stats import summarise
+from stats import ALPHA, summarise, upper_tail
 
 import prepare_text
 import train_gpt
-from train_gpt import Config, ConfigError, UserError, parse_pairs, sha256, write_atomically
+from train_gpt import (
+    CAP_BYTES,
+    Config,
+    ConfigError,
+    UserError,
+    parse_pairs,
+    sha256,
+    write_atomically,
+)
 
 SCRIPT = ROOT / "train_gpt.py"
 CODE = {path: path.read_bytes() for path in (SCRIPT, ROOT / "records/tools/as_written.py")}
@@ -165,23 +176,27 @@ class Runner:
     def execute(self, task: Task) -> Row:
         """Run train_gpt.py once, in a folder that is deleted; RunError where it fails."""
         began = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="train_gpt_") as cwd:
+            found = measures(self.start(task, SCRIPT, Path(cwd)))
+        settings = {name: text for name, text in task.env.items() if name not in PATHS}
+        row = dict(labels=task.labels, digest=digest(task), date=now(), env=settings)
+        return row | dict(seconds=time.perf_counter() - began, measures=found)
+
+    def start(self, task: Task, script: Path, cwd: Path) -> Path:
+        """Run a script to its end -> its run folder, in cwd; RunError where it fails."""
         ours = {*train_gpt.VARIABLES, *train_gpt.ALIASES, *train_gpt.ANYWAY}  # of the table alone
         env = {name: text for name, text in os.environ.items() if name not in ours}
         env |= task.env | {"RUN_ID": "run"}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        with tempfile.TemporaryDirectory(prefix="train_gpt_") as cwd:
-            with subprocess.Popen([sys.executable, SCRIPT], cwd=cwd, env=env, **pipes) as process:
-                self.processes.add(process)
-                output, _ = process.communicate()
-                self.processes.discard(process)
-            check_code()
-            if process.returncode:
-                last = (output.strip().splitlines() or ["no output"])[-1]
-                raise RunError(f"{task.title()}: exit status {process.returncode}: {last}")
-            found = measures(Path(cwd) / "runs/run")
-        settings = {name: text for name, text in task.env.items() if name not in PATHS}
-        row = dict(labels=task.labels, digest=digest(task), date=now(), env=settings)
-        return row | dict(seconds=time.perf_counter() - began, measures=found)
+        with subprocess.Popen([sys.executable, script], cwd=cwd, env=env, **pipes) as process:
+            self.processes.add(process)
+            output, _ = process.communicate()
+            self.processes.discard(process)
+        check_code()
+        if process.returncode:
+            last = (output.strip().splitlines() or ["no output"])[-1]
+            raise RunError(f"{task.title()}: exit status {process.returncode}: {last}")
+        return cwd / "runs/run"
 
     def publish(self, title: str, rows: Sequence[Row], text: str, **results: Any) -> None:
         """README.md, with the exact command at its top, and results.json."""
@@ -767,9 +782,240 @@ def text_table(groups: dict[str, list[Row]]) -> str:
 
 
 # -----------------------------------------------------------------------------
+# Race
+
+HISTORY = RECORDS / "track_cpu/README.md"
+HISTORY_ROW = re.compile(r"^\| *\d+ *\| *`([0-9a-f]{7,40})` *\|", re.MULTILINE)
+RACERS = ("record", "candidate")
+MOST_TIME = 1.01  # of the record's training seconds, mean over the pairs: the clock's own spread
+LEAST_SEEDS = 3
+MARK = "race.json"  # in a kept run folder: of which run it is, and the seconds of all of it
+RACE_NOTES = """`RECORD=tiny` of this checkout ({candidate}) against that of the record
+({record}): for each seed both at once, a core each, which they swap from seed to seed.
+
+{table}
+
+{verdict}
+
+A record is broken where all of this holds (records/track_cpu/README.md):
+
+{criteria}
+"""
+
+
+def race(options: argparse.Namespace, runner: Runner) -> None:
+    """This checkout's `tiny` against the present record of the CPU track, side by side.
+
+    A seed takes about ten minutes on two cores, three of them half an hour. The record is the last
+    commit of the history in records/track_cpu/README.md. Run folders stay in --out, which a
+    killed race goes on from; --set is of the candidate alone.
+
+        python records/tools/experiments.py race --set MATRIX_LR=0.03 --seeds 1
+    """
+    cores = my_cores()
+    if len(cores) < 2:
+        raise UserError("a race needs two cores, this process has one; fix: another machine")
+    of_candidate = {"RECORD": "tiny"} | overrides(options.set)
+    Config.from_env(of_candidate)  # refused before half an hour
+    revision = options.record or last_record()
+    with tempfile.TemporaryDirectory(prefix="race_") as folder:
+        scripts = dict(record=checked_out(revision, Path(folder)), candidate=SCRIPT)
+        entries = []
+        for number, seed in enumerate(itertools.islice(race_seeds(), options.seeds)):
+            tasks = {
+                "record": Task(dict(name="record", seed=seed), as_env(RECORD="tiny", SEED=seed)),
+                "candidate": Task(
+                    dict(name="candidate", seed=seed), of_candidate | as_env(SEED=seed)
+                ),
+            }
+            pair = run_pair(runner, tasks, scripts, cores[:: -1 if number % 2 else 1])
+            entries += pair
+            shown = "; ".join(f"{e['labels']['name']} {e['val_bpb']:.4f}" for e in pair)
+            print(f"seed {seed}: {shown}", flush=True)
+    publish_race(runner, entries, revision)
+
+
+def race_seeds() -> Iterator[int]:
+    """Those of README's loop, then others."""
+    yield from (1337, 42, 2024)
+    yield from itertools.count(1)
+
+
+def last_record() -> str:
+    """The commit of the history's last row; UserError."""
+    rows = HISTORY_ROW.findall(HISTORY.read_text(encoding="utf-8"))
+    if not rows:
+        raise UserError(f"{HISTORY}: no row with a commit; fix: --record COMMIT")
+    return rows[-1]
+
+
+def checked_out(revision: str, folder: Path) -> Path:
+    """train_gpt.py in a copy of the repository as of a commit; UserError."""
+    git = ["git", "-C", str(ROOT), "archive", "--format=tar", f"{revision}^{{commit}}"]
+    with open(folder / "tree.tar", "wb") as tree:
+        done = subprocess.run(git, stdout=tree, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        fix = "fix: a commit of this clone (git fetch --unshallow)"
+        raise UserError(f"--record {revision}: {done.stderr.strip().splitlines()[-1]}; {fix}")
+    shutil.unpack_archive(folder / "tree.tar", folder / "tree", filter="data")
+    script = folder / "tree/train_gpt.py"
+    if not script.exists():
+        raise UserError(f"--record {revision}: it has no train_gpt.py; fix: another commit")
+    return script
+
+
+def run_pair(
+    runner: Runner, tasks: dict[str, Task], scripts: dict[str, Path], cores: Sequence[int]
+) -> list[Row]:
+    """Both racers of a seed, begun together, each on its core -> what they came to. Where one's
+    folder is missing both run: a time without the other's says nothing."""
+    marks = {name: race_digest(task, scripts[name]) for name, task in tasks.items()}
+    folders = {
+        name: runner.out / name / f"seed_{task.labels['seed']}" for name, task in tasks.items()
+    }
+    if any(read_mark(folders[name]).get("digest") != marks[name] for name in RACERS):
+        with (
+            tempfile.TemporaryDirectory(prefix="train_gpt_") as home,
+            ThreadPoolExecutor(2) as pool,
+            killing(runner),
+        ):
+
+            def run(name: str, core: int) -> tuple[Path, float]:
+                if hasattr(os, "sched_setaffinity"):
+                    os.sched_setaffinity(0, [core])
+                cwd = Path(home) / name
+                cwd.mkdir()
+                began = time.perf_counter()
+                folder = runner.start(tasks[name], scripts[name], cwd)
+                return folder, time.perf_counter() - began
+
+            each = zip(RACERS, cores, strict=False)
+            futures = {name: pool.submit(run, name, core) for name, core in each}
+            made = {name: future.result() for name, future in futures.items()}
+            for name, (folder, seconds) in made.items():
+                shutil.rmtree(folders[name], ignore_errors=True)
+                shutil.copytree(folder, folders[name])
+                mark = json.dumps(dict(digest=marks[name], seconds=seconds))
+                write_atomically(folders[name] / MARK, f"{mark}\n".encode())
+    return [race_entry(tasks[name], folders[name]) for name in RACERS]
+
+
+@contextlib.contextmanager
+def killing(runner: Runner) -> Iterator[None]:
+    """No run outlives an error or a signal."""
+    try:
+        yield
+    finally:
+        for process in list(runner.processes):
+            process.kill()
+
+
+def race_digest(task: Task, script: Path) -> str:
+    """Changes with seed, settings, the script and its RECORD=tiny."""
+    config = script.parent / "records/track_cpu/tiny/config.env"
+    text = json.dumps([task.labels, task.env], sort_keys=True).encode()
+    return sha256(b"".join([script.read_bytes(), config.read_bytes(), text]))[:16]
+
+
+def read_mark(folder: Path) -> dict[str, Any]:
+    path = folder / MARK
+    with blame(path):
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def race_entry(task: Task, folder: Path) -> Row:
+    """Of a finished run what the rules ask for; RunError where it does not say it."""
+    run = RunFolder(folder)
+    codec = run.last("final_codec")
+    with blame(folder):
+        proved = codec.get("proved_tokens", 0) == codec.get("total_tokens")
+        return dict(
+            labels=task.labels,
+            val_bpb=run.last("final_ngram_exact")["val_bpb"],
+            train_seconds=run.last("final_budget")["train_seconds"],
+            all_seconds=read_mark(folder)["seconds"],
+            bytes=run.last("final_artifact_bytes")["total"],
+            memory_mb=run.last("peak_memory_mb")["value"],
+            steps=max(run.steps("step_avg_ms"), default=0),
+            proved=proved and codec.get("decoded") == "ok",
+        )
+
+
+class Judged(NamedTuple):
+    """Of a race: p of the paired test, what each rule found, whether it held."""
+
+    p: float
+    rules: list[tuple[str, bool]]
+
+    @property
+    def broken(self) -> bool:
+        return all(holds for _, holds in self.rules)
+
+
+def judge(entries: Sequence[Row]) -> Judged:
+    """By the rules of the CPU track, from the entries of both racers."""
+    groups = grouped(entries, "name")
+    by = {name: {row["labels"]["seed"]: row for row in groups.get(name, [])} for name in RACERS}
+    pairs = [(row, by["candidate"][seed]) for seed, row in by["record"].items()]
+    gains = summarise([before["val_bpb"] - after["val_bpb"] for before, after in pairs])
+    p = float(gains.mean <= 0)  # of gains that are all the same
+    if gains.deviation:
+        error = gains.deviation / math.sqrt(gains.count)
+        p = upper_tail(gains.mean / error, gains.count - 1)
+    ratio = statistics.fmean(b["train_seconds"] / a["train_seconds"] for a, b in pairs)
+    most = max(after["bytes"] for _, after in pairs)
+    proved = [after["labels"]["seed"] for _, after in pairs if after["proved"]]
+    better = gains.count >= LEAST_SEEDS and gains.mean > 0 and p < ALPHA
+    seeds = f"{gains.count} seeds"
+    return Judged(
+        p,
+        [
+            (f"val_bpb {-gains.mean:+.4f} over {seeds}, paired t-test p = {p:.2g}", better),
+            (f"training takes {ratio:.3f} of the record's time", ratio <= MOST_TIME),
+            (f"{most:,} bytes of {CAP_BYTES:,}", most <= CAP_BYTES),
+            (f"proved: {len(proved)} of {seeds}, every token decoded", len(proved) == len(pairs)),
+        ],
+    )
+
+
+def publish_race(runner: Runner, entries: Sequence[Row], revision: str) -> None:
+    """The table, the verdict and, where the record is broken, the line for the history."""
+    judged = judge(entries)
+    head = ["racer", "seed", "val_bpb", "training s", "whole run s", "bytes", "MB", "proved"]
+    lines = []
+    for entry in sorted(entries, key=lambda entry: RACERS.index(entry["labels"]["name"])):
+        lines.append(
+            [
+                *map(str, entry["labels"].values()),
+                f"{entry['val_bpb']:.4f}",
+                *(f"{entry[name]:.0f}" for name in ("train_seconds", "all_seconds")),
+                *(f"{entry[name]:,}" for name in ("bytes", "memory_mb")),
+                "yes" if entry["proved"] else "no",
+            ]
+        )
+    verdict = "**The record is broken.**" if judged.broken else "**The record stands.**"
+    ours = summarise([e["val_bpb"] for e in entries if e["labels"]["name"] == "candidate"])
+    text = RACE_NOTES.format(
+        record=f"commit {revision}",
+        candidate=commit(),
+        table=markdown(head, lines),
+        verdict=f"{verdict} val_bpb {ours.spread(4)}",
+        criteria="\n".join(
+            f"- {'held' if ok else 'NOT held'}: {what}" for what, ok in judged.rules
+        ),
+    )
+    for what, holds in judged.rules:
+        print(f"{'held' if holds else 'NOT held'}: {what}")
+    print(verdict.strip("*"))
+    rows = [dict(entry, seconds=entry["all_seconds"]) for entry in entries]
+    rules = [dict(found=what, held=holds) for what, holds in judged.rules]
+    runner.publish("Race", rows, text, record=revision, p=judged.p, rules=rules, entries=entries)
+
+
+# -----------------------------------------------------------------------------
 # Command line
 
-EXPERIMENTS = {"ablation": ablate, "tournament": play}
+EXPERIMENTS = {"ablation": ablate, "tournament": play, "race": race}
 
 
 def overrides(given: Sequence[str]) -> dict[str, str]:
@@ -822,8 +1068,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     text = f"default {','.join(TEXTS)}"
     add["tournament"]("--texts", type=listed, default=TEXTS, metavar="TEXT,...", help=text)
     add["tournament"]("--seconds", type=positive, default=20, help="of training; default 20")
+    text = "commit to beat; default that of the history's last row"
+    add["race"]("--record", metavar="COMMIT", help=text)
     options = parser.parse_args(arguments)
-    options.out = options.out or RECORDS / "track_cpu" / options.experiment
+    kept = RECORDS / "track_cpu" / options.experiment
+    options.out = options.out or (ROOT / "runs/race" if options.experiment == "race" else kept)
     return options
 
 

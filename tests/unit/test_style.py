@@ -21,7 +21,7 @@ VARIABLES = train_gpt.VARIABLES
 
 # What may be longer than 60 lines, and why.
 LONG = {"parameter_specs": "a table: a row a parameter"}
-MOST_LINES = 8400
+MOST_LINES = 8600
 
 
 def length(function):
