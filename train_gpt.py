@@ -2414,12 +2414,12 @@ class ShuffledLoader:
     """Training sequences in a random order (SHUFFLE). The shards' tokens, put end to end, make a
     ring; each epoch it is parted from a random place on into sequences, which are drawn without
     putting back: every token is an input once, but for fewer than TRAIN_SEQ_LEN, other ones each
-    time. The target of a sequence's last token is the one after it in the ring. All that is random
-    follows from SEED and the epoch. Every rank reads all sequences of a step, so that a bad token
-    stops all ranks at one step, and takes its own."""
+    time; what is shorter than a sequence goes round in it. The target of a sequence's last token
+    is the one after it in the ring. All that is random follows from SEED and the epoch. Every rank
+    reads all sequences of a step, so that a bad token stops all ranks at one step, and takes its
+    own."""
 
     def __init__(self, shards: list[Path], cfg: Config):
-        """UserError for less than a sequence."""
         self.shards = shards
         self.vocab_size = cfg.vocab_size
         self.length = cfg.train_seq_len
@@ -2427,9 +2427,6 @@ class ShuffledLoader:
         self.mapped = [map_shard(path) for path in shards]  # no byte of them is read yet
         self.ends = np.cumsum([len(tokens) for tokens in self.mapped])
         self.total = int(self.ends[-1])
-        if self.total < self.length:
-            found = f"the training shards hold {self.total:,} tokens"
-            raise UserError(f"TRAIN_SEQ_LEN={self.length}: {found}; fix: less, or SHUFFLE=0")
         self.epoch = -1  # of `drawn`
         self.restore((0, 0))
 
@@ -2442,7 +2439,7 @@ class ShuffledLoader:
         if epoch != self.epoch:
             random = np.random.default_rng((self.seed, epoch))
             self.shift = int(random.integers(self.total))
-            self.drawn = random.permutation(self.total // self.length)
+            self.drawn = random.permutation(max(1, self.total // self.length))
         self.epoch = epoch
         self.done = done
 
@@ -4702,12 +4699,17 @@ class Packing(NamedTuple):
     pruning: dict[str, int]  # of prune's
     tries: int = 0
     seconds: float = 0.0  # of all of them, the Hessians included
+    known: tuple[int, int] = (0, 0)  # tokens of the known text, bytes that they take
 
     def log(self, rt: Runtime, cfg: Config) -> None:
         if self.rounding:
             rt.log("gptq", **self.rounding, seconds=self.seconds)
         if self.pruning:
             rt.log("prune", **self.pruning, seconds=self.seconds)
+        tokens, size = self.known
+        if tokens:
+            rt.log("known_text", tokens, bytes=size)
+            rt.log("note", "artifact.bin holds this training text as it is; KNOWN_TOKENS=0: none")
         left = self.room - self.size
         if cfg.target_bytes:
             clip = self.widening * cfg.clip_sigmas
@@ -4767,7 +4769,7 @@ def make_artifact(
             place = high
         elif not low < place < high:
             place = (low + high) / 2
-    return best._replace(tries=tries)
+    return best._replace(tries=tries, known=(beside.tokens, len(beside.content)))
 
 
 def weights_room(cfg: Config) -> int:

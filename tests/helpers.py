@@ -128,6 +128,11 @@ SHRUNK = dict(
     **TINY_GRIDS,
     QAT_EVERY="2",
     KNOWN_TOKENS="0",  # test_known.py's
+    VALUE_RESIDUAL="1",  # these are no longer tiny's, but are to be alive somewhere
+    GATED_ATTENTION="1",
+    GATE_INPUTS="0",
+    VE_ENABLED="1",
+    VE_DIM="32",
     LATE_QAT_THRESHOLD="0.5",
     TRAIN_LOG_EVERY="1",
     VAL_LOSS_EVERY="0",

@@ -123,7 +123,7 @@ def test_config_file_repeats_the_run(runs):
     lines = (runs["one"].folder / "config.env").read_text(encoding="utf-8").splitlines()
     settings = dict(line.split("=", 1) for line in lines)
     assert not settings.keys() & {"DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "RECORD", "EVAL_ONLY"}
-    wanted = SHRUNK | PROOF | dict(VAL_LOSS_EVERY="5", GATED_ATTENTION="1", SEED="1337")
+    wanted = SHRUNK | PROOF | dict(VAL_LOSS_EVERY="5", SEED="1337")
     assert {name: settings.get(name) for name in wanted.keys() - {"RECORD"}} == {
         name: text for name, text in wanted.items() if name != "RECORD"
     }

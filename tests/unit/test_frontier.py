@@ -411,11 +411,15 @@ def test_a_bad_token_is_refused_where_it_is_read(tmp_path):
     assert loader.state() == before
 
 
-def test_less_than_a_sequence(tmp_path):
-    with pytest.raises(
-        train_gpt.UserError, match=r"TRAIN_SEQ_LEN=8: .* 7 tokens; fix: .*SHUFFLE=0"
-    ):
-        shuffled(tmp_path, [7])
+@pytest.mark.parametrize("sizes", [[7], [1], [2, 3]])
+def test_less_than_a_sequence_goes_round(sizes, tmp_path):
+    """As unshuffled shards do: each sequence is the ring from some place on."""
+    loader, cfg, stream = shuffled(tmp_path, sizes)
+    ring = np.tile(stream, 20)
+    inputs, targets = loader.rows(cfg, rank(0, 1))
+    for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
+        found = [ring[i : i + 9].tolist() for i in range(len(stream))]
+        assert [*row, target[-1]] in found and target[:-1] == row[1:]
 
 
 def test_the_switch_chooses_the_loader(tmp_path):

@@ -137,6 +137,10 @@ def test_more_than_any_artifact_could_hold_is_refused(tmp_path, monkeypatch):
     assert len(KnownText.of(replace(CFG, known_tokens=-1), [shard])) == 300
 
 
+def count_tokens(path):
+    return len(train_gpt.map_shard(path))
+
+
 def stream_of(*sizes, seed=0):
     """Documents that repeat themselves, and one another."""
     rng = np.random.default_rng(seed)
@@ -264,13 +268,18 @@ def test_counts_of_it_are_made_once_and_stay_as_they_are(rt):
 def test_a_run_with_it_is_proved(tmp_path, dataset):
     """All of it as a process: artifact, score, stream and decoder; scored again it is the same."""
     env = SHRUNK | PROOF | dict(DATA_PATH=str(dataset), KNOWN_TOKENS="-1")
+    shards = train_gpt.find_shards(dataset, "train")
     run = finished_run(tmp_path, "known", **env)
     bare = finished_run(tmp_path, "bare", **env | dict(KNOWN_TOKENS="0"))
     assert run.final("codec")["decoded"] == "ok"
     scores = [one.val_bpb() for one in (run, bare)]
+    (line,) = [line for line in run.lines if line.startswith("known_text")]
+    size = len(KnownText.of(replace(CFG, known_tokens=-1, vocab_size=512), shards).pack())
+    assert line == f"known_text:{sum(map(count_tokens, shards))} bytes:{size}"
+    assert not [line for line in bare.lines if "KNOWN_TOKENS=0: none" in line]
+    assert [line for line in run.lines if "KNOWN_TOKENS=0: none" in line]
     assert scores[0] < scores[1]
     model = train_gpt.load_artifact(run.folder / "artifact.bin")
-    shards = train_gpt.find_shards(dataset, "train")
     assert model.known.tokens.tolist() == [t for path in shards for t in train_gpt.map_shard(path)]
     env |= dict(EVAL_ONLY=str(run.folder / "artifact.bin"), CODEC_TOKENS="0")
     assert finished_run(tmp_path, "again", **env).val_bpb() == scores[0]
