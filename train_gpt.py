@@ -1031,7 +1031,7 @@ def prepare_sample(folder: str | Path) -> None:
 OPTIONAL_PACKAGES = {  # what a run lacks without them
     "constriction": "no proof and no stream.bin, CODEC_TOKENS=0; zstd packs for COMPRESSOR=range",
     "safetensors": "no checkpoints, CHECKPOINT_EVERY=0; a signal ends the run without one",
-    "numba": "n-gram counts by torch, slower",
+    "numba": "n-gram counts by torch, slower, and no known text",
     "matplotlib": "no picture",
     "tqdm": "no progress bar",
 }
@@ -1058,6 +1058,9 @@ def without_missing_parts(cfg: Config) -> Config:
         if cfg.compressor == "range" and not cfg.eval_only:
             changes["compressor"] = "zstd"
             origin["COMPRESSOR"] = "no constriction"
+    if "numba" in lost and not cfg.eval_only:  # a dictionary of it would take 3 KB a token
+        changes["known_tokens"] = 0
+        origin["KNOWN_TOKENS"] = "no numba"
     if "safetensors" in lost:
         changes["checkpoint_every"] = "0"
         origin["CHECKPOINT_EVERY"] = "no safetensors"
@@ -4699,17 +4702,13 @@ class Packing(NamedTuple):
     pruning: dict[str, int]  # of prune's
     tries: int = 0
     seconds: float = 0.0  # of all of them, the Hessians included
-    known: tuple[int, int] = (0, 0)  # tokens of the known text, bytes that they take
+    known: int = 0  # bytes of the size that are known text
 
     def log(self, rt: Runtime, cfg: Config) -> None:
         if self.rounding:
             rt.log("gptq", **self.rounding, seconds=self.seconds)
         if self.pruning:
             rt.log("prune", **self.pruning, seconds=self.seconds)
-        tokens, size = self.known
-        if tokens:
-            rt.log("known_text", tokens, bytes=size)
-            rt.log("note", "artifact.bin holds this training text as it is; KNOWN_TOKENS=0: none")
         left = self.room - self.size
         if cfg.target_bytes:
             clip = self.widening * cfg.clip_sigmas
@@ -4718,7 +4717,12 @@ class Packing(NamedTuple):
         if left < 0:
             target = "TARGET_BYTES" if cfg.target_bytes else "TARGET_MB"
             missed = f"{target}={show(getattr(cfg, target.lower()))}: missed by {-left:,} bytes"
-            rt.log("note", missed)
+            rt.log("note", missed + self.known_words)
+
+    @property
+    def known_words(self) -> str:
+        """For messages on its size."""
+        return f", {self.known:,} bytes are known text (KNOWN_TOKENS)" if self.known else ""
 
 
 def make_artifact(
@@ -4732,7 +4736,7 @@ def make_artifact(
     fit. Twice the step is a bit less for each integer, about: the first guess; then the line
     through two sizes, around the room where they are, or the middle, where it leads out of what is
     known. Where nothing fits, the smallest."""
-    beside = PackedText(len(known), known.pack())
+    beside = PackedText(len(known), known.pack() if rt.rank == 0 else b"")
     room = weights_room(cfg)
     least = bytes_a_doubling(cfg)
     slope = least
@@ -4769,7 +4773,7 @@ def make_artifact(
             place = high
         elif not low < place < high:
             place = (low + high) / 2
-    return best._replace(tries=tries, known=(beside.tokens, len(beside.content)))
+    return best._replace(tries=tries, known=len(beside.content))
 
 
 def weights_room(cfg: Config) -> int:
@@ -6934,9 +6938,6 @@ def begin_counts(
     mixer, vocab_size, lanes, isolated = of
 
     def count() -> ContextTable | ContextDictionary:
-        without = " without package numba" * (kind is ContextDictionary)
-        needed = 2 * kind.TOKEN_BYTES * len(known)
-        require_memory(needed, f"counts of a known text of {len(known):,} tokens{without}")
         counts = kind(mixer, vocab_size, lanes + isolated, isolated)
         for part in np.array_split(known.tokens.astype(np.int64), -(-len(known) // KNOWN_PART)):
             counts.insert(np.full(len(part), lanes * isolated), part)
@@ -6946,6 +6947,20 @@ def begin_counts(
 
 
 KNOWN_PART = 2**16  # tokens, between which a signal is heard
+
+
+def announce_known(known: KnownText, rt: Runtime, cfg: Config) -> None:
+    """Say that an artifact holds a known text; LackOfMemory where its counts do not fit, twice, as
+    one is a copy."""
+    if not len(known):
+        return
+    rt.log("known_text", len(known))
+    rt.log("note", "the artifact holds this training text as it is; KNOWN_TOKENS=0: none")
+    if cfg.mixer != "none":
+        kind = context_counts(len(known), cfg.vocab_size)
+        without = " without package numba" * (kind is ContextDictionary)
+        what = f"counts of the artifact's {len(known):,} known tokens (KNOWN_TOKENS){without}"
+        require_memory(2 * kind.TOKEN_BYTES * len(known), what)
 
 
 def cached_rows(count: int, vocab_size: int) -> Iterator[slice]:
@@ -8196,6 +8211,7 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
         load_beginning(beginning, model, rt, cfg)
     model.to(rt.device)
     shards = find_shards(cfg.data_path, "train")
+    known = KnownText.of(cfg, shards)
     overlap = Overlap(report.text, shards, rt)
     loader = training_loader(cfg, shards, overlap.ask)
     scorer = WindowScorer(for_scores(model), rt, cfg)
@@ -8218,7 +8234,7 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
     reserve = 0.0
     capped = cfg.quant == "gptq" and cfg.max_wallclock_seconds
     if capped or cfg.target_bytes:
-        needed = quantising_seconds(rt, cfg, shards)
+        needed = quantising_seconds(rt, cfg, shards, known)
     if capped:
         reserve = min(cfg.gptq_reserve_seconds or needed, cfg.max_wallclock_seconds / 2)
         rt.log("gptq_reserve", seconds=reserve, measured=needed)
@@ -8238,23 +8254,25 @@ def train_model(report: Report, beginning: Beginning | None) -> tuple[dict[str, 
         rt.log("averaged", **validate(0))
     rt.stage("quantising and compressing")
     with rt.clock("train" if cfg.quant == "gptq" else "eval"):  # it reads training text
-        packing = quantise_model(model, rt, cfg, shards)
+        packing = quantise_model(model, rt, cfg, shards, known)
     packing.log(rt, cfg)
     return weights, packing.packed
 
 
-def quantise_model(model: GPT, rt: Runtime, cfg: Config, shards: list[Path]) -> Packing:
+def quantise_model(
+    model: GPT, rt: Runtime, cfg: Config, shards: list[Path], known: KnownText
+) -> Packing:
     """make_artifact, with what QUANT asks for; its seconds, too."""
     began = time.perf_counter()
     hessians = {}
     if cfg.quant == "gptq":
         rows = calibration_rows(cfg, rt, shards)
         hessians = collect_hessians(for_scores(model), rt, cfg, rows)
-    packing = make_artifact(model.state_dict(), cfg, rt, hessians, KnownText.of(cfg, shards))
+    packing = make_artifact(model.state_dict(), cfg, rt, hessians, known)
     return packing._replace(seconds=time.perf_counter() - began)
 
 
-def quantising_seconds(rt: Runtime, cfg: Config, shards: list[Path]) -> float:
+def quantising_seconds(rt: Runtime, cfg: Config, shards: list[Path], known: KnownText) -> float:
     """What quantise_model will take, on the slowest rank and a fifth more: rehearsed before
     training, on random weights, for a zero is rounded and packed in no time. UserError where
     TARGET_BYTES is not reached."""
@@ -8269,12 +8287,13 @@ def quantising_seconds(rt: Runtime, cfg: Config, shards: list[Path]) -> float:
     for weight in other.parameters():
         weight.normal_(std=0.1, generator=generator)
     other.to(rt.device)
-    packing = quantise_model(other, rt, cfg, shards)
+    packing = quantise_model(other, rt, cfg, shards, known)
     # Trained weights may take some percent more: what fits at the very end does not count.
     if cfg.target_bytes and packing.widening > 2 ** (MOST_DOUBLINGS - 1):
         found = f"weights on the widest grids take {packing.size:,} bytes, the packed script"
-        fix = "fix: a smaller model or more bytes"
-        raise UserError(f"TARGET_BYTES={cfg.target_bytes}: {found} {script:,}; {fix}")
+        fix = "fix: a smaller model or more bytes" + ", or fewer KNOWN_TOKENS" * (packing.known > 0)
+        found = f"{found} {script:,}{packing.known_words}"
+        raise UserError(f"TARGET_BYTES={cfg.target_bytes}: {found}; {fix}")
     times = FIT_TRIES / packing.tries if packing.size > 0.9 * packing.room else 1.0
     return 1.2 * rt.largest(packing.seconds * max(1.0, times)).item()
 
@@ -8310,6 +8329,7 @@ def evaluate(
     cfg = report.cfg
     rt = report.rt
     stream = report.text.stream
+    announce_known(model.known, rt, cfg)
     scorer = WindowScorer(model, rt, cfg)
     coding = CodingOrder(stream, slice(None))
     targets = len(stream) - 1

@@ -36,12 +36,13 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, as_completed, wait
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from run_folder import RECORDS, ROOT, RunError, RunFolder, blame, markdown
 from stats import ALPHA, summarise, upper_tail
 
@@ -383,41 +384,64 @@ PRUNED = 0.97  # of the unpruned code and artifact
 SMALLEST = 0.00005  # bpb; less shows as 0.0000
 # What differs is the model, and there is nothing to prove.
 FIXED = pairs("RECORD=tiny DEVICE=cpu NGRAM_ENABLED=0 EVAL_STRIDE=256 SAVE_SCORES=0")
-FIXED |= pairs("SCORER=sliding CODEC_TOKENS=0")
+FIXED |= pairs("SCORER=sliding CODEC_TOKENS=0 KNOWN_TOKENS=0")
+# With --held-out: what val_bpb is made of, but for learning in lanes.
+MIXED = pairs("NGRAM_ENABLED=1 KNOWN_TOKENS=-1 EVAL_STRIDE=128")
+HELD_OUT = 85  # documents of the training text, as many as the embedded text validates on
 BY_QUANTILE = "MATRIX_CODING=int6 QUANT=lite CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0 COMPRESSOR=zstd"
 PUBLISHED_810 = "CLIP_QUANTILES=0.999,0.9999,0.99999,0.999999,0.9999999"
 BASELINE = Switch("baseline", "", "**baseline**", "")
 SWITCHES = [
     Switch("relu2", "off", "slope of 0.5 below zero in the squared ReLU", "LEAKY_SLOPE=0"),
     Switch("polyglu", "on", "PolyGLU: a learned slope for each neuron", "POLYGLU_ENABLED=1"),
-    Switch("value_residual", "off", "first layer's values in all layers", "VALUE_RESIDUAL=0"),
-    Switch("gated_attention", "off", "gate on each attention head", "GATED_ATTENTION=0"),
+    Switch("value_residual", "on", "first layer's values in all layers", "VALUE_RESIDUAL=1"),
+    Switch(
+        "gated_attention",
+        "on",
+        "gate on each attention head",
+        "GATED_ATTENTION=1 GATE_INPUTS=0",
+    ),
+    Switch("gate_inputs", "on", "such gates by 12 inputs", "GATED_ATTENTION=1 GATE_INPUTS=12"),
     Switch("xsa_off", "off", "attention without the own value (XSA)", "XSA_LAST_N=0"),
-    Switch("xsa_all", "other", "XSA in all layers", "XSA_LAST_N=4"),
+    Switch("xsa_half", "other", "XSA in the last two layers", "XSA_LAST_N=2"),
     Switch("smear", "off", "SmearGate: the previous token blended in", "SMEAR_GATE=0"),
     Switch("smear_810", "other", "SmearGate starts nearly closed, as in #810", "SMEAR_INIT=-3"),
     Switch("bigram", "off", "bigram embedding", "BIGRAM_VOCAB_SIZE=0"),
     Switch("bigram_810", "other", "bigram embedding of #810", "BIGRAM_KIND=linear"),
-    Switch("value_embedding", "off", "embedding added to late values", "VE_ENABLED=0"),
+    Switch("bigram_2048", "other", "bigram embedding of 2,048 rows", "BIGRAM_VOCAB_SIZE=2048"),
+    Switch("bigram_wide", "other", "bigram embedding twice as wide", "BIGRAM_DIM=64"),
+    Switch("value_embedding", "on", "embedding added to late values", "VE_ENABLED=1 VE_DIM=32"),
     Switch("pre_enrich", "on", "GELU pre-enrichment of #810", "PRE_ENRICH_DIM=192"),
-    Switch("ortho", "off", "matrices that start orthogonal", "ORTHO_INIT=0"),
+    Switch("ortho", "on", "matrices that start orthogonal", "ORTHO_INIT=1"),
     Switch("overtone", "on", "overtone spectrum of the first embedding", "OVERTONE_INIT=1"),
-    Switch("rope_full", "other", "rotary positions on whole heads", "ROPE_DIMS=0"),
-    Switch("ln_scale", "off", "inputs of layers times 1/sqrt(layer)", "LN_SCALE=0"),
+    Switch("rope_16", "other", "rotary positions on half of a head", "ROPE_DIMS=16"),
+    Switch("ln_scale", "on", "inputs of layers times 1/sqrt(layer)", "LN_SCALE=1"),
+    Switch("deeper", "other", "five layers, their MLPs narrower", "NUM_LAYERS=5 MLP_MULT=2"),
+    Switch(
+        "wider",
+        "other",
+        "three layers of width 160",
+        "NUM_LAYERS=3 MODEL_DIM=160 NUM_HEADS=5 NUM_KV_HEADS=5",
+    ),
     Switch("recurrence", "on", "middle layers applied twice", "DEPTH_RECURRENCE=1,2"),
     Switch("loops", "on", "middle layers three times, later on", "LOOP_LAYERS=1-2"),
     Switch("parallel", "other", "attention and MLP side by side in half", "PARALLEL_FROM=2"),
-    Switch("skip_gates", "on", "gates on the U-Net's skips", "SKIP_GATES=1"),
-    Switch("gate_inputs", "other", "heads gated by 12 inputs", "GATE_INPUTS=12"),
+    Switch("skip_gates", "off", "gates on the U-Net's skips", "SKIP_GATES=0"),
     Switch("qk_gain", "other", "queries start five times as sharp", "QK_GAIN_INIT=5"),
     Switch("mlp_4", "other", "an MLP four times as wide, not three", "MLP_MULT=4"),
     Switch("bos_reset", "off", "smear and bigram stop at a document's start", "BOS_RESET=0"),
     Switch("doc_attention", "off", "attention inside documents", "DOC_ATTENTION=0"),
-    Switch("shuffle", "on", "training sequences in a random order", "SHUFFLE=1"),
+    Switch("shuffle", "off", "training sequences in a random order", "SHUFFLE=0"),
+    Switch("shorter", "other", "sequences of 128 tokens", "TRAIN_SEQ_LEN=128 EVAL_SEQ_LEN=256"),
     Switch("min_lr", "on", "rates that fall to a tenth, not to 0", "MIN_LR=0.1"),
     Switch("warmdown", "other", "rates that fall over 72 %, not 60", "WARMDOWN_SHARE=0.72"),
-    Switch("row_norm", "on", "rows of equal length before Newton-Schulz", "MUON_ROW_NORM=1"),
+    Switch("row_norm", "off", "rows of equal length before Newton-Schulz", "MUON_ROW_NORM=0"),
     Switch("muon_wd_own", "other", "own's weight decay of the matrices", "MUON_WD=0.095"),
+    Switch("matrix_lr_2", "other", "twice the rate of the matrices", "MATRIX_LR=0.05"),
+    Switch("matrix_lr_06", "other", "0.6 of it", "MATRIX_LR=0.015"),
+    Switch("embed_lr", "other", "the rate of the embeddings as published", "TIED_EMBED_LR=0.035"),
+    Switch("adam_wd", "off", "weight decay of what AdamW trains", "ADAM_WD=0"),
+    Switch("ema_099", "other", "exponential mean over 100 steps", "EMA_DECAY=0.99"),
     Switch("late_qat", "on", "training on the export's grid at the end", "LATE_QAT=1"),
     Switch("qat_all", "on", "training on such a grid throughout", "QAT_ENABLED=1"),
     Switch("ema", "off", "exponential mean of the weights", "EMA_ENABLED=0"),
@@ -444,19 +468,23 @@ SWITCHES = [
     Switch("grad_clip", "off", "clip of the gradient", "GRAD_CLIP_NORM=0"),
     Switch("clip_local", "other", "clip on each rank (here there is one)", "CLIP=local"),
 ]
-HEADINGS = ("technique", "change", "variables", "averaged", "int6", "int6 difference")
+MIXTURE_SWITCHES = [  # of --held-out
+    Switch("known", "off", "training text in the artifact, for the counts", "KNOWN_TOKENS=0"),
+    Switch("known_half", "other", "half of it", "KNOWN_TOKENS=1500000"),
+]
+HEADINGS = ("technique", "change", "variables", "averaged", "{judged}", "{judged} difference")
 HEADINGS += ("artifact bytes", "ms a step", "")
-ABLATION_NOTES = """`tiny` with one thing changed: {steps} steps, seeds 1 to {seeds}, scored on the
-first {tokens:,} tokens of the validation text.
-Averaged: bits per byte of the averaged weights before quantisation; int6: of the artifact re-read.
+ABLATION_NOTES = """`tiny` with one thing changed: {steps} steps, seeds 1 to {seeds}, scored on
+{text}.
+Averaged: bits per byte of the averaged weights before quantisation; {judged}: {meant}.
 Differences are from the baseline of the same seed, mean ± standard error over seeds; sorted by that
-of int6, worst first. "off" takes a technique out of `tiny`, "on" adds one, "other" puts another
+of {judged}, worst first. "off" takes a technique out of `tiny`, "on" adds one, "other" puts another
 value.
 
 {table}
 
-A technique **hurts** or helps here where the int6 difference is more than two standard errors; with
-three seeds chance alone does so in one row of eleven, in each direction. All of them stay
+A technique **hurts** or helps here where the {judged} difference is more than two standard errors;
+with three seeds chance alone does so in one row of eleven, in each direction. All of them stay
 switchable: {steps} steps of a small model say little about 7,000 of a large one. Of two probes of
 published switches on small GPUs both changed sign at 8xH100 (PR #2143), and a gain of 18 % at width
 192 was a loss of 2.7 % at width 512 (PR #1227): nothing of own's training is chosen by this table.
@@ -474,23 +502,39 @@ def ablate(options: argparse.Namespace, runner: Runner) -> None:
         python records/tools/experiments.py ablation --only relu2,xsa_off --seeds 2 --steps 60
 
     Every run has the same number of steps, the same training text and the same first part of the
-    validation text. Switches of earlier calls stay in the table.
+    validation text. Switches of earlier calls stay in the table. What is to be chosen by a table
+    must not see the validation text: --held-out scores documents held out of the training text, by
+    the mixture with the known text, val_bpb but for learning in lanes.
     """
-    given = FIXED | schedule_of_steps(options.steps) | overrides(options.set)
+    judged = MIXED if options.held_out else {}
+    given = FIXED | judged | schedule_of_steps(options.steps) | overrides(options.set)
+    measure = judging(options)
     source = Path(Config.from_env(given).data_path)
     train_gpt.prepare_sample(source)  # before several runs would at the same time
     with tempfile.TemporaryDirectory(prefix="ablation_") as data:
-        base = given | {"DATA_PATH": cut_validation(source, Path(data), options.val_tokens)}
-        chosen = choose_switches(options.only, base)
+        if options.held_out:
+            base = given | {"DATA_PATH": hold_out(source, Path(data))}
+        else:
+            base = given | {"DATA_PATH": cut_validation(source, Path(data), options.val_tokens)}
+        chosen = choose_switches(options, base)
         plain = [BASELINE.task(base, seed) for seed in range(1, options.seeds + 1)]
-        baseline = runner.make(plain, "int6_bpb")  # first, as pruning needs its sizes
+        baseline = runner.make(plain, measure)  # first, as pruning needs its sizes
         if not baseline:
             raise UserError("no run of the baseline ended well, see above")
         sizes = by_seed(baseline, "total_bytes")
-        runner.make([s.task(base, *run) for run in sizes.items() for s in chosen], "int6_bpb")
-        known = [switch for switch in SWITCHES if switch.fits(base)]  # of earlier calls, too
+        runner.make([s.task(base, *run) for run in sizes.items() for s in chosen], measure)
+        known = [switch for switch in switches(options) if switch.fits(base)]  # of earlier calls
         rows = runner.finished(s.task(base, *run) for s in known for run in sizes.items())
     write_ablation(options, runner, baseline + rows)
+
+
+def judging(options: argparse.Namespace) -> str:
+    """The measure by which a table judges."""
+    return "val_bpb" if options.held_out else "int6_bpb"
+
+
+def switches(options: argparse.Namespace) -> list[Switch]:
+    return [*MIXTURE_SWITCHES, *SWITCHES] if options.held_out else SWITCHES
 
 
 def schedule_of_steps(steps: int) -> dict[str, str]:
@@ -517,12 +561,31 @@ def cut_validation(source: Path, folder: Path, tokens: int) -> str:
     return str(folder)
 
 
-def choose_switches(names: Sequence[str] | None, base: dict[str, str]) -> list[Switch]:
-    """Those of these names, None for all; UserError for what is none or changes nothing."""
-    known = {switch.name: switch for switch in SWITCHES}
+def hold_out(source: Path, folder: Path) -> str:
+    """A dataset in `folder` of the training documents of `source` alone, HELD_OUT of them to
+    validate on, drawn by a fixed seed -> its path; UserError where there are too few."""
+    shards = train_gpt.find_shards(source, "train")
+    tokens = np.concatenate([train_gpt.map_shard(path) for path in shards])
+    documents = np.split(tokens, np.flatnonzero(tokens == train_gpt.BOS)[1:])
+    if len(documents) < 2 * HELD_OUT:
+        found = f"{source}: {len(documents)} training documents"
+        raise UserError(f"--held-out: {found}; fix: a text of {2 * HELD_OUT} or more")
+    drawn = {*np.random.default_rng(7).choice(len(documents), HELD_OUT, replace=False).tolist()}
+    for split in ("train", "val"):
+        part = [d for i, d in enumerate(documents) if (i in drawn) == (split == "val")]
+        end = [np.array([train_gpt.BOS], tokens.dtype)] * (split == "val")
+        prepare_text.write_shards(np.concatenate(part + end), folder / f"held_{split}")
+    (folder / "tokenizer.model").symlink_to((source / "tokenizer.model").resolve())
+    return str(folder)
+
+
+def choose_switches(options: argparse.Namespace, base: dict[str, str]) -> list[Switch]:
+    """Those of --only, or all; UserError for what is none or changes nothing."""
+    names = options.only
+    known = {switch.name: switch for switch in switches(options)}
     if unknown := set(names or ()) - known.keys():
         raise UserError(f"--only {','.join(unknown)}: not a switch; fix: one of {', '.join(known)}")
-    chosen = [switch for switch in SWITCHES if names is None or switch.name in names]
+    chosen = [switch for switch in known.values() if names is None or switch.name in names]
     if idle := ", ".join(switch.name for switch in chosen if not switch.changes(base)):
         raise UserError(f"{idle}: changes nothing in this configuration; fix: see --only")
     return chosen
@@ -532,15 +595,26 @@ def write_ablation(options: argparse.Namespace, runner: Runner, rows: Sequence[R
     """The table, sorted by effect, and everything behind it."""
     groups = grouped(rows, "name")
     baseline = groups["baseline"]
+    measure = judging(options)
     changes = {name: estimates(group, baseline) for name, group in groups.items()}
-    shown = [switch for switch in SWITCHES if switch.name in groups]
-    shown.sort(key=lambda switch: -changes[switch.name]["int6_bpb"].mean)
-    lines = [table_row(switch, groups[switch.name], baseline) for switch in (BASELINE, *shown)]
+    shown = [switch for switch in switches(options) if switch.name in groups]
+    shown.sort(key=lambda switch: -changes[switch.name][measure].mean)
+    lines = [
+        table_row(switch, groups[switch.name], baseline, measure) for switch in (BASELINE, *shown)
+    ]
+    judged = measure.removesuffix("_bpb") if measure == "int6_bpb" else measure
+    meant = "of the artifact re-read"
+    text = f"the first {options.val_tokens:,} tokens of the validation text"
+    if options.held_out:
+        meant = "of the mixture with the known text, by sliding windows"
+        text = f"{HELD_OUT} documents held out of the training text"
     text = ABLATION_NOTES.format(
         steps=options.steps,
         seeds=options.seeds,
-        tokens=options.val_tokens,
-        table=markdown(HEADINGS, lines, left=3),
+        text=text,
+        judged=judged,
+        meant=meant,
+        table=markdown([heading.format(judged=judged) for heading in HEADINGS], lines, left=3),
     )
     results = {
         name: estimates(group) | {f"{key}_difference": e for key, e in changes[name].items()}
@@ -550,13 +624,15 @@ def write_ablation(options: argparse.Namespace, runner: Runner, rows: Sequence[R
     runner.publish("Ablation", rows, text, variables=variables, results=results)
 
 
-def table_row(switch: Switch, rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
+def table_row(
+    switch: Switch, rows: Sequence[Row], baseline: Sequence[Row], measure: str
+) -> list[str]:
     """What was measured; for a switch, size and time as differences from the baseline."""
-    scores = [cell(estimate(rows, measure)) for measure in ("averaged_bpb", "int6_bpb")]
+    scores = [cell(estimate(rows, name)) for name in ("averaged_bpb", measure)]
     if switch is BASELINE:
         size = cell(estimate(rows, "artifact_bytes"), ",.0f")
         return [switch.words, "", "", *scores, "", size, f"{least_ms(rows):.0f}", ""]
-    change = estimate(rows, "int6_bpb", baseline)
+    change = estimate(rows, measure, baseline)
     return [
         switch.words,
         switch.how,
@@ -815,20 +891,29 @@ def race(options: argparse.Namespace, runner: Runner) -> None:
     cores = my_cores()
     if len(cores) < 2:
         raise UserError("a race needs two cores, this process has one; fix: another machine")
-    of_candidate = {"RECORD": "tiny"} | overrides(options.set)
+    given = overrides(options.set)
+    if paths := given.keys() & {*PATHS}:
+        name = paths.pop()
+        fix = "fix: --data, which is of both"
+        raise UserError(f"--set {name}={given[name]}: would be the candidate's alone; {fix}")
+    text = {"DATA_PATH": str(text_folder(options.data))} if options.data else {}
+    of_candidate = {"RECORD": "tiny"} | given | text
     Config.from_env(of_candidate)  # refused before half an hour
-    revision = options.record or last_record()
+    revision = last_record() if options.record is None else options.record
     with tempfile.TemporaryDirectory(prefix="race_") as folder:
         scripts = dict(record=checked_out(revision, Path(folder)), candidate=SCRIPT)
+        before = {name: race_code(script) for name, script in scripts.items()}
         entries = []
         for number, seed in enumerate(itertools.islice(race_seeds(), options.seeds)):
+            each = as_env(SEED=seed)
             tasks = {
-                "record": Task(dict(name="record", seed=seed), as_env(RECORD="tiny", SEED=seed)),
-                "candidate": Task(
-                    dict(name="candidate", seed=seed), of_candidate | as_env(SEED=seed)
-                ),
+                "record": Task(dict(name="record", seed=seed), {"RECORD": "tiny"} | text | each),
+                "candidate": Task(dict(name="candidate", seed=seed), of_candidate | each),
             }
             pair = run_pair(runner, tasks, scripts, cores[:: -1 if number % 2 else 1])
+            if {name: race_code(script) for name, script in scripts.items()} != before:
+                fix = "start again, the pairs of what is there then are kept"
+                raise UserError(f"{SCRIPT.parent}: edited during the race; fix: {fix}")
             entries += pair
             shown = "; ".join(f"{e['labels']['name']} {e['val_bpb']:.4f}" for e in pair)
             print(f"seed {seed}: {shown}", flush=True)
@@ -837,8 +922,9 @@ def race(options: argparse.Namespace, runner: Runner) -> None:
 
 def race_seeds() -> Iterator[int]:
     """Those of README's loop, then others."""
-    yield from (1337, 42, 2024)
-    yield from itertools.count(1)
+    first = (1337, 42, 2024)
+    yield from first
+    yield from (seed for seed in itertools.count(1) if seed not in first)
 
 
 def last_record() -> str:
@@ -851,12 +937,18 @@ def last_record() -> str:
 
 def checked_out(revision: str, folder: Path) -> Path:
     """train_gpt.py in a copy of the repository as of a commit; UserError."""
+    fix = "fix: a commit of this clone (git fetch --unshallow)"
+    if not revision or revision.startswith("-"):
+        raise UserError(f"--record {revision!r}: is no commit; {fix}")
     git = ["git", "-C", str(ROOT), "archive", "--format=tar", f"{revision}^{{commit}}"]
-    with open(folder / "tree.tar", "wb") as tree:
-        done = subprocess.run(git, stdout=tree, stderr=subprocess.PIPE, text=True)
+    try:
+        with open(folder / "tree.tar", "wb") as tree:
+            done = subprocess.run(git, stdout=tree, stderr=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        raise UserError("git is missing; fix: install it") from None
     if done.returncode:
-        fix = "fix: a commit of this clone (git fetch --unshallow)"
-        raise UserError(f"--record {revision}: {done.stderr.strip().splitlines()[-1]}; {fix}")
+        said = (done.stderr.strip().splitlines() or ["git failed"])[-1]
+        raise UserError(f"--record {revision}: {said}; {fix}")
     shutil.unpack_archive(folder / "tree.tar", folder / "tree", filter="data")
     script = folder / "tree/train_gpt.py"
     if not script.exists():
@@ -891,6 +983,9 @@ def run_pair(
 
             each = zip(RACERS, cores, strict=False)
             futures = {name: pool.submit(run, name, core) for name, core in each}
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
+            if failed := [f for f in futures.values() if f.done() and f.exception()]:
+                raise failed[0].exception()
             made = {name: future.result() for name, future in futures.items()}
             for name, (folder, seconds) in made.items():
                 shutil.rmtree(folders[name], ignore_errors=True)
@@ -912,15 +1007,21 @@ def killing(runner: Runner) -> Iterator[None]:
 
 def race_digest(task: Task, script: Path) -> str:
     """Changes with seed, settings, the script and its RECORD=tiny."""
-    config = script.parent / "records/track_cpu/tiny/config.env"
     text = json.dumps([task.labels, task.env], sort_keys=True).encode()
-    return sha256(b"".join([script.read_bytes(), config.read_bytes(), text]))[:16]
+    return sha256(race_code(script) + text)[:16]
+
+
+def race_code(script: Path) -> bytes:
+    """What a racer's run depends on, beside its variables."""
+    config = script.parent / "records/track_cpu/tiny/config.env"
+    return script.read_bytes() + config.read_bytes()
 
 
 def read_mark(folder: Path) -> dict[str, Any]:
     path = folder / MARK
     with blame(path):
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return found if isinstance(found, dict) else {}
 
 
 def race_entry(task: Task, folder: Path) -> Row:
@@ -937,6 +1038,7 @@ def race_entry(task: Task, folder: Path) -> Row:
             bytes=run.last("final_artifact_bytes")["total"],
             memory_mb=run.last("peak_memory_mb")["value"],
             steps=max(run.steps("step_avg_ms"), default=0),
+            text=[run.last("val_text").get(name) for name in ("tokens", "bytes")],
             proved=proved and codec.get("decoded") == "ok",
         )
 
@@ -962,8 +1064,10 @@ def judge(entries: Sequence[Row]) -> Judged:
     if gains.deviation:
         error = gains.deviation / math.sqrt(gains.count)
         p = upper_tail(gains.mean / error, gains.count - 1)
-    ratio = statistics.fmean(b["train_seconds"] / a["train_seconds"] for a, b in pairs)
+    ratio = statistics.fmean(b["train_seconds"] / max(1e-9, a["train_seconds"]) for a, b in pairs)
     most = max(after["bytes"] for _, after in pairs)
+    texts = {tuple(row["text"]) for pair in pairs for row in pair}
+    scored = " and ".join(f"{tokens} tokens, {size} bytes" for tokens, size in sorted(texts))
     proved = [after["labels"]["seed"] for _, after in pairs if after["proved"]]
     better = gains.count >= LEAST_SEEDS and gains.mean > 0 and p < ALPHA
     seeds = f"{gains.count} seeds"
@@ -973,13 +1077,14 @@ def judge(entries: Sequence[Row]) -> Judged:
             (f"val_bpb {-gains.mean:+.4f} over {seeds}, paired t-test p = {p:.2g}", better),
             (f"training takes {ratio:.3f} of the record's time", ratio <= MOST_TIME),
             (f"{most:,} bytes of {CAP_BYTES:,}", most <= CAP_BYTES),
+            (f"all score the same text: {scored}", len(texts) == 1),
             (f"proved: {len(proved)} of {seeds}, every token decoded", len(proved) == len(pairs)),
         ],
     )
 
 
 def publish_race(runner: Runner, entries: Sequence[Row], revision: str) -> None:
-    """The table, the verdict and, where the record is broken, the line for the history."""
+    """The table and the verdict, printed and written."""
     judged = judge(entries)
     head = ["racer", "seed", "val_bpb", "training s", "whole run s", "bytes", "MB", "proved"]
     lines = []
@@ -1058,7 +1163,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         text = inspect.getdoc(experiment)
         about = dict(help=text.partition("\n")[0], description=text, formatter_class=layout)
         add[name] = commands.add_parser(name, parents=[both], **about).add_argument
-    text = f"of {', '.join(switch.name for switch in SWITCHES)}; default all"
+    text = "score documents held out of the training text by the mixture, to choose by"
+    add["ablation"]("--held-out", action="store_true", help=text)
+    names = ", ".join(switch.name for switch in [*SWITCHES, *MIXTURE_SWITCHES])
+    text = f"of {names}; default all; the last two with --held-out"
     add["ablation"]("--only", type=listed, metavar="NAME,...", help=text)
     add["ablation"]("--steps", type=positive, default=130, help="of a run; default 130")
     text = "of the validation text; default 20000"
@@ -1068,10 +1176,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     text = f"default {','.join(TEXTS)}"
     add["tournament"]("--texts", type=listed, default=TEXTS, metavar="TEXT,...", help=text)
     add["tournament"]("--seconds", type=positive, default=20, help="of training; default 20")
+    text = "another text for both: sample, python or a dataset folder; no record is broken on it"
+    add["race"]("--data", metavar="TEXT", help=text)
     text = "commit to beat; default that of the history's last row"
     add["race"]("--record", metavar="COMMIT", help=text)
     options = parser.parse_args(arguments)
-    kept = RECORDS / "track_cpu" / options.experiment
+    held_out = options.experiment == "ablation" and options.held_out
+    kept = RECORDS / "track_cpu" / ("search" if held_out else options.experiment)
     options.out = options.out or (ROOT / "runs/race" if options.experiment == "race" else kept)
     return options
 
@@ -1080,14 +1191,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     runner = Runner(options.out, options.jobs, arguments)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs, too
+    ends = signal.SIGTERM, signal.SIGHUP  # the runs, too
+    before = {each: signal.signal(each, lambda number, _: sys.exit(128 + number)) for each in ends}
     try:
         EXPERIMENTS[options.experiment](options, runner)
     except (UserError, prepare_text.DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was done is kept", file=sys.stderr)
+        return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     return int(runner.failed > 0)
 
 

@@ -53,6 +53,7 @@ SAME_SUM = 1e-6  # bits per byte between the claim and what the decode adds up
 MOST_WEIGHTS = 2**28  # that are unpacked, 3 GB
 SAME_DEVICE = 1e-4  # nats a token of two scorings in fp32, in other shapes
 OTHER_DEVICE = 0.02  # bf16 on one side
+EMBEDDED = "the embedded text"
 STRETCH = 16  # tokens that are looked for in a known text
 MOST_SHARED = 0.5  # of the text's stretches, that may lie in one
 UNSIGNED = {"author", "github_id", "name", "date", "sha256"}  # of submission.json: not in the log
@@ -213,6 +214,17 @@ class Case:
             raise NotChecked(f"no validation text: {error}; or set DATA_PATH") from None
 
     @cached_property
+    def known_is_ours(self) -> bool:
+        """Whether the artifact's known text is the end of the verifier's training text"""
+        known = self.model.known
+        cfg = replace(self.cfg, known_tokens=len(known), vocab_size=self.model.cfg.vocab_size)
+        try:
+            ours = train_gpt.KnownText.of(cfg, train_gpt.find_shards(cfg.data_path, "train"))
+        except train_gpt.UserError:
+            return False
+        return np.array_equal(ours.tokens, known.tokens)
+
+    @cached_property
     def shared(self) -> float:
         """Of the text's stretches, the share that the artifact's known text has, too"""
         return shared_stretches(self.text.stream, self.model.known.tokens, STRETCH)
@@ -226,7 +238,7 @@ class Case:
         tokens = sha256(self.text.stream[implied:].astype("<u2").tobytes())
         known = VAL_TOKENS_SHA256, TOKENIZER_SHA256
         if (tokens, sha256(self.tokenizer)) == known and not altered:
-            return "the embedded text"
+            return EMBEDDED
         if Path(self.cfg.data_path) == train_gpt.FINEWEB_DATA:
             return f"FineWeb's validation text as downloaded here (sha256 {tokens[:12]}){altered}"
         return f"another text (sha256 {tokens[:12]}){altered}"
@@ -399,6 +411,8 @@ def text(case: Case) -> str:
     if here != there:
         reason = f"{where} has {here} tokens and bytes, submission.json says {there}"
         raise differs(f"{reason}: another text{fix}")
+    if len(case.model.known) and case.text_name == EMBEDDED:
+        require(case.known_is_ours, "the artifact's known text is not the training text's end")
     require(
         case.shared <= MOST_SHARED,
         f"the artifact's known text has {case.shared:.1%} of its stretches of {STRETCH} tokens",
@@ -589,9 +603,11 @@ def notes(case: Case) -> Iterator[str]:
     if overlap:
         yield f"by its log, training and validation share documents: {overlap}"
     if len(case.model.known):
+        end = "the end of" if case.known_is_ours else "NOT the end of"
         yield (
-            f"the artifact holds {len(case.model.known):,} tokens that counts begin with, and "
-            f"{case.shared:.1%} of the scored text's stretches of {STRETCH} tokens"
+            f"the artifact holds {len(case.model.known):,} tokens that counts begin with, {end} "
+            f"the training text here, and {case.shared:.1%} of the scored text's stretches of "
+            f"{STRETCH} tokens"
         )
     weights = len(case.file("artifact.bin"))
     if case.text.text_bytes < 20 * weights:  # nothing packs a text much better

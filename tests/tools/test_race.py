@@ -19,6 +19,7 @@ began = time.time()
 seed = int(os.environ["SEED"])
 time.sleep(0.3)
 lines = [
+    dict(key="val_text", tokens=TOKENS, bytes=203285),
     dict(key="step", value="800/800", step_avg_ms=100.0),
     dict(key="final_ngram_exact", val_bpb=BPB + seed / 1e6 * BPB),
     dict(key="final_codec", decoded="ok", proved_tokens=99, total_tokens=99),
@@ -42,7 +43,7 @@ with open(os.environ["FAKE_LOG"], "ab", buffering=0) as log:
 def fake_script(folder, **numbers):
     """A checkout with a script that comes to these numbers."""
     code = FAKE
-    for name, value in (dict(BPB=1.6, SECONDS=100.0, BYTES=700_000) | numbers).items():
+    for name, value in (dict(BPB=1.6, SECONDS=100.0, BYTES=7, TOKENS=9) | numbers).items():
         code = code.replace(name, repr(value))
     config = folder / "records/track_cpu/tiny/config.env"
     config.parent.mkdir(parents=True)
@@ -118,6 +119,35 @@ def test_a_race_goes_on_where_it_stopped(racers, tmp_path, monkeypatch):
     assert raced(tmp_path) == 0 and len(calls()) == 6
     place(BPB=1.4)  # another script is another candidate, and the record runs beside it
     assert raced(tmp_path, "--seeds", "1") == 0 and len(calls()) == 8
+    (tmp_path / "race/candidate/seed_1337/race.json").write_text("[]")
+    assert raced(tmp_path, "--seeds", "1") == 0 and len(calls()) == 10
+
+
+def test_settings_edited_meanwhile_end_it(racers, tmp_path, monkeypatch, capsys):
+    place, _ = racers
+    place(BPB=1.5)
+    entry = experiments.race_entry
+
+    def edit(*arguments):
+        config = experiments.SCRIPT.parent / "records/track_cpu/tiny/config.env"
+        config.write_text("ITERATIONS=900\n")
+        return entry(*arguments)
+
+    monkeypatch.setattr(experiments, "race_entry", edit)
+    assert raced(tmp_path) == 2
+    assert "edited during the race; fix: start again" in capsys.readouterr().err
+
+
+def test_where_one_fails_the_other_is_not_waited_for(racers, tmp_path, monkeypatch, capsys):
+    place, calls = racers
+    place(BPB=1.5)
+    experiments.SCRIPT.write_text("import sys; sys.exit('error: at once')")
+    monkeypatch.setattr(experiments, "CODE", {experiments.SCRIPT: experiments.SCRIPT.read_bytes()})
+    assert raced(tmp_path) == 2
+    assert "candidate seed 1337: exit status 1: error: at once" in " ".join(
+        capsys.readouterr().err.replace("name ", "").split()
+    )
+    assert calls() == []  # the record's would have come after 0.3 s
 
 
 @pytest.mark.parametrize(
@@ -126,7 +156,8 @@ def test_a_race_goes_on_where_it_stopped(racers, tmp_path, monkeypatch):
         (dict(BPB=1.6), "val_bpb"),
         (dict(BPB=1.7), "val_bpb"),
         (dict(BPB=1.5, SECONDS=102.0), "training takes"),
-        (dict(BPB=1.5, BYTES=16_000_001), "bytes"),
+        (dict(BPB=1.5, BYTES=16_000_001), "16,000,001 bytes"),
+        (dict(BPB=1.5, TOKENS=8), "8 tokens, 203285 bytes and 9 tokens, 203285 bytes"),
     ],
 )
 def test_a_rule_that_does_not_hold_leaves_the_record(numbers, lost, racers, tmp_path, capsys):
@@ -145,7 +176,7 @@ def entries(before, after, seconds=(100, 100), **changes):
     for name, scores, took in zip(experiments.RACERS, (before, after), seconds, strict=True):
         for seed, bpb in enumerate(scores, 1):
             row = dict(labels=dict(name=name, seed=seed), val_bpb=bpb, train_seconds=took)
-            found.append(row | dict(bytes=9, proved=True) | changes)
+            found.append(row | dict(bytes=9, proved=True, text=[9, 9]) | changes)
     return found
 
 
@@ -204,8 +235,12 @@ def test_a_commit_is_checked_out(tmp_path):
 
 def test_what_cannot_be_raced_is_refused(tmp_path, capsys, monkeypatch):
     if len(experiments.my_cores()) > 1:
-        assert experiments.main(["race", "--record", "nosuch", "--out", str(tmp_path)]) == 2
-        assert "--record nosuch: " in capsys.readouterr().err
+        for revision in ("nosuch", "--output=x", ""):
+            assert experiments.main(["race", f"--record={revision}", "--out", str(tmp_path)]) == 2
+            error = capsys.readouterr().err
+            assert "--record " in error and "fix: a commit of this clone" in error
+        assert experiments.main(["race", "--set", "DATA_PATH=/x", "--out", str(tmp_path)]) == 2
+        assert "fix: --data, which is of both" in capsys.readouterr().err
     assert experiments.main(["race", "--set", "SEED=1", "--out", str(tmp_path)]) == 2
     assert "--set SEED=1" in capsys.readouterr().err
     monkeypatch.setattr(experiments, "my_cores", lambda: [0])

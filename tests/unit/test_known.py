@@ -12,10 +12,12 @@ from helpers import (
     PROOF,
     SHRUNK,
     START,
+    SilentRuntime,
     finished_run,
     opened,
     perturbed,
     random_stream,
+    run_script,
     tiny,
     train_gpt,
     write_shard,
@@ -274,15 +276,48 @@ def test_a_run_with_it_is_proved(tmp_path, dataset):
     assert run.final("codec")["decoded"] == "ok"
     scores = [one.val_bpb() for one in (run, bare)]
     (line,) = [line for line in run.lines if line.startswith("known_text")]
-    size = len(KnownText.of(replace(CFG, known_tokens=-1, vocab_size=512), shards).pack())
-    assert line == f"known_text:{sum(map(count_tokens, shards))} bytes:{size}"
+    assert line == f"known_text:{sum(map(count_tokens, shards))}"
     assert not [line for line in bare.lines if "KNOWN_TOKENS=0: none" in line]
     assert [line for line in run.lines if "KNOWN_TOKENS=0: none" in line]
     assert scores[0] < scores[1]
     model = train_gpt.load_artifact(run.folder / "artifact.bin")
     assert model.known.tokens.tolist() == [t for path in shards for t in train_gpt.map_shard(path)]
-    env |= dict(EVAL_ONLY=str(run.folder / "artifact.bin"), CODEC_TOKENS="0")
-    assert finished_run(tmp_path, "again", **env).val_bpb() == scores[0]
+    env |= dict(EVAL_ONLY=str(run.folder / "artifact.bin"), CODEC_TOKENS="0", KNOWN_TOKENS="5")
+    again = finished_run(tmp_path, "again", **env)
+    assert again.val_bpb() == scores[0] and line in again.lines  # what the artifact holds
+
+
+def test_too_many_are_refused_before_the_first_step(tmp_path, dataset):
+    env = SHRUNK | dict(DATA_PATH=str(dataset), KNOWN_TOKENS="99999999", RUN_ID="many")
+    done = run_script(env, cwd=tmp_path)
+    assert done.returncode == 2 and "step:1/" not in done.stdout
+    assert "error: KNOWN_TOKENS=99999999: the training shards hold" in done.stderr
+
+
+def test_messages_on_bytes_name_it(rt):
+    known = known_of(random_stream(3000, 64))
+    how = dict(clip_sigmas=12.85, embed_clip_sigmas=12.85, compressor="range")
+    cfg = replace(CFG, **how, target_bytes=len(train_gpt.pack_script(train_gpt.SCRIPT)) + 2_000)
+    size = len(known.pack())
+    words = f"{size:,} bytes are known text \\(KNOWN_TOKENS\\); fix: .*, or fewer KNOWN_TOKENS"
+    with pytest.raises(train_gpt.UserError, match=words):
+        train_gpt.quantising_seconds(train_gpt.Runtime(cfg), replace(cfg, quant="lite"), [], known)
+
+
+def test_without_numba_nothing_is_known(monkeypatch):
+    """A dictionary of tiny's text would take 9 GB; where the artifact has one, it is asked for."""
+    cfg = replace(CFG, known_tokens=-1)
+    assert train_gpt.without_missing_parts(cfg).known_tokens == -1
+    monkeypatch.setattr(train_gpt, "has_package", lambda name: name != "numba")
+    found = train_gpt.without_missing_parts(cfg)
+    assert found.known_tokens == 0 and found.origin["KNOWN_TOKENS"] == "no numba"
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: 10**6)
+    with pytest.raises(train_gpt.LackOfMemory, match="263 known tokens .* without package numba"):
+        train_gpt.announce_known(KNOWN, SilentRuntime(), CFG)
+    train_gpt.announce_known(KNOWN, SilentRuntime(), replace(CFG, ngram_enabled=False))
+    train_gpt.announce_known(train_gpt.NOTHING_KNOWN, SilentRuntime(), CFG)
+    monkeypatch.setattr(train_gpt, "available_memory", lambda: 10**9)
+    train_gpt.announce_known(KNOWN, SilentRuntime(), CFG)
 
 
 def test_start_of_the_header_is_where_it_was():
