@@ -1319,7 +1319,103 @@ VERIFY = [
         tool("submit", "$found = stats.over_budget($run)", "$found = []"),
     ),
 ]
+KNOWN = [
+    Fault(
+        "known_thread",
+        "lanes go on from the known text",
+        "test_known.py -k counts_are_of",
+        script("threads.max(initial=-1) + 1, np.int32)", "threads[0], np.int32)"),
+    ),
+    Fault(
+        "known_decoder",
+        "encoder and decoder do not begin with the known text",
+        "test_known.py -k cost_that_is_claimed",
+        script("expected or plan.targets, known=model.known)", "expected or plan.targets)"),
+    ),
+    Fault(
+        "known_windows",
+        "the mass of windows is taken without it",
+        "test_known.py -k windows_go_on",
+        script("counts.insert(np.full(len(part), lanes * isolated), part)", "pass"),
+    ),
+    Fault(
+        "known_end",
+        "it is the shards' beginning",
+        "test_known.py -k shards_end",
+        script("mapped[max(0, len(mapped) - wanted) :]", "mapped[:wanted]"),
+    ),
+    Fault(
+        "known_vocabulary",
+        "tokens that the model does not have are taken",
+        "test_known.py -k beyond_the_vocabulary",
+        script("if count and tokens.max() >= vocab_size:", "if False:"),
+    ),
+    Fault(
+        "known_kept",
+        "what a text adds to the counts stays for the next one",
+        "test_known.py -k made_once",
+        script("return copy.deepcopy(self.counted[1])", "return self.counted[1]"),
+    ),
+    Fault(
+        "known_bytes",
+        "its bytes do not count for TARGET_BYTES",
+        "test_known.py -k target_bytes",
+        script(
+            "seal(ARTIFACT_PREFIX, header, body + known.content)",
+            "seal(ARTIFACT_PREFIX, header, body)",
+        ),
+    ),
+    Fault(
+        "known_late",
+        "too many known tokens are refused after training",
+        "test_known.py -k before_the_first_step",
+        script("known = KnownText.of(cfg, shards) overlap =", "known = NOTHING_KNOWN; overlap ="),
+    ),
+    Fault(
+        "known_copy",
+        "an artifact may hold the text that it scores",
+        "test_verify.py -k that_holds_the_text",
+        tool("verify", "case.shared <= MOST_SHARED,", "True,"),
+    ),
+]
+RACE = [
+    Fault(
+        "race_paired",
+        "a race's test does not pair by seed",
+        "test_race.py -k paired",
+        tool(
+            "experiments",
+            'by["candidate"][seed]) for seed, row in by["record"].items()',
+            'other) for row, other in zip(by["record"].values(), by["candidate"].values())',
+        ),
+    ),
+    Fault(
+        "race_time",
+        "a candidate may take longer",
+        "test_race.py -k rule_that",
+        tool("experiments", "ratio <= MOST_TIME)", "True)"),
+    ),
+    Fault(
+        "race_text",
+        "racers may score different texts",
+        "test_race.py -k rule_that",
+        tool("experiments", "len(texts) == 1)", "True)"),
+    ),
+    Fault(
+        "race_swap",
+        "a racer keeps its core",
+        "test_race.py -k side_by_side",
+        tool("experiments", "cores[:: -1 if number % 2 else 1]", "cores"),
+    ),
+    Fault(
+        "held_out",
+        "held-out documents are trained on",
+        "test_experiments.py -k held_out_is",
+        tool("experiments", '(i in drawn) == (split == "val")', 'i in drawn or split == "train"'),
+    ),
+]
 FAULTS = [
+    *(KNOWN + RACE),
     *(CONFIG + RUNTIME + DATA + MODEL + FRONTIER + OPTIMIZERS + AVERAGES + QUANTISATION),
     *CHECKPOINT,
     *(SCORING + LEARNING + NGRAM + TABLE + CODEC + TRAINING + REPORT + VERIFY),
