@@ -1565,7 +1565,7 @@ class Runtime:
         if self.cuda:
             torch.cuda.empty_cache()
         else:
-            call_libc("malloc_trim", 0)
+            malloc_trim(0)
 
     def peak_memory(self) -> int:
         """MB (10^6 bytes) that this rank held at most: allocated on its GPU, else resident."""
@@ -1665,17 +1665,22 @@ def keep_freed_memory() -> None:
     system as they are freed, and each new one then comes page by page, cleared: 9,000 pages in a
     step of `tiny`. One arena, as the thread of the backward pass frees what the forward's took."""
     for option, value in MALLOC.items():
-        call_libc("mallopt", option, value)
+        mallopt(option, value)
 
 
 # glibc's M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD and M_ARENA_MAX.
 MALLOC = {-1: 2**31 - 1, -2: 2**26, -3: 2**25, -8: 1}
 
 
-def call_libc(name: str, *numbers: int) -> None:
-    """A function of glibc; elsewhere nothing."""
-    if platform.libc_ver()[0] == "glibc":
-        getattr(ctypes.CDLL(None), name)(*numbers)
+def from_glibc(name: str) -> Callable[..., Any]:
+    """A function of glibc; elsewhere one that does nothing."""
+    if platform.libc_ver()[0] != "glibc":
+        return lambda *_: None
+    return getattr(ctypes.CDLL(None), name)
+
+
+mallopt = from_glibc("mallopt")
+malloc_trim = from_glibc("malloc_trim")
 
 
 def given_threads() -> int:
@@ -7888,7 +7893,8 @@ class Report:
             lanes = plan.lanes // plan.groups
         (found,) = generate(model, [[]], cfg.sample_tokens, seed=cfg.seed, lanes=lanes)
         tokenizer = package("sentencepiece").SentencePieceProcessor(model_file=cfg.tokenizer_path)
-        for line in textwrap.wrap(tokenizer.decode(found.tokens.tolist()), 90) or ["(nothing)"]:
+        words = tokenizer.decode(found.tokens.tolist()).split()
+        for line in textwrap.wrap(printable(" ".join(words)), 90) or ["(nothing)"]:
             self.rt.log("sample", line)
 
 

@@ -664,7 +664,7 @@ def test_other_shards_are_refused(killed, go_on, fast, tmp_path):
     size = sum(path.stat().st_size for path in folder.glob("*_train_*.bin"))
     path = write_shard(folder / "z_train_000001.bin", random_stream(300, 512))
     text, more = refusal(go_on, DATA_PATH=str(folder)), size + path.stat().st_size
-    assert f"SHARDS=1 of {size} bytes, " in text and f"not 2 of {more} bytes, " in text
+    assert f"SHARDS=1 of {size} bytes, " in text and f"not 2 of {more} bytes; fix" in text
 
 
 def test_checkpoint_without_a_run_begins(fast, tmp_path, go_on, monkeypatch):

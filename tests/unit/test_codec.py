@@ -671,7 +671,9 @@ def test_how_much_is_proved(tokens, minutes, pace, wanted, monkeypatch, tmp_path
     monkeypatch.setattr(rt, "log", lambda *words, **values: lines.append((words, values)))
     monkeypatch.setattr(train_gpt, "coding_pace", lambda *_: pace)
     plan = CodingPlan.of(stream, cfg, 1)
-    assert train_gpt.plan_proof(None, rt, cfg, stream, plan) == plan._replace(targets=wanted)
+    assert train_gpt.plan_proof(model_of(cfg), rt, cfg, stream, plan) == plan._replace(
+        targets=wanted
+    )
     assert lines[0][0] == ("expect", "proof")
     assert lines[0][1].items() >= dict(tokens=wanted, of=5000).items()
     assert lines[0][1]["seconds"] == pytest.approx(2.6 * pace * wanted, abs=0.06)
