@@ -233,7 +233,7 @@ def group(title: str, stored_in: tuple[str, ...] = ()) -> Callable[..., Any]:
 
 
 POSITIVE = dict(least=1e-30, most=1e30)  # bounds of what must not be 0
-MOST_KNOWN = 2**27  # tokens of a known text: more than any artifact of the cap could hold
+MOST_KNOWN = 2**27  # tokens of a known text, for memory's sake: 16 MB of prose are a quarter of it
 
 
 @dataclass(frozen=True)
@@ -379,8 +379,8 @@ class Config:
     gptq_reserve_seconds: float = quantiser(0.0,
         "of the capped training time that is left to gptq; 0: as it takes in a rehearsal before")
     target_bytes: int = quantiser(16_000_000,
-        "of weights and packed script together: where they are more the clips rise until they are "
-        "not; 0: as they come")
+        "of artifact, known text included, and packed script together: where they are more the "
+        "weights' clips rise until they are not; 0: as they come")
     known_tokens: int = quantiser(0,
         "training tokens, the shards' last, that the artifact holds for counts to begin with, half "
         "a byte or more each; 0: none, -1: all", least=-1, most=MOST_KNOWN)
@@ -1661,15 +1661,19 @@ def choose_threads(local_ranks: int) -> tuple[int, str]:
 
 
 def keep_freed_memory() -> None:
-    """Let the next tensor have the memory of the last one. glibc gives large blocks back to the
-    system as they are freed, and each new one then comes page by page, cleared: 9,000 pages in a
-    step of `tiny`. One arena, as the thread of the backward pass frees what the forward's took."""
+    """Let the next tensor have the memory of one that was freed. glibc gives large blocks back to
+    the system as they are freed, and each new one then comes page by page, cleared: 9,000 pages in
+    a step of `tiny`. The price: memory stays taken until release_memory."""
     for option, value in MALLOC.items():
         mallopt(option, value)
 
 
-# glibc's M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD and M_ARENA_MAX.
-MALLOC = {-1: 2**31 - 1, -2: 2**26, -3: 2**25, -8: 1}
+MALLOC = {  # glibc's options by number; sizes in bytes
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: the heap's end is never given back
+    -2: 2**26,  # M_TOP_PAD: it grows by 64 MiB at a time
+    -3: 2**25,  # M_MMAP_THRESHOLD: larger blocks stay outside of it; 32 MiB is the most there is
+    -8: 1,  # M_ARENA_MAX: the backward pass's thread frees what the forward's took
+}
 
 
 def from_glibc(name: str) -> Callable[..., Any]:
@@ -2342,7 +2346,8 @@ def numeric_order(path: Path) -> tuple[list[str | int], str]:
 def training_loader(
     cfg: Config, shards: list[Path], begins: Callable[[int], Any] = lambda shard: None
 ) -> "TokenLoader | ShuffledLoader":
-    """What SHUFFLE asks for (UserError). begins: of TokenLoader; of a ring all shards are near."""
+    """The loader that SHUFFLE names; BadShard. begins: TokenLoader's; a ShuffledLoader reads of all
+    shards from the first step on and does not call it."""
     if cfg.shuffle:
         return ShuffledLoader(shards, cfg)
     return TokenLoader(shards, cfg.vocab_size, begins)
@@ -2422,10 +2427,10 @@ class ShuffledLoader:
     """Training sequences in a random order (SHUFFLE). The shards' tokens, put end to end, make a
     ring; each epoch it is parted from a random place on into sequences, which are drawn without
     putting back: every token is an input once, but for fewer than TRAIN_SEQ_LEN, other ones each
-    time; what is shorter than a sequence goes round in it. The target of a sequence's last token
-    is the one after it in the ring. All that is random follows from SEED and the epoch. Every rank
-    reads all sequences of a step, so that a bad token stops all ranks at one step, and takes its
-    own."""
+    time. Text that is shorter than a sequence fills one by going round. The target of a sequence's
+    last token is the one after it in the ring. All that is random follows from SEED and the epoch.
+    Every rank reads all sequences of a step, so that a bad token stops all ranks at one step, and
+    takes its own."""
 
     def __init__(self, shards: list[Path], cfg: Config):
         self.shards = shards
@@ -2456,7 +2461,7 @@ class ShuffledLoader:
         return state[1] <= len(self.drawn)
 
     def read(self, begin: int, count: int) -> np.ndarray:
-        """Tokens of the ring from a place on, uint16 (count,); BadShard."""
+        """Tokens of the ring from `begin` on, 0 or more, which wraps: uint16 (count,); BadShard."""
         parts = []
         while count > 0:
             begin %= self.total
@@ -2470,7 +2475,8 @@ class ShuffledLoader:
         return np.concatenate(parts)
 
     def rows(self, cfg: Config, rt: Runtime) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each."""
+        """This rank's inputs and targets of the next step, int64 (rows, TRAIN_SEQ_LEN) each;
+        BadShard."""
         place = self.state()
         batch = []
         try:
@@ -3441,7 +3447,7 @@ class GPT(nn.Module):
     LOOP_FROM."""
 
     def __init__(self, cfg: Config, known: "KnownText | None" = None):
-        """known: what an artifact holds beside the weights."""
+        """known: of its artifact, for the counts of the evaluation; the network does not use it."""
         super().__init__()
         self.cfg = cfg
         self.known = known or NOTHING_KNOWN
@@ -4625,30 +4631,32 @@ def decompress_zstd(content: bytes, size: int) -> bytes:
 
 class KnownText:
     """Training tokens, uint16 (N,), that an artifact holds beside the weights: what the counts of
-    the evaluation begin with, in its own thread. They are paid for as the weights are, byte by
-    byte, and where training text is plentiful and bytes are not, weights are the better use."""
+    the evaluation begin with, as of a text of its own. They are paid for as the weights are, byte
+    by byte; which is the better use at full size nobody has measured."""
 
     def __init__(self, tokens: np.ndarray):
         self.tokens = tokens
-        self.counted: tuple[Any, Any] = (None, None)
+        self.counted: tuple[Any, Any] = (None, None)  # the last key of `counts`, and its counts
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __deepcopy__(self, _: Any) -> "KnownText":
-        return self  # nobody changes it
+        return self  # a model's copies share it: tokens do not change, and it is counted once
 
     def counts(self, key: Any, count: Callable[[], Any]) -> Any:
-        """A copy of what `count` makes, which is called for another key than the last one's."""
+        """A copy of what count() makes for this key. That of the last key is kept; another one is
+        counted anew."""
         if self.counted[0] != key:
             self.counted = key, count()
         return copy.deepcopy(self.counted[1])
 
     @staticmethod
     def of(cfg: Config, shards: list[Path]) -> "KnownText":
-        """The last KNOWN_TOKENS tokens of the training shards; UserError."""
+        """The last KNOWN_TOKENS tokens of the training shards; UserError where they hold fewer, or,
+        all being asked for, more than MOST_KNOWN; BadShard."""
         parts: list[np.ndarray] = []
-        wanted = cfg.known_tokens if cfg.known_tokens >= 0 else MOST_KNOWN + 1
+        wanted = cfg.known_tokens if cfg.known_tokens >= 0 else MOST_KNOWN + 1  # found: too many
         for path in reversed(shards):
             if wanted <= 0:
                 break
@@ -4656,7 +4664,7 @@ class KnownText:
             part = mapped[max(0, len(mapped) - wanted) :]
             parts.append(check_tokens(path, part, cfg.vocab_size))
             wanted -= len(part)
-        if cfg.known_tokens > 0 < wanted:
+        if cfg.known_tokens > 0 and wanted > 0:
             found = f"the training shards hold {cfg.known_tokens - wanted:,} tokens"
             raise UserError(f"KNOWN_TOKENS={cfg.known_tokens}: {found}; fix: fewer, or -1")
         if cfg.known_tokens < 0 and wanted == 0:
@@ -4671,7 +4679,8 @@ class KnownText:
 
     @staticmethod
     def unpack(content: bytes, count: int, vocab_size: int) -> "KnownText":
-        """ArtifactError for what pack would not have made."""
+        """ArtifactError for what is no lzma stream of `count` tokens below `vocab_size`, or more;
+        LackOfMemory."""
         require_memory(2 * count, f"a known text of {count:,} tokens")
         words = decompress(content, "lzma", 2 * count) if count else b""
         tokens = np.frombuffer(words, "<u2").astype(np.uint16)
@@ -4707,7 +4716,7 @@ class Packing(NamedTuple):
     pruning: dict[str, int]  # of prune's
     tries: int = 0
     seconds: float = 0.0  # of all of them, the Hessians included
-    known: int = 0  # bytes of the size that are known text
+    known_bytes: int = 0  # of the size, known text
 
     def log(self, rt: Runtime, cfg: Config) -> None:
         if self.rounding:
@@ -4727,7 +4736,8 @@ class Packing(NamedTuple):
     @property
     def known_words(self) -> str:
         """For messages on its size."""
-        return f", {self.known:,} bytes are known text (KNOWN_TOKENS)" if self.known else ""
+        size = self.known_bytes
+        return f", {size:,} bytes are known text (KNOWN_TOKENS)" if size else ""
 
 
 def make_artifact(
@@ -4739,10 +4749,10 @@ def make_artifact(
 ) -> Packing:
     """Called on every rank. With TARGET_BYTES all clips rise alike until weights and packed script
     fit. Twice the step is a bit less for each integer, about: the first guess; then the line
-    through two sizes, around the room where they are, or the middle, where it leads out of what is
-    known. Where nothing fits, the smallest."""
+    through two sizes, around the room where they are, or the middle, where it leads out of the
+    bounds so far. Where nothing fits, the smallest."""
     beside = PackedText(len(known), known.pack() if rt.rank == 0 else b"")
-    room = weights_room(cfg)
+    room = artifact_room(cfg)
     least = bytes_a_doubling(cfg)
     slope = least
     low = 0.0  # doublings of the clips that are too few, as it turns out
@@ -4778,11 +4788,11 @@ def make_artifact(
             place = high
         elif not low < place < high:
             place = (low + high) / 2
-    return best._replace(tries=tries, known=len(beside.content))
+    return best._replace(tries=tries, known_bytes=len(beside.content))
 
 
-def weights_room(cfg: Config) -> int:
-    """Bytes that weights may take beside the packed script."""
+def artifact_room(cfg: Config) -> int:
+    """Bytes that the artifact may take beside the packed script."""
     if not cfg.target_bytes and not cfg.target_mb:
         return sys.maxsize
     target = cfg.target_bytes or int(cfg.target_mb * 2**20)
@@ -4804,32 +4814,32 @@ def bytes_a_doubling(cfg: Config) -> float:
 class PackedText(NamedTuple):
     """A KnownText as an artifact holds it, behind the weights."""
 
-    tokens: int
+    count: int  # tokens
     content: bytes
 
     def header(self) -> dict[str, list[int]]:
-        """What an artifact's header says of it: nothing, where there is none."""
-        return dict(known=[self.tokens, len(self.content)]) if self.tokens else {}
+        """What an artifact's header says of it, tokens and bytes: nothing, where there is none."""
+        return dict(known=[self.count, len(self.content)]) if self.count else {}
 
 
 def pack_payload(
     payload: np.ndarray,
     cfg: Config,
     room: int = sys.maxsize,
-    known: PackedText = PackedText(0, b""),  # noqa: B008  (it is a constant)
+    beside: PackedText = PackedText(0, b""),  # noqa: B008  (it is a constant)
 ) -> tuple[bytes, dict[str, int]]:
     """-> the bytes of artifact.bin, the same ones of the same payload; values of prune's line.
     room: for TARGET_MB."""
-    header = artifact_header(cfg) | known.header()
+    header = artifact_header(cfg) | beside.header()
     pruning = {}
     if cfg.target_mb:
-        room -= len(seal(ARTIFACT_PREFIX, header, known.content))
+        room -= len(seal(ARTIFACT_PREFIX, header, beside.content))
         body, pruning = prune(payload, room, cfg)
     elif cfg.compressor == "range":
         body = range_encode(payload, parameter_specs(cfg))
     else:
         body = compress(payload.tobytes(), cfg.compressor)
-    return seal(ARTIFACT_PREFIX, header, body + known.content), pruning
+    return seal(ARTIFACT_PREFIX, header, body + beside.content), pruning
 
 
 def prune(payload: np.ndarray, room: int, cfg: Config) -> tuple[bytes, dict[str, int]]:
@@ -4903,7 +4913,8 @@ class Artifact(NamedTuple):
 
 
 def read_artifact(path: str | Path, content: bytes) -> Artifact:
-    """ArtifactError for a file that pack_payload would not have made."""
+    """ArtifactError for a file that pack_payload would not have made; LackOfMemory,
+    MissingPackage."""
     try:
         content = content or read_regular(path, MOST_ARTIFACT_BYTES)
         begins = content[: len(ARTIFACT_PREFIX)]
@@ -4936,8 +4947,9 @@ def read_artifact(path: str | Path, content: bytes) -> Artifact:
 
 
 def known_size(header: Any, packed: bytes) -> tuple[int, int]:
-    """Tokens of the known text and bytes that they take at the end of `packed`, taken out of the
-    header; ArtifactError for what PackedText.header would not have said."""
+    """Take the known text's entry out of a header -> its tokens, and the bytes that these take at
+    the end of `packed`: 0 and 0 without one. ArtifactError, or ValueError or TypeError where it is
+    no pair, for what PackedText.header would not have said."""
     if "known" not in header:
         return 0, 0
     count, size = header.pop("known")
@@ -6110,9 +6122,9 @@ class Backoff:
         of count_ngrams; entropy: (rows,), nats; boost: of the weight."""
         cfg = self.cfg
         orders = np.array(self.orders)[:, None]
-        known = stats[..., 0] >= cfg.ngram_min_count
-        known &= (cfg.ngram_min_order <= orders) & (orders <= cfg.ngram_max_order)
-        order = (orders * known).max(0)
+        seen = stats[..., 0] >= cfg.ngram_min_count
+        seen &= (cfg.ngram_min_order <= orders) & (orders <= cfg.ngram_max_order)
+        order = (orders * seen).max(0)
         return order, backoff_alpha(order, entropy, cfg, boost)
 
     def weights(self, order: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -6212,50 +6224,50 @@ class Blend:
         past = torch.as_tensor(past, device=self.device)
         h = torch.as_tensor(entropy, device=self.device).float()[None]
         n, _, types, singles, _ = stats.float().unbind(-1)
-        known = n > 0
+        seen = n > 0
         total = n.clamp(min=1)
-        inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, known
+        inputs = n.log1p() / 4, types.log1p() / 4, types / total, singles / total, seen
         latest = past[:, : self.LATEST].flatten(1).T
         inputs = torch.cat([*inputs, h / 4, h * h / 16, (-h).exp(), latest, past.mean(1).T])
         model = torch.ones_like(h, dtype=torch.bool)
-        return inputs.T, torch.cat([model, known, known[self.last_rows]]).T
+        return inputs.T, torch.cat([model, seen, seen[self.last_rows]]).T
 
-    def logits(self, inputs: Tensor, known: Tensor) -> Tensor:
+    def logits(self, inputs: Tensor, seen: Tensor) -> Tensor:
         hidden = F.gelu(inputs @ self.layers[0] + self.layers[1])
-        return (hidden @ self.layers[2] + self.layers[3]).masked_fill(~known, -torch.inf)
+        return (hidden @ self.layers[2] + self.layers[3]).masked_fill(~seen, -torch.inf)
 
     @torch.no_grad()
-    def weights(self, inputs: Tensor, known: Tensor) -> np.ndarray:
+    def weights(self, inputs: Tensor, seen: Tensor) -> np.ndarray:
         """Of the model, each order's counts and last followers: float64 (rows, 1 + K + R)."""
         share = self.odds.sigmoid()
-        weights = share * self.logits(inputs, known).double().softmax(1)
+        weights = share * self.logits(inputs, seen).double().softmax(1)
         weights[:, 0] += 1 - share
         return weights.cpu().numpy()
 
     @torch.enable_grad()
-    def learn(self, inputs: Tensor, known: Tensor, p: np.ndarray) -> None:
+    def learn(self, inputs: Tensor, seen: Tensor, p: np.ndarray) -> None:
         """Train on a scored chunk. p: of the targets, by expert_probabilities."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # faster for so small a gate
         p = torch.as_tensor(p, device=self.device)
         with torch.no_grad():
-            gate = (self.logits(inputs, known).double().softmax(1) * p).sum(1)
+            gate = (self.logits(inputs, seen).double().softmax(1) * p).sum(1)
         self.odds += (gate.log() - p[:, 0].log()).sum()
         self.learned += len(p)
         self.chunk = min(2 * self.chunk, self.LARGEST_CHUNK)
         ratio = (p / p.amax(1, keepdim=True)).float()
         passes = min(4, max(1, (1 << 20) // self.learned))
         size = 256 if passes > 1 else self.LAST_BATCH
-        batches = [[*zip(*(a.split(size) for a in (inputs, known, ratio)), strict=True)]] * passes
+        batches = [[*zip(*(a.split(size) for a in (inputs, seen, ratio)), strict=True)]] * passes
         for batch in itertools.chain(*batches):
             whole = len(batch[0]) == self.LAST_BATCH
             (self.train_last_batch if whole else self.train)(*batch)
         torch.set_num_threads(threads)
 
     @torch.enable_grad()
-    def train(self, inputs: Tensor, known: Tensor, ratio: Tensor) -> None:
+    def train(self, inputs: Tensor, seen: Tensor, ratio: Tensor) -> None:
         """A step of Adam on a batch. ratio: of p to the best expert's, (rows, 1 + K + R)."""
-        p = (self.logits(inputs, known).softmax(1) * ratio).sum(1)
+        p = (self.logits(inputs, seen).softmax(1) * ratio).sum(1)
         loss = -p.clamp(1e-30).log().mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -6277,12 +6289,12 @@ REMEMBERED = 16  # of a lane's last targets, how they went
 
 def outcomes(stats: np.ndarray, log_prob: np.ndarray) -> np.ndarray:
     """How targets went, float32 (rows, 2): the model's loss in units of 4 nats, and the probability
-    c / n by the longest context that was known, 0 without one."""
+    c / n by the longest context that was seen, 0 without one."""
     rows = np.arange(len(log_prob))
     p = np.zeros(len(rows))
     if len(stats):
-        known = (stats[..., 0] > 0).sum(0)  # where a context is, all shorter ones are
-        n, c = stats[np.maximum(known - 1, 0), rows, :2].T
+        seen = (stats[..., 0] > 0).sum(0)  # where a context is, all shorter ones are
+        n, c = stats[np.maximum(seen - 1, 0), rows, :2].T
         p = c / np.maximum(n, 1)
     return np.stack([-log_prob / 4, p], 1).astype(np.float32)
 
@@ -6424,8 +6436,9 @@ def mix_ngrams(
 def after_known(
     known: KnownText, coding: CodingOrder
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
-    """Tokens to count, those of the known text first, and their schedule: it was there before the
-    first step, in a thread of its own; without lanes it is the beginning of the one text."""
+    """Tokens to count (M + N,), the known text's M first, and their steps and threads, int32
+    (M + N,) each: it was there before the first step, in a thread that no target is in; without
+    lanes it is the beginning of the one text."""
     if not len(known):
         return coding.tokens, coding.schedule
     tokens = np.concatenate([known.tokens, coding.tokens])
@@ -6939,13 +6952,15 @@ def begin_counts(
     known: KnownText, kind: type[ContextTable] | type[ContextDictionary], *of: Any
 ) -> ContextTable | ContextDictionary:
     """Of a known text, and of nothing else yet. of: what a `kind` is made from. Isolated, the text
-    has a lane of its own, the last; else lane 0 goes on with it."""
+    is inserted in a lane more, behind the others, which is never scored; else in lane 0, which then
+    goes on with it."""
     mixer, vocab_size, lanes, isolated = of
+    lane = lanes if isolated else 0
 
     def count() -> ContextTable | ContextDictionary:
-        counts = kind(mixer, vocab_size, lanes + isolated, isolated)
+        counts = kind(mixer, vocab_size, lanes + 1 if isolated else lanes, isolated)
         for part in np.array_split(known.tokens.astype(np.int64), -(-len(known) // KNOWN_PART)):
-            counts.insert(np.full(len(part), lanes * isolated), part)
+            counts.insert(np.full(len(part), lane), part)
         return counts
 
     return known.counts((kind, mixer.orders, mixer.last_orders, *of[1:]), count)
@@ -6955,17 +6970,16 @@ KNOWN_PART = 2**16  # tokens, between which a signal is heard
 
 
 def announce_known(known: KnownText, rt: Runtime, cfg: Config) -> None:
-    """Say that an artifact holds a known text; LackOfMemory where its counts do not fit, twice, as
-    one is a copy."""
+    """Say that an artifact holds a known text; LackOfMemory where its counts do not fit."""
     if not len(known):
         return
     rt.log("known_text", len(known))
     rt.log("note", "the artifact holds this training text as it is; KNOWN_TOKENS=0: none")
     if cfg.mixer != "none":
         kind = context_counts(len(known), cfg.vocab_size)
-        without = " without package numba" * (kind is ContextDictionary)
+        without = " in Python's dictionaries" * (kind is ContextDictionary)
         what = f"counts of the artifact's {len(known):,} known tokens (KNOWN_TOKENS){without}"
-        require_memory(2 * kind.TOKEN_BYTES * len(known), what)
+        require_memory(count_bytes(0, known, cfg.vocab_size), what)
 
 
 def cached_rows(count: int, vocab_size: int) -> Iterator[slice]:
@@ -7037,8 +7051,8 @@ class Mixture:
         self.pending.append((*self.inputs, p))
         self.waiting += len(tokens)
         if self.waiting >= self.mixer.chunk:
-            inputs, known, p = zip(*self.pending, strict=True)
-            self.mixer.learn(torch.cat(inputs), torch.cat(known), np.concatenate(p))
+            inputs, seen, p = zip(*self.pending, strict=True)
+            self.mixer.learn(torch.cat(inputs), torch.cat(seen), np.concatenate(p))
             self.pending = []
             self.waiting = 0
 
@@ -7411,8 +7425,14 @@ def proof_bytes(
     if cfg.lane_ttt:
         each = plan.lanes // plan.groups
         weights += learning_bytes(cfg, plan.groups, each, plan.window, cfg.lane_ttt_every)
-    counted = targets + 2 * len(known)
-    return lanes + weights + context_counts(counted, cfg.vocab_size).TOKEN_BYTES * counted
+    return lanes + weights + count_bytes(targets, known, cfg.vocab_size)
+
+
+def count_bytes(targets: int, known: KnownText, vocab_size: int) -> int:
+    """What counts of so many targets hold, about. Those of the known text are there twice:
+    KnownText keeps them, the mixture goes on with a copy."""
+    kind = context_counts(targets + len(known), vocab_size)
+    return kind.TOKEN_BYTES * (targets + 2 * len(known))
 
 
 def decoded_again(folder: Path, text: np.ndarray) -> bool:
@@ -7874,7 +7894,7 @@ class Report:
             yield f"proof     decoded {codec['decoded']}, {proved}, {codec['coded_bytes']:,} bytes"
         else:
             yield "proof     none was asked for (SCORER=documents, CODEC_TOKENS)"
-        sizes = f"{packed + weights:,} of {CAP_BYTES:,}: script {packed:,}, weights {weights:,}"
+        sizes = f"{packed + weights:,} of {CAP_BYTES:,}: script {packed:,}, artifact {weights:,}"
         yield f"bytes     {sizes}"
         caps = dict(train=f" of {CAP_SECONDS}", eval=f" of {CAP_SECONDS}")
         seconds = rt.seconds if codec else {name: rt.seconds[name] for name in ("data", *caps)}
@@ -8283,7 +8303,7 @@ def quantising_seconds(rt: Runtime, cfg: Config, shards: list[Path], known: Know
     training, on random weights, for a zero is rounded and packed in no time. UserError where
     TARGET_BYTES is not reached."""
     script = len(pack_script(SCRIPT))
-    if cfg.target_bytes and weights_room(cfg) <= 0:
+    if cfg.target_bytes and artifact_room(cfg) <= 0:
         fix = "fix: more bytes"
         raise UserError(
             f"TARGET_BYTES={cfg.target_bytes}: the packed script takes {script:,}; {fix}"

@@ -206,7 +206,7 @@ class SilentRuntime:
 def pack_artifact(weights, cfg):
     """Of weights that are rounded without Hessians."""
     payload, _ = train_gpt.quantise(weights, cfg)
-    return train_gpt.pack_payload(payload, cfg, train_gpt.weights_room(cfg))[0]
+    return train_gpt.pack_payload(payload, cfg, train_gpt.artifact_room(cfg))[0]
 
 
 def gptq_payload(cfg, runtime):

@@ -408,7 +408,7 @@ class Compressor:
         self.model = train_gpt.load_artifact(artifact, self.rt.device, weights)
         pieces = read_source(self.tokenizer, CONTAINER_MEMORY).data or EMPTY
         self.spelt = spelling(self.tokenizer, pieces, self.model.cfg.vocab_size)
-        self.known = len(weights) + len(pieces)  # bytes, to both sides
+        self.apart = len(weights) + len(pieces)  # bytes that both sides have
         self.read = train_gpt.fingerprint(self.rt, CODE, weights)
         self.read["tokenizer"] = train_gpt.sha256(pieces)
         model = {name: getattr(self.model.cfg, name) for name in train_gpt.MODEL_FIELDS}
@@ -470,9 +470,9 @@ class Compressor:
     def require_room(self, plan: CodingPlan, name: str) -> None:
         """LackOfMemory, before hours of work, for a block that cannot be coded here."""
         what = f"{name}: {plan.targets:,} tokens in {plan.lanes} lanes"
-        table = train_gpt.context_counts(plan.targets, self.cfg.vocab_size)
-        counts = table.TOKEN_BYTES * plan.targets
-        rest = train_gpt.proof_bytes(self.cfg, plan, plan.targets, self.rt.cuda) - counts
+        known = self.model.known
+        counts = train_gpt.count_bytes(plan.targets, known, self.cfg.vocab_size)
+        rest = train_gpt.proof_bytes(self.cfg, plan, plan.targets, self.rt.cuda, known) - counts
         if self.rt.cuda:
             train_gpt.require_memory(rest, what, self.rt.device)
             rest = 0
@@ -800,7 +800,7 @@ def finish(compressor: Compressor, data: bytes) -> None:
     if len(data) <= MOST_COMPARED:
         for name, size in endings.in_thread(lambda: others(data)).items():
             endings.say(figures(name, size, len(data)))
-    endings.say(f"apart, known to both sides: artifact and tokenizer, {compressor.known:,} bytes")
+    endings.say(f"apart, known to both sides: artifact and tokenizer, {compressor.apart:,} bytes")
 
 
 def restore_file(options: argparse.Namespace) -> None:

@@ -629,7 +629,7 @@ def quantise_seconds(cfg: Config, ranks: int) -> float:
     specs = parameter_specs(cfg)
     payload = train_gpt.payload_type(specs).itemsize
     tries = PRUNINGS if cfg.target_mb else 1
-    if cfg.target_bytes and gaussian_bytes(cfg) > train_gpt.weights_room(cfg):
+    if cfg.target_bytes and gaussian_bytes(cfg) > train_gpt.artifact_room(cfg):
         tries = train_gpt.FIT_TRIES
     rounding = collecting = 0.0
     if cfg.quant == "gptq":

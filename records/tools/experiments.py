@@ -8,8 +8,9 @@
 A run is a process with cores of its own, in a temporary folder. What it measured is a line of
 results.jsonl in --out as soon as it ends, so a killed table goes on where it stopped: a line counts
 while the code, the settings and the data that it was measured with are the same. README.md and
-results.json beside it hold the table; of a race the run folders stay, too. A table ends where the
-code is edited under it; `git worktree add` gives it a copy of its own.
+results.json beside it hold the table. Of a race there are no lines: its run folders stay, and count
+while scripts, settings and the path of the data are the same. A table ends where the code is edited
+under it; `git worktree add` gives it a copy of its own.
 
 Exit status: 0 all runs ended well; 1 some failed, and the table is of the others; 2 there is none.
 """
@@ -385,7 +386,7 @@ SMALLEST = 0.00005  # bpb; less shows as 0.0000
 # What differs is the model, and there is nothing to prove.
 FIXED = pairs("RECORD=tiny DEVICE=cpu NGRAM_ENABLED=0 EVAL_STRIDE=256 SAVE_SCORES=0")
 FIXED |= pairs("SCORER=sliding CODEC_TOKENS=0 KNOWN_TOKENS=0")
-# With --held-out: what val_bpb is made of, but for learning in lanes.
+# With --held-out: what val_bpb is made of, but for lanes and learning in them.
 MIXED = pairs("NGRAM_ENABLED=1 KNOWN_TOKENS=-1 EVAL_STRIDE=128")
 HELD_OUT = 85  # documents of the training text, as many as the embedded text validates on
 BY_QUANTILE = "MATRIX_CODING=int6 QUANT=lite CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0 COMPRESSOR=zstd"
@@ -470,7 +471,7 @@ SWITCHES = [
 ]
 MIXTURE_SWITCHES = [  # of --held-out
     Switch("known", "off", "training text in the artifact, for the counts", "KNOWN_TOKENS=0"),
-    Switch("known_half", "other", "half of it", "KNOWN_TOKENS=1500000"),
+    Switch("known_half", "other", "1,500,000 tokens of it", "KNOWN_TOKENS=1500000"),
 ]
 HEADINGS = ("technique", "change", "variables", "averaged", "{judged}", "{judged} difference")
 HEADINGS += ("artifact bytes", "ms a step", "")
@@ -492,6 +493,10 @@ A difference of
 exactly 0 means that the runs made the same integers. Milliseconds a step are those of the least
 disturbed seed, each run on its share of the cores.
 """
+JUDGED_BY = {  # measure: its name in the table, what it is
+    "int6_bpb": ("int6", "of the artifact re-read"),
+    "val_bpb": ("val_bpb", "of the mixture with the known text, over sliding windows"),
+}
 
 
 def ablate(options: argparse.Namespace, runner: Runner) -> None:
@@ -504,7 +509,8 @@ def ablate(options: argparse.Namespace, runner: Runner) -> None:
     Every run has the same number of steps, the same training text and the same first part of the
     validation text. Switches of earlier calls stay in the table. What is to be chosen by a table
     must not see the validation text: --held-out scores documents held out of the training text, by
-    the mixture with the known text, val_bpb but for learning in lanes.
+    the mixture with the known text as val_bpb does, but over sliding windows: no lanes, no
+    learning in them.
     """
     judged = MIXED if options.held_out else {}
     given = FIXED | judged | schedule_of_steps(options.steps) | overrides(options.set)
@@ -602,11 +608,9 @@ def write_ablation(options: argparse.Namespace, runner: Runner, rows: Sequence[R
     lines = [
         table_row(switch, groups[switch.name], baseline, measure) for switch in (BASELINE, *shown)
     ]
-    judged = measure.removesuffix("_bpb") if measure == "int6_bpb" else measure
-    meant = "of the artifact re-read"
+    judged, meant = JUDGED_BY[measure]
     text = f"the first {options.val_tokens:,} tokens of the validation text"
     if options.held_out:
-        meant = "of the mixture with the known text, by sliding windows"
         text = f"{HELD_OUT} documents held out of the training text"
     text = ABLATION_NOTES.format(
         steps=options.steps,
@@ -661,7 +665,7 @@ def remark(switch: Switch, change: Estimate) -> str:
 # -----------------------------------------------------------------------------
 # Tournament
 
-CONFIGS = ["own", "pr864", "pr810", "pr1026", "pr993", "pr808"]
+CONFIGS = ["own", "tiny", "pr864", "pr810", "pr1026", "pr993", "pr808"]
 TEXTS = ["sample", "python"]
 NEVER = 1_000_000  # steps
 # Sizes and rates of `tiny`, the same for all, and the five's scorer. The steps of the warm-up are
@@ -699,13 +703,17 @@ reaches over a 20th (0.997 as published would keep most of the first weights of 
 Rates are each configuration's own. #993's pruning to 15.149 MiB has nothing to do at this size.
 Times and so the number of steps depend on what else the machine does: the scores are not the same
 twice. The order of models so small tells little about the order at full size.
+
+`tiny` is made for this size, the others are not: its artifact holds the training text, which counts
+begin with (KNOWN_TOKENS), and packing that text comes on top of its seconds. At full size the cap
+holds a thousandth of the training text.
 """
 
 
 def play(options: argparse.Namespace, runner: Runner) -> None:
-    """Our configuration against the five published ones, shrunk alike, on two texts.
+    """Our configurations against the five published ones, shrunk alike, on two texts.
 
-    All of it takes about 25 minutes on two idle cores; the five alone, on one text, take five:
+    All of it takes about 30 minutes on two idle cores; the five alone, on one text, take five:
 
         python records/tools/experiments.py tournament --texts sample --seeds 1 --seconds 15 \\
             --configs pr864,pr810,pr1026,pr993,pr808 --out /tmp/five
@@ -917,7 +925,9 @@ def race(options: argparse.Namespace, runner: Runner) -> None:
             entries += pair
             shown = "; ".join(f"{e['labels']['name']} {e['val_bpb']:.4f}" for e in pair)
             print(f"seed {seed}: {shown}", flush=True)
-    publish_race(runner, entries, revision)
+    others = {"--data": options.data, "--set": given, "edits": commit().endswith("-dirty")}
+    others["--record"] = options.record not in (None, last_record())
+    publish_race(runner, entries, revision, [name for name, there in others.items() if there])
 
 
 def race_seeds() -> Iterator[int]:
@@ -1038,6 +1048,7 @@ def race_entry(task: Task, folder: Path) -> Row:
             bytes=run.last("final_artifact_bytes")["total"],
             memory_mb=run.last("peak_memory_mb")["value"],
             steps=max(run.steps("step_avg_ms"), default=0),
+            capped=float(run.settings["MAX_WALLCLOCK_SECONDS"]) > 0,
             text=[run.last("val_text").get(name) for name in ("tokens", "bytes")],
             proved=proved and codec.get("decoded") == "ok",
         )
@@ -1054,14 +1065,17 @@ class Judged(NamedTuple):
         return all(holds for _, holds in self.rules)
 
 
-def judge(entries: Sequence[Row]) -> Judged:
-    """By the rules of the CPU track, from the entries of both racers."""
+def judge(entries: Sequence[Row], others: Sequence[str] = ()) -> Judged:
+    """By the rules of the CPU track, from the entries of both racers. others: what makes it another
+    race than that for the record."""
     groups = grouped(entries, "name")
     by = {name: {row["labels"]["seed"]: row for row in groups.get(name, [])} for name in RACERS}
     pairs = [(row, by["candidate"][seed]) for seed, row in by["record"].items()]
     gains = summarise([before["val_bpb"] - after["val_bpb"] for before, after in pairs])
-    p = float(gains.mean <= 0)  # of gains that are all the same
-    if gains.deviation:
+    p = math.nan  # one seed is no test
+    if gains.deviation == 0:
+        p = float(gains.mean <= 0)
+    elif gains.deviation:
         error = gains.deviation / math.sqrt(gains.count)
         p = upper_tail(gains.mean / error, gains.count - 1)
     ratio = statistics.fmean(b["train_seconds"] / max(1e-9, a["train_seconds"]) for a, b in pairs)
@@ -1070,11 +1084,18 @@ def judge(entries: Sequence[Row]) -> Judged:
     scored = " and ".join(f"{tokens} tokens, {size} bytes" for tokens, size in sorted(texts))
     proved = [after["labels"]["seed"] for _, after in pairs if after["proved"]]
     better = gains.count >= LEAST_SEEDS and gains.mean > 0 and p < ALPHA
-    seeds = f"{gains.count} seeds"
+    seeds = f"{gains.count} seed{'s' * (gains.count > 1)}"
+    test = "no test" if math.isnan(p) else f"paired t-test p = {p:.2g}"
+    steps = {after["steps"] for _, after in pairs}
+    capped = any(after["capped"] for _, after in pairs)
+    shown = " and ".join(map(str, sorted(steps))) + ", under a cap" * capped
+    apart = f"another race: {', '.join(others)}" if others else "this commit against the last row's"
     return Judged(
         p,
         [
-            (f"val_bpb {-gains.mean:+.4f} over {seeds}, paired t-test p = {p:.2g}", better),
+            (apart, not others),
+            (f"val_bpb {-gains.mean:+.4f} over {seeds}, {test}", better),
+            (f"a fixed number of steps: {shown}", len(steps) == 1 and not capped),
             (f"training takes {ratio:.3f} of the record's time", ratio <= MOST_TIME),
             (f"{most:,} bytes of {CAP_BYTES:,}", most <= CAP_BYTES),
             (f"all score the same text: {scored}", len(texts) == 1),
@@ -1083,9 +1104,11 @@ def judge(entries: Sequence[Row]) -> Judged:
     )
 
 
-def publish_race(runner: Runner, entries: Sequence[Row], revision: str) -> None:
-    """The table and the verdict, printed and written."""
-    judged = judge(entries)
+def publish_race(
+    runner: Runner, entries: Sequence[Row], revision: str, others: Sequence[str]
+) -> None:
+    """The table and the verdict, printed and written. others: of judge."""
+    judged = judge(entries, others)
     head = ["racer", "seed", "val_bpb", "training s", "whole run s", "bytes", "MB", "proved"]
     lines = []
     for entry in sorted(entries, key=lambda entry: RACERS.index(entry["labels"]["name"])):
@@ -1105,16 +1128,15 @@ def publish_race(runner: Runner, entries: Sequence[Row], revision: str) -> None:
         candidate=commit(),
         table=markdown(head, lines),
         verdict=f"{verdict} val_bpb {ours.spread(4)}",
-        criteria="\n".join(
-            f"- {'held' if ok else 'NOT held'}: {what}" for what, ok in judged.rules
-        ),
+        criteria="\n".join(f"- {'yes' if ok else 'NO'}: {what}" for what, ok in judged.rules),
     )
     for what, holds in judged.rules:
-        print(f"{'held' if holds else 'NOT held'}: {what}")
+        print(f"{'yes' if holds else 'NO'}: {what}")
     print(verdict.strip("*"))
     rows = [dict(entry, seconds=entry["all_seconds"]) for entry in entries]
     rules = [dict(found=what, held=holds) for what, holds in judged.rules]
-    runner.publish("Race", rows, text, record=revision, p=judged.p, rules=rules, entries=entries)
+    p = None if math.isnan(judged.p) else judged.p  # JSON has no NaN
+    runner.publish("Race", rows, text, record=revision, p=p, rules=rules, entries=entries)
 
 
 # -----------------------------------------------------------------------------
@@ -1146,12 +1168,15 @@ def listed(text: str) -> list[str]:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     both = argparse.ArgumentParser(add_help=False)
-    both.add_argument("--seeds", type=positive, default=3, help="SEED=1 to this; default 3")
-    text = "runs side by side; default one a core"
+    text = "how many; SEED=1 to this, of a race 1337, 42, 2024, 1, 2, ...; default 3"
+    both.add_argument("--seeds", type=positive, default=3, help=text)
+    text = "runs side by side; default one a core; of a race always two"
     both.add_argument("--jobs", type=int, default=len(my_cores()), help=text)
-    text = "folder of the table; default the experiment's in records/track_cpu"
+    text = "folder of the table; default the experiment's in records/track_cpu, with --held-out "
+    text += "search, of a race runs/race"
     both.add_argument("--out", type=Path, help=text)
-    text = "variables of every run, such as MODEL_DIM=64 DATA_PATH=data/datasets/notes"
+    text = "variables of every run, such as MODEL_DIM=64 DATA_PATH=data/datasets/notes; of a race "
+    text += "the candidate's alone"
     several = dict(nargs="*", action="extend", default=[])
     both.add_argument("--set", metavar="NAME=VALUE", help=text, **several)
 
@@ -1178,7 +1203,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add["tournament"]("--seconds", type=positive, default=20, help="of training; default 20")
     text = "another text for both: sample, python or a dataset folder; no record is broken on it"
     add["race"]("--data", metavar="TEXT", help=text)
-    text = "commit to beat; default that of the history's last row"
+    text = "commit to run beside; default that of the history's last row, which alone is a record"
     add["race"]("--record", metavar="COMMIT", help=text)
     options = parser.parse_args(arguments)
     held_out = options.experiment == "ablation" and options.held_out

@@ -11,7 +11,8 @@ Text and tokenizer are the verifier's, never the folder's: those of DATA_PATH an
 else the embedded text or FineWeb of this checkout. The verdict names the text. The folder's files
 are copied once, and only that copy is looked at. Its train_gpt.py must be byte for byte this
 checkout's; nothing of the folder is executed. scores.npz and blocks.npz are for statistics and
-pictures and not read here.
+pictures and not read here. Training text that the artifact holds (its known text) must have no more
+than half of the scored text in it, and on the embedded text it must be that text's training side.
 
 Where the stream cannot be decoded (there is none, it holds a stretch of the text only, or another
 kind of machine made it) the artifact is scored again by this checkout, and the figure is printed.
@@ -215,13 +216,17 @@ class Case:
 
     @cached_property
     def known_is_ours(self) -> bool:
-        """Whether the artifact's known text is the end of the verifier's training text"""
+        """Whether the artifact's known text is the end of the verifier's training text; NotChecked
+        without one"""
         known = self.model.known
         cfg = replace(self.cfg, known_tokens=len(known), vocab_size=self.model.cfg.vocab_size)
         try:
-            ours = train_gpt.KnownText.of(cfg, train_gpt.find_shards(cfg.data_path, "train"))
-        except train_gpt.UserError:
-            return False
+            shards = train_gpt.find_shards(cfg.data_path, "train")
+            if sum(map(train_gpt.shard_tokens, shards)) < len(known):
+                return False
+            ours = train_gpt.KnownText.of(cfg, shards)
+        except (train_gpt.UserError, OSError) as error:
+            raise NotChecked(f"no training text for the known text: {error}") from None
         return np.array_equal(ours.tokens, known.tokens)
 
     @cached_property
@@ -296,8 +301,8 @@ class Case:
 
 
 def shared_stretches(text: np.ndarray, known: np.ndarray, length: int) -> float:
-    """Of the stretches of so many tokens, from each token on, the share that lies in `known` too;
-    0 where there is none. By 64-bit hashes."""
+    """Of the stretches of so many tokens of a text, one from each token on, the share that lies in
+    `known` too, uint16 (N,) each; 0 where the text is shorter. By 64-bit hashes."""
 
     def hashes(tokens: np.ndarray) -> np.ndarray:
         count = max(0, len(tokens) - length + 1)
@@ -415,7 +420,7 @@ def text(case: Case) -> str:
         require(case.known_is_ours, "the artifact's known text is not the training text's end")
     require(
         case.shared <= MOST_SHARED,
-        f"the artifact's known text has {case.shared:.1%} of its stretches of {STRETCH} tokens",
+        f"{case.shared:.1%} of its stretches of {STRETCH} tokens are in the artifact's known text",
     )
     return f"{here[0]:,} tokens, {here[1]:,} bytes in {where}: {case.text_name}"
 
@@ -603,11 +608,14 @@ def notes(case: Case) -> Iterator[str]:
     if overlap:
         yield f"by its log, training and validation share documents: {overlap}"
     if len(case.model.known):
-        end = "the end of" if case.known_is_ours else "NOT the end of"
+        try:
+            ours = "the end" if case.known_is_ours else "NOT the end"
+        except NotChecked:
+            ours = "not compared with the end"
         yield (
-            f"the artifact holds {len(case.model.known):,} tokens that counts begin with, {end} "
-            f"the training text here, and {case.shared:.1%} of the scored text's stretches of "
-            f"{STRETCH} tokens"
+            f"the artifact's known text has {len(case.model.known):,} tokens, {ours} of the "
+            f"training text here; {case.shared:.1%} of the scored text's stretches of {STRETCH} "
+            "tokens stand in it"
         )
     weights = len(case.file("artifact.bin"))
     if case.text.text_bytes < 20 * weights:  # nothing packs a text much better

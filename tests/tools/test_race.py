@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import time
 
@@ -20,7 +21,7 @@ seed = int(os.environ["SEED"])
 time.sleep(0.3)
 lines = [
     dict(key="val_text", tokens=TOKENS, bytes=203285),
-    dict(key="step", value="800/800", step_avg_ms=100.0),
+    dict(key="step", value=f"{STEPS + seed % VARYING}/9999", step_avg_ms=100.0),
     dict(key="final_ngram_exact", val_bpb=BPB + seed / 1e6 * BPB),
     dict(key="final_codec", decoded="ok", proved_tokens=99, total_tokens=99),
     dict(key="final_artifact_bytes", weights=1, total=BYTES),
@@ -31,6 +32,7 @@ if seed == int(os.environ.get("FAKE_FAILS", 0)):
     sys.exit("error: as it was told")
 folder = Path("runs") / os.environ["RUN_ID"]
 folder.mkdir(parents=True)
+(folder / "config.env").write_text("MAX_WALLCLOCK_SECONDS=CAP\\n")
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 call = dict(script=__file__, seed=seed, cores=sorted(os.sched_getaffinity(0)))
 call |= dict(began=began, ended=time.time(), record=os.environ["RECORD"])
@@ -43,8 +45,9 @@ with open(os.environ["FAKE_LOG"], "ab", buffering=0) as log:
 def fake_script(folder, **numbers):
     """A checkout with a script that comes to these numbers."""
     code = FAKE
-    for name, value in (dict(BPB=1.6, SECONDS=100.0, BYTES=7, TOKENS=9) | numbers).items():
-        code = code.replace(name, repr(value))
+    usual = dict(BPB=1.6, SECONDS=100.0, BYTES=7, TOKENS=9, STEPS=800, VARYING=1, CAP=0)
+    for name, value in (usual | numbers).items():
+        code = re.sub(rf"\b{name}\b", repr(value), code)
     config = folder / "records/track_cpu/tiny/config.env"
     config.parent.mkdir(parents=True)
     config.write_text("ITERATIONS=800\n")
@@ -61,6 +64,8 @@ def racers(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_LOG", str(log))
     record = fake_script(tmp_path / "old")
     monkeypatch.setattr(experiments, "checked_out", lambda *_: record)
+    monkeypatch.setattr(experiments, "last_record", lambda: "0123abc")
+    monkeypatch.setattr(experiments, "commit", lambda: "commit 4567def")
 
     def place(**numbers):
         script = fake_script(tmp_path / f"new_{time.time_ns()}", **numbers)
@@ -74,8 +79,7 @@ def racers(tmp_path, monkeypatch):
 
 
 def raced(tmp_path, *arguments):
-    where = "--out", str(tmp_path / "race"), "--record", "0123abc"
-    return experiments.main(["race", *where, *arguments])
+    return experiments.main(["race", "--out", str(tmp_path / "race"), *arguments])
 
 
 def results(tmp_path):
@@ -158,6 +162,8 @@ def test_where_one_fails_the_other_is_not_waited_for(racers, tmp_path, monkeypat
         (dict(BPB=1.5, SECONDS=102.0), "training takes"),
         (dict(BPB=1.5, BYTES=16_000_001), "16,000,001 bytes"),
         (dict(BPB=1.5, TOKENS=8), "8 tokens, 203285 bytes and 9 tokens, 203285 bytes"),
+        (dict(BPB=1.5, CAP=600), "800, under a cap"),
+        (dict(BPB=1.5, VARYING=1000), "824 and 842 and 1137"),
     ],
 )
 def test_a_rule_that_does_not_hold_leaves_the_record(numbers, lost, racers, tmp_path, capsys):
@@ -170,6 +176,36 @@ def test_a_rule_that_does_not_hold_leaves_the_record(numbers, lost, racers, tmp_
     assert "**The record stands.**" in (tmp_path / "race/README.md").read_text()
 
 
+@pytest.mark.parametrize("other", ["--set", "--record", "--data", "edits"])
+def test_another_race_breaks_no_record(other, racers, tmp_path, monkeypatch, capsys):
+    """Settings of no commit, another opponent, another text, edited code: who wins has won that."""
+    place, _ = racers
+    place(BPB=1.5)
+    monkeypatch.setattr(experiments, "text_folder", lambda name: tmp_path)
+    given = {"--set": ["MATRIX_LR=0.03"], "--record": ["89abcde"], "--data": ["python"]}
+    if other == "edits":
+        monkeypatch.setattr(experiments, "commit", lambda: "commit 4567def-dirty")
+    assert raced(tmp_path, *([other, *given[other]] if other in given else [])) == 0
+    out = capsys.readouterr().out
+    assert f"NO: another race: {other}" in out and "The record stands." in out
+    assert [rule["held"] for rule in results(tmp_path)["rules"]].count(False) == 1
+
+
+def test_the_record_s_own_name_is_no_other_race(racers, tmp_path, capsys):
+    place, _ = racers
+    place(BPB=1.5)
+    assert raced(tmp_path, "--record", "0123abc") == 0
+    assert "The record is broken." in capsys.readouterr().out
+
+
+def test_one_seed_is_no_test(racers, tmp_path, capsys):
+    place, _ = racers
+    place(BPB=1.5)
+    assert raced(tmp_path, "--seeds", "1") == 0
+    assert "over 1 seed, no test" in capsys.readouterr().out
+    assert results(tmp_path)["p"] is None
+
+
 def entries(before, after, seconds=(100, 100), **changes):
     """Of a race by seed."""
     found = []
@@ -177,7 +213,8 @@ def entries(before, after, seconds=(100, 100), **changes):
         rows = [*enumerate(scores, 1)]
         for seed, bpb in rows if name == "record" else rows[::-1]:  # in whatever order
             row = dict(labels=dict(name=name, seed=seed), val_bpb=bpb, train_seconds=took)
-            found.append(row | dict(bytes=9, proved=True, text=[9, 9]) | changes)
+            row |= dict(bytes=9, proved=True, text=[9, 9], steps=8, capped=False)
+            found.append(row | changes)
     return found
 
 

@@ -733,7 +733,7 @@ def test_an_artifact_that_holds_the_text_fails(tmp_path_factory, data, tmp_path)
     found = rows(folder)
     assert found["text"] == (
         "FAILED",
-        "the artifact's known text has 100.0% of its stretches of 16 tokens",
+        "100.0% of its stretches of 16 tokens are in the artifact's known text",
     )
     assert found["decode"][0] == "not checked"
 
