@@ -108,7 +108,6 @@ import gc
 import hashlib
 import heapq
 import importlib.metadata
-import importlib.util
 import inspect
 import io
 import itertools
@@ -167,16 +166,27 @@ class Interrupted(SystemExit):
     """A signal that ends the process, with status 128 + its number."""
 
 
-def has_package(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
 def package(name: str) -> ModuleType:
     """Import an optional package; UserError names it and the fix."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingPackage(f"package {name} is missing; fix: pip install {name}") from error
+        absent = isinstance(error, ModuleNotFoundError) and error.name == name
+        found = "is missing" if absent else f"cannot be imported ({error})"
+        raise MissingPackage(f"package {name} {found}; fix: pip install {name}") from error
+
+
+def lack_of(name: str) -> str:
+    """Why an optional package cannot be had, missing or broken; empty where it can."""
+    try:
+        package(name)
+    except MissingPackage as lack:
+        return str(lack).partition("; fix")[0]
+    return ""
+
+
+def has_package(name: str) -> bool:
+    return not lack_of(name)
 
 
 # -----------------------------------------------------------------------------
@@ -1044,8 +1054,8 @@ OPTIONAL_PROGRAMS = {  # of the repository
 def without_missing_parts(cfg: Config) -> Config:
     """The configuration that can run here: what a missing package or file takes away is off, each
     said in a note before step 0; preflight refuses what nothing can replace."""
-    lost = [name for name in OPTIONAL_PACKAGES if not has_package(name)]
-    notes = [f"package {name} is missing: {OPTIONAL_PACKAGES[name]}" for name in lost]
+    lost = {name: lack for name in OPTIONAL_PACKAGES if (lack := lack_of(name))}
+    notes = [f"{lack}: {OPTIONAL_PACKAGES[name]}" for name, lack in lost.items()]
     for program, effect in OPTIONAL_PROGRAMS.items():
         wanted = cfg.ngram_scheme or program != "records/tools/as_written.py"
         if wanted and not (ROOT / program).exists():
@@ -4652,25 +4662,30 @@ class KnownText:
         return copy.deepcopy(self.counted[1])
 
     @staticmethod
+    def size(cfg: Config, shards: list[Path]) -> int:
+        """Tokens that KNOWN_TOKENS asks for; UserError where the shards hold fewer, or, all being
+        asked for, more than MOST_KNOWN; BadShard."""
+        count = sum(map(shard_tokens, shards)) if cfg.known_tokens else 0
+        if cfg.known_tokens > count:
+            found = f"the training shards hold {count:,} tokens"
+            raise UserError(f"KNOWN_TOKENS={cfg.known_tokens}: {found}; fix: fewer, or -1")
+        if cfg.known_tokens < 0 and count > MOST_KNOWN:
+            found = f"the training shards hold {count:,} tokens"
+            raise UserError(f"KNOWN_TOKENS=-1: {found}; fix: at most {MOST_KNOWN}")
+        return count if cfg.known_tokens < 0 else cfg.known_tokens
+
+    @staticmethod
     def of(cfg: Config, shards: list[Path]) -> "KnownText":
-        """The last KNOWN_TOKENS tokens of the training shards; UserError where they hold fewer, or,
-        all being asked for, more than MOST_KNOWN; BadShard."""
-        parts: list[np.ndarray] = []
-        wanted = cfg.known_tokens if cfg.known_tokens >= 0 else MOST_KNOWN + 1  # found: too many
+        """The last KNOWN_TOKENS tokens of the training shards; UserError, BadShard."""
+        parts = [np.zeros(0, np.uint16)]
+        wanted = KnownText.size(cfg, shards)
         for path in reversed(shards):
-            if wanted <= 0:
+            if wanted == 0:
                 break
             mapped = map_shard(path)
-            part = mapped[max(0, len(mapped) - wanted) :]
-            parts.append(check_tokens(path, part, cfg.vocab_size))
-            wanted -= len(part)
-        if cfg.known_tokens > 0 and wanted > 0:
-            found = f"the training shards hold {cfg.known_tokens - wanted:,} tokens"
-            raise UserError(f"KNOWN_TOKENS={cfg.known_tokens}: {found}; fix: fewer, or -1")
-        if cfg.known_tokens < 0 and wanted == 0:
-            fix = f"fix: at most {MOST_KNOWN}"
-            raise UserError(f"KNOWN_TOKENS=-1: the training shards hold too many tokens; {fix}")
-        return KnownText(np.concatenate([*reversed(parts), np.zeros(0, np.uint16)]))
+            parts.append(check_tokens(path, mapped[max(0, len(mapped) - wanted) :], cfg.vocab_size))
+            wanted -= len(parts[-1])
+        return KnownText(np.concatenate(parts[::-1]))
 
     def pack(self) -> bytes:
         """By lzma, whatever packs the weights: text repeats itself, weights do not."""
@@ -6974,11 +6989,12 @@ def announce_known(known: KnownText, rt: Runtime, cfg: Config) -> None:
     if not len(known):
         return
     rt.log("known_text", len(known))
-    rt.log("note", "the artifact holds this training text as it is; KNOWN_TOKENS=0: none")
+    without = "" if cfg.eval_only else "; KNOWN_TOKENS=0: none"
+    rt.log("note", f"the artifact holds this training text as it is{without}")
     if cfg.mixer != "none":
         kind = context_counts(len(known), cfg.vocab_size)
-        without = " in Python's dictionaries" * (kind is ContextDictionary)
-        what = f"counts of the artifact's {len(known):,} known tokens (KNOWN_TOKENS){without}"
+        how = " in Python's dictionaries" * (kind is ContextDictionary)
+        what = f"counts of the artifact's {len(known):,} known tokens (KNOWN_TOKENS){how}"
         require_memory(count_bytes(0, known, cfg.vocab_size), what)
 
 
@@ -8317,8 +8333,9 @@ def quantising_seconds(rt: Runtime, cfg: Config, shards: list[Path], known: Know
     # Trained weights may take some percent more: what fits at the very end does not count.
     if cfg.target_bytes and packing.widening > 2 ** (MOST_DOUBLINGS - 1):
         found = f"weights on the widest grids take {packing.size:,} bytes, the packed script"
-        fix = "fix: a smaller model or more bytes" + ", or fewer KNOWN_TOKENS" * (packing.known > 0)
+        fewer = ", or fewer KNOWN_TOKENS" if packing.known_bytes else ""
         found = f"{found} {script:,}{packing.known_words}"
+        fix = f"fix: a smaller model or more bytes{fewer}"
         raise UserError(f"TARGET_BYTES={cfg.target_bytes}: {found}; {fix}")
     times = FIT_TRIES / packing.tries if packing.size > 0.9 * packing.room else 1.0
     return 1.2 * rt.largest(packing.seconds * max(1.0, times)).item()
@@ -8407,8 +8424,9 @@ def begin_run(rt: Runtime, cfg: Config, beginning: Beginning | None = None) -> R
     checkpoints_to_go_on(rt)  # seconds before it is done, and again once the folder is ours
     notes = preflight(rt, cfg) if rt.rank == 0 else []
     rt.barrier()
-    for split in ["val"] + ["train"] * (not cfg.eval_only):
-        find_shards(cfg.data_path, split)
+    find_shards(cfg.data_path, "val")
+    if not cfg.eval_only:
+        KnownText.size(cfg, find_shards(cfg.data_path, "train"))
     vocab_size = len(token_bytes(cfg.tokenizer_path, cfg.vocab_size).base_bytes)
     report = Report(rt, replace(cfg, vocab_size=vocab_size))
     if beginning:

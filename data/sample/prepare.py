@@ -46,6 +46,7 @@ SENTENCE_END = r"(?<=[.!?])[\"')\]\u2019\u201d]*\s+"
 BLANK_LINE = r"\n\s*\n"
 TOKENIZER_SHA256 = "d999de7f2984f9c0d51acbe2ac4ee81f151e3bb9f81e07efbdbb89e90f3e8601"
 VAL_TOKENS_SHA256 = "450e7891c41369678be3af7621442ffefd72962f7064ec0bb422231c547f9772"
+TRAIN_TOKENS_SHA256 = "ca3c61f76bd3aa9218e597c49f9299a22beba09b1b3c7212929b1c567e035591"
 
 
 def units(text: str, boundary: str) -> list[str]:

@@ -9,7 +9,7 @@ A run is a process with cores of its own, in a temporary folder. What it measure
 results.jsonl in --out as soon as it ends, so a killed table goes on where it stopped: a line counts
 while the code, the settings and the data that it was measured with are the same. README.md and
 results.json beside it hold the table. Of a race there are no lines: its run folders stay, and count
-while scripts, settings and the path of the data are the same. A table ends where the code is edited
+while scripts, settings and data are the same. A table ends where the code is edited
 under it; `git worktree add` gives it a copy of its own.
 
 Exit status: 0 all runs ended well; 1 some failed, and the table is of the others; 2 there is none.
@@ -18,6 +18,8 @@ Exit status: 0 all runs ended well; 1 some failed, and the table is of the other
 import argparse
 import bisect
 import contextlib
+import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -36,7 +38,7 @@ import sysconfig
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, as_completed, wait
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -49,6 +51,7 @@ from stats import ALPHA, summarise, upper_tail
 
 import prepare_text
 import train_gpt
+from prepare import TRAIN_TOKENS_SHA256, VAL_TOKENS_SHA256
 from train_gpt import (
     CAP_BYTES,
     Config,
@@ -221,14 +224,31 @@ class Runner:
 
 
 def digest(task: Task) -> str:
-    """Changes with the labels, the code, every resolved setting and the size of each shard."""
+    """Changes with the labels, the code, every resolved setting and the data."""
     cfg = Config.from_env(task.env)
     names = [name for name in train_gpt.VARIABLES if name not in ("RUN_ID", *PATHS)]
     settings = {name: train_gpt.show(getattr(cfg, name.lower())) for name in names}
-    data = sorted((path.name, path.stat().st_size) for path in Path(cfg.data_path).glob("*.bin"))
+    data = data_digest(Path(cfg.data_path))
     text = json.dumps([task.labels, settings, data], sort_keys=True).encode()
     code = CODE.values() if cfg.ngram_scheme else [CODE[SCRIPT]]
     return sha256(b"".join([*code, text]))[:16]
+
+
+def data_digest(folder: Path) -> str:
+    """Changes with a dataset's shards and tokenizer."""
+    paths = [*sorted(folder.glob("*.bin")), *folder.glob("tokenizer.model")]
+    return sha256(" ".join(f"{path.name} {file_digest(path)}" for path in paths).encode())
+
+
+def file_digest(path: Path) -> str:
+    about = path.stat()
+    return unchanged_digest(path, about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def unchanged_digest(path: Path, *_: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def measures(folder: Path) -> dict[str, float]:
@@ -387,7 +407,7 @@ SMALLEST = 0.00005  # bpb; less shows as 0.0000
 FIXED = pairs("RECORD=tiny DEVICE=cpu NGRAM_ENABLED=0 EVAL_STRIDE=256 SAVE_SCORES=0")
 FIXED |= pairs("SCORER=sliding CODEC_TOKENS=0 KNOWN_TOKENS=0")
 # With --held-out: what val_bpb is made of, but for lanes and learning in them.
-MIXED = pairs("NGRAM_ENABLED=1 KNOWN_TOKENS=-1 EVAL_STRIDE=128")
+MIXED = pairs("NGRAM_ENABLED=1 KNOWN_TOKENS=-1 SCORER=sliding EVAL_STRIDE=128")
 HELD_OUT = 85  # documents of the training text, as many as the embedded text validates on
 BY_QUANTILE = "MATRIX_CODING=int6 QUANT=lite CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0 COMPRESSOR=zstd"
 PUBLISHED_810 = "CLIP_QUANTILES=0.999,0.9999,0.99999,0.999999,0.9999999"
@@ -513,7 +533,11 @@ def ablate(options: argparse.Namespace, runner: Runner) -> None:
     learning in them.
     """
     judged = MIXED if options.held_out else {}
-    given = FIXED | judged | schedule_of_steps(options.steps) | overrides(options.set)
+    changes = overrides(options.set)
+    if names := judged.keys() & changes.keys() - {"EVAL_STRIDE"}:
+        name = min(names)
+        raise UserError(f"--set {name}={changes[name]}: --held-out sets it; fix: leave one out")
+    given = FIXED | judged | schedule_of_steps(options.steps) | changes
     measure = judging(options)
     source = Path(Config.from_env(given).data_path)
     train_gpt.prepare_sample(source)  # before several runs would at the same time
@@ -741,14 +765,14 @@ def play(options: argparse.Namespace, runner: Runner) -> None:
     write_tournament(options, runner, runner.make(tasks, "val_bpb"))
 
 
-def text_folder(name: str) -> Path:
-    """The dataset of a text, prepared where that is still to do."""
+def text_folder(name: str, option: str = "--texts") -> Path:
+    """The dataset of a text, prepared where that is still to do; UserError names the option."""
     folder = {"sample": train_gpt.SAMPLE_DATA, "python": PYTHON}.get(name, Path(name).resolve())
     train_gpt.prepare_sample(folder)  # before several runs would at the same time
     if folder == PYTHON and not (folder / "tokenizer.model").exists():
         prepare_python(folder)
     if not list(folder.glob("*_val_*.bin")):
-        raise UserError(f"--texts {name}: no dataset; fix: sample, python or a dataset folder")
+        raise UserError(f"{option} {name}: no dataset; fix: sample, python or a dataset folder")
     return folder
 
 
@@ -904,23 +928,28 @@ def race(options: argparse.Namespace, runner: Runner) -> None:
         name = paths.pop()
         fix = "fix: --data, which is of both"
         raise UserError(f"--set {name}={given[name]}: would be the candidate's alone; {fix}")
-    text = {"DATA_PATH": str(text_folder(options.data))} if options.data else {}
-    of_candidate = {"RECORD": "tiny"} | given | text
-    Config.from_env(of_candidate)  # refused before half an hour
+    text = {"DATA_PATH": str(text_folder(options.data, "--data"))} if options.data else {}
+    Config.from_env({"RECORD": "tiny"} | given | text)  # refused before half an hour
+    data = data_digest(Path(text["DATA_PATH"]) if text else embedded_text())
     revision = last_record() if options.record is None else options.record
     with tempfile.TemporaryDirectory(prefix="race_") as folder:
         scripts = dict(record=checked_out(revision, Path(folder)), candidate=SCRIPT)
         before = {name: race_code(script) for name, script in scripts.items()}
+
+        def racers(seed: int) -> dict[str, Racer]:
+            env = {"RECORD": "tiny"} | text | as_env(SEED=seed)
+            both = dict(record=env, candidate=env | given)
+            return {
+                name: Racer.of(Task(dict(name=name, seed=seed), both[name]), scripts[name], data)
+                for name in RACERS
+            }
+
+        require_own_folder(runner.out, racers)
         entries = []
         for number, seed in enumerate(itertools.islice(race_seeds(), options.seeds)):
-            each = as_env(SEED=seed)
-            tasks = {
-                "record": Task(dict(name="record", seed=seed), {"RECORD": "tiny"} | text | each),
-                "candidate": Task(dict(name="candidate", seed=seed), of_candidate | each),
-            }
-            pair = run_pair(runner, tasks, scripts, cores[:: -1 if number % 2 else 1])
+            pair = run_pair(runner, racers(seed), cores[:: -1 if number % 2 else 1])
             if {name: race_code(script) for name, script in scripts.items()} != before:
-                fix = "start again, the pairs of what is there then are kept"
+                fix = "start again, with another --out"
                 raise UserError(f"{SCRIPT.parent}: edited during the race; fix: {fix}")
             entries += pair
             shown = "; ".join(f"{e['labels']['name']} {e['val_bpb']:.4f}" for e in pair)
@@ -928,6 +957,53 @@ def race(options: argparse.Namespace, runner: Runner) -> None:
     others = {"--data": options.data, "--set": given, "edits": commit().endswith("-dirty")}
     others["--record"] = options.record not in (None, last_record())
     publish_race(runner, entries, revision, [name for name, there in others.items() if there])
+
+
+class Racer(NamedTuple):
+    """One side of a pair: its run, its script, and what both follow from."""
+
+    task: Task
+    script: Path
+    digest: str
+
+    @classmethod
+    def of(cls, task: Task, script: Path, data: str) -> "Racer":
+        """digest: changes with seed, settings, the script, its RECORD=tiny, and the data."""
+        text = json.dumps([task.labels, task.env, data], sort_keys=True).encode()
+        return cls(task, script, sha256(race_code(script) + text)[:16])
+
+    def folder(self, out: Path) -> Path:
+        return out / self.task.labels["name"] / f"seed_{self.task.labels['seed']}"
+
+
+def embedded_text() -> Path:
+    """The embedded text's dataset; UserError where it is not as published."""
+    folder = train_gpt.SAMPLE_DATA
+    train_gpt.prepare_sample(folder)
+    for split, known in dict(train=TRAIN_TOKENS_SHA256, val=VAL_TOKENS_SHA256).items():
+        shards = train_gpt.find_shards(folder, split)
+        tokens = np.concatenate([train_gpt.map_shard(path) for path in shards])
+        if sha256(tokens.astype("<u2").tobytes()) != known:
+            fix = "fix: move it away, it is made anew"
+            raise UserError(f"{folder}: its {split} tokens are not those of the rules; {fix}")
+    return folder
+
+
+def require_own_folder(out: Path, racers: Callable[[int], dict[str, Racer]]) -> None:
+    """UserError where nothing can be written to, or what is there is of another race, which this
+    one would replace in part."""
+    for name in RACERS:
+        try:
+            (out / name).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryDirectory(dir=out / name).cleanup()
+        except OSError as error:
+            fix = "fix: a folder that can be written to"
+            raise UserError(f"--out {out}: {error.strerror}; {fix}") from None
+        for folder in (out / name).glob("seed_*"):
+            seed = folder.name.removeprefix("seed_")
+            digest = racers(int(seed))[name].digest if seed.isdecimal() else ""
+            if read_mark(folder).get("digest", digest) != digest:
+                raise UserError(f"{folder}: of another race; fix: --out ELSEWHERE, or remove it")
 
 
 def race_seeds() -> Iterator[int]:
@@ -966,16 +1042,11 @@ def checked_out(revision: str, folder: Path) -> Path:
     return script
 
 
-def run_pair(
-    runner: Runner, tasks: dict[str, Task], scripts: dict[str, Path], cores: Sequence[int]
-) -> list[Row]:
+def run_pair(runner: Runner, racers: dict[str, Racer], cores: Sequence[int]) -> list[Row]:
     """Both racers of a seed, begun together, each on its core -> what they came to. Where one's
     folder is missing both run: a time without the other's says nothing."""
-    marks = {name: race_digest(task, scripts[name]) for name, task in tasks.items()}
-    folders = {
-        name: runner.out / name / f"seed_{task.labels['seed']}" for name, task in tasks.items()
-    }
-    if any(read_mark(folders[name]).get("digest") != marks[name] for name in RACERS):
+    folders = {name: racer.folder(runner.out) for name, racer in racers.items()}
+    if any(read_mark(folders[name]).get("digest") != racers[name].digest for name in RACERS):
         with (
             tempfile.TemporaryDirectory(prefix="train_gpt_") as home,
             ThreadPoolExecutor(2) as pool,
@@ -988,7 +1059,7 @@ def run_pair(
                 cwd = Path(home) / name
                 cwd.mkdir()
                 began = time.perf_counter()
-                folder = runner.start(tasks[name], scripts[name], cwd)
+                folder = runner.start(racers[name].task, racers[name].script, cwd)
                 return folder, time.perf_counter() - began
 
             each = zip(RACERS, cores, strict=False)
@@ -1000,9 +1071,9 @@ def run_pair(
             for name, (folder, seconds) in made.items():
                 shutil.rmtree(folders[name], ignore_errors=True)
                 shutil.copytree(folder, folders[name])
-                mark = json.dumps(dict(digest=marks[name], seconds=seconds))
+                mark = json.dumps(dict(digest=racers[name].digest, seconds=seconds))
                 write_atomically(folders[name] / MARK, f"{mark}\n".encode())
-    return [race_entry(tasks[name], folders[name]) for name in RACERS]
+    return [race_entry(racers[name].task, folders[name]) for name in RACERS]
 
 
 @contextlib.contextmanager
@@ -1013,12 +1084,6 @@ def killing(runner: Runner) -> Iterator[None]:
     finally:
         for process in list(runner.processes):
             process.kill()
-
-
-def race_digest(task: Task, script: Path) -> str:
-    """Changes with seed, settings, the script and its RECORD=tiny."""
-    text = json.dumps([task.labels, task.env], sort_keys=True).encode()
-    return sha256(race_code(script) + text)[:16]
 
 
 def race_code(script: Path) -> bytes:
@@ -1151,7 +1216,8 @@ def overrides(given: Sequence[str]) -> dict[str, str]:
     for name in ("RECORD", "SEED", "RUN_ID", "DECODE", "DRY_RUN", "EVAL_ONLY"):
         if name in found:
             raise UserError(f"--set {name}={found[name]}: each run has its own; fix: leave it out")
-    return found | {name: str(Path(found[name]).resolve()) for name in PATHS if name in found}
+    paths = [name for name in (*PATHS, "INIT_FROM") if name in found]
+    return found | {name: str(Path(found[name]).resolve()) for name in paths}
 
 
 def positive(text: str) -> int:

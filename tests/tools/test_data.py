@@ -1304,6 +1304,9 @@ def test_sample_is_as_published(sample):
     """By what was written, not by what is said to be."""
     tokens, _, _ = read_val(sample)
     assert hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest() == prepare.VAL_TOKENS_SHA256
+    (train,) = sample.glob("*_train_*.bin")
+    found = hashlib.sha256(train.read_bytes()[1024:]).hexdigest()
+    assert found == prepare.TRAIN_TOKENS_SHA256
     model = (sample / "tokenizer.model").read_bytes()
     assert hashlib.sha256(model).hexdigest() == prepare.TOKENIZER_SHA256
     facts = facts_of(sample)

@@ -3,8 +3,10 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import experiments
 import pytest
@@ -65,6 +67,7 @@ def racers(tmp_path, monkeypatch):
     record = fake_script(tmp_path / "old")
     monkeypatch.setattr(experiments, "checked_out", lambda *_: record)
     monkeypatch.setattr(experiments, "last_record", lambda: "0123abc")
+    monkeypatch.setattr(experiments, "embedded_text", lambda: tmp_path / "text")
     monkeypatch.setattr(experiments, "commit", lambda: "commit 4567def")
 
     def place(**numbers):
@@ -121,10 +124,74 @@ def test_a_race_goes_on_where_it_stopped(racers, tmp_path, monkeypatch):
     assert raced(tmp_path) == 0
     assert [call["seed"] for call in calls()[before:]] == [2024, 2024]
     assert raced(tmp_path) == 0 and len(calls()) == 6
-    place(BPB=1.4)  # another script is another candidate, and the record runs beside it
-    assert raced(tmp_path, "--seeds", "1") == 0 and len(calls()) == 8
     (tmp_path / "race/candidate/seed_1337/race.json").write_text("[]")
-    assert raced(tmp_path, "--seeds", "1") == 0 and len(calls()) == 10
+    assert raced(tmp_path, "--seeds", "1") == 0 and len(calls()) == 8
+
+
+def test_the_runs_of_another_race_stay(racers, tmp_path, monkeypatch, capsys):
+    """Another script, another setting, another text: none replaces a part of what is there."""
+    place, calls = racers
+    place(BPB=1.5)
+    assert raced(tmp_path, "--seeds", "1") == 0
+    here = results(tmp_path)["entries"]
+
+    def refused(*arguments):
+        assert raced(tmp_path, *arguments) == 2
+        assert "seed_1337: of another race; fix: --out ELSEWHERE" in capsys.readouterr().err
+        assert results(tmp_path)["entries"] == here and len(calls()) == 2
+
+    refused("--seeds", "1", "--set", "MATRIX_LR=0.03")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/x_train_000000.bin").write_bytes(b"x")  # of the same name and size before
+    refused()
+    (tmp_path / "text/x_train_000000.bin").unlink()
+    assert raced(tmp_path, "--seeds", "1") == 0 and len(calls()) == 2
+    place(BPB=1.4)
+    refused("--seeds", "1")
+
+
+@pytest.mark.parametrize("what", ["a file", "below a file", "a file in it", "read-only"])
+def test_a_folder_that_takes_nothing_is_refused_first(what, racers, tmp_path, capsys):
+    place, calls = racers
+    place(BPB=1.5)
+    out = tmp_path / "out"
+    if what in ("a file", "below a file"):
+        out.write_text("")
+    elif what == "a file in it":
+        out.mkdir()
+        (out / "candidate").write_text("")
+    else:
+        out = Path("/proc/none")
+    out = out / "x" if what == "below a file" else out
+    assert experiments.main(["race", "--out", str(out), "--seeds", "1"]) == 2
+    assert f"error: --out {out}: " in capsys.readouterr().err and not calls()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_race_is_on_the_embedded_text_as_published(split, tmp_path, monkeypatch):
+    """Not on training shards that hold some of the validation text."""
+    folder = tmp_path / "sample_en"
+    train_gpt.prepare_sample(train_gpt.SAMPLE_DATA)
+    shutil.copytree(train_gpt.SAMPLE_DATA, folder)
+    monkeypatch.setattr(train_gpt, "SAMPLE_DATA", folder)
+    assert experiments.embedded_text() == folder
+    (shard,) = train_gpt.find_shards(folder, split)
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    shard.write_bytes(content)
+    words = f"its {split} tokens are not those of the rules; fix: move it away"
+    with pytest.raises(train_gpt.UserError, match=words):
+        experiments.embedded_text()
+
+
+def test_what_data_it_was_is_known_by_content(tmp_path):
+    first = experiments.data_digest(tmp_path)
+    for name in ("x_train_000000.bin", "tokenizer.model"):
+        (tmp_path / name).write_bytes(b"one")
+        second = experiments.data_digest(tmp_path)
+        (tmp_path / name).write_bytes(b"two")
+        assert len({first, second, experiments.data_digest(tmp_path)}) == 3
+        first = second
 
 
 def test_settings_edited_meanwhile_end_it(racers, tmp_path, monkeypatch, capsys):
@@ -181,7 +248,7 @@ def test_another_race_breaks_no_record(other, racers, tmp_path, monkeypatch, cap
     """Settings of no commit, another opponent, another text, edited code: who wins has won that."""
     place, _ = racers
     place(BPB=1.5)
-    monkeypatch.setattr(experiments, "text_folder", lambda name: tmp_path)
+    monkeypatch.setattr(experiments, "text_folder", lambda *_: tmp_path)
     given = {"--set": ["MATRIX_LR=0.03"], "--record": ["89abcde"], "--data": ["python"]}
     if other == "edits":
         monkeypatch.setattr(experiments, "commit", lambda: "commit 4567def-dirty")
@@ -279,6 +346,8 @@ def test_what_cannot_be_raced_is_refused(tmp_path, capsys, monkeypatch):
             assert "--record " in error and "fix: a commit of this clone" in error
         assert experiments.main(["race", "--set", "DATA_PATH=/x", "--out", str(tmp_path)]) == 2
         assert "fix: --data, which is of both" in capsys.readouterr().err
+        assert experiments.main(["race", "--data", "nosuch", "--out", str(tmp_path)]) == 2
+        assert "error: --data nosuch: no dataset" in capsys.readouterr().err
     assert experiments.main(["race", "--set", "SEED=1", "--out", str(tmp_path)]) == 2
     assert "--set SEED=1" in capsys.readouterr().err
     monkeypatch.setattr(experiments, "my_cores", lambda: [0])

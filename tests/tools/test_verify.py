@@ -713,12 +713,58 @@ def test_a_run_that_learnt_otherwise_fails(tmp_path_factory, data):
 def test_a_known_text_is_named(tmp_path_factory, data):
     folder = finished(tmp_path_factory, "known", data, KNOWN_TOKENS="-1")
     case = verify.Case(folder)
-    assert {row.status for row in verify.examine(case)} == {"ok"}
+    found = [*verify.examine(case)]
+    assert {row.status for row in found} == {"ok"}
     (train,) = train_gpt.find_shards(data, "train")
     count = len(train_gpt.map_shard(train))
-    (note,) = [note for note in case.notes if "counts begin with" in note]
-    assert f"holds {count:,} tokens" in note and f"and {case.shared:.1%} of the" in note
-    assert 0 <= case.shared < 0.3
+    (reason,) = [row.reason for row in found if row.check == "known"]
+    assert reason.startswith(f"{count:,} training tokens in the artifact, the end of those here")
+    assert f"{case.shared:.1%} of the" in reason and 0 <= case.shared < 0.3
+
+
+def test_a_known_text_of_others_is_no_proof(tmp_path_factory, data, tmp_path, monkeypatch):
+    """Whose training text is another one, or has none, cannot say what the artifact holds: it may
+    be the scored text in disguise."""
+    folder = finished(tmp_path_factory, "theirs", data, KNOWN_TOKENS="2000")
+    copy = shutil.copytree(data, tmp_path / "other")
+    (train,) = train_gpt.find_shards(copy, "train")
+    tokens = train_gpt.map_shard(train).copy()
+    monkeypatch.setenv("DATA_PATH", str(copy))
+    assert rows(folder)["known"][0] == "ok"
+    tokens[-1000] ^= 1
+    write_shard(train, tokens)
+    found = [*verify.examine(verify.Case(folder))]
+    assert verify.verdict(found)[1] == "CONSISTENT, NOT PROVED"
+    (reason,) = [row.reason for row in found if row.status != "ok"]
+    assert reason.startswith("the artifact's 2,000 training tokens are not the end of those here")
+    for shard in (tokens[-1999:], None):
+        write_shard(train, shard) if shard is not None else train.unlink()
+        assert rows(folder)["known"][0] == "not checked"
+
+
+def test_a_text_that_repeats_itself_is_its_own(tmp_path_factory, data, tmp_path, monkeypatch):
+    """Half of it stands in the training text, which is the verifier's, too."""
+    for path in data.iterdir():
+        shutil.copy(path, tmp_path)
+    (train,) = train_gpt.find_shards(tmp_path, "train")
+    (val,) = train_gpt.find_shards(tmp_path, "val")
+    write_shard(train, np.concatenate([train_gpt.map_shard(path) for path in (train, val)]))
+    folder = finished(tmp_path_factory, "repeats", tmp_path, KNOWN_TOKENS="-1")
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    status, reason = rows(folder)["known"]
+    assert status == "ok" and "100.0% of the scored text's stretches" in reason
+
+
+def test_the_embedded_training_text_is_known_by_its_sha256(folder, monkeypatch):
+    """Where the verifier's is another one, it says nothing."""
+    case = verify.Case(folder)
+    case.model.known = train_gpt.KnownText(np.zeros(9, np.uint16))
+    monkeypatch.setattr(verify.Case, "text_name", verify.EMBEDDED)
+    with pytest.raises(verify.NotChecked, match="has not the embedded training text; fix: move"):
+        verify.known(case)
+    monkeypatch.setattr(verify, "TRAIN_TOKENS_SHA256", case.train_sha256)
+    with pytest.raises(verify.Failed, match="9 training tokens are not the end of those here"):
+        verify.known(case)
 
 
 def test_an_artifact_that_holds_the_text_fails(tmp_path_factory, data, tmp_path):
@@ -731,11 +777,8 @@ def test_an_artifact_that_holds_the_text_fails(tmp_path_factory, data, tmp_path)
     write_shard(train, np.concatenate(both))
     folder = finished(tmp_path_factory, "holds", tmp_path, KNOWN_TOKENS="-1")
     found = rows(folder)
-    assert found["text"] == (
-        "FAILED",
-        "100.0% of its stretches of 16 tokens are in the artifact's known text",
-    )
-    assert found["decode"][0] == "not checked"
+    status, reason = found["known"]
+    assert status == "FAILED" and "tokens are not the end of those here; 100.0% of the" in reason
 
 
 @pytest.mark.parametrize("length", [1, 2, 16])

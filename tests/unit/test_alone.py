@@ -237,6 +237,20 @@ def test_four_packages_train_score_and_print_val_bpb(smoke_run, env, four, tmp_p
     assert "package constriction is missing; fix: pip install" in error_line(done)
 
 
+def test_a_broken_package_is_done_without(smoke_run, env, tmp_path):
+    """Such as a numba that is installed beside another numpy than its own: with the reason."""
+    (tmp_path / "broken/numba").mkdir(parents=True)
+    broken = "raise ImportError('Numba needs NumPy 2.2 or less')"
+    (tmp_path / "broken/numba/__init__.py").write_text(broken)
+    asked = env | SMOKE_RUNS["one"][1] | dict(RUN_ID="x", PYTHONPATH=str(tmp_path / "broken"))
+    done = launch(SCRIPT, [], {k: str(v) for k, v in asked.items()}, 1, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    effect = train_gpt.OPTIONAL_PACKAGES["numba"]
+    why = "package numba cannot be imported (Numba needs NumPy 2.2 or less)"
+    assert f"note:{why}: {effect}" in done.stdout[: done.stdout.index("\nstep:1/")]
+    assert Run(tmp_path / "runs/x").val_bpb() == smoke_run("one").val_bpb()
+
+
 def test_four_packages_prepare_a_text(four, tmp_path):
     """As the first run does with the embedded one."""
     (tmp_path / "text.txt").write_text(

@@ -133,7 +133,7 @@ def test_it_is_the_shards_end(tmp_path):
 def test_more_than_any_artifact_could_hold_is_refused(tmp_path, monkeypatch):
     shard = write_shard(tmp_path / "x_train_000000.bin", random_stream(299, 64))
     monkeypatch.setattr(train_gpt, "MOST_KNOWN", 299)
-    with pytest.raises(train_gpt.UserError, match="too many tokens; fix: at most 299"):
+    with pytest.raises(train_gpt.UserError, match="hold 300 tokens; fix: at most 299"):
         KnownText.of(replace(CFG, known_tokens=-1), [shard])
     monkeypatch.setattr(train_gpt, "MOST_KNOWN", 300)
     assert len(KnownText.of(replace(CFG, known_tokens=-1), [shard])) == 300
@@ -288,13 +288,18 @@ def test_a_run_with_it_is_proved(tmp_path, dataset):
     env |= dict(EVAL_ONLY=str(run.folder / "artifact.bin"), CODEC_TOKENS="0", KNOWN_TOKENS="5")
     again = finished_run(tmp_path, "again", **env)
     assert again.val_bpb() == scores[0] and line in again.lines  # what the artifact holds
+    assert not [line for line in again.lines if "KNOWN_TOKENS=0: none" in line]  # no way out here
 
 
-def test_too_many_are_refused_before_the_first_step(tmp_path, dataset):
+def test_too_many_are_refused_before_anything_is_touched(tmp_path, dataset):
+    """Not even by who asks to overwrite a run."""
+    (tmp_path / "runs/many").mkdir(parents=True)
+    (tmp_path / "runs/many/submission.json").write_text("{}")
     env = SHRUNK | dict(DATA_PATH=str(dataset), KNOWN_TOKENS="99999999", RUN_ID="many")
-    done = run_script(env, cwd=tmp_path)
+    done = run_script(env | dict(OVERWRITE="1"), cwd=tmp_path)
     assert done.returncode == 2 and "step:1/" not in done.stdout
     assert "error: KNOWN_TOKENS=99999999: the training shards hold" in done.stderr
+    assert [path.name for path in (tmp_path / "runs/many").iterdir()] == ["submission.json"]
 
 
 def test_messages_on_bytes_name_it(rt):
@@ -311,11 +316,13 @@ def test_without_numba_nothing_is_known(monkeypatch):
     """A dictionary of tiny's text would take 9 GB; where the artifact has one, it is asked for."""
     cfg = replace(CFG, known_tokens=-1)
     assert train_gpt.without_missing_parts(cfg).known_tokens == -1
-    monkeypatch.setattr(train_gpt, "has_package", lambda name: name != "numba")
+    monkeypatch.setattr(train_gpt, "lack_of", lambda name: "no numba" if name == "numba" else "")
     found = train_gpt.without_missing_parts(cfg)
     assert found.known_tokens == 0 and found.origin["KNOWN_TOKENS"] == "no numba"
     monkeypatch.setattr(train_gpt, "available_memory", lambda: 10**6)
-    with pytest.raises(train_gpt.LackOfMemory, match="258 known tokens .* without package numba"):
+    with pytest.raises(
+        train_gpt.LackOfMemory, match="258 known tokens .* in Python's dictionaries"
+    ):
         train_gpt.announce_known(KNOWN, SilentRuntime(), CFG)
     train_gpt.announce_known(KNOWN, SilentRuntime(), replace(CFG, ngram_enabled=False))
     train_gpt.announce_known(train_gpt.NOTHING_KNOWN, SilentRuntime(), CFG)
