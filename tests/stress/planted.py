@@ -1336,7 +1336,7 @@ KNOWN = [
         "known_windows",
         "the mass of windows is taken without it",
         "test_known.py -k windows_go_on",
-        script("counts.insert(np.full(len(part), lanes * isolated), part)", "pass"),
+        script("counts.insert(np.full(len(part), lane), part)", "pass"),
     ),
     Fault(
         "known_end",
@@ -1361,7 +1361,7 @@ KNOWN = [
         "its bytes do not count for TARGET_BYTES",
         "test_known.py -k target_bytes",
         script(
-            "seal(ARTIFACT_PREFIX, header, body + known.content)",
+            "seal(ARTIFACT_PREFIX, header, body + beside.content)",
             "seal(ARTIFACT_PREFIX, header, body)",
         ),
     ),
@@ -1378,7 +1378,61 @@ KNOWN = [
         tool("verify", "case.shared <= MOST_SHARED,", "True,"),
     ),
 ]
+KNOWN += [
+    Fault(
+        "known_foreign",
+        "a known text that is not the verifier's is proved",
+        "test_verify.py -k others_is_no_proof",
+        tool("verify", "raise NotChecked(other)", "return other"),
+    ),
+    Fault(
+        "known_embedded",
+        "the embedded training text may be another one",
+        "test_verify.py -k training_text_is_known",
+        tool("verify", "if embedded and case.train_sha256 != TRAIN_TOKENS_SHA256:", "if False:"),
+    ),
+    Fault(
+        "known_first",
+        "a run folder is opened before the known text is counted",
+        "test_known.py -k anything_is_touched",
+        script(
+            'KnownText.size(cfg, find_shards(cfg.data_path, "train"))',
+            'find_shards(cfg.data_path, "train")',
+        ),
+    ),
+    Fault(
+        "broken_package",
+        "a package that cannot be imported is called missing",
+        "test_alone.py -k broken_package",
+        script('found = "is missing" if absent else', 'found = "is missing" if True else'),
+    ),
+    ),
+]
 RACE = [
+    Fault(
+        "race_other",
+        "a race on another text breaks the record",
+        "test_race.py -k another_race_breaks",
+        tool("experiments", "(apart, not others)", "(apart, True)"),
+    ),
+    Fault(
+        "race_steps",
+        "the clock may end a candidate's training",
+        "test_race.py -k rule_that",
+        tool("experiments", "len(steps) == 1 and not capped)", "True)"),
+    ),
+    Fault(
+        "race_kept",
+        "a race replaces some of another one's runs",
+        "test_race.py -k another_race_stay",
+        tool("experiments", 'if read_mark(folder).get("digest", digest) != digest:', "if False:"),
+    ),
+    Fault(
+        "race_embedded",
+        "the embedded text may be edited",
+        "test_race.py -k as_published",
+        tool("experiments", 'if sha256(tokens.astype("<u2").tobytes()) != known:', "if False:"),
+    ),
     Fault(
         "race_paired",
         "a race's test does not pair by seed",
