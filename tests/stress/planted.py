@@ -1406,7 +1406,6 @@ KNOWN += [
         "test_alone.py -k broken_package",
         script('found = "is missing" if absent else', 'found = "is missing" if True else'),
     ),
-    ),
 ]
 RACE = [
     Fault(
