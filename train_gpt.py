@@ -2032,8 +2032,10 @@ def is_open_as(file: Any, path: Path) -> bool:
 
 def flush_to_disk(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def sha256(content: bytes | np.ndarray) -> str:
