@@ -456,7 +456,7 @@ def facts(run: Run) -> str:
     """The line under the title: bytes, steps, machine."""
     parts = []
     if size := run.folder.last("final_artifact_bytes"):
-        parts.append(f"{size['total']:,} of {CAP_BYTES:,} bytes (weights {size['weights']:,})")
+        parts.append(f"{size['total']:,} of {CAP_BYTES:,} bytes (artifact {size['weights']:,})")
     if budget := run.folder.last("final_budget"):
         parts.append(f"evaluated in {duration(budget['eval_seconds'])}")
     return POINT.join(parts + [str(run.folder.last("hardware").get("value", ""))])
