@@ -427,7 +427,7 @@ def text(case: Case) -> str:
     return f"{here[0]:,} tokens, {here[1]:,} bytes in {where}: {case.text_name}"
 
 
-@check("text")
+@check("artifact")
 def known(case: Case) -> str:
     """Training text that the artifact holds is the verifier's; empty where it holds none."""
     count = len(case.model.known)

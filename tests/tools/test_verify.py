@@ -28,7 +28,7 @@ import prepare
 import prepare_text
 
 SMALL = SHRUNK | dict(SCORER="documents", EVAL_LANES="8", CODEC_TOKENS="-1")
-EVERY = list(verify.CHECKS)
+EVERY = [name for name in verify.CHECKS if name != "known"]  # of an artifact without
 PROOF = ["decode", "score"]
 
 
