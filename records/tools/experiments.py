@@ -729,8 +729,8 @@ Times and so the number of steps depend on what else the machine does: the score
 twice. The order of models so small tells little about the order at full size.
 
 `tiny` is made for this size, the others are not: its artifact holds the training text, which counts
-begin with (KNOWN_TOKENS), and packing that text comes on top of its seconds. At full size the cap
-holds a thousandth of the training text.
+begin with (KNOWN_TOKENS). Packing that text and GPTQ, which `own` has, too, are part of its seconds:
+it makes fewer steps. At full size the cap holds a thousandth of the training text.
 """
 
 
