@@ -721,12 +721,12 @@ own scorer prints, and the mass beside it what its "probabilities" add up to: no
 {shrink}
 
 Layer numbers are scaled to the depth, the pre-enrichment to the width; hashed n-gram tables have
-1/{cut:,} of their buckets, about as the text is shorter, and take up at most 64 targets at a time.
-Schedules are shares of the steps, those of the published runs: the rate falls over the last half,
-the EMA reaches over a 20th (0.997 as published would keep most of the first weights of so short a
-run). Rates are each configuration's own. #993's pruning to 15.149 MiB has nothing to do at this
-size. Times and so the number of steps depend on what else the machine does: the scores are not the same
-twice. The order of models so small tells little about the order at full size.
+1/{cut:,} of their buckets, about as the text is shorter, and take up at most 64 targets at a
+time. Schedules are shares of the steps, those of the published runs: the rate falls over the last
+half, the EMA reaches over a 20th (0.997 as published would keep most of the first weights of so
+short a run). Rates are each configuration's own. #993's pruning to 15.149 MiB has nothing to do
+at this size. Times and so the number of steps depend on what else the machine does: the scores
+are not the same twice. The order of models so small tells little about the order at full size.
 
 `tiny` is made for this size, the others are not: its artifact holds the training text, which
 counts begin with (KNOWN_TOKENS). Packing that text and GPTQ, which `own` has, too, are part of its
