@@ -310,7 +310,7 @@ def main(arguments=None):
         train_gpt.package("pyppmd")
         compressor, load = compress.Compressor(options.artifact), os.getloadavg()[0]
         train, _ = sample_documents()
-        primers = Primers("".join(text + BETWEEN for text in train).encode(), compressor.known)
+        primers = Primers("".join(text + BETWEEN for text in train).encode(), compressor.apart)
         rows = {}
         for name, data in files().items():
             rows[name] = measure(compressor, primers, data)
@@ -337,7 +337,7 @@ def main(arguments=None):
         artifact=made["artifact"],
         code=made["code"],
         known=dict(
-            artifact_and_tokenizer=compressor.known,
+            artifact_and_tokenizer=compressor.apart,
             training_text=len(primers.text),
             training_xz=primers.xz,
             training_ppmd=min(primers.sizes.values()),
