@@ -649,7 +649,8 @@ def write_ablation(options: argparse.Namespace, runner: Runner, rows: Sequence[R
         for name, group in groups.items()
     }
     variables = {switch.name: switch.variables for switch in shown}
-    runner.publish("Ablation", rows, text, variables=variables, results=results)
+    title = "Ablation on held-out documents" if options.held_out else "Ablation"
+    runner.publish(title, rows, text, variables=variables, results=results)
 
 
 def table_row(
