@@ -9,8 +9,8 @@ A run is a process with cores of its own, in a temporary folder. What it measure
 results.jsonl in --out as soon as it ends, so a killed table goes on where it stopped: a line counts
 while the code, the settings and the data that it was measured with are the same. README.md and
 results.json beside it hold the table. Of a race there are no lines: its run folders stay, and count
-while scripts, settings and data are the same. A table ends where the code is edited
-under it; `git worktree add` gives it a copy of its own.
+while scripts, settings and data are the same. A table ends where the code is edited under it;
+`git worktree add` gives it a copy of its own.
 
 Exit status: 0 all runs ended well; 1 some failed, and the table is of the others; 2 there is none.
 """
@@ -46,7 +46,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from run_folder import RECORDS, ROOT, RunError, RunFolder, blame, markdown
+from run_folder import (
+    RECORDS,
+    ROOT,
+    RunError,
+    RunFolder,
+    blame,
+    markdown,
+    read_split,
+    tokens_sha256,
+)
 from stats import ALPHA, summarise, upper_tail
 
 import prepare_text
@@ -237,16 +246,13 @@ def digest(task: Task) -> str:
 def data_digest(folder: Path) -> str:
     """Changes with a dataset's shards and tokenizer."""
     paths = [*sorted(folder.glob("*.bin")), *folder.glob("tokenizer.model")]
-    return sha256(" ".join(f"{path.name} {file_digest(path)}" for path in paths).encode())
-
-
-def file_digest(path: Path) -> str:
-    about = path.stat()
-    return unchanged_digest(path, about.st_size, about.st_mtime_ns)
+    found = [f"{path.name} {file_digest(path, path.stat().st_mtime_ns)}" for path in paths]
+    return sha256(" ".join(found).encode())
 
 
 @functools.cache
-def unchanged_digest(path: Path, *_: int) -> str:
+def file_digest(path: Path, changed: int) -> str:
+    """changed: when, so that it is read again where it was since."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -594,8 +600,7 @@ def cut_validation(source: Path, folder: Path, tokens: int) -> str:
 def hold_out(source: Path, folder: Path) -> str:
     """A dataset in `folder` of the training documents of `source` alone, HELD_OUT of them to
     validate on, drawn by a fixed seed -> its path; UserError where there are too few."""
-    shards = train_gpt.find_shards(source, "train")
-    tokens = np.concatenate([train_gpt.map_shard(path) for path in shards])
+    tokens = read_split(source, "train")
     documents = np.split(tokens, np.flatnonzero(tokens == train_gpt.BOS)[1:])
     if len(documents) < 2 * HELD_OUT:
         found = f"{source}: {len(documents)} training documents"
@@ -983,9 +988,7 @@ def embedded_text() -> Path:
     folder = train_gpt.SAMPLE_DATA
     train_gpt.prepare_sample(folder)
     for split, known in dict(train=TRAIN_TOKENS_SHA256, val=VAL_TOKENS_SHA256).items():
-        shards = train_gpt.find_shards(folder, split)
-        tokens = np.concatenate([train_gpt.map_shard(path) for path in shards])
-        if sha256(tokens.astype("<u2").tobytes()) != known:
+        if tokens_sha256(read_split(folder, split)) != known:
             fix = "fix: move it away, it is made anew"
             raise UserError(f"{folder}: its {split} tokens are not those of the rules; {fix}")
     return folder

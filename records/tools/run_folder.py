@@ -173,6 +173,17 @@ def file_bytes(run: RunFolder, name: str) -> bytes:
         raise RunError(f"{run.path}: no {name} ({error.strerror})") from None
 
 
+def read_split(folder: str | Path, split: str) -> np.ndarray:
+    """All tokens of a dataset's split, uint16 (N,); UserError without shards, or for a bad one."""
+    shards = train_gpt.find_shards(folder, split)
+    return np.concatenate([train_gpt.map_shard(path) for path in shards])
+
+
+def tokens_sha256(tokens: np.ndarray) -> str:
+    """Of tokens as shards hold them, without headers."""
+    return train_gpt.sha256(tokens.astype("<u2").tobytes())
+
+
 def scored_text(run: RunFolder) -> dict[str, str]:
     """What tells one validation text from another, as far as a run got: "length" is in the log
     once training begins; "blocks", a digest of their bytes, once the text is scored."""

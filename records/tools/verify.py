@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import run_folder
-from run_folder import ROOT, RunError
+from run_folder import ROOT, RunError, tokens_sha256
 
 import endings
 import train_gpt
@@ -219,23 +219,18 @@ class Case:
     def known_is_ours(self) -> bool:
         """Whether the artifact's known text is the end of the verifier's training text; NotChecked
         without one"""
-        known = self.model.known
-        cfg = replace(self.cfg, known_tokens=len(known), vocab_size=self.model.cfg.vocab_size)
-        try:
-            shards = train_gpt.find_shards(cfg.data_path, "train")
-            if sum(map(train_gpt.shard_tokens, shards)) < len(known):
-                return False
-            ours = train_gpt.KnownText.of(cfg, shards)
-        except (train_gpt.UserError, OSError) as error:
-            raise NotChecked(f"no training text for the known text: {error}") from None
-        return np.array_equal(ours.tokens, known.tokens)
+        known = self.model.known.tokens
+        return len(known) <= len(self.training) and np.array_equal(
+            self.training[len(self.training) - len(known) :], known
+        )
 
     @cached_property
-    def train_sha256(self) -> str:
-        """Of the tokens of the verifier's training text"""
-        shards = train_gpt.find_shards(self.cfg.data_path, "train")
-        tokens = np.concatenate([train_gpt.map_shard(path) for path in shards])
-        return sha256(tokens.astype("<u2").tobytes())
+    def training(self) -> np.ndarray:
+        """The tokens of the verifier's training text; NotChecked without one"""
+        try:
+            return run_folder.read_split(self.cfg.data_path, "train")
+        except (train_gpt.UserError, OSError) as error:
+            raise NotChecked(f"no training text for the known text: {error}") from None
 
     @cached_property
     def shared(self) -> float:
@@ -248,7 +243,7 @@ class Case:
         size = f"{self.text.text_bytes:,} bytes"
         altered = f", {size} that its tokenizer alters" if self.text.lossy else ""
         implied = 1 - int(self.text.positions[0])  # a first BOS that is in no shard
-        tokens = sha256(self.text.stream[implied:].astype("<u2").tobytes())
+        tokens = tokens_sha256(self.text.stream[implied:])
         known = VAL_TOKENS_SHA256, TOKENIZER_SHA256
         if (tokens, sha256(self.tokenizer)) == known and not altered:
             return EMBEDDED
@@ -435,7 +430,7 @@ def known(case: Case) -> str:
         return ""
     share = f"{case.shared:.1%} of the scored text's stretches of {STRETCH} tokens are in it"
     embedded = case.text_name == EMBEDDED
-    if embedded and case.train_sha256 != TRAIN_TOKENS_SHA256:
+    if embedded and tokens_sha256(case.training) != TRAIN_TOKENS_SHA256:
         where = case.cfg.data_path
         raise NotChecked(f"{where} has not the embedded training text; fix: move it away")
     if case.known_is_ours:

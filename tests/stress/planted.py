@@ -131,6 +131,12 @@ CONFIG = [
 ]
 RUNTIME = [
     Fault(
+        "broken_package",
+        "a package that cannot be imported is called missing",
+        "test_alone.py -k broken_package",
+        script('found = "is missing" if absent else', 'found = "is missing" if True else'),
+    ),
+    Fault(
         "clock",
         "the clock of all ranks is the sum of theirs, not the largest",
         "test_optim.py -k clock_of_all",
@@ -1377,8 +1383,6 @@ KNOWN = [
         "test_verify.py -k that_holds_the_text",
         tool("verify", "case.shared <= MOST_SHARED,", "True,"),
     ),
-]
-KNOWN += [
     Fault(
         "known_foreign",
         "a known text that is not the verifier's is proved",
@@ -1389,7 +1393,11 @@ KNOWN += [
         "known_embedded",
         "the embedded training text may be another one",
         "test_verify.py -k training_text_is_known",
-        tool("verify", "if embedded and case.train_sha256 != TRAIN_TOKENS_SHA256:", "if False:"),
+        tool(
+            "verify",
+            "if embedded and tokens_sha256(case.training) != TRAIN_TOKENS_SHA256:",
+            "if False:",
+        ),
     ),
     Fault(
         "known_first",
@@ -1399,12 +1407,6 @@ KNOWN += [
             'KnownText.size(cfg, find_shards(cfg.data_path, "train"))',
             'find_shards(cfg.data_path, "train")',
         ),
-    ),
-    Fault(
-        "broken_package",
-        "a package that cannot be imported is called missing",
-        "test_alone.py -k broken_package",
-        script('found = "is missing" if absent else', 'found = "is missing" if True else'),
     ),
 ]
 RACE = [
@@ -1430,7 +1432,7 @@ RACE = [
         "race_embedded",
         "the embedded text may be edited",
         "test_race.py -k as_published",
-        tool("experiments", 'if sha256(tokens.astype("<u2").tobytes()) != known:', "if False:"),
+        tool("experiments", "if tokens_sha256(read_split(folder, split)) != known:", "if False:"),
     ),
     Fault(
         "race_paired",

@@ -536,3 +536,20 @@ def test_an_empty_name_is_no_configuration(capsys):
     with pytest.raises(SystemExit):
         experiments.main(["tournament", "--configs", "own,"])
     assert "has an empty name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pair", ["NGRAM_ENABLED=0", "KNOWN_TOKENS=0", "SCORER=documents"])
+def test_held_out_keeps_what_its_page_says(pair, tmp_path, capsys):
+    given = ["ablation", "--held-out", "--set", pair, "--out", str(tmp_path)]
+    assert experiments.main(given) == 2
+    assert f"--set {pair}: --held-out sets it; fix: leave one out" in capsys.readouterr().err
+
+
+def test_paths_are_meant_from_here():
+    """Runs start elsewhere."""
+    found = experiments.overrides(["INIT_FROM=runs/a", "DATA_PATH=b", "MATRIX_LR=0.03"])
+    assert found == dict(
+        INIT_FROM=str(Path("runs/a").resolve()),
+        DATA_PATH=str(Path("b").resolve()),
+        MATRIX_LR="0.03",
+    )

@@ -762,9 +762,22 @@ def test_the_embedded_training_text_is_known_by_its_sha256(folder, monkeypatch):
     monkeypatch.setattr(verify.Case, "text_name", verify.EMBEDDED)
     with pytest.raises(verify.NotChecked, match="has not the embedded training text; fix: move"):
         verify.known(case)
-    monkeypatch.setattr(verify, "TRAIN_TOKENS_SHA256", case.train_sha256)
+    monkeypatch.setattr(verify, "TRAIN_TOKENS_SHA256", verify.tokens_sha256(case.training))
     with pytest.raises(verify.Failed, match="9 training tokens are not the end of those here"):
         verify.known(case)
+
+
+def test_no_training_text_is_the_verifier_s_lack(folder, data, tmp_path, monkeypatch):
+    """Of the embedded text, too: nothing of the folder's fault."""
+    copy = shutil.copytree(data, tmp_path / "other")
+    for path in train_gpt.find_shards(copy, "train"):
+        path.unlink()
+    monkeypatch.setenv("DATA_PATH", str(copy))
+    monkeypatch.setattr(verify.Case, "text_name", verify.EMBEDDED)
+    case = verify.Case(folder)
+    case.model.known = train_gpt.KnownText(np.zeros(9, np.uint16))
+    status, reason = verify.outcome(verify.known, case)
+    assert status == "not checked" and "no training text for the known text" in reason
 
 
 def test_an_artifact_that_holds_the_text_fails(tmp_path_factory, data, tmp_path):
